@@ -1,0 +1,136 @@
+"""Which implementation runs for a call, and why.
+
+Three backends: ``"triton"`` (the fused kernels), ``"torch"`` (torch's own functions, or the reference where torch has
+none) and ``"auto"``, which takes the kernels for CUDA tensors that they cover and torch for the rest. The setting
+belongs to the process, as torch.backends' do, since autograd runs the backward on threads of its own. It is asked at
+each call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("auto", "triton", "torch")
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The backend one operator call takes, and the reason in words."""
+
+    operator: str
+    backend: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.operator}: {self.backend} ({self.reason})"
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source} is {name!r}; it must be one of {', '.join(map(repr, BACKENDS))}")
+    return name
+
+
+_setting = _checked(os.environ.get("FASTSEG_BACKEND", "auto"), "the environment variable FASTSEG_BACKEND")
+_watched: list[Choice] | None = None
+
+
+def get_backend() -> str:
+    """The backend set for the process: "auto", "triton" or "torch"."""
+    return _setting
+
+
+def set_backend(name: str) -> None:
+    """Set the backend for the process. Raises ValueError for a name that is none."""
+    global _setting
+    _setting = _checked(name, "backend")
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """``with fastseg.backend("torch"): ...`` sets the process's backend and puts the old one back."""
+    before = _setting
+    set_backend(name)
+    try:
+        yield
+    finally:
+        set_backend(before)
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels run on CPU tensors (TRITON_INTERPRET=1, set before triton is imported)."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def choose(operator: str, tensor: Tensor, uncovered: str | None = None, slower: str | None = None) -> Choice:
+    """The backend for a call of `operator` on `tensor`.
+
+    uncovered: why the kernels cannot run this call (None: they can); slower: why torch is the better choice
+    under "auto" although they can. Raises NotImplementedError or RuntimeError where "triton" is demanded in vain.
+    """
+    choice = _decide(operator, tensor.device.type, uncovered, slower)
+    if _watched is not None:
+        _watched.append(choice)
+    return choice
+
+
+def _decide(operator: str, device: str, uncovered: str | None, slower: str | None) -> Choice:
+    if _setting == "torch":
+        return Choice(operator, "torch", "the backend is set to 'torch'")
+    if _setting == "triton":
+        if uncovered is not None:
+            raise NotImplementedError(
+                f"{operator}: the Triton kernels do not cover {uncovered}; backend 'auto' takes torch for it"
+            )
+        if not TRITON_INSTALLED:
+            raise RuntimeError(f"{operator}: backend 'triton' needs the package triton, which is not installed")
+        if device == "cpu" and not interpreted():
+            raise RuntimeError(
+                f"{operator}: backend 'triton' on a CPU tensor needs TRITON_INTERPRET=1 in the environment "
+                "before triton is imported; move the tensor to a CUDA device or use backend 'auto'"
+            )
+        if device not in ("cpu", "cuda", "meta"):
+            raise RuntimeError(f"{operator}: backend 'triton' runs on CUDA tensors, not on device type '{device}'")
+        return Choice(operator, "triton", "the backend is set to 'triton'")
+    if device != "cuda":
+        return Choice(operator, "torch", "a CPU tensor" if device == "cpu" else f"a tensor on device type '{device}'")
+    if not TRITON_INSTALLED:
+        return Choice(operator, "torch", "triton is not installed")
+    if uncovered is not None:
+        return Choice(operator, "torch", f"the kernels do not cover {uncovered}")
+    if slower is not None:
+        return Choice(operator, "torch", slower)
+    return Choice(operator, "triton", "a CUDA tensor, covered by the kernels")
+
+
+def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Choice]:
+    """What each fastseg operator in ``function(*args, **kwargs)`` would run on, and why; nothing is computed.
+
+    `function` may be one of fastseg.functional's, a module, or any callable: it is called on fake tensors, which
+    have shapes, dtypes and devices but no data.
+
+    >>> import torch, fastseg
+    >>> print(*fastseg.explain(fastseg.functional.max_pool2d, torch.zeros(1, 8, 16, 16), 2))
+    max_pool2d: torch (a CPU tensor)
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils._pytree import tree_map_only
+
+    global _watched
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake_args, fake_kwargs = tree_map_only(Tensor, mode.from_tensor, (args, kwargs))
+        outer, _watched = _watched, []
+        try:
+            function(*fake_args, **fake_kwargs)
+            return _watched
+        finally:
+            _watched = outer

@@ -1,0 +1,10 @@
+"""The networks, layer by layer as their authors' files have them, on fastseg's fused layers."""
+
+from torch import nn
+
+from .deconvnet import DeconvNet
+from .segnet import SegNet, SegNetBasic
+
+MODELS: dict[str, type[nn.Module]] = {"segnet": SegNet, "segnet-basic": SegNetBasic, "deconvnet": DeconvNet}
+
+__all__ = ["MODELS", "DeconvNet", "SegNet", "SegNetBasic"]

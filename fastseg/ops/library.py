@@ -1,0 +1,95 @@
+"""What every operator shares: its registration with torch, its memory format, and derivatives of derivatives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import dispatch
+
+LIB = torch.library.Library("fastseg", "DEF")  # module scope: dropping it would unregister the operators
+TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+
+
+class Operator:
+    """One ``torch.ops.fastseg`` operator: calling it calls the registered operator.
+
+    schema: torch's function schema. kernel, reference: the two implementations, called with the operator's
+    arguments; the reference is written in torch alone and works in float64. fake: shapes, dtypes and strides of the result, for tracing. uncovered: says in words what of a
+    call the kernels do not cover, or None; slower: likewise why torch is the better choice under "auto".
+    """
+
+    def __init__(
+        self,
+        schema: str,
+        *,
+        kernel: Callable[..., Any],
+        reference: Callable[..., Any],
+        fake: Callable[..., Any],
+        uncovered: Callable[..., str | None],
+        slower: Callable[..., str | None] = lambda *args: None,
+    ) -> None:
+        self.name = schema.partition("(")[0]
+        self.kernel, self.reference, self.uncovered, self.slower = kernel, reference, uncovered, slower
+        LIB.define(schema, tags=TAGS)
+        for key in ("CPU", "CUDA"):
+            LIB.impl(self.name, self._run, key)
+        torch.library.register_fake(f"fastseg::{self.name}", fake, lib=LIB)
+        self.op = getattr(torch.ops.fastseg, self.name).default
+
+    def __call__(self, *args: Any) -> Any:
+        return self.op(*args)
+
+    def choose(self, *args: Any) -> dispatch.Choice:
+        """The backend for these arguments, the first of which is a tensor."""
+        return dispatch.choose(self.name, args[0], self.uncovered(*args), self.slower(*args))
+
+    def _run(self, *args: Any) -> Any:
+        with torch.no_grad():
+            return (self.kernel if self.choose(*args).backend == "triton" else self.reference)(*args)
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """channels_last for a 4-D tensor that lies so in memory, contiguous otherwise: the format an output keeps."""
+    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        # Where a dimension of size 1 makes both true, the strides tell what torch's own functions would keep.
+        if x.stride(1) == 1 and (x.stride(3) == x.shape[1] or not x.is_contiguous()):
+            return torch.channels_last
+    return torch.contiguous_format
+
+
+def dense(x: Tensor, layout: torch.memory_format) -> Tensor:
+    """`x` in the given memory format, copied only where it lies otherwise."""
+    return x.contiguous(memory_format=layout)
+
+
+def empty(like: Tensor, shape: Sequence[int], layout: torch.memory_format, dtype: torch.dtype | None = None) -> Tensor:
+    """A new tensor on the device of `like`: the one allocation rule that kernels and fakes share."""
+    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=layout)
+
+
+def placed(result: Tensor, layout: torch.memory_format) -> Tensor:
+    """A reference's result with exactly the strides that `empty` gives, and memory of its own."""
+    return empty(result, result.shape, layout).copy_(result)
+
+
+def double_backward(
+    function: Callable[..., Tensor], inputs: Sequence[Tensor | None], needed: Sequence[bool], grad: Tensor
+) -> list[Tensor | None]:
+    """Gradients of ``function(*inputs)`` that can be differentiated again, by torch's own formulas.
+
+    For backwards that run with create_graph=True: the kernels' gradients have no derivative, torch's do.
+    """
+    with torch.enable_grad():
+        output = function(*inputs)
+        wanted = [x for x, need in zip(inputs, needed, strict=True) if need]
+        found = iter(torch.autograd.grad(output, wanted, grad, create_graph=True))
+    return [next(found) if need else None for need in needed]
+
+
+def wants_graph() -> bool:
+    """Whether a backward is asked for gradients that are differentiated again (create_graph=True)."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()

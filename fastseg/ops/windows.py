@@ -1,0 +1,93 @@
+"""Pooling windows: their arguments, the size they give, and the two ways to keep a maximum's position.
+
+A pooled element remembers where its maximum stood either as torch's `indices` (int64, h * W + w in the plane of the
+input) or as `offsets` (uint8, the tap inside the window, row-major), an eighth of the memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+IntOrPair = int | Sequence[int]
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MAX_OFFSETS = 256  # taps that a uint8 can tell apart
+
+
+def pair(value: IntOrPair, function: str, name: str, least: int) -> list[int]:
+    """`value` as [height, width]; RuntimeError, as torch raises, if it has not one or two entries >= least."""
+    entries = [value, value] if isinstance(value, int) else list(value) * (2 if len(value) == 1 else 1)
+    if len(entries) != 2:
+        raise RuntimeError(f"{function}: {name} must be an int or two ints, but is {tuple(entries)}")
+    if any(entry < least for entry in entries):
+        raise RuntimeError(f"{function}: {name} must be at least {least}, but is {tuple(entries)}")
+    return entries
+
+
+def pooled_size(
+    size: Sequence[int], kernel: list[int], stride: list[int], padding: list[int], dilation: list[int], ceil_mode: bool
+) -> list[int]:
+    """Height and width of the pooled map. With ceil_mode a window may start inside the image or its left padding."""
+    result = []
+    for length, k, s, p, d in zip(size, kernel, stride, padding, dilation, strict=True):
+        room = length + 2 * p - d * (k - 1) - 1
+        out = (room + (s - 1 if ceil_mode else 0)) // s + 1
+        if ceil_mode and (out - 1) * s >= length + p:
+            out -= 1
+        result.append(out)
+    return result
+
+
+def uncovered(input: Tensor, kernel: list[int], stride: list[int], dilation: Sequence[int] = (1, 1)) -> str | None:
+    """Why the kernels cannot run a call, in words, or None."""
+    if input.dtype not in KERNEL_DTYPES:
+        return f"dtype {input.dtype}"
+    if input.dim() != 4:
+        return f"{input.dim()}-D input"
+    if any(d != 1 for d in dilation):
+        return f"dilation {tuple(dilation)}"
+    if any(k > s for k, s in zip(kernel, stride, strict=True)):
+        return f"overlapping windows (kernel_size {tuple(kernel)}, stride {tuple(stride)})"
+    if kernel[0] * kernel[1] > MAX_OFFSETS:
+        return f"windows of more than {MAX_OFFSETS} elements (kernel_size {tuple(kernel)})"
+    return None
+
+
+# --- conversion between the two kinds of positions -------------------------------------------------------------------
+
+
+def _corners(size: Sequence[int], stride: list[int], padding: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Row and column of each window's first tap, in or outside the image."""
+    rows = torch.arange(size[0], device=device)[:, None] * stride[0] - padding[0]
+    columns = torch.arange(size[1], device=device)[None, :] * stride[1] - padding[1]
+    return rows, columns
+
+
+def offsets_to_indices(
+    offsets: Tensor, kernel_size: IntOrPair, stride: IntOrPair | None, padding: IntOrPair, width: int,
+    dilation: IntOrPair = 1,
+) -> Tensor:  # fmt: skip
+    """torch's int64 indices into planes of the given width, from uint8 offsets (..., OH, OW)."""
+    name = "offsets_to_indices"
+    kernel, padding = pair(kernel_size, name, "kernel_size", 1), pair(padding, name, "padding", 0)
+    stride = kernel if stride is None else pair(stride, name, "stride", 1)
+    dilation = pair(dilation, name, "dilation", 1)
+    rows, columns = _corners(offsets.shape[-2:], stride, padding, offsets.device)
+    taps = offsets.long()
+    return (rows + taps // kernel[1] * dilation[0]) * width + columns + taps % kernel[1] * dilation[1]
+
+
+def indices_to_offsets(
+    indices: Tensor, kernel_size: IntOrPair, stride: IntOrPair | None, padding: IntOrPair, width: int,
+    dilation: IntOrPair = 1,
+) -> Tensor:  # fmt: skip
+    """uint8 offsets in the window, from int64 indices (..., OH, OW) that a pool of this geometry made."""
+    name = "indices_to_offsets"
+    kernel, padding = pair(kernel_size, name, "kernel_size", 1), pair(padding, name, "padding", 0)
+    stride = kernel if stride is None else pair(stride, name, "stride", 1)
+    dilation = pair(dilation, name, "dilation", 1)
+    rows, columns = _corners(indices.shape[-2:], stride, padding, indices.device)
+    i, j = (indices // width - rows) // dilation[0], (indices % width - columns) // dilation[1]
+    return (i * kernel[1] + j).to(torch.uint8)

@@ -1,0 +1,311 @@
+"""`fastseg verify`: every operator against torch in float64, and the criterion that the tests use.
+
+The truth is torch itself in float64. An output or gradient is right when its error against the truth is no more than
+torch's own error in the same dtype plus a small tolerance; integer results must be equal. While ours runs, torch's
+deterministic mode is on: it fills every new tensor with NaN, so that an element nobody wrote shows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import dispatch, functional
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
+# In units of the dtype's epsilon: one rounding of a half, the order of a sum in float32.
+TOLERANCE = {torch.float64: 64, torch.float32: 8, torch.float16: 1, torch.bfloat16: 1}
+
+Function = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One result: largest error against float64 over the truth's largest magnitude, ours and torch's."""
+
+    tensor: str
+    error: float
+    torch_error: float
+    allowed: float
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.allowed
+
+
+@contextlib.contextmanager
+def poisoned() -> Iterator[None]:
+    """Every new uninitialised tensor is filled with NaN (integers: the largest), and non-determinism is an error."""
+    before, fill = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+def relative_error(result: Tensor, truth: Tensor) -> float:
+    """max |result - truth| / max |truth|; infinite where one is NaN or infinite and the other is something else."""
+    if result.shape != truth.shape:
+        return float("inf")
+    result, truth = result.detach().double(), truth.detach().double()
+    same = (result == truth) | (result.isnan() & truth.isnan())
+    if bool(same.all()):
+        return 0.0
+    difference = (result - truth).abs().masked_fill(same, 0.0)
+    if not bool(difference.isfinite().all()):
+        return float("inf")
+    scale = truth[truth.isfinite()].abs().max().item()
+    return difference.max().item() / max(scale, torch.finfo(torch.float32).tiny)
+
+
+def _run(function: Function, inputs: Sequence[Any], grads: Sequence[Tensor] | None, dtype: torch.dtype | None):
+    """Outputs of the function, then gradients of its float inputs for the given gradients of its float outputs."""
+    cast = [x.detach().to(dtype or x.dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs]
+    leaves = [x.clone().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x for x in cast]
+    result = function(*leaves)
+    outputs = list(result) if isinstance(result, (tuple, list)) else [result]
+    differentiable = [y for y in outputs if y.requires_grad]
+    if grads is None:
+        generator = torch.Generator(device="cpu").manual_seed(0)
+        grads = [torch.randn(y.shape, generator=generator).to(y.dtype).to(y.device) for y in differentiable]
+    wanted = [x for x in leaves if isinstance(x, Tensor) and x.requires_grad]
+    found = torch.autograd.grad(
+        differentiable, wanted, [g.to(y.dtype) for g, y in zip(grads, differentiable, strict=True)], allow_unused=True
+    )
+    return outputs, list(found), grads
+
+
+def compare(
+    ours: Function, theirs: Function, inputs: Sequence[Any], names: Sequence[str] | None = None
+) -> list[Comparison]:
+    """Compare `ours(*inputs)` and its gradients with `theirs`, which must also run in float64.
+
+    inputs: tensors and whatever else the functions take; float tensors are made leaves that require gradients.
+    names: of the inputs, for the report.
+    """
+    names = names or [f"input {i}" for i in range(len(inputs))]
+    native, native_grads, grads = _run(theirs, inputs, None, None)
+    truth, true_grads, _ = _run(theirs, inputs, grads, torch.float64)
+    with poisoned():
+        mine, my_grads, _ = _run(ours, inputs, grads, None)
+    leaves = [name for name, x in zip(names, inputs, strict=True) if isinstance(x, Tensor) and x.is_floating_point()]
+    labels = [f"output {i}" for i in range(len(mine))] + [f"grad {name}" for name in leaves]
+    comparisons = []
+    for label, got, own, want in zip(labels, mine + my_grads, native + native_grads, truth + true_grads, strict=True):
+        if got is None or want is None:
+            comparisons.append(Comparison(label, 0.0 if got is want else float("inf"), 0.0, 0.0))
+        elif want.is_floating_point():
+            torch_error = relative_error(own, want)
+            tolerance = TOLERANCE[got.dtype] * torch.finfo(got.dtype).eps
+            comparisons.append(Comparison(label, relative_error(got, want), torch_error, torch_error + tolerance))
+        else:
+            equal = got.shape == own.shape and got.dtype == own.dtype and torch.equal(got, own)
+            comparisons.append(Comparison(label, 0.0 if equal else float("inf"), 0.0, 0.0))
+    return comparisons
+
+
+# --- the cases of the command ----------------------------------------------------------------------------------------
+
+Case = tuple[str, Function, Function, list[Any], list[str]]
+
+
+def _tensor(shape: Sequence[int], dtype: torch.dtype, layout: str, device: str) -> Tensor:
+    return torch.randn(shape).to(device, dtype).contiguous(memory_format=LAYOUTS[layout])
+
+
+POOLS = [  # shape, kernel, stride, padding, ceil_mode
+    ((2, 8, 8, 32), 2, 2, 0, False),
+    ((2, 3, 9, 15), 2, 2, 0, True),
+    ((1, 16, 12, 13), 3, 3, 1, False),
+    ((2, 5, 7, 8), (1, 2), (3, 2), (0, 1), False),
+    ((1, 1, 1, 1), 1, 1, 0, False),
+    ((0, 4, 6, 6), 2, 2, 0, False),
+]
+
+
+def _pool_cases(dtype: torch.dtype, layout: str, device: str) -> Iterator[Case]:
+    for shape, *geometry, ceil in POOLS:
+        x, label = _tensor(shape, dtype, layout, device), f"{shape} k{geometry[0]} s{geometry[1]} p{geometry[2]}"
+
+        def with_indices(x, f=functional.max_pool2d, g=tuple(geometry), c=ceil):
+            return f(x, *g, ceil_mode=c, return_indices=True)
+
+        def with_offsets(x, g=tuple(geometry), c=ceil):
+            y, offsets = functional.max_pool2d_with_offsets(x, *g, ceil_mode=c)
+            return y, functional.offsets_to_indices(offsets, *g, width=x.shape[-1])
+
+        def reference(x, f=with_indices):
+            return f(x, F.max_pool2d)
+
+        yield f"max_pool2d {label}", with_indices, reference, [x], ["input"]
+        yield f"max_pool2d_with_offsets {label}", with_offsets, reference, [x], ["input"]
+
+
+def _unpool_cases(dtype: torch.dtype, layout: str, device: str) -> Iterator[Case]:
+    for shape, *geometry, ceil in POOLS:
+        pooled, indices = F.max_pool2d(
+            torch.randn(shape, device=device), *geometry, ceil_mode=ceil, return_indices=True
+        )
+        x = _tensor(pooled.shape, dtype, layout, device)
+        indices = indices.contiguous(memory_format=LAYOUTS[layout])
+        size, label = shape[-2:], f"to {shape} k{geometry[0]} s{geometry[1]} p{geometry[2]}"
+
+        def ours(x, indices, g=tuple(geometry), s=size):
+            return functional.max_unpool2d(x, indices, *g, output_size=s)
+
+        def theirs(x, indices, g=tuple(geometry), s=size):
+            return F.max_unpool2d(x, indices, *g, output_size=s)
+
+        def with_offsets(x, indices, g=tuple(geometry), s=size):
+            offsets = functional.indices_to_offsets(indices, *g, width=s[-1])
+            return functional.max_unpool2d_with_offsets(x, offsets, *g, output_size=s)
+
+        yield f"max_unpool2d {label}", ours, theirs, [x, indices], ["input", "indices"]
+        yield f"max_unpool2d_with_offsets {label}", with_offsets, theirs, [x, indices], ["input", "indices"]
+    x = _tensor((2, 3, 4, 5), dtype, layout, device)
+    shuffled = torch.stack([torch.randperm(80)[:20] for _ in range(6)]).view(2, 3, 4, 5).to(device)
+    yield (
+        "max_unpool2d any indices",
+        lambda x, i: functional.max_unpool2d(x, i, 2),
+        lambda x, i: F.max_unpool2d(x, i, 2),
+        [x, shuffled.contiguous(memory_format=LAYOUTS[layout])],
+        ["input", "indices"],
+    )
+
+
+def _conv_transpose_cases(dtype: torch.dtype, layout: str, device: str) -> Iterator[Case]:
+    for shape, out_channels, kernel, stride, padding, output_padding in [
+        ((2, 16, 5, 6), 16, 2, 2, 0, 0),
+        ((1, 5, 7, 9), 3, 3, 2, 1, 1),
+        ((2, 8, 6, 5), 12, 3, 1, 1, 0),
+        ((1, 4, 3, 4), 4, (4, 5), (2, 3), (1, 0), 0),
+        ((1, 3, 1, 1), 7, 2, 3, 0, 1),
+    ]:
+        x = _tensor(shape, dtype, layout, device)
+        kh, kw = (kernel, kernel) if isinstance(kernel, int) else kernel
+        weight = _tensor((shape[1], out_channels, kh, kw), dtype, layout, device)
+        bias = torch.randn(out_channels).to(device, dtype)
+
+        def call(x, weight, bias, f=functional.conv_transpose2d, a=(stride, padding, output_padding)):
+            return f(x, weight, bias, *a)
+
+        def reference(x, weight, bias, f=call):
+            return f(x, weight, bias, F.conv_transpose2d)
+
+        label = f"conv_transpose2d {shape} to {out_channels} k{kernel} s{stride} p{padding} op{output_padding}"
+        yield label, call, reference, [x, weight, bias], ["input", "weight", "bias"]
+
+
+def _cross_entropy_cases(dtype: torch.dtype, layout: str, device: str) -> Iterator[Case]:
+    for shape, ignore, weighted, reduction in [
+        ((2, 11, 6, 8), 255, True, "mean"),
+        ((2, 19, 5, 7), -100, False, "mean"),
+        ((1, 21, 9, 4), 3, True, "sum"),
+        ((1, 150, 3, 5), 255, False, "none"),
+        ((2, 1, 4, 4), -100, False, "mean"),
+    ]:
+        x = _tensor(shape, dtype, layout, device)
+        target = torch.randint(0, shape[1], (shape[0], *shape[2:]), device=device)
+        target[torch.rand(target.shape, device=device) < 0.1] = ignore
+        weight = torch.rand(shape[1], device=device) + 0.5 if weighted else None
+
+        def ours(x, t, w=weight, i=ignore, r=reduction):
+            return functional.cross_entropy(x, t, w, ignore_index=i, reduction=r)
+
+        def theirs(x, t, w=weight, i=ignore, r=reduction):
+            return F.cross_entropy(x, t, None if w is None else w.to(x.dtype), ignore_index=i, reduction=r)
+
+        yield f"cross_entropy {shape} ignore {ignore} {reduction}", ours, theirs, [x, target], ["logits", "target"]
+
+
+FAMILIES: dict[str, Callable[[torch.dtype, str, str], Iterator[Case]]] = {
+    "max_pool2d": _pool_cases,
+    "max_unpool2d": _unpool_cases,
+    "conv_transpose2d": _conv_transpose_cases,
+    "cross_entropy": _cross_entropy_cases,
+}
+
+
+def verify(
+    families: Sequence[str], dtypes: Sequence[str], quick: bool, device: str, seed: int
+) -> Iterator[tuple[dict[str, str], list[Comparison]]]:
+    """Run the cases on the Triton kernels: (what was run, its comparisons). quick: the first two cases of each."""
+    for family, dtype, layout in itertools.product(families, dtypes, LAYOUTS):
+        torch.manual_seed(seed)
+        cases = FAMILIES[family](DTYPES[dtype], layout, device)
+        for label, ours, theirs, inputs, names in itertools.islice(cases, 2 if quick else None):
+            with dispatch.backend("triton"):
+                comparisons = compare(ours, theirs, inputs, names)
+            yield {"operator": family, "case": label, "dtype": dtype, "layout": layout}, comparisons
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Check every operator's Triton kernels against torch in float64, forward and backward: on the GPU if there is "
+        "one, else in Triton's interpreter on the CPU. Exit code 1 if anything fails."
+    )
+    parser.epilog = "examples:\n  fastseg verify --quick\n  fastseg verify --op max_unpool2d --dtype bfloat16 --json"
+    parser.add_argument("--op", action="append", choices=list(FAMILIES), help="only this operator (may be repeated)")
+    parser.add_argument("--dtype", action="append", choices=list(DTYPES), help="only this dtype (may be repeated)")
+    parser.add_argument("--quick", action="store_true", help="two cases of each operator, dtype and layout")
+    parser.add_argument("--seed", type=int, help="of the random inputs (default: a fresh one, printed)")
+    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
+
+
+def main(args: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.progress import track
+    from rich.table import Table
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are loaded, which is at their first use
+    seed = args.seed if args.seed is not None else torch.seed() % 2**31
+    where = torch.cuda.get_device_name() if device == "cuda" else "the CPU, kernels interpreted"
+    started, rows = time.perf_counter(), []
+    console = Console(stderr=args.json)
+    runs = verify(args.op or list(FAMILIES), args.dtype or list(DTYPES), args.quick, device, seed)
+    progress = Console(file=sys.stderr)
+    for what, comparisons in track(runs, "verifying", console=progress, transient=True, disable=not progress.is_terminal):
+        rows.append((what, comparisons))
+    failed = [(what, c) for what, comparisons in rows for c in comparisons if not c.passed]
+    if args.json:
+        cases = [{**what, "results": [asdict(c) | {"passed": c.passed} for c in cs]} for what, cs in rows]
+        print(json.dumps({"device": where, "seed": seed, "passed": not failed, "cases": cases}))
+        return 1 if failed else 0
+    table = Table(title=f"largest error against float64, on {where}, seed {seed}")
+    for column in ("operator", "dtype", "layout", "cases", "fastseg", "torch", ""):
+        table.add_column(column)
+    for key, group in itertools.groupby(rows, lambda row: (row[0]["operator"], row[0]["dtype"], row[0]["layout"])):
+        found = [comparisons for _, comparisons in group]
+        flat = [c for comparisons in found for c in comparisons]
+        table.add_row(
+            *key, str(len(found)), f"{max(c.error for c in flat):.1e}", f"{max(c.torch_error for c in flat):.1e}",
+            "ok" if all(c.passed for c in flat) else "[red]FAILED",
+        )  # fmt: skip
+    console.print(table)
+    for what, c in failed:
+        console.print(f"FAILED {what['case']} {what['dtype']} {what['layout']}: {c.tensor} is off by {c.error:.2e}, "
+                      f"allowed {c.allowed:.2e}", markup=False)  # fmt: skip
+    seconds = time.perf_counter() - started
+    console.print(f"{len(rows)} cases, {len(failed)} failed results, {seconds:.0f} s")
+    return 1 if failed else 0

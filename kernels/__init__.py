@@ -1,0 +1,22 @@
+"""Device code of fastseg, installed as ``fastseg.kernels``: one file per operator family, loaded at first use.
+
+A kernel file imports torch and triton alone. It holds the ``@triton.jit`` kernels and, beside each, the function that
+launches it on tensors that are already allocated: what is computed, in which layout, how many programs. What an
+operator means, its shapes, errors, gradients and fallbacks stand in ``fastseg/ops`` under the same name.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+if __name__ == "kernels":
+    raise ImportError("fastseg's device code is imported as fastseg.kernels: put the folder above on sys.path")
+
+FAMILIES = ("conv_transpose", "cross_entropy", "pool", "unpool", "windows")
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in FAMILIES:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,58 @@
+"""The one place where kernels are launched: the device guard, the grid, and a hook for the instruments."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+INTERPRETED: bool = triton.knobs.runtime.interpret
+INT32_MAX = 2**31 - 1
+
+Recorder = Callable[[Any, int, tuple[Any, ...], dict[str, Any]], None]
+_recorder: Recorder | None = None
+
+
+def launch(kernel: Any, programs: int, *args: Any, **meta: Any) -> None:
+    """Run `programs` programs of `kernel` on the device and stream of its first tensor.
+
+    Grids are one-dimensional: axis 0 alone goes past 65,535. A launch of no programs does nothing.
+    """
+    if programs == 0:
+        return
+    if _recorder is not None:
+        _recorder(kernel, programs, args, meta)
+        return
+    tensor = next(a for a in args if isinstance(a, Tensor))
+    with on_device_of(tensor):
+        kernel[(programs,)](*args, **meta)
+
+
+def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Makes the tensor's GPU the current one, since Triton launches on the current one whatever its arguments."""
+    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
+        return torch.cuda.device(tensor.device)
+    return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def recording(recorder: Recorder) -> Iterator[None]:
+    """Hand every launch to ``recorder(kernel, programs, args, meta)`` in place of running it."""
+    global _recorder
+    outer, _recorder = _recorder, recorder
+    try:
+        yield
+    finally:
+        _recorder = outer
+
+
+def vector_width(element_size: int, *lengths: int) -> int:
+    """Elements of one 16-byte access that divide every one of `lengths`: a power of two."""
+    width = 16 // element_size
+    while any(length % width for length in lengths):
+        width //= 2
+    return width

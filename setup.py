@@ -1,0 +1,41 @@
+"""Packaging of fastseg: the distribution is `fastseg-kernels`, the import is `fastseg`."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+DEMO = ["scikit-learn>=1.3", "matplotlib>=3.7", "pillow>=10.0"]
+
+setup(
+    name="fastseg-kernels",
+    version="0.1.0",
+    description="Fused Triton kernels for image segmentation in PyTorch",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    # Device code lives in the top-level kernels/ and installs as fastseg.kernels.
+    packages=[*find_packages(include=["fastseg", "fastseg.*"]), "fastseg.kernels"],
+    package_dir={"fastseg.kernels": "kernels"},
+    package_data={"fastseg": ["py.typed"]},
+    install_requires=[
+        "torch>=2.11,<2.14",
+        "triton>=3.6,<3.8; platform_system == 'Linux'",
+        "numpy>=1.26",
+        "rich>=13.0",
+    ],
+    extras_require={
+        "cuda12": ["cupy-cuda12x>=13.0"],
+        "cuda13": ["cupy-cuda13x>=14.0"],
+        "demo": DEMO,
+        "bench": ["pytest-benchmark>=4.0", "matplotlib>=3.7"],
+        "test": [*DEMO, "ruff>=0.17", "pytest>=8.0", "pytest-xdist>=3.5", "pytest-benchmark>=4.0"],
+    },
+    entry_points={"console_scripts": ["fastseg = fastseg.cli:main"]},
+    classifiers=[
+        "License :: OSI Approved :: Apache Software License",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Image Processing",
+    ],
+)

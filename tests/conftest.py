@@ -1,0 +1,64 @@
+"""Kernels run interpreted on a machine without a GPU; every test prints the seed it drew."""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
+
+import pytest
+
+import fastseg
+from fastseg import verify
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def seed(request):
+    """A fresh seed for each test; FASTSEG_TEST_SEED repeats one."""
+    value = int(os.environ.get("FASTSEG_TEST_SEED", torch.seed() % 2**31))
+    torch.manual_seed(value)
+    print(f"seed: FASTSEG_TEST_SEED={value}")
+    return value
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The suite runs one process a core."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def triton_backend():
+    with fastseg.backend("triton"):
+        yield
+
+
+@pytest.fixture
+def poison():
+    """New tensors are full of NaN, and non-deterministic operators raise."""
+    with verify.poisoned():
+        yield
+
+
+@pytest.fixture
+def assert_right():
+    """assert_right(ours, theirs, inputs): error against float64 no more than torch's own plus a tolerance."""
+
+    def check(ours, theirs, inputs, names=None):
+        for c in verify.compare(ours, theirs, inputs, names):
+            assert c.passed, f"{c.tensor}: error {c.error:.3e}, torch's {c.torch_error:.3e}, allowed {c.allowed:.3e}"
+
+    return check

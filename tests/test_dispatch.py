@@ -1,0 +1,96 @@
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fastseg
+from fastseg import dispatch
+from fastseg import functional as FS
+
+
+def python(code, **environment):
+    """Run code in a fresh process; (exit code, output)."""
+    env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FASTSEG_BACKEND")} | environment
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    return run.returncode, run.stdout + run.stderr
+
+
+def test_the_setting_is_put_back():
+    assert fastseg.get_backend() == "auto"
+    with pytest.raises(KeyError), fastseg.backend("torch"):
+        with fastseg.backend("triton"):
+            assert fastseg.get_backend() == "triton"
+        assert fastseg.get_backend() == "torch"
+        raise KeyError
+    assert fastseg.get_backend() == "auto"
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match="'cudnn'.*'auto'"):
+        fastseg.set_backend("cudnn")
+    code, output = python("import fastseg", FASTSEG_BACKEND="fast")
+    assert code != 0 and "FASTSEG_BACKEND is 'fast'" in output
+
+
+def test_the_environment_sets_the_backend():
+    assert python("import fastseg; print(fastseg.get_backend())", FASTSEG_BACKEND="torch") == (0, "torch\n")
+
+
+def test_triton_on_a_cpu_tensor_says_what_it_needs():
+    code, output = python(
+        "import torch, fastseg; fastseg.set_backend('triton');"
+        "fastseg.functional.max_pool2d(torch.zeros(1, 1, 4, 4), 2)"
+    )
+    assert code != 0 and "RuntimeError" in output and "TRITON_INTERPRET=1" in output
+
+
+def test_works_without_triton_and_cupy():
+    code, output = python(
+        "import sys; sys.modules['triton'] = None; sys.modules['cupy'] = None\n"
+        "import torch, fastseg\n"
+        "print(fastseg.functional.max_pool2d(torch.ones(1, 1, 4, 4), 2).sum().item())\n"
+        "fastseg.set_backend('triton')\n"
+        "try: fastseg.functional.max_pool2d(torch.ones(1, 1, 4, 4), 2)\n"
+        "except RuntimeError as error: print(error)"
+    )
+    assert code == 0 and output.startswith("4.0\n") and "triton, which is not installed" in output
+
+
+def test_explain_names_each_operator_and_computes_nothing():
+    x = torch.zeros(1, 4, 8, 8, requires_grad=True)
+
+    def step(x):
+        y, indices = FS.max_pool2d(x, 2, return_indices=True)
+        return FS.max_unpool2d(y, indices, 2)
+
+    assert [(c.operator, c.backend) for c in fastseg.explain(step, x)] == [
+        ("max_pool2d", "torch"),
+        ("max_unpool2d", "torch"),
+    ]
+    with fastseg.backend("triton"):
+        assert {c.backend for c in fastseg.explain(step, x)} == {"triton"}
+
+
+@pytest.mark.parametrize(
+    "device, uncovered, slower, backend, reason",
+    [
+        ("cuda", None, None, "triton", "covered"),
+        ("cuda", "dilation 2", None, "torch", "dilation 2"),
+        ("cuda", None, "cuDNN is faster", "torch", "cuDNN"),
+        ("cpu", None, None, "torch", "CPU"),
+        ("mps", None, None, "torch", "mps"),
+    ],
+)
+def test_auto(device, uncovered, slower, backend, reason):
+    choice = dispatch._decide("op", device, uncovered, slower)
+    assert choice.backend == backend and reason in choice.reason
+
+
+def test_triton_overrules_slower_but_not_uncovered(triton_backend):
+    assert dispatch._decide("op", "cuda", None, "cuDNN is faster").backend == "triton"
+    with pytest.raises(NotImplementedError, match="op: .*dilation 2"):
+        dispatch._decide("op", "cuda", "dilation 2", None)
+    with pytest.raises(RuntimeError, match="mps"):
+        dispatch._decide("op", "mps", None, None)
