@@ -284,7 +284,7 @@ def read_mask(path: str | Path, num_classes: int, ignore_index: int) -> Image:
     for label in np.flatnonzero(mask.histogram()):
         if label >= num_classes and label != ignore_index:
             raise ValueError(
-                f"{path} holds the label {label}: labels must be 0 to {num_classes - 1}, or {ignore_index} to be ignored"
+                f"{path} holds the label {label}: labels must be 0 to {num_classes - 1}, or {ignore_index} (ignored)"
             )
     return mask
 

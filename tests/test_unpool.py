@@ -59,7 +59,7 @@ def test_indices_that_no_pool_made(repeated, layout, device, triton_backend):
     assert torch.equal(y, again)
 
 
-@pytest.mark.parametrize("output_size", [(9, 10), (2, 3, 9, 10), (3, 9, 10), [7, 9], (7, 8), None])
+@pytest.mark.parametrize("output_size", [(9, 10), (2, 3, 9, 10), [7, 9], (7, 8), (9,), None])
 @pytest.mark.parametrize("kernel, stride", [(2, 2), (3, 2), (2, 3)])
 def test_output_size(output_size, kernel, stride, device):
     x = torch.randn(2, 3, 4, 4, device=device)
@@ -76,6 +76,12 @@ def test_output_size(output_size, kernel, stride, device):
     if isinstance(theirs, torch.Tensor) and kernel <= stride:
         with fastseg.backend("triton"):
             assert torch.equal(outcome(FS.max_unpool2d), theirs)
+
+
+def test_output_size_of_an_unbatched_map(device):
+    """torch refuses three entries, which a (C, H, W) map has; their last two say it all."""
+    x, index = torch.randn(3, 4, 4, device=device), torch.arange(16, device=device).view(1, 4, 4).repeat(3, 1, 1)
+    assert torch.equal(FS.max_unpool2d(x, index, 2, output_size=(3, 9, 7)), F.max_unpool2d(x, index, 2, None, 0, (9, 7)))
 
 
 @pytest.mark.parametrize("backend", ["auto", "triton"])
@@ -144,9 +150,9 @@ def test_opcheck(kind, layout, backend, device):
 
 
 def test_gradients(device):
-    x, indices = pooled_from((1, 2, 6, 8), (3, 2, 1), False, torch.float64, LAYOUTS[0], device)
+    x, indices = pooled_from((1, 2, 6, 8), (2, 3, 1), False, torch.float64, LAYOUTS[0], device)
     x.requires_grad_()
-    unpooled = lambda x: unpool.MaxUnpool2dFunction.apply(x, indices, [3, 3], [2, 2], [1, 1], [6, 8])  # noqa: E731
+    unpooled = lambda x: unpool.MaxUnpool2dFunction.apply(x, indices, [2, 2], [3, 3], [1, 1], [6, 8])  # noqa: E731
     with fastseg.backend("torch"):
         assert torch.autograd.gradcheck(unpooled, x)
         assert torch.autograd.gradgradcheck(unpooled, x)
@@ -192,7 +198,7 @@ def bad_calls():
 
 
 @pytest.mark.parametrize("backend", ["auto", "triton"])
-@pytest.mark.parametrize("name, arguments, keywords", bad_calls())
+@pytest.mark.parametrize("name, arguments, keywords", list(bad_calls()))
 def test_bad_arguments_raise_what_torch_raises(name, arguments, keywords, backend):
     with pytest.raises(Exception) as theirs:
         F.max_unpool2d(*arguments, **keywords)

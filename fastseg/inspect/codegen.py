@@ -1,0 +1,167 @@
+"""What kernels compile to on a GPU that need not be here: registers, spills, access widths, tensor-core use.
+
+Launches are recorded on tensors without data, so that each kernel is compiled just as it would be launched: argument
+types, divisibility by 16, compile-time constants, warps and stages.
+"""
+
+from __future__ import annotations
+
+import collections
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from ..kernels import launch
+
+POINTERS = {
+    torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64",
+    torch.uint8: "*u8", torch.int16: "*i16", torch.int32: "*i32", torch.int64: "*i64",
+}  # fmt: skip
+OPTIONS = ("num_warps", "num_stages", "num_ctas", "debug", "sanitize_overflow")
+REGISTERS_PER_SM, WARPS_PER_SM = 65536, 64
+SHARED_PER_SM = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One recorded launch: enough to compile its kernel."""
+
+    kernel: Any
+    programs: int
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    divisible: tuple[int, ...]
+    options: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return self.kernel.__name__
+
+
+def record(function: Callable[[], Any]) -> list[Launch]:
+    """The launches that `function` would make; none is run, so its tensors may be on the meta device."""
+    launches: list[Launch] = []
+
+    def note(kernel: Any, programs: int, args: tuple[Any, ...], meta: dict[str, Any]) -> None:
+        options = {name: meta[name] for name in OPTIONS if name in meta}
+        constants = {name: value for name, value in meta.items() if name not in OPTIONS}
+        signature, divisible = {}, []
+        for position, name in enumerate(kernel.arg_names):
+            if name in constants:
+                signature[name] = "constexpr"
+                continue
+            value = args[position]
+            if isinstance(value, Tensor):
+                signature[name] = POINTERS[value.dtype]
+                divisible.append(position)
+            elif isinstance(value, float):
+                signature[name] = "fp32"
+            elif value is None or value == 1:  # as triton specialises
+                signature[name], constants[name] = "constexpr", value
+            else:
+                signature[name] = "i32" if value <= launch.INT32_MAX else "i64"
+                if value % 16 == 0:
+                    divisible.append(position)
+        launches.append(Launch(kernel, programs, signature, constants, tuple(divisible), options))
+
+    with launch.recording(note):
+        function()
+    return launches
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A kernel compiled for one NVIDIA architecture, and what its machine code says."""
+
+    name: str
+    capability: int
+    ptx: str
+    cubin: bytes
+    warps: int
+
+    @cached_property
+    def sass(self) -> str:
+        return self._cuobjdump("--dump-sass")
+
+    @cached_property
+    def resources(self) -> dict[str, int]:
+        """REG (registers a thread), STACK (spilled bytes a thread), SHARED (static bytes a block)."""
+        last = self._cuobjdump("--dump-resource-usage").strip().splitlines()[-1]
+        return {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", last)}
+
+    @cached_property
+    def instructions(self) -> collections.Counter[str]:
+        return collections.Counter(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+\s+)?([A-Z][\w.]*)", self.sass, re.M))
+
+    @property
+    def spills(self) -> int:
+        """Bytes of stack a thread, and loads or stores to it."""
+        return self.resources["STACK"] + sum(n for op, n in self.instructions.items() if op.startswith(("LDL", "STL")))
+
+    def widths(self, kind: str) -> dict[int, int]:
+        """Bytes of one access: number of instructions, for kind "LDG" (loads, asynchronous copies too) or "STG"."""
+        found: collections.Counter[int] = collections.Counter()
+        for op, count in self.instructions.items():
+            if op.startswith(("LDG", "LDGSTS") if kind == "LDG" else "STG"):
+                bits = re.search(r"\.(?:U|S)?(8|16|64|128|256)(?:\.|$)", op)
+                found[int(bits[1]) // 8 if bits else 4] += count
+        return dict(sorted(found.items()))
+
+    def count(self, *prefixes: str) -> int:
+        """Instructions whose names start so."""
+        return sum(n for op, n in self.instructions.items() if op.startswith(prefixes))
+
+    @property
+    def occupancy(self) -> float:
+        """Share of an SM's warps that registers and shared memory let reside."""
+        registers = -(-self.resources["REG"] // 8) * 8 * 32 * self.warps
+        blocks = min(REGISTERS_PER_SM // registers, WARPS_PER_SM // self.warps)
+        if self.shared:
+            blocks = min(blocks, SHARED_PER_SM[self.capability] // (self.shared + 1024))
+        return blocks * self.warps / WARPS_PER_SM
+
+    shared: int = 0
+
+    def _cuobjdump(self, flag: str) -> str:
+        tool = Path(triton.__path__[0]) / "backends" / "nvidia" / "bin" / "cuobjdump"
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(self.cubin)
+            file.flush()
+            return subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def _source(recorded: Launch) -> ASTSource:
+    attributes = {(position,): [["tt.divisibility", 16]] for position in recorded.divisible}
+    return ASTSource(
+        recorded.kernel, signature=recorded.signature, constexprs=recorded.constants, attrs=attributes
+    )
+
+
+def compile_for(recorded: Launch, capability: int) -> Compiled:
+    """Compile for sm_<capability>. Raises RuntimeError where kernels are interpreted and cannot be compiled."""
+    if launch.INTERPRETED:
+        raise RuntimeError("kernels cannot be compiled in a process where TRITON_INTERPRET=1")
+    built = triton.compile(_source(recorded), target=GPUTarget("cuda", capability, 32), options=recorded.options)
+    return Compiled(
+        recorded.name, capability, built.asm["ptx"], built.asm["cubin"], built.metadata.num_warps, built.metadata.shared
+    )
+
+
+def compile_for_amd(recorded: Launch, target: str = "gfx942") -> str | None:
+    """Compile for an AMD GPU: None if that works, else the reason why not in one line."""
+    try:
+        triton.compile(_source(recorded), target=GPUTarget("hip", target, 64), options=recorded.options)
+    except Exception as error:  # whatever a compiler that is not ours may raise is what is reported
+        return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return None

@@ -1,0 +1,101 @@
+"""Bytes that kernels move, counted exactly in Triton's interpreter on any machine.
+
+Each load, store and atomic of each program is seen with its addresses and mask; loads through tensor descriptors and
+scalar loads are loads like any others to the interpreter. *Requested* bytes are what the programs ask of the caches;
+*sectors* are the distinct 32-byte sectors a kernel touches in one launch, which is what device memory would serve to
+a perfect cache. Reading and writing one sector counts twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ..kernels import launch
+
+SECTOR = 32
+ACCESSES = ("load", "store", "atomic")
+
+
+@dataclass
+class KernelTraffic:
+    """What one launch of a kernel moved, in bytes."""
+
+    kernel: str
+    programs: int
+    requested: dict[str, int] = field(default_factory=lambda: dict.fromkeys(ACCESSES, 0))
+    touched: dict[str, list[np.ndarray]] = field(default_factory=lambda: {access: [] for access in ACCESSES})
+
+    def sectors(self, access: str | None = None) -> int:
+        """Bytes of the distinct sectors touched by one kind of access, or by all kinds."""
+        if access is None:
+            return sum(map(self.sectors, ACCESSES))
+        found = self.touched[access]
+        return SECTOR * len(np.unique(np.concatenate(found))) if found else 0
+
+    def count(self, access: str, pointers: Any, mask: Any) -> None:
+        live = pointers.data[np.broadcast_to(mask.data.astype(bool), pointers.data.shape)].ravel()
+        size = max(pointers.get_element_ty().primitive_bitwidth // 8, 1)
+        self.requested[access] += live.size * size
+        self.touched[access].append(np.unique(live.astype(np.int64) // SECTOR))
+
+
+def measure(function: Callable[[], Any]) -> tuple[Any, list[KernelTraffic]]:
+    """Run `function`, whose kernels must run interpreted: its result, and the traffic of each launch in order.
+
+    Raises RuntimeError where kernels would not be interpreted.
+    """
+    if not launch.INTERPRETED:
+        raise RuntimeError("traffic is counted in Triton's interpreter: set TRITON_INTERPRET=1 before triton is imported")
+    launches: list[KernelTraffic] = []
+
+    def run(kernel: Any, programs: int, args: tuple[Any, ...], meta: dict[str, Any]) -> None:
+        launches.append(KernelTraffic(kernel.__name__, programs))
+        with _metered(launches[-1]):
+            kernel[(programs,)](*args, **meta)
+
+    with launch.recording(run):
+        return function(), launches
+
+
+@contextlib.contextmanager
+def _metered(traffic: KernelTraffic) -> Iterator[None]:
+    """Count the interpreter's memory accesses while this stands."""
+    from triton.runtime.interpreter import InterpreterBuilder as Builder
+
+    names = ("create_masked_load", "create_masked_store", "create_atomic_rmw", "create_atomic_cas")
+    load, store, rmw, cas = originals = [getattr(Builder, name) for name in names]
+
+    def masked_load(self: Any, pointers: Any, mask: Any, *rest: Any, **named: Any) -> Any:
+        traffic.count("load", pointers, mask)
+        return load(self, pointers, mask, *rest, **named)
+
+    def masked_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any, **named: Any) -> Any:
+        traffic.count("store", pointers, mask)
+        return store(self, pointers, value, mask, *rest, **named)
+
+    def atomic_rmw(self: Any, op: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        traffic.count("atomic", pointers, mask)
+        return rmw(self, op, pointers, value, mask, *rest)
+
+    def atomic_cas(self: Any, pointers: Any, *rest: Any) -> Any:
+        traffic.count("atomic", pointers, _All)
+        return cas(self, pointers, *rest)
+
+    for name, replacement in zip(names, (masked_load, masked_store, atomic_rmw, atomic_cas), strict=True):
+        setattr(Builder, name, replacement)
+    try:
+        yield
+    finally:
+        for name, original in zip(names, originals, strict=True):
+            setattr(Builder, name, original)
+
+
+class _All:
+    """The mask of an access that has none."""
+
+    data = np.ones(1, dtype=bool)

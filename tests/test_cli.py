@@ -1,0 +1,65 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+from fastseg import cli
+
+
+def fastseg(*arguments):
+    run = subprocess.run([sys.executable, "-m", "fastseg.cli", *arguments], capture_output=True, text=True)
+    return run.returncode, run.stdout, run.stderr
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_command_has_help_with_an_example(command, capsys):
+    with pytest.raises(SystemExit) as exit:
+        cli.main([command, "--help"])
+    text = capsys.readouterr().out
+    assert exit.value.code == 0 and f"fastseg {command}" in text.partition("example")[2]
+
+
+def test_no_command_prints_help_and_fails(capsys):
+    assert cli.main([]) == 2
+    assert "doctor" in capsys.readouterr().out
+
+
+def test_bad_input_is_one_sentence_and_exit_code_2(tmp_path):
+    missing = str(tmp_path / "nothing.pt")
+    code, out, err = fastseg("segment", "picture.png", "--checkpoint", missing)
+    assert code == 2 and out == "" and missing in err and "Traceback" not in err and len(err.splitlines()) == 1
+    code, _, err = fastseg("segment", "picture.png", "--checkpoint", missing, "--debug")
+    assert code != 0 and "Traceback" in err
+
+
+def test_doctor(capsys):
+    assert cli.main(["doctor", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["packages"]["torch"] and facts["backend setting"] == "auto"
+    assert cli.main(["doctor"]) == 0
+    assert facts["packages"]["torch"] in capsys.readouterr().out
+
+
+def test_bench_prints_every_operator(capsys, monkeypatch):
+    from fastseg import bench
+    from fastseg.bench import timing
+
+    monkeypatch.setattr(bench, "measure", lambda function, device: timing.measure(function, device, seconds=0))
+    assert cli.main(["bench", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert {row["operator"] for row in rows} >= {"max_pool2d", "max_unpool2d", "conv_transpose2d", "cross_entropy"}
+    for row in rows:
+        assert row["right"] and 0 < row["torch"]["p20"] <= row["torch"]["p50"] <= row["torch"]["p80"]
+
+
+def test_bench_gives_a_wrong_operator_no_time(capsys, monkeypatch):
+    from fastseg import bench
+    from fastseg.bench.cases import Case
+
+    import torch
+
+    wrong = Case("neg", "4", lambda x: x, lambda x: -x, (torch.ones(4),))
+    monkeypatch.setattr(bench, "cases", lambda *a: iter([wrong]))
+    assert cli.main(["bench"]) == 1
+    assert "WRONG RESULT" in capsys.readouterr().out

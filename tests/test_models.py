@@ -1,0 +1,275 @@
+"""The networks against the same networks written from torch's own layers."""
+
+import pytest
+import torch
+from torch import nn
+
+import fastseg
+from fastseg import models
+from fastseg.verify import relative_error
+
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
+ODD = (45, 61)  # 23x31, 12x16, 6x8, 3x4, 2x2 after the pools
+
+
+# --- the same networks, from torch's layers alone --------------------------------------------------------------------
+
+
+def conv(i, o, k=3, pad=1):
+    return nn.Sequential(nn.Conv2d(i, o, k, padding=pad), nn.BatchNorm2d(o, eps=1e-9), nn.ReLU())
+
+
+def deconv(i, o, k=3, pad=1):
+    return nn.Sequential(nn.ConvTranspose2d(i, o, k, padding=pad), nn.BatchNorm2d(o, eps=1e-9), nn.ReLU())
+
+
+def linear(i, o):
+    return nn.Sequential(nn.Conv2d(i, o, 7, padding=3), nn.BatchNorm2d(o, eps=1e-9))
+
+
+class Plain(nn.Module):
+    """Encoder, what lies at the bottom, decoder, classifier: torch's pooling with indices and its unpooling."""
+
+    def __init__(self, encoder, decoder, classifier, norm=None, **bottom):
+        super().__init__()
+        self.norm = norm or nn.Identity()
+        self.encoder = nn.ModuleList(nn.Sequential(*stage) for stage in encoder)
+        self.decoder = nn.ModuleList(nn.Sequential(*stage) for stage in decoder)
+        self.classifier = classifier
+        self.bottom = list(bottom)
+        for name, layer in bottom.items():
+            self.add_module(name, layer)
+        self.pool = nn.MaxPool2d(2, 2, return_indices=True, ceil_mode=True)
+        self.unpool = nn.MaxUnpool2d(2, 2)
+
+    def forward(self, x):
+        x, trail = self.norm(x), []
+        for stage in self.encoder:
+            full = stage(x)
+            x, indices = self.pool(full)
+            trail.append((indices, full.size()))
+        for name in self.bottom:
+            x = self.get_submodule(name)(x)
+        for stage, (indices, size) in zip(self.decoder, reversed(trail), strict=True):
+            x = stage(self.unpool(x, indices, output_size=size))
+        return self.classifier(x)
+
+
+def plain_segnet():
+    """SegNet with an eighth of the channels."""
+    encoder = [
+        [conv(3, 8), conv(8, 8)],
+        [conv(8, 16), conv(16, 16)],
+        [conv(16, 32), conv(32, 32), conv(32, 32)],
+        [conv(32, 64), conv(64, 64), conv(64, 64)],
+        [conv(64, 64), conv(64, 64), conv(64, 64)],
+    ]
+    decoder = [
+        [conv(64, 64), conv(64, 64), conv(64, 64)],
+        [conv(64, 64), conv(64, 64), conv(64, 32)],
+        [conv(32, 32), conv(32, 32), conv(32, 16)],
+        [conv(16, 16), conv(16, 8)],
+        [conv(8, 8)],
+    ]
+    return Plain(encoder, decoder, nn.Conv2d(8, 11, 3, padding=1))
+
+
+def plain_segnet_basic():
+    """SegNet-Basic with an eighth of the channels."""
+    encoder = [[conv(3, 8, 7, 3)], [conv(8, 8, 7, 3)], [conv(8, 8, 7, 3)], [conv(8, 8, 7, 3)]]
+    decoder = [[linear(8, 8)] for _ in range(4)]
+    return Plain(encoder, decoder, nn.Conv2d(8, 11, 1), norm=nn.LocalResponseNorm(5, 1e-4, 0.75))
+
+
+def plain_deconvnet():
+    """DeconvNet with 8 channels wherever it has 64 to 512, and 40 for 4096."""
+    encoder = [[conv(3, 8), conv(8, 8)], [conv(8, 8), conv(8, 8)], *([conv(8, 8) for _ in range(3)] for _ in range(3))]
+    decoder = [[deconv(8, 8) for _ in range(count)] for count in (3, 3, 3, 2, 2)]
+    bottom = {"fc6": conv(8, 40, 7, 0), "fc7": conv(40, 40, 1, 0), "fc6_deconv": deconv(40, 8, 7, 0)}
+    return Plain(encoder, decoder, nn.Conv2d(8, 21, 1), **bottom)
+
+
+def shuffle_state(model):
+    """Parameters and statistics away from where they start, each layer's output of ordinary size."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor in (module.weight, module.running_var):
+                nn.init.uniform_(tensor, 0.5, 1.5)
+            for tensor in (module.bias, module.running_mean):
+                nn.init.normal_(tensor, std=0.2)
+        elif isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+            fan_in = module.weight[0].numel() / module.weight.shape[1] * module.in_channels
+            nn.init.normal_(module.weight, std=(2 / fan_in) ** 0.5)
+            nn.init.normal_(module.bias, std=0.2)
+
+
+def pair(ours, theirs, device, layout, training):
+    shuffle_state(theirs)
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    return [model.to(device, memory_format=layout).train(training) for model in (ours, theirs)]
+
+
+def results(model, x, upstream):
+    """Output, gradients of the input and of all parameters, running statistics after the step, by name."""
+    x = x.clone(memory_format=torch.preserve_format).requires_grad_()
+    y = model(x)
+    y.backward(upstream)
+    found = {"output": y.detach(), "grad input": x.grad}
+    found |= {f"grad {name}": p.grad for name, p in model.named_parameters()}
+    return found | dict(model.named_buffers())
+
+
+def assert_same(ours, theirs, x, backend, allowed):
+    """Every result of `ours` under the backend within `allowed` of the other's, relative to its largest entry."""
+    upstream = torch.randn(len(x), theirs.classifier.out_channels, *x.shape[-2:], device=x.device)
+    with fastseg.backend(backend), torch.backends.cudnn.flags(deterministic=True, allow_tf32=False):
+        want, got = results(theirs, x, upstream), results(ours, x, upstream)
+    assert got.keys() == want.keys()
+    for name in want:
+        assert relative_error(got[name], want[name]) <= allowed, name
+    return got["output"]
+
+
+# --- outputs and gradients -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch", "triton"])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("model", "plain"), [(models.SegNet, plain_segnet), (models.SegNetBasic, plain_segnet_basic)])
+def test_segnets(device, backend, training, layout, model, plain):
+    ours, theirs = pair(model(width=0.125), plain(), device, layout, training)
+    x = torch.randn(2, 3, *ODD, device=device).contiguous(memory_format=layout)
+    # Pooling rounds nothing, so that every bit is torch's where its convolutions and BN sum in the same order.
+    exact = device == "cpu" and layout == torch.contiguous_format
+    output = assert_same(ours, theirs, x, backend, allowed=0.0 if exact else 1e-3)
+    assert output.shape == (2, 11, *ODD)
+    assert output.is_contiguous(memory_format=layout)
+
+
+@pytest.mark.parametrize(("backend", "training"), [("auto", True), ("torch", False), ("triton", False)])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_deconvnet(device, backend, training, layout):
+    batch, size = (2, (200, 257)) if training else (1, (193, 195))
+    ours, theirs = pair(models.DeconvNet(width=0.01), plain_deconvnet(), device, layout, training)
+    x = torch.randn(batch, 3, *size, device=device).contiguous(memory_format=layout)
+    exact = device == "cpu" and layout == torch.contiguous_format and backend != "triton"
+    output = assert_same(ours, theirs, x, backend, allowed=0.0 if exact else 1e-3)
+    assert output.shape == (batch, 21, *size)
+    assert output.is_contiguous(memory_format=layout)
+
+
+# --- the authors' numbers --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "classes", "millions"),
+    [("segnet", 11, "29.449"), ("segnet-basic", 11, "1.417"), ("deconvnet", 21, "251.806")],
+)
+def test_parameter_counts(name, classes, millions):
+    with torch.device("meta"):
+        model = models.MODELS[name]()
+    assert f"{sum(p.numel() for p in model.parameters()) / 1e6:.3f}" == millions
+    assert model.classifier.out_channels == classes
+
+
+def map_sizes(model, size):
+    """Sizes of the map that each encoder and decoder stage gives."""
+    found = []
+    for stage in [*model.encoder, *model.decoder]:
+        stage.register_forward_hook(lambda _, __, y: found.append(tuple(y.shape[-2:])))
+    model.to("meta").eval()(torch.empty(1, 3, *size, device="meta"))
+    return found
+
+
+def test_segnet_sizes():
+    sizes = [(360, 480), (180, 240), (90, 120), (45, 60), (23, 30)]
+    assert map_sizes(models.SegNet(width=0.125), (360, 480)) == sizes + sizes[::-1]
+
+
+def test_deconvnet_sizes():
+    sizes = [(224, 224), (112, 112), (56, 56), (28, 28), (14, 14)]
+    assert map_sizes(models.DeconvNet(width=0.01), (224, 224)) == sizes + sizes[::-1]
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+def test_initial_state(name):
+    model = models.MODELS[name](width=0.25)
+    for path, module in model.named_modules():
+        if isinstance(module, nn.BatchNorm2d):
+            assert module.eps == 1e-9
+            assert (module.weight == 1).all() and (module.bias == 0.001).all()
+        elif isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+            gaussian = isinstance(module, nn.ConvTranspose2d) or (name, path) == ("deconvnet", "classifier")
+            std = 0.01 if gaussian else (2 / (module.in_channels * module.weight[0, 0].numel())) ** 0.5
+            assert abs(module.weight.std() / std - 1) < 6 / module.weight.numel() ** 0.5
+            assert (module.bias == 0).all()
+
+
+def test_segnet_basic_decoder_has_no_relu():
+    model = models.SegNetBasic(width=0.125)
+    assert [type(layer) for layer in model.decoder[0][0]] == [nn.Conv2d, nn.BatchNorm2d]
+    assert [type(layer) for layer in model.encoder[0][0]] == [nn.Conv2d, nn.BatchNorm2d, nn.ReLU]
+
+
+# --- arguments -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+def test_arguments(name):
+    model = models.MODELS[name](num_classes=5, in_channels=4, width=0.02, bn_eps=1e-5).eval()
+    assert {m.eps for m in model.modules() if isinstance(m, nn.BatchNorm2d)} == {1e-5}
+    widths = {m.num_features for m in model.modules() if isinstance(m, nn.BatchNorm2d)}
+    assert widths == {"segnet": {8}, "segnet-basic": {8}, "deconvnet": {8, 80}}[name]
+    assert model(torch.zeros(1, 4, 193, 193)).shape == (1, 5, 193, 193)
+
+
+def test_deconvnet_names_the_size_it_needs():
+    model = models.DeconvNet(width=0.01)
+    with pytest.raises(ValueError, match=r"193x193.*192x300"):
+        model(torch.zeros(1, 3, 192, 300))
+
+
+def test_one_pixel(device):
+    model = models.SegNet(width=0.125).to(device).eval()
+    assert model(torch.randn(2, 3, 1, 1, device=device)).shape == (2, 11, 1, 1)
+
+
+# --- compilers -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_compiles_whole(device, backend):
+    model = models.SegNet(width=0.125).to(device)
+    x, upstream = torch.randn(2, 3, *ODD, device=device), torch.randn(2, 11, *ODD, device=device)
+    start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with fastseg.backend(backend):
+        want = {name: tensor.clone() for name, tensor in results(model, x, upstream).items()}
+        model.load_state_dict(start)
+        model.zero_grad()
+        torch._dynamo.reset()
+        model.compile(fullgraph=True, backend="aot_eager")
+        got = results(model, x, upstream)
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_exports_its_operators(device, training):
+    model = models.SegNet(width=0.125).to(device).train(training)
+    x = torch.randn(2, 3, *ODD, device=device)
+    program = torch.export.export(model, (x,))
+    targets = [node.target for node in program.graph.nodes]
+    assert targets.count(torch.ops.fastseg.max_pool2d.default) == 5
+    assert targets.count(torch.ops.fastseg.max_unpool2d.default) == 5
+    for backend in ("auto", "triton"):  # chosen when the program runs, not when it is exported
+        with fastseg.backend(backend):
+            torch.testing.assert_close(program.module()(x), model(x))
+
+
+def test_exports_any_batch(device):
+    model = models.SegNetBasic(width=0.125).to(device).eval()
+    program = torch.export.export(
+        model, (torch.randn(2, 3, *ODD, device=device),), dynamic_shapes=({0: torch.export.Dim("batch")},)
+    )
+    x = torch.randn(5, 3, *ODD, device=device)
+    torch.testing.assert_close(program.module()(x), model(x))

@@ -1,0 +1,313 @@
+"""fastseg.swap: fused layers into a model that exists, and out again."""
+
+import copy
+import io
+import json
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import fastseg
+from fastseg.verify import relative_error
+
+FUSED = {
+    nn.MaxPool2d: fastseg.nn.MaxPool2d,
+    nn.MaxUnpool2d: fastseg.nn.MaxUnpool2d,
+    nn.ConvTranspose2d: fastseg.nn.ConvTranspose2d,
+    nn.CrossEntropyLoss: fastseg.nn.CrossEntropyLoss,
+}
+
+
+class Net(nn.Module):
+    """A small network with each of the layers, and its loss."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+        self.pool = nn.MaxPool2d(2, return_indices=True, ceil_mode=True)
+        self.unpool = nn.MaxUnpool2d(2)
+        self.up = nn.ConvTranspose2d(4, 5, 2, 2)
+        self.loss = nn.CrossEntropyLoss(ignore_index=3)
+
+    def forward(self, x, target):
+        y = self.conv(x)
+        pooled, indices = self.pool(y)
+        return self.loss(self.up(self.unpool(pooled, indices, output_size=y.size())), target)
+
+
+@pytest.fixture
+def net(device):
+    return Net().to(device)
+
+
+@pytest.fixture
+def batch(device):
+    return torch.randn(2, 3, 7, 9, device=device), torch.randint(0, 5, (2, 14, 18), device=device)
+
+
+def gradients(net, batch):
+    net.zero_grad()
+    loss = net(*batch)
+    loss.backward()
+    return [loss.detach(), *(p.grad.clone() for p in net.parameters())]
+
+
+def kinds(model):
+    return [type(module) for module in model.modules()]
+
+
+def reasons(report):
+    return {name: layer.reason for layer in report.left for name in layer.names}
+
+
+# --- in and out ------------------------------------------------------------------------------------------------------
+
+
+def test_swaps_the_four_layers_in_place(net):
+    modules, parameters = list(net.modules()), list(net.parameters())
+    before, state = kinds(net), net.state_dict()
+    report = fastseg.swap(net)
+    assert kinds(net) == [FUSED.get(kind, kind) for kind in before]
+    assert len(report.swapped) == 4 and not report.left
+    assert all(a is b for a, b in zip(net.modules(), modules, strict=True))
+    assert all(a is b for a, b in zip(net.parameters(), parameters, strict=True))
+    assert list(net.state_dict()) == list(state)
+    Net().load_state_dict(net.state_dict(), strict=True)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_same_numbers_before_during_and_after(net, batch, triton_backend, training):
+    net.train(training)
+    before = gradients(net, batch)
+    report = fastseg.swap(net)
+    assert {c.operator for c in fastseg.explain(net, *batch)} == {
+        "max_pool2d", "max_unpool2d", "conv_transpose2d", "cross_entropy",
+    }  # fmt: skip
+    during = gradients(net, batch)
+    report.undo()
+    assert fastseg.explain(net, *batch) == []
+    after = gradients(net, batch)
+    for a, b, c in zip(before, during, after, strict=True):
+        assert relative_error(b, a) < 1e-5
+        assert torch.equal(a, c)
+
+
+def test_undo_restores_the_model_and_keeps_what_it_learned(net, batch):
+    before = kinds(net)
+    report = fastseg.swap(net)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.5)
+    start = [p.detach().clone() for p in net.parameters()]
+    net(*batch).backward()
+    optimizer.step()
+    trained = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    assert not any(torch.equal(p, q) for p, q in zip(net.parameters(), start, strict=True))
+    for _ in range(2):
+        report.undo()
+        assert kinds(net) == before
+        assert list(net.state_dict()) == list(trained)
+        assert all(torch.equal(tensor, trained[name]) for name, tensor in net.state_dict().items())
+
+
+def test_undo_leaves_a_class_that_came_later(net):
+    report = fastseg.swap(net)
+    nn.utils.parametrizations.weight_norm(net.up)
+    net.pool.__class__ = later = type("Later", (fastseg.nn.MaxPool2d,), {})
+    parametrized = type(net.up)
+    report.undo()
+    assert type(net.unpool) is nn.MaxUnpool2d
+    assert type(net.pool) is later and type(net.up) is parametrized
+
+
+def test_swapping_twice_is_harmless(net, batch):
+    first = fastseg.swap(net)
+    during = kinds(net)
+    second = fastseg.swap(net)
+    assert kinds(net) == during
+    assert len(second.swapped) == 0
+    assert set(reasons(second).values()) == {"is fastseg's already"} and len(second.left) == 4
+    second.undo()
+    assert kinds(net) == during
+    first.undo()
+    assert type(net.pool) is nn.MaxPool2d
+
+
+def test_a_bare_layer_is_a_model():
+    pool = nn.MaxPool2d(2)
+    report = fastseg.swap(pool)
+    assert type(pool) is fastseg.nn.MaxPool2d
+    assert report.swapped[0].names == ("(the model)",)
+    report.undo()
+    assert type(pool) is nn.MaxPool2d
+
+
+@pytest.mark.parametrize("thing", [nn.MaxPool2d, "model", None, {"weight": torch.zeros(1)}])
+def test_refuses_what_is_no_module(thing):
+    with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module"):
+        fastseg.swap(thing)
+
+
+# --- what lives on ---------------------------------------------------------------------------------------------------
+
+
+def test_hooks_live_on(net, batch):
+    calls = []
+    net.pool.register_forward_pre_hook(lambda *_: calls.append("pre"))
+    net.pool.register_forward_hook(lambda *_: calls.append("forward"))
+    net.up.register_full_backward_hook(lambda *_: calls.append("backward"))
+    net.up.register_state_dict_post_hook(lambda *_: calls.append("state"))
+    report = fastseg.swap(net)
+    expected = ["pre", "forward", "backward", "state"]
+    for _ in range(2):
+        calls.clear()
+        net(*batch).backward()
+        net.state_dict()
+        assert calls == expected
+        report.undo()
+
+
+def test_a_shared_module_is_one_layer_with_two_names():
+    pool = nn.MaxPool2d(2)
+    model = nn.ModuleDict({"a": nn.Sequential(pool, nn.ReLU(), pool), "b": pool})
+    report = fastseg.swap(model)
+    assert [layer.names for layer in report.candidates] == [("a.0", "a.2", "b")]
+    assert model["a"][0] is model["a"][2] is model["b"]
+    assert type(pool) is fastseg.nn.MaxPool2d
+    report.undo()
+    assert type(pool) is nn.MaxPool2d
+
+
+def test_copies_and_files_of_a_swapped_model(net, batch):
+    fastseg.swap(net)
+    want = gradients(net, batch)
+    file = io.BytesIO()
+    torch.save(net, file)
+    file.seek(0)
+    for copied in (copy.deepcopy(net), pickle.loads(pickle.dumps(net)), torch.load(file, weights_only=False)):
+        assert kinds(copied) == kinds(net)
+        assert all(torch.equal(a, b) for a, b in zip(gradients(copied, batch), want, strict=True))
+
+
+def test_undo_is_of_the_model_not_of_its_copies(net):
+    report = fastseg.swap(net)
+    copied = copy.deepcopy(net)
+    report.undo()
+    assert type(copied.pool) is fastseg.nn.MaxPool2d and type(net.pool) is nn.MaxPool2d
+
+
+def test_edits_after_the_swap_count(device, triton_backend):
+    model = nn.Sequential(nn.MaxPool2d(2))
+    report = fastseg.swap(model)
+    x = torch.randn(1, 2, 5, 7, device=device)
+    model[0].ceil_mode, model[0].return_indices = True, True
+    for _ in range(2):
+        y, indices = model(x)
+        want, expected = nn.functional.max_pool2d(x, 2, ceil_mode=True, return_indices=True)
+        assert torch.equal(y, want) and torch.equal(indices, expected)
+        report.undo()
+
+
+def test_a_compiled_model_follows(device):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.MaxPool2d(2)).to(device)
+    x = torch.randn(1, 3, 8, 8, device=device)
+    ran = []
+
+    def record(graph, _):
+        ran.append([str(node.target) for node in graph.graph.nodes])
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend=record)
+    with fastseg.backend("triton"), torch.no_grad():
+        want = compiled(x)
+        report = fastseg.swap(model)
+        assert torch.equal(compiled(x), want)
+        report.undo()
+        assert torch.equal(compiled(x), want)
+    fused = [any("fastseg" in target for target in targets) for targets in ran]
+    assert fused == [False, True]
+
+
+# --- what is left alone ----------------------------------------------------------------------------------------------
+
+
+class MyPool(nn.MaxPool2d):
+    def forward(self, input):
+        return -super().forward(-input)
+
+
+class MaxPool2d(nn.Module):
+    """Of the name, and nothing else."""
+
+
+def left_alone():
+    """Layers that no swap may touch, with a word of the reason."""
+    own = nn.MaxPool2d(2)
+    own.forward = lambda input: input
+    strange = nn.ConvTranspose2d(2, 2, 2)
+    strange.weight = type("Strange", (nn.Parameter,), {})(strange.weight.detach())
+    return {
+        "subclass": (MyPool(2), "subclass"),
+        "lazy": (nn.LazyConvTranspose2d(4, 2), "subclass"),
+        "weight norm": (nn.utils.parametrizations.weight_norm(nn.ConvTranspose2d(2, 2, 2)), "parametrized"),
+        "spectral norm": (nn.utils.parametrizations.spectral_norm(nn.ConvTranspose2d(2, 2, 2)), "parametrized"),
+        "scripted": (torch.jit.script(nn.MaxPool2d(2)), "torch.jit"),
+        "traced": (torch.jit.trace(nn.ConvTranspose2d(2, 2, 2), torch.zeros(1, 2, 3, 3)), "torch.jit"),
+        "quantised": (torch.ao.nn.quantized.ConvTranspose2d(2, 2, 2), "quantised"),
+        "reference": (torch.ao.nn.quantized.reference.ConvTranspose2d(2, 2, 2), "quantised"),
+        "namesake": (MaxPool2d(), "not torch.nn's"),
+        "own forward": (own, "forward of its own"),
+        "strange weight": (strange, "type Strange"),
+    }
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_leaves_alone_and_says_why():
+    cases = left_alone()
+    model = nn.ModuleDict({name: module for name, (module, _) in cases.items()})
+    model["plain"] = nn.MaxPool2d(2)
+    before = kinds(model)[:-1]
+    report = fastseg.swap(model)
+    assert kinds(model)[:-1] == before and type(model["plain"]) is fastseg.nn.MaxPool2d
+    found = reasons(report)
+    assert found.keys() >= cases.keys()
+    for name, (_, word) in cases.items():
+        assert word in found[name], name
+
+
+def test_other_layers_are_no_candidates():
+    model = nn.Sequential(nn.MaxPool1d(2), nn.MaxPool3d(2), nn.AvgPool2d(2), nn.ConvTranspose1d(1, 1, 1), nn.NLLLoss())
+    before = kinds(model)
+    assert fastseg.swap(model).candidates == []
+    assert kinds(model) == before
+
+
+# --- the report ------------------------------------------------------------------------------------------------------
+
+
+def test_report_is_a_table_and_a_dictionary():
+    model = nn.ModuleDict({"[red]pool": nn.MaxPool2d(2), "mine": MyPool(2)})
+    report = fastseg.swap(model)
+    text = str(report)
+    for word in ("ModuleDict: 1 of 2 layers swapped", "[red]pool", "fastseg.nn.pool.MaxPool2d", "mine", "is a subclass"):
+        assert word in text
+    assert json.loads(json.dumps(report.as_dict())) == {
+        "model": "ModuleDict",
+        "layers": [
+            {
+                "names": ["[red]pool"],
+                "class": "torch.nn.modules.pooling.MaxPool2d",
+                "swapped": True,
+                "now": "fastseg.nn.pool.MaxPool2d",
+                "reason": None,
+            },
+            {
+                "names": ["mine"],
+                "class": f"{__name__}.MyPool",
+                "swapped": False,
+                "now": None,
+                "reason": "is a subclass",
+            },
+        ],
+    }

@@ -1,0 +1,68 @@
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastseg import cli, verify
+
+
+def test_a_right_function_passes(device):
+    x, w = torch.randn(3, 4, device=device), torch.randn(4, 5, device=device)
+    names = [c.tensor for c in verify.compare(torch.matmul, torch.matmul, [x, w], ["x", "w"]) if c.passed]
+    assert names == ["output 0", "grad x", "grad w"]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda x: x * 1.0001,  # a value
+        lambda x: x + 0 * x.detach().where(x > 0, torch.nan),  # NaN where truth has none
+        lambda x: x.detach() + (x - x.detach()) * 1.01,  # the gradient alone
+        lambda x: torch.empty_like(x).copy_(x)[:-1],  # the shape
+    ],
+)
+def test_a_wrong_function_fails(wrong, device):
+    x = torch.randn(64, device=device)
+    assert not all(c.passed for c in verify.compare(wrong, lambda x: x * 1, [x]))
+
+
+def test_an_element_that_nobody_wrote_is_seen(device):
+    def forgets(x):
+        y = torch.empty_like(x)
+        y[1:] = x[1:]
+        return y
+
+    x = torch.zeros(64, device=device)  # what fresh memory often holds
+    assert not all(c.passed for c in verify.compare(forgets, lambda x: x * 1, [x]))
+
+
+def test_integers_must_be_equal():
+    theirs = lambda x: torch.max(x, 0)  # noqa: E731
+    ours = lambda x: (theirs(x)[0], theirs(x)[1] + 1)  # noqa: E731
+    assert [c.passed for c in verify.compare(ours, theirs, [torch.randn(4, 3)])] == [True, False, True]
+
+
+def test_relative_error():
+    inf, nan = math.inf, math.nan
+    truth = torch.tensor([4.0, -2.0, inf, nan])
+    assert verify.relative_error(truth.clone(), truth) == 0
+    assert verify.relative_error(torch.tensor([4.0, -1.0, inf, nan]), truth) == 0.25
+    assert verify.relative_error(torch.tensor([4.0, -2.0, -inf, nan]), truth) == inf
+    assert verify.relative_error(torch.tensor([4.0, nan, inf, nan]), truth) == inf
+
+
+def test_the_command_passes_and_says_so(capsys):
+    assert cli.main(["verify", "--quick", "--op", "max_unpool2d", "--dtype", "bfloat16", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["passed"] and len(report["cases"]) == 4
+    assert {case["layout"] for case in report["cases"]} == {"nchw", "channels_last"}
+    assert all(result["passed"] for case in report["cases"] for result in case["results"])
+
+
+def test_the_command_fails_on_a_wrong_kernel(monkeypatch, capsys):
+    """Seen from the other side: against a truth that is something else, the kernels are wrong."""
+    monkeypatch.setattr(F, "max_pool2d", lambda x, *a, **k: (x[..., ::2, ::2], torch.zeros(1)))
+    assert cli.main(["verify", "--quick", "--op", "max_pool2d", "--dtype", "float32", "--seed", "1"]) == 1
+    assert "FAILED" in capsys.readouterr().out
