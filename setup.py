@@ -30,7 +30,15 @@ setup(
         "cuda13": ["cupy-cuda13x>=14.0"],
         "demo": DEMO,
         "bench": ["pytest-benchmark>=4.0", "matplotlib>=3.7"],
-        "test": [*DEMO, "ruff>=0.17", "setuptools>=68", "wheel", "pytest>=8.0", "pytest-xdist>=3.5", "pytest-benchmark>=4.0"],
+        "test": [
+            *DEMO,
+            "ruff>=0.17",
+            "setuptools>=68",
+            "wheel",
+            "pytest>=8.0",
+            "pytest-xdist>=3.5",
+            "pytest-benchmark>=4.0",
+        ],
     },
     entry_points={"console_scripts": ["fastseg = fastseg.cli:main"]},
     classifiers=[

@@ -3,18 +3,17 @@
 import pytest
 import torch
 
-from fastseg.bench.cases import cases, step
+from fastseg.bench import sizes
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
-CASES = list(cases(DEVICE, DTYPE, torch.channels_last))
+CASES = list(sizes(DEVICE, "bfloat16" if DEVICE == "cuda" else "float32", "channels_last"))
 
 
 @pytest.mark.parametrize("provider", ["theirs", "ours"], ids=["torch", "fastseg"])
 @pytest.mark.parametrize("mode", ["forward", "forward+backward"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.operator)
 def test_operator(benchmark, case, mode, provider):
-    call = step(getattr(case, provider), case.inputs, mode != "forward")
+    call = case.step(getattr(case, provider), mode != "forward")
 
     def timed():
         call()

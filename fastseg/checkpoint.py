@@ -25,7 +25,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # In the same folder, since a move is atomic only within one file system; same suffix, since writers go by it.
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")
+    temporary = path.with_name(f"~{os.getpid()}-{path.name}")
     try:
         yield temporary
         with temporary.open("rb+") as file:

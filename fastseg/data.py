@@ -268,9 +268,9 @@ def _open(path: Path) -> Image:
 
 def read_image(path: str | Path) -> Image:
     """The picture at `path` as 8-bit RGB, turned upright where its camera says so. ValueError where it is none."""
+    image = _open(Path(path))
     from PIL import ImageOps
 
-    image = _open(Path(path))
     if image.mode.startswith(("I", "F")):
         raise ValueError(f"{path} must have 8 bits per channel, but is of Pillow's mode {image.mode}")
     return ImageOps.exif_transpose(image).convert("RGB")

@@ -9,7 +9,7 @@ import platform
 
 import torch
 
-from . import __version__, dispatch
+from . import __version__, dispatch, terminal
 
 PACKAGES = ("torch", "triton", "numpy", "cupy-cuda12x", "cupy-cuda13x", "scikit-learn", "matplotlib", "pillow")
 
@@ -72,7 +72,6 @@ def main(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(found))
         return 0
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(show_header=False, box=None)
@@ -82,7 +81,7 @@ def main(args: argparse.Namespace) -> int:
                 table.add_row(package, version or "[dim]not installed")
         elif name != "advice":
             table.add_row(name, "none" if value is None else str(value))
-    console = Console()
+    console = terminal.console()
     console.print(table)
     console.print(found["advice"])
     return 0

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import argparse
 import colorsys
-import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 
 from .checkpoint import atomic_write, build_model, load_checkpoint, load_weights
 from .data import CAMVID_CLASSES, normalise, read_image, read_mask, resize, to_tensor
 from .dispatch import BACKENDS, backend
 from .metrics import confusion_matrix, scores
 from .train import parse_size
+from .trainer import pick_device
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 CAMVID_COLOURS = (
     (128, 128, 128),
@@ -44,10 +46,190 @@ EXAMPLES = """examples:
 """
 
 
+class Segmenter:
+    """A trained checkpoint that answers pictures with labels.
+
+    Args: path of the checkpoint; device, by default cuda where there is one. Raises FileNotFoundError or ValueError.
+    Attributes: `classes` (names), `ignore_index`, `model`, `size` ((height, width) it was trained at, or None).
+    """
+
+    def __init__(self, path: str | Path, device: str | None = None) -> None:
+        state = load_checkpoint(path)
+        config = state["config"]
+        self.classes, self.ignore_index = tuple(state["classes"]), state["ignore_index"]
+        self.mean, self.std, self.size = state["mean"], state["std"], config["size"]
+        self.device = pick_device(device)
+        self.model: nn.Module = build_model(config["model"], len(self.classes), config["width"])
+        load_weights(self.model, state, path)
+        self.model.to(self.device).eval()
+
+    @torch.no_grad()
+    def __call__(self, picture: Image, size: tuple[int, int] | None = None) -> np.ndarray:
+        """The class of each pixel of an RGB picture: uint8 [H, W], the picture's own size.
+
+        The network sees it at `size`, by default the size it was trained at, and its logits are stretched back.
+        """
+        images = to_tensor(resize(picture, size or self.size)).to(self.device)
+        logits = self.model(normalise(images, self.mean, self.std)[None])
+        own = nn.functional.interpolate(logits, (picture.height, picture.width), mode="bilinear")
+        return own[0].argmax(0).to(torch.uint8).cpu().numpy()
+
+
+class Scene(NamedTuple):
+    """One row of a drawing: picture uint8 [H, W, 3], truth (or None) and prediction integer [H, W]."""
+
+    picture: np.ndarray
+    truth: np.ndarray | None
+    prediction: np.ndarray
+
+
 def palette(classes: Sequence[str]) -> np.ndarray:
-    """A colour for each class, uint8 [classes, 3]: CamVid's own for its classes, else hues far apart."""
+    """A colour for each class, uint8 [classes, 3]: CamVid's own for its classes, else colours far apart."""
     if tuple(classes) == CAMVID_CLASSES:
         return np.array(CAMVID_COLOURS, np.uint8)
-    # Two rings of brightness halve the number of hues that the eye must tell apart; the last class is grey.
-    colours = [colorsys.hsv_to_hsv(0, 0, 0)]
-    return np.array(colours, np.uint8)
+    if len(classes) <= 11:
+        from matplotlib import colormaps
+
+        colours = [*colormaps["tab10"].colors, (0.17, 0.17, 0.17)][: len(classes)]
+    else:  # neighbours on the colour wheel differ in brightness too
+        colours = [colorsys.hsv_to_rgb(k / len(classes), 0.8, (1.0, 0.6)[k % 2]) for k in range(len(classes))]
+    return np.round(np.array(colours) * 255).astype(np.uint8)
+
+
+def colourise(labels: np.ndarray, colours: np.ndarray, ignore_index: int) -> np.ndarray:
+    """Labels [H, W] in their classes' colours, uint8 [H, W, 3]; pixels of `ignore_index` black."""
+    ignored = labels == ignore_index
+    image = colours[np.where(ignored, 0, labels)]
+    image[ignored] = VOID_COLOUR
+    return image
+
+
+def draw_scenes(
+    path: str | Path, scenes: Sequence[Scene], classes: Sequence[str], ignore_index: int, overlay: bool = False
+) -> None:
+    """Write a PNG to `path`: a row for each scene, picture, truth where there is one, prediction; a legend beside.
+
+    overlay: lay the prediction over the picture, half transparent. The legend names the classes that are shown.
+    """
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.patches import Patch
+    except ImportError as error:
+        raise ImportError('drawing needs matplotlib: pip install "fastseg-kernels[demo]"') from error
+    colours = palette(classes)
+    columns = (
+        ["picture", "truth", "prediction"] if any(s.truth is not None for s in scenes) else ["picture", "prediction"]
+    )
+    height, width = scenes[0].picture.shape[:2]
+    cell = 3.2
+    legend = 1.8
+    figure = Figure((cell * len(columns) + legend, cell * height / width * len(scenes) + 0.4), layout="constrained")
+    axes = figure.subplots(len(scenes), len(columns), squeeze=False)
+    shown: set[int] = set()
+    for row, scene in zip(axes, scenes, strict=True):
+        prediction = colourise(scene.prediction, colours, ignore_index)
+        if overlay:
+            prediction = scene.picture // 2 + prediction // 2
+        panels = {"picture": scene.picture, "prediction": prediction}
+        shown |= set(np.unique(scene.prediction).tolist())
+        if scene.truth is not None:
+            panels["truth"] = colourise(scene.truth, colours, ignore_index)
+            shown |= set(np.unique(scene.truth).tolist())
+        for axis, name in zip(row, columns, strict=True):
+            axis.set_axis_off()
+            if name in panels:
+                axis.imshow(panels[name], interpolation="nearest" if name != "picture" else None)
+    for axis, name in zip(axes[0], columns, strict=True):
+        axis.set_title(name)
+    entries = [Patch(facecolor=colours[k] / 255, label=name) for k, name in enumerate(classes) if k in shown]
+    if ignore_index in shown:
+        entries.append(Patch(facecolor=VOID_COLOUR, label="void"))
+    figure.legend(handles=entries, loc="outside right center", frameon=False)
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")
+
+
+def _truth(path: Path, picture: Image, segmenter: Segmenter) -> np.ndarray:
+    """The true mask of `picture`, int64 [H, W]; ValueError where it is of another size."""
+    mask = read_mask(path, len(segmenter.classes), segmenter.ignore_index)
+    if mask.size != picture.size:
+        raise ValueError(
+            f"{path} must be as large as its picture, {picture.width}x{picture.height}, "
+            f"but is {mask.width}x{mask.height}"
+        )
+    return np.asarray(mask).astype(np.int64)
+
+
+def _outputs(images: list[Path], out: Path, labels: bool) -> list[tuple[Path, Path | None]]:
+    """For each picture where its drawing goes, and its labels."""
+    if out.suffix.lower() == ".png":
+        if len(images) > 1:
+            raise ValueError(f"--out must be a folder for {len(images)} pictures, not {out}")
+        if out.resolve() == images[0].resolve():
+            raise ValueError(f"--out {out} is the picture itself")
+        drawings = [out]
+        stems = [out.with_suffix("")]
+    else:
+        stems = [out / image.stem for image in images]
+        if len(set(stems)) < len(stems):
+            raise ValueError("two pictures have the same name, their outputs would too: give one at a time")
+        drawings = [stem.with_name(f"{stem.name}-segmented.png") for stem in stems]
+    named = [stem.with_name(f"{stem.name}-labels.png") if labels else None for stem in stems]
+    return list(zip(drawings, named, strict=True))
+
+
+def _write_labels(path: Path, labels: np.ndarray) -> None:
+    from PIL import Image
+
+    with atomic_write(path) as temporary:
+        Image.fromarray(labels).save(temporary, format="PNG")
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `fastseg segment`."""
+    parser.epilog = EXAMPLES
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="pictures, PNG or JPEG")
+    parser.add_argument("--checkpoint", required=True, metavar="CKPT", help="written by fastseg train or demo")
+    parser.add_argument(
+        "--out", default=".", help="a .png file for one picture, or a folder for IMAGE-segmented.png (default: here)"
+    )
+    parser.add_argument(
+        "--truth", nargs="+", metavar="MASK", help="the pictures' true masks: shown, and scored against"
+    )
+    parser.add_argument("--overlay", action="store_true", help="lay the prediction over the picture")
+    parser.add_argument("--labels", action="store_true", help="write the classes too, as an 8-bit IMAGE-labels.png")
+    parser.add_argument(
+        "--size", type=parse_size, metavar="HxW", help="what the network sees (default: as in training)"
+    )
+    parser.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
+    parser.add_argument("--backend", choices=list(BACKENDS), default="auto", help="fused kernels or torch")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run `fastseg segment`; 0."""
+    images = [Path(name) for name in args.images]
+    if args.truth and len(args.truth) != len(images):
+        raise ValueError(f"{len(images)} pictures need as many --truth masks, not {len(args.truth)}")
+    outputs = _outputs(images, Path(args.out), args.labels)
+    segmenter = Segmenter(args.checkpoint, args.device)
+    console = Console(markup=False, emoji=False, highlight=False, soft_wrap=True)
+    truths = [Path(name) for name in args.truth] if args.truth else [None] * len(images)
+    for image, truth_path, (drawing, labels_path) in zip(images, truths, outputs, strict=True):
+        picture = read_image(image)
+        truth = _truth(truth_path, picture, segmenter) if truth_path else None
+        with backend(args.backend):
+            prediction = segmenter(picture, args.size)
+        scene = Scene(np.asarray(picture), truth, prediction)
+        draw_scenes(drawing, [scene], segmenter.classes, segmenter.ignore_index, args.overlay)
+        note = ""
+        if truth is not None:
+            matrix = confusion_matrix(
+                torch.from_numpy(prediction), torch.from_numpy(truth), len(segmenter.classes), segmenter.ignore_index
+            )
+            result = scores(matrix)
+            note = f"  accuracy {result.global_accuracy:.3f}, mIoU {result.miou:.3f}"
+        console.print(f"{image} -> {drawing}{note}")
+        if labels_path:
+            _write_labels(labels_path, prediction)
+            console.print(f"{image} -> {labels_path}")
+    return 0

@@ -38,12 +38,15 @@ class Candidate:
     def swapped(self) -> bool:
         return self.reason is None
 
+    @property
+    def class_name(self) -> str:
+        return f"{self.found.__module__}.{self.found.__qualname__}"
+
     def as_dict(self) -> dict[str, Any]:
         return {
             "names": list(self.names),
-            "class": _path(self.found),
+            "class": self.class_name,
             "swapped": self.swapped,
-            "now": _path(LAYERS[self.found]) if self.swapped else None,
             "reason": self.reason,
         }
 
@@ -81,11 +84,11 @@ class SwapReport:
         from rich.text import Text
 
         table = Table(title=f"{self.model}: {len(self.swapped)} of {len(self.candidates)} layers swapped")
-        for column in ("layer", "class", "now", "left alone because"):
-            table.add_column(column)
-        for layer in self.as_dict()["layers"]:
-            cells = ("\n".join(layer["names"]), layer["class"], layer["now"] or "", layer["reason"] or "")
-            table.add_row(*map(Text, cells))
+        for column in ("layer", "class", "swapped"):
+            table.add_column(column, overflow="fold")
+        for layer in self.candidates:
+            result = f"no: {layer.reason}" if layer.reason else "yes"
+            table.add_row(*map(Text, ("\n".join(layer.names), layer.class_name, result)))
         return table
 
     def __str__(self) -> str:
@@ -149,7 +152,3 @@ def _obstacle(module: nn.Module) -> str | None:
         return "has a forward of its own, set on the instance"
     special = [type(p).__name__ for p in module.parameters(recurse=False) if type(p) is not nn.Parameter]
     return f"has a parameter of type {special[0]}" if special else None
-
-
-def _path(kind: type) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import signal
-import sys
 import time
 from dataclasses import fields
 from pathlib import Path
@@ -86,7 +86,7 @@ def main(args: argparse.Namespace) -> int:
     """Run `fastseg train`; 0, or 130 after Ctrl-C."""
     given = {field.name: getattr(args, field.name) for field in fields(TrainConfig) if hasattr(args, field.name)}
     trainer = resume(Path(args.resume), given) if args.resume else start(given)
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = Console(stderr=True, markup=False, emoji=False, highlight=False, soft_wrap=True)
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
     config = trainer.config
     console.print(
@@ -105,7 +105,7 @@ def main(args: argparse.Namespace) -> int:
         "model": config.model,
         "steps": trainer.step,
         "seconds": round(time.perf_counter() - began, 1),
-        "loss": trainer.history[-1]["loss"],
+        "loss": trainer.history[-1]["loss"] if trainer.history else None,
         **summary(scores, trainer.train_set.classes),
         "checkpoint": str(trainer.path),
     }
@@ -119,8 +119,7 @@ def main(args: argparse.Namespace) -> int:
 def start(given: dict[str, Any]) -> Trainer:
     """A trainer for a new run; ValueError where its folder holds one already."""
     config = TrainConfig(**given)
-    if (found := Path(config.out) / "checkpoint.pt").exists():
-        raise ValueError(f"{config.out} holds a run already: give another --out, or go on with it: --resume {found}")
+    _refuse_taken(Path(config.out))
     (Path(config.out) / "metrics.jsonl").unlink(missing_ok=True)
     train_set, val_set = datasets(config)
     torch.manual_seed(config.seed)
@@ -137,12 +136,19 @@ def resume(path: Path, given: dict[str, Any]) -> Trainer:
                 "a resumed run cannot change it"
             )
     config = TrainConfig(**{**state["config"], "out": str(path.parent), **given})
-    if state["step"] >= config.steps:
-        raise ValueError(f"{path} is at step {state['step']} of {config.steps}; give more --steps to go on")
+    if Path(config.out) != path.parent:
+        _refuse_taken(Path(config.out))
+    if state["step"] > config.steps:
+        raise ValueError(f"{path} is at step {state['step']} already, beyond --steps {config.steps}")
     train_set, val_set = datasets(config)
     trainer = Trainer(config, build_model(config.model, len(train_set.classes), config.width), train_set, val_set)
     trainer.restore(state, path)
     return trainer
+
+
+def _refuse_taken(out: Path) -> None:
+    if (found := out / "checkpoint.pt").exists():
+        raise ValueError(f"{out} holds a run already: give another --out, or go on with it: --resume {found}")
 
 
 class Interrupt:
@@ -164,7 +170,8 @@ class Interrupt:
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr, flush=True)
+        # Not print: the signal may have come in the middle of one.
+        os.write(2, b"\nstopping after this step; Ctrl-C again stops at once\n")
 
 
 def summary(scores: Scores, classes: tuple[str, ...]) -> dict[str, Any]:
@@ -177,7 +184,7 @@ def summary(scores: Scores, classes: tuple[str, ...]) -> dict[str, Any]:
 
 def print_result(result: dict[str, Any]) -> None:
     """The result of a run as a table on stdout."""
-    console = Console(highlight=False)
+    console = Console(markup=False, emoji=False, highlight=False, soft_wrap=True)
     console.print(f"validation after {result['steps']} steps, {result['seconds']} s")
     table = Table("class", "IoU")
     for name, iou in result["iou"].items():
@@ -187,4 +194,4 @@ def print_result(result: dict[str, Any]) -> None:
     table.add_row("global accuracy", f"{result['global_accuracy']:.3f}")
     table.add_row("class accuracy", f"{result['class_accuracy']:.3f}")
     console.print(table)
-    console.print(f"checkpoint: {result['checkpoint']}", soft_wrap=True)
+    console.print(f"checkpoint: {result['checkpoint']}")

@@ -62,18 +62,21 @@ class TrainConfig:
         for name in ("width", "steps", "batch_size", "lr", "eval_every", "workers", "num_classes"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name.replace('_', '-')} must be above 0, not {getattr(self, name)}")
-        self.device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        on_gpu = torch.device(self.device).type == "cuda"
-        if on_gpu and not torch.cuda.is_available():
-            raise ValueError("there is no CUDA device for --device cuda; give --device cpu")
-        if self.amp and not on_gpu:
-            raise ValueError("--amp needs a CUDA device")
-        self.amp = on_gpu if self.amp is None else self.amp
-        self.channels_last = on_gpu if self.channels_last is None else self.channels_last
 
 
 MAY_CHANGE = {"data", "steps", "device", "amp", "channels_last", "backend", "eval_every", "workers", "out"}
 """What a resumed run may be given anew: where and how long it runs, but not what it learns."""
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device of that name, by default "cuda" where there is one; ValueError where it cannot be had."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise ValueError(f"--device must be cpu, cuda or cuda:N, not {name!r}") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"there is no device {device}; torch sees {torch.cuda.device_count()} CUDA devices")
+    return device
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -168,8 +171,13 @@ class Trainer:
     ) -> None:
         self.config, self.train_set, self.val_set = config, train_set, val_set
         self.path = path or Path(config.out) / "checkpoint.pt"
-        self.device = torch.device(config.device)
-        self.layout = torch.channels_last if config.channels_last else torch.contiguous_format
+        self.device = pick_device(config.device)
+        on_gpu = self.device.type == "cuda"
+        if config.amp and not on_gpu:
+            raise ValueError("--amp needs a CUDA device")
+        self.amp = on_gpu if config.amp is None else config.amp
+        channels_last = on_gpu if config.channels_last is None else config.channels_last
+        self.layout = torch.channels_last if channels_last else torch.contiguous_format
         self.model = model.to(self.device, memory_format=self.layout)
         weight = class_weights(config.class_weights, train_set)
         self.criterion = CrossEntropyLoss(weight, ignore_index=train_set.ignore_index).to(self.device)
@@ -188,7 +196,7 @@ class Trainer:
     def logits(self, images: Tensor) -> Tensor:
         """The model's answer to images as the data set gives them, [N, 3, H, W] in 0..1: [N, classes, H, W]."""
         images = data.normalise(images.to(self.device), self.train_set.mean, self.train_set.std)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.amp):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
             return self.model(images.contiguous(memory_format=self.layout))
 
     def training_step(self, images: Tensor, masks: Tensor) -> Tensor:
@@ -222,7 +230,11 @@ class Trainer:
             predicted = self.logits(images).argmax(1)
             matrix += metrics.confusion_matrix(predicted, masks.to(self.device), classes, self.val_set.ignore_index)
         self.model.train()
-        return None if stop() else metrics.scores(matrix)
+        if stop():
+            return None
+        if not matrix.any():
+            raise ValueError(f"no pixel of the validation masks has a class: all are {self.val_set.ignore_index}")
+        return metrics.scores(matrix)
 
     def run(self, stop: Callable[[], bool] = lambda: False) -> metrics.Scores | None:
         """Train up to config.steps, then give the last validation's scores.
@@ -243,7 +255,7 @@ class Trainer:
                 if not math.isfinite(record["loss"]):
                     raise ValueError(
                         f"the loss was {record['loss']} in one of the {len(losses)} steps up to step {self.step}; "
-                        "try a lower --lr"
+                        "try a lower --lr, or look for pictures of ignored pixels alone"
                     )
                 losses.clear()
                 scores = self.evaluate(stop) if validate else None
@@ -251,11 +263,12 @@ class Trainer:
                     record["miou"] = scores.miou
                 self._log(record)
                 display.show(record)
-                if validate or stop():
+                stopping = stop()  # asked once, so that nothing stops without a checkpoint
+                if validate or stopping:
                     save_checkpoint(self.path, self.state())
-                if stop():
+                if stopping:
                     return None
-        return scores
+            return scores or self.evaluate(stop)
 
     def _log(self, record: dict[str, Any]) -> None:
         self.history.append(record)
@@ -289,19 +302,30 @@ class Trainer:
         torch.set_rng_state(state["rng"]["cpu"])
         if self.device.type == "cuda" and "cuda" in state["rng"]:
             torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
-        written = path.with_name("metrics.jsonl")
-        if written.is_file():
-            records = [json.loads(line) for line in written.read_text(encoding="utf-8").splitlines()]
-            self.history = [record for record in records if record["step"] <= self.step]
+        self.history = _records(path.with_name("metrics.jsonl"), self.step)
         with atomic_write(Path(self.config.out) / "metrics.jsonl") as temporary:
             temporary.write_text("".join(json.dumps(record) + "\n" for record in self.history), encoding="utf-8")
+
+
+def _records(path: Path, step: int) -> list[dict[str, Any]]:
+    """The records up to that step in a metrics.jsonl, none where there is no such file."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:  # a run that was killed left it half written
+            break
+        if record["step"] > step:
+            break
+        records.append(record)
+    return records
 
 
 class _Display:
     """Steps, loss, rate and mIoU on stderr: a progress bar on a terminal, else some twenty lines a run."""
 
     def __init__(self, steps: int, step: int) -> None:
-        self.console = Console(stderr=True, highlight=False)
+        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
         self.steps, self.printed, self.miou = steps, step, ""
         columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
         self.progress = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
@@ -322,4 +346,4 @@ class _Display:
         due = record["step"] - self.printed >= self.steps / 20 or "miou" in record or record["step"] == self.steps
         if due and not self.console.is_terminal:
             self.printed = record["step"]
-            self.console.print(f"step {record['step']}/{self.steps}  {text}", soft_wrap=True)
+            self.console.print(f"step {record['step']}/{self.steps}  {text}")

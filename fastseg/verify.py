@@ -19,13 +19,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from . import dispatch, functional
+from . import cases, dispatch, terminal
+from .cases import Case
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 # In units of the dtype's epsilon: one rounding of a half, the order of a sum in float32.
 TOLERANCE = {torch.float64: 64, torch.float32: 8, torch.float16: 1, torch.bfloat16: 1}
 
@@ -85,6 +83,8 @@ def _run(function: Function, inputs: Sequence[Any], grads: Sequence[Tensor] | No
         generator = torch.Generator(device="cpu").manual_seed(0)
         grads = [torch.randn(y.shape, generator=generator).to(y.dtype).to(y.device) for y in differentiable]
     wanted = [x for x in leaves if isinstance(x, Tensor) and x.requires_grad]
+    if [g.shape for g in grads] != [y.shape for y in differentiable]:
+        return outputs, [None] * len(wanted), grads
     found = torch.autograd.grad(
         differentiable, wanted, [g.to(y.dtype) for g, y in zip(grads, differentiable, strict=True)], allow_unused=True
     )
@@ -92,17 +92,18 @@ def _run(function: Function, inputs: Sequence[Any], grads: Sequence[Tensor] | No
 
 
 def compare(
-    ours: Function, theirs: Function, inputs: Sequence[Any], names: Sequence[str] | None = None
+    ours: Function, theirs: Function, inputs: Sequence[Any], names: Sequence[str] | None = None, poison: bool = True
 ) -> list[Comparison]:
     """Compare `ours(*inputs)` and its gradients with `theirs`, which must also run in float64.
 
     inputs: tensors and whatever else the functions take; float tensors are made leaves that require gradients.
-    names: of the inputs, for the report.
+    names: of the inputs, for the report. poison: fill fresh memory and refuse non-determinism while ours runs; not
+    for calls that fall back to torch's functions, some of which are not deterministic.
     """
     names = names or [f"input {i}" for i in range(len(inputs))]
     native, native_grads, grads = _run(theirs, inputs, None, None)
     truth, true_grads, _ = _run(theirs, inputs, grads, torch.float64)
-    with poisoned():
+    with poisoned() if poison else contextlib.nullcontext():
         mine, my_grads, _ = _run(ours, inputs, grads, None)
     leaves = [name for name, x in zip(names, inputs, strict=True) if isinstance(x, Tensor) and x.is_floating_point()]
     labels = [f"output {i}" for i in range(len(mine))] + [f"grad {name}" for name in leaves]
@@ -120,14 +121,7 @@ def compare(
     return comparisons
 
 
-# --- the cases of the command ----------------------------------------------------------------------------------------
-
-Case = tuple[str, Function, Function, list[Any], list[str]]
-
-
-def _tensor(shape: Sequence[int], dtype: torch.dtype, layout: str, device: str) -> Tensor:
-    return torch.randn(shape).to(device, dtype).contiguous(memory_format=LAYOUTS[layout])
-
+# --- the sizes of the command ----------------------------------------------------------------------------------------
 
 POOLS = [  # shape, kernel, stride, padding, ceil_mode
     ((2, 8, 8, 32), 2, 2, 0, False),
@@ -137,122 +131,50 @@ POOLS = [  # shape, kernel, stride, padding, ceil_mode
     ((1, 1, 1, 1), 1, 1, 0, False),
     ((0, 4, 6, 6), 2, 2, 0, False),
 ]
-
-
-def _pool_cases(dtype: torch.dtype, layout: str, device: str) -> Iterator[Case]:
-    for shape, *geometry, ceil in POOLS:
-        x, label = _tensor(shape, dtype, layout, device), f"{shape} k{geometry[0]} s{geometry[1]} p{geometry[2]}"
-
-        def with_indices(x, f=functional.max_pool2d, g=tuple(geometry), c=ceil):
-            return f(x, *g, ceil_mode=c, return_indices=True)
-
-        def with_offsets(x, g=tuple(geometry), c=ceil):
-            y, offsets = functional.max_pool2d_with_offsets(x, *g, ceil_mode=c)
-            return y, functional.offsets_to_indices(offsets, *g, width=x.shape[-1])
-
-        def reference(x, f=with_indices):
-            return f(x, F.max_pool2d)
-
-        yield f"max_pool2d {label}", with_indices, reference, [x], ["input"]
-        yield f"max_pool2d_with_offsets {label}", with_offsets, reference, [x], ["input"]
-
-
-def _unpool_cases(dtype: torch.dtype, layout: str, device: str) -> Iterator[Case]:
-    for shape, *geometry, ceil in POOLS:
-        pooled, indices = F.max_pool2d(
-            torch.randn(shape, device=device), *geometry, ceil_mode=ceil, return_indices=True
-        )
-        x = _tensor(pooled.shape, dtype, layout, device)
-        indices = indices.contiguous(memory_format=LAYOUTS[layout])
-        size, label = shape[-2:], f"to {shape} k{geometry[0]} s{geometry[1]} p{geometry[2]}"
-
-        def ours(x, indices, g=tuple(geometry), s=size):
-            return functional.max_unpool2d(x, indices, *g, output_size=s)
-
-        def theirs(x, indices, g=tuple(geometry), s=size):
-            return F.max_unpool2d(x, indices, *g, output_size=s)
-
-        def with_offsets(x, indices, g=tuple(geometry), s=size):
-            offsets = functional.indices_to_offsets(indices, *g, width=s[-1])
-            return functional.max_unpool2d_with_offsets(x, offsets, *g, output_size=s)
-
-        yield f"max_unpool2d {label}", ours, theirs, [x, indices], ["input", "indices"]
-        yield f"max_unpool2d_with_offsets {label}", with_offsets, theirs, [x, indices], ["input", "indices"]
-    x = _tensor((2, 3, 4, 5), dtype, layout, device)
-    shuffled = torch.stack([torch.randperm(80)[:20] for _ in range(6)]).view(2, 3, 4, 5).to(device)
-    yield (
-        "max_unpool2d any indices",
-        lambda x, i: functional.max_unpool2d(x, i, 2),
-        lambda x, i: F.max_unpool2d(x, i, 2),
-        [x, shuffled.contiguous(memory_format=LAYOUTS[layout])],
-        ["input", "indices"],
-    )
-
-
-def _conv_transpose_cases(dtype: torch.dtype, layout: str, device: str) -> Iterator[Case]:
-    for shape, out_channels, kernel, stride, padding, output_padding in [
-        ((2, 16, 5, 6), 16, 2, 2, 0, 0),
-        ((1, 5, 7, 9), 3, 3, 2, 1, 1),
-        ((2, 8, 6, 5), 12, 3, 1, 1, 0),
-        ((1, 4, 3, 4), 4, (4, 5), (2, 3), (1, 0), 0),
-        ((1, 3, 1, 1), 7, 2, 3, 0, 1),
-    ]:
-        x = _tensor(shape, dtype, layout, device)
-        kh, kw = (kernel, kernel) if isinstance(kernel, int) else kernel
-        weight = _tensor((shape[1], out_channels, kh, kw), dtype, layout, device)
-        bias = torch.randn(out_channels).to(device, dtype)
-
-        def call(x, weight, bias, f=functional.conv_transpose2d, a=(stride, padding, output_padding)):
-            return f(x, weight, bias, *a)
-
-        def reference(x, weight, bias, f=call):
-            return f(x, weight, bias, F.conv_transpose2d)
-
-        label = f"conv_transpose2d {shape} to {out_channels} k{kernel} s{stride} p{padding} op{output_padding}"
-        yield label, call, reference, [x, weight, bias], ["input", "weight", "bias"]
-
-
-def _cross_entropy_cases(dtype: torch.dtype, layout: str, device: str) -> Iterator[Case]:
-    for shape, ignore, weighted, reduction in [
-        ((2, 11, 6, 8), 255, True, "mean"),
-        ((2, 19, 5, 7), -100, False, "mean"),
-        ((1, 21, 9, 4), 3, True, "sum"),
-        ((1, 150, 3, 5), 255, False, "none"),
-        ((2, 1, 4, 4), -100, False, "mean"),
-    ]:
-        x = _tensor(shape, dtype, layout, device)
-        target = torch.randint(0, shape[1], (shape[0], *shape[2:]), device=device)
-        target[torch.rand(target.shape, device=device) < 0.1] = ignore
-        weight = torch.rand(shape[1], device=device) + 0.5 if weighted else None
-
-        def ours(x, t, w=weight, i=ignore, r=reduction):
-            return functional.cross_entropy(x, t, w, ignore_index=i, reduction=r)
-
-        def theirs(x, t, w=weight, i=ignore, r=reduction):
-            return F.cross_entropy(x, t, None if w is None else w.to(x.dtype), ignore_index=i, reduction=r)
-
-        yield f"cross_entropy {shape} ignore {ignore} {reduction}", ours, theirs, [x, target], ["logits", "target"]
-
-
-FAMILIES: dict[str, Callable[[torch.dtype, str, str], Iterator[Case]]] = {
-    "max_pool2d": _pool_cases,
-    "max_unpool2d": _unpool_cases,
-    "conv_transpose2d": _conv_transpose_cases,
-    "cross_entropy": _cross_entropy_cases,
+SIZES: dict[str, list[tuple[Callable[..., Iterator[Case]], tuple[Any, ...]]]] = {
+    "max_pool2d": [(cases.max_pool2d, size) for size in POOLS],
+    "max_unpool2d": [
+        *((cases.max_unpool2d, size) for size in POOLS),
+        (cases.max_unpool2d_anywhere, ((2, 3, 4, 5),)),
+    ],
+    "conv_transpose2d": [  # shape, output channels, kernel, stride, padding, output_padding
+        (cases.conv_transpose2d, size)
+        for size in [
+            ((2, 16, 5, 6), 16, 2, 2, 0, 0),
+            ((1, 5, 7, 9), 3, 3, 2, 1, 1),
+            ((2, 8, 6, 5), 12, 3, 1, 1, 0),
+            ((1, 4, 3, 4), 4, (4, 5), (2, 3), (1, 0), 0),
+            ((1, 3, 1, 1), 7, 2, 3, 0, 1),
+        ]
+    ],
+    "cross_entropy": [  # shape, ignore_index, weighted, reduction
+        (cases.cross_entropy, size)
+        for size in [
+            ((2, 11, 6, 8), 255, True, "mean"),
+            ((2, 19, 5, 7), -100, False, "mean"),
+            ((1, 21, 9, 4), 3, True, "sum"),
+            ((1, 150, 3, 5), 255, False, "none"),
+            ((2, 1, 4, 4), -100, False, "mean"),
+        ]
+    ],
 }
 
 
 def verify(
-    families: Sequence[str], dtypes: Sequence[str], quick: bool, device: str, seed: int
+    operators: Sequence[str], dtypes: Sequence[str], quick: bool, device: str, seed: int
 ) -> Iterator[tuple[dict[str, str], list[Comparison]]]:
-    """Run the cases on the Triton kernels: (what was run, its comparisons). quick: the first two cases of each."""
-    for family, dtype, layout in itertools.product(families, dtypes, LAYOUTS):
+    """Run the cases on the Triton kernels: (what was run, its comparisons). quick: the first size of each."""
+    for operator, dtype, layout in itertools.product(operators, dtypes, cases.LAYOUTS):
         torch.manual_seed(seed)
-        cases = FAMILIES[family](DTYPES[dtype], layout, device)
-        for label, ours, theirs, inputs, names in itertools.islice(cases, 2 if quick else None):
-            with dispatch.backend("triton"):
-                comparisons = compare(ours, theirs, inputs, names)
-            yield {"operator": family, "case": label, "dtype": dtype, "layout": layout}, comparisons
+        at = cases.Placement(cases.DTYPES[dtype], cases.LAYOUTS[layout], device)
+        for make, size in SIZES[operator][: 1 if quick else None]:
+            for case in make(at, *size):
+                with dispatch.backend("triton"):
+                    found = compare(case.ours, case.theirs, list(case.inputs.values()), list(case.inputs))
+                yield (
+                    {"operator": operator, "case": f"{case.operator} {case.size}", "dtype": dtype, "layout": layout},
+                    found,
+                )
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
@@ -264,9 +186,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "one, else in Triton's interpreter on the CPU. Exit code 1 if anything fails."
     )
     parser.epilog = "examples:\n  fastseg verify --quick\n  fastseg verify --op max_unpool2d --dtype bfloat16 --json"
-    parser.add_argument("--op", action="append", choices=list(FAMILIES), help="only this operator (may be repeated)")
-    parser.add_argument("--dtype", action="append", choices=list(DTYPES), help="only this dtype (may be repeated)")
-    parser.add_argument("--quick", action="store_true", help="two cases of each operator, dtype and layout")
+    parser.add_argument("--op", action="append", choices=list(SIZES), help="only this operator (may be repeated)")
+    parser.add_argument(
+        "--dtype", action="append", choices=list(cases.DTYPES), help="only this dtype (may be repeated)"
+    )
+    parser.add_argument("--quick", action="store_true", help="one size of each operator, dtype and layout")
     parser.add_argument("--seed", type=int, help="of the random inputs (default: a fresh one, printed)")
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
 
@@ -282,15 +206,17 @@ def main(args: argparse.Namespace) -> int:
     seed = args.seed if args.seed is not None else torch.seed() % 2**31
     where = torch.cuda.get_device_name() if device == "cuda" else "the CPU, kernels interpreted"
     started, rows = time.perf_counter(), []
-    console = Console(stderr=args.json)
-    runs = verify(args.op or list(FAMILIES), args.dtype or list(DTYPES), args.quick, device, seed)
+    console = terminal.console(stderr=args.json)
+    runs = verify(args.op or list(SIZES), args.dtype or list(cases.DTYPES), args.quick, device, seed)
     progress = Console(file=sys.stderr)
-    for what, comparisons in track(runs, "verifying", console=progress, transient=True, disable=not progress.is_terminal):
+    for what, comparisons in track(
+        runs, "verifying", console=progress, transient=True, disable=not progress.is_terminal
+    ):
         rows.append((what, comparisons))
     failed = [(what, c) for what, comparisons in rows for c in comparisons if not c.passed]
     if args.json:
-        cases = [{**what, "results": [asdict(c) | {"passed": c.passed} for c in cs]} for what, cs in rows]
-        print(json.dumps({"device": where, "seed": seed, "passed": not failed, "cases": cases}))
+        runs = [{**what, "results": [asdict(c) | {"passed": c.passed} for c in cs]} for what, cs in rows]
+        print(json.dumps({"device": where, "seed": seed, "passed": not failed, "cases": runs}))
         return 1 if failed else 0
     table = Table(title=f"largest error against float64, on {where}, seed {seed}")
     for column in ("operator", "dtype", "layout", "cases", "fastseg", "torch", ""):

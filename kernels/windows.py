@@ -74,7 +74,9 @@ class Windows(NamedTuple):
     def constants(self, image: Tensor, pooled: Tensor, vec: int) -> dict[str, Any]:
         """The compile-time arguments that every kernel takes."""
         (kh, kw), (sh, sw), (ph, pw) = self.kernel, self.stride, self.padding
-        whole_rows = not self.channels_last and sw == 2 and kw <= 2 and pw == 0 and image.shape[-1] == 2 * pooled.shape[-1]
+        whole_rows = (
+            not self.channels_last and sw == 2 and kw <= 2 and pw == 0 and image.shape[-1] == 2 * pooled.shape[-1]
+        )
         return {
             "KH": kh, "KW": kw, "SH": sh, "SW": sw, "PH": ph, "PW": pw,
             "WHOLE_ROWS": whole_rows, "CHANNELS_LAST": self.channels_last,

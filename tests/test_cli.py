@@ -3,8 +3,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from fastseg import cli
+from fastseg.cases import Case
 
 
 def fastseg(*arguments):
@@ -55,11 +57,8 @@ def test_bench_prints_every_operator(capsys, monkeypatch):
 
 def test_bench_gives_a_wrong_operator_no_time(capsys, monkeypatch):
     from fastseg import bench
-    from fastseg.bench.cases import Case
 
-    import torch
-
-    wrong = Case("neg", "4", lambda x: x, lambda x: -x, (torch.ones(4),))
-    monkeypatch.setattr(bench, "cases", lambda *a: iter([wrong]))
+    wrong = Case("neg", "4", lambda x: x, lambda x: -x, {"input": torch.ones(4)})
+    monkeypatch.setattr(bench, "sizes", lambda *a: iter([wrong]))
     assert cli.main(["bench"]) == 1
     assert "WRONG RESULT" in capsys.readouterr().out

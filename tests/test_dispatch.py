@@ -28,7 +28,7 @@ def test_the_setting_is_put_back():
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(ValueError, match="'cudnn'.*'auto'"):
+    with pytest.raises(ValueError, match=r"'cudnn'.*'auto'"):
         fastseg.set_backend("cudnn")
     code, output = python("import fastseg", FASTSEG_BACKEND="fast")
     assert code != 0 and "FASTSEG_BACKEND is 'fast'" in output
@@ -40,8 +40,7 @@ def test_the_environment_sets_the_backend():
 
 def test_triton_on_a_cpu_tensor_says_what_it_needs():
     code, output = python(
-        "import torch, fastseg; fastseg.set_backend('triton');"
-        "fastseg.functional.max_pool2d(torch.zeros(1, 1, 4, 4), 2)"
+        "import torch, fastseg; fastseg.set_backend('triton');fastseg.functional.max_pool2d(torch.zeros(1, 1, 4, 4), 2)"
     )
     assert code != 0 and "RuntimeError" in output and "TRITON_INTERPRET=1" in output
 
@@ -90,7 +89,7 @@ def test_auto(device, uncovered, slower, backend, reason):
 
 def test_triton_overrules_slower_but_not_uncovered(triton_backend):
     assert dispatch._decide("op", "cuda", None, "cuDNN is faster").backend == "triton"
-    with pytest.raises(NotImplementedError, match="op: .*dilation 2"):
+    with pytest.raises(NotImplementedError, match=r"op: .*dilation 2"):
         dispatch._decide("op", "cuda", "dilation 2", None)
     with pytest.raises(RuntimeError, match="mps"):
         dispatch._decide("op", "mps", None, None)

@@ -130,6 +130,13 @@ def test_conv_transpose2d(device, triton_backend, assert_right, kwargs, output_s
     assert_right(run(ours), run(theirs), [torch.randn(2, 4, 5, 6, device=device), *parameters])
 
 
+def test_conv_transpose2d_hands_on_every_argument(device):
+    kwargs = {"stride": 3, "padding": 2, "output_padding": (1, 2), "groups": 2, "dilation": (2, 3)}
+    theirs, ours = (module.to(device) for module in twins("ConvTranspose2d", 4, 6, (3, 2), **kwargs))
+    x = torch.randn(2, 4, 5, 6, device=device)
+    torch.testing.assert_close(ours(x), theirs(x))
+
+
 def test_conv_transpose2d_refuses_what_torch_refuses(device):
     x = torch.randn(1, 4, 5, 6, device=device)
     for module in twins("ConvTranspose2d", 4, 5, 3, stride=2):

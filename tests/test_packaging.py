@@ -27,7 +27,9 @@ def test_the_wheel_holds_the_kernels_and_imports(tmp_path):
     assert not [name for name in names if name.startswith(("kernels/", "tests/"))]
     code = "import fastseg, fastseg.kernels; print(fastseg.__file__); print(fastseg.kernels.__file__)"
     env = os.environ | {"PYTHONPATH": str(tmp_path / "installed")}
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=tmp_path, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=tmp_path, check=True
+    )
     assert all(line.startswith(str(tmp_path)) for line in run.stdout.split())
 
 

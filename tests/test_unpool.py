@@ -1,11 +1,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from test_pool import GEOMETRIES, LAYOUTS
 
 import fastseg
 from fastseg import functional as FS
 from fastseg.ops import unpool
-from test_pool import GEOMETRIES, LAYOUTS
 
 
 def pooled_from(shape, geometry, ceil_mode, dtype, layout, device):
@@ -47,9 +47,10 @@ def test_indices_that_no_pool_made(repeated, layout, device, triton_backend):
     indices = torch.stack([draw() for _ in range(n * c)]).view(n, c, h, w).contiguous(memory_format=layout).to(device)
     x = torch.randn(n, c, h, w, device=device).contiguous(memory_format=layout).requires_grad_()
     want = torch.zeros(n * c, 360)
-    for p in range(n * c):
-        for value, index in zip(x.cpu().reshape(n * c, -1)[p].tolist(), indices.cpu().reshape(n * c, -1)[p].tolist()):
-            want[p, index] = value
+    values, places = (t.cpu().reshape(n * c, -1).tolist() for t in (x, indices))
+    for plane, row, where in zip(want, values, places, strict=True):
+        for value, index in zip(row, where, strict=True):
+            plane[index] = value
     y = FS.max_unpool2d(x, indices, 2)
     torch.testing.assert_close(y.cpu(), want.view(n, c, *size), rtol=0, atol=0)
     grad = torch.randn_like(y)
@@ -81,7 +82,9 @@ def test_output_size(output_size, kernel, stride, device):
 def test_output_size_of_an_unbatched_map(device):
     """torch refuses three entries, which a (C, H, W) map has; their last two say it all."""
     x, index = torch.randn(3, 4, 4, device=device), torch.arange(16, device=device).view(1, 4, 4).repeat(3, 1, 1)
-    assert torch.equal(FS.max_unpool2d(x, index, 2, output_size=(3, 9, 7)), F.max_unpool2d(x, index, 2, None, 0, (9, 7)))
+    assert torch.equal(
+        FS.max_unpool2d(x, index, 2, output_size=(3, 9, 7)), F.max_unpool2d(x, index, 2, None, 0, (9, 7))
+    )
 
 
 @pytest.mark.parametrize("backend", ["auto", "triton"])

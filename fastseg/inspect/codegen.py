@@ -102,7 +102,9 @@ class Compiled:
 
     @cached_property
     def instructions(self) -> collections.Counter[str]:
-        return collections.Counter(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+\s+)?([A-Z][\w.]*)", self.sass, re.M))
+        return collections.Counter(
+            re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+\s+)?([A-Z][\w.]*)", self.sass, re.M)
+        )
 
     @property
     def spills(self) -> int:
@@ -143,9 +145,7 @@ class Compiled:
 
 def _source(recorded: Launch) -> ASTSource:
     attributes = {(position,): [["tt.divisibility", 16]] for position in recorded.divisible}
-    return ASTSource(
-        recorded.kernel, signature=recorded.signature, constexprs=recorded.constants, attrs=attributes
-    )
+    return ASTSource(recorded.kernel, signature=recorded.signature, constexprs=recorded.constants, attrs=attributes)
 
 
 def compile_for(recorded: Launch, capability: int) -> Compiled:

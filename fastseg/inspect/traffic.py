@@ -9,7 +9,7 @@ a perfect cache. Reading and writing one sector counts twice.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,13 +44,16 @@ class KernelTraffic:
         self.touched[access].append(np.unique(live.astype(np.int64) // SECTOR))
 
 
-def measure(function: Callable[[], Any]) -> tuple[Any, list[KernelTraffic]]:
-    """Run `function`, whose kernels must run interpreted: its result, and the traffic of each launch in order.
+@contextlib.contextmanager
+def metering() -> Iterator[list[KernelTraffic]]:
+    """Gives a list that receives the traffic of each launch in order, as long as this stands.
 
     Raises RuntimeError where kernels would not be interpreted.
     """
     if not launch.INTERPRETED:
-        raise RuntimeError("traffic is counted in Triton's interpreter: set TRITON_INTERPRET=1 before triton is imported")
+        raise RuntimeError(
+            "traffic is counted in Triton's interpreter: set TRITON_INTERPRET=1 before triton is imported"
+        )
     launches: list[KernelTraffic] = []
 
     def run(kernel: Any, programs: int, args: tuple[Any, ...], meta: dict[str, Any]) -> None:
@@ -59,7 +62,7 @@ def measure(function: Callable[[], Any]) -> tuple[Any, list[KernelTraffic]]:
             kernel[(programs,)](*args, **meta)
 
     with launch.recording(run):
-        return function(), launches
+        yield launches
 
 
 @contextlib.contextmanager

@@ -51,11 +51,11 @@ class SegNet(nn.Module):
 
 
 class SegNetBasic(nn.Module):
-    """Response normalisation, four times 7x7 convolution + BN + ReLU + pool, four times unpool + 7x7 + BN, a classifier.
+    """Response normalisation, 4 times [7x7 convolution + BN + ReLU + pool], 4 times [unpool + 7x7 + BN], a classifier.
 
-    64 channels throughout, and no ReLU in the decoder. 1.417 M parameters at the authors' 11 classes (CamVid).
-    forward, arguments, fillers and epsilon as in SegNet; the normalisation (size 5, alpha 1e-4, beta 0.75) is of the
-    input.
+    64 channels throughout, no ReLU in the decoder, the classifier 1x1. 1.417 M parameters at the authors' 11 classes
+    (CamVid). forward, arguments, fillers and epsilon as in SegNet; the normalisation (size 5, alpha 1e-4, beta 0.75)
+    is of the input.
     """
 
     def __init__(self, num_classes: int = 11, in_channels: int = 3, width: float = 1.0, bn_eps: float = 1e-9) -> None:

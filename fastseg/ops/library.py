@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from .. import dispatch
 
@@ -18,8 +20,9 @@ class Operator:
     """One ``torch.ops.fastseg`` operator: calling it calls the registered operator.
 
     schema: torch's function schema. kernel, reference: the two implementations, called with the operator's
-    arguments; the reference is written in torch alone and works in float64. fake: shapes, dtypes and strides of the result, for tracing. uncovered: says in words what of a
-    call the kernels do not cover, or None; slower: likewise why torch is the better choice under "auto".
+    arguments; the reference is written in torch alone and works in float64. fake: shapes, dtypes and strides of the
+    result, for tracing. uncovered: says in words what of a call the kernels do not cover, or None; slower: likewise
+    why torch is the better choice under "auto".
     """
 
     def __init__(
@@ -32,12 +35,12 @@ class Operator:
         uncovered: Callable[..., str | None],
         slower: Callable[..., str | None] = lambda *args: None,
     ) -> None:
-        self.name = schema.partition("(")[0]
+        self.name, self.fake = schema.partition("(")[0], fake
         self.kernel, self.reference, self.uncovered, self.slower = kernel, reference, uncovered, slower
         LIB.define(schema, tags=TAGS)
         for key in ("CPU", "CUDA"):
             LIB.impl(self.name, self._run, key)
-        torch.library.register_fake(f"fastseg::{self.name}", fake, lib=LIB)
+        torch.library.register_fake(f"fastseg::{self.name}", self._trace, lib=LIB)
         self.op = getattr(torch.ops.fastseg, self.name).default
 
     def __call__(self, *args: Any) -> Any:
@@ -47,18 +50,50 @@ class Operator:
         """The backend for these arguments, the first of which is a tensor."""
         return dispatch.choose(self.name, args[0], self.uncovered(*args), self.slower(*args))
 
+    def floor(self, *args: Any) -> int:
+        """The fewest bytes a call can move: each tensor argument read once, each result written once."""
+        tensors = [x for x in tree_leaves((args, self.fake(*args))) if isinstance(x, Tensor)]
+        return sum(x.numel() * x.element_size() for x in tensors)
+
     def _run(self, *args: Any) -> Any:
         with torch.no_grad():
-            return (self.kernel if self.choose(*args).backend == "triton" else self.reference)(*args)
+            result = (self.kernel if self.choose(*args).backend == "triton" else self.reference)(*args)
+        if _observer is not None:
+            _observer(self, args)
+        return result
+
+    def _trace(self, *args: Any) -> Any:
+        if _observer is None:
+            return self.fake(*args)
+        result = self.kernel(*args)  # its launches are recorded, not run
+        _observer(self, args)
+        return result
+
+
+_observer: Callable[[Operator, tuple[Any, ...]], None] | None = None
+
+
+@contextlib.contextmanager
+def observing(observer: Callable[[Operator, tuple[Any, ...]], None]) -> Iterator[None]:
+    """Call ``observer(operator, args)`` behind every operator that runs, on the meta device too.
+
+    On the meta device the kernels' launchers run in place of the fakes, so launches must be recorded meanwhile.
+    """
+    global _observer
+    outer, _observer = _observer, observer
+    try:
+        yield
+    finally:
+        _observer = outer
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
     """channels_last for a 4-D tensor that lies so in memory, contiguous otherwise: the format an output keeps."""
-    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
-        # Where a dimension of size 1 makes both true, the strides tell what torch's own functions would keep.
-        if x.stride(1) == 1 and (x.stride(3) == x.shape[1] or not x.is_contiguous()):
-            return torch.channels_last
-    return torch.contiguous_format
+    if x.dim() != 4 or not x.is_contiguous(memory_format=torch.channels_last):
+        return torch.contiguous_format
+    # Where a dimension of size 1 makes both true, the strides tell what torch's own functions would keep.
+    last = x.stride(1) == 1 and (x.stride(3) == x.shape[1] or not x.is_contiguous())
+    return torch.channels_last if last else torch.contiguous_format
 
 
 def dense(x: Tensor, layout: torch.memory_format) -> Tensor:

@@ -124,7 +124,7 @@ def _max_pool2d_backward_reference(
 
 MAX_POOL2D_BACKWARD = Operator(
     "max_pool2d_backward(Tensor grad_output, Tensor positions, int[2] kernel_size, int[2] stride, int[2] padding, "
-    "int[2] dilation, int[2] input_size) -> Tensor",
+    "int[2] dilation, SymInt[2] input_size) -> Tensor",
     kernel=_max_pool2d_backward_kernel,
     reference=_max_pool2d_backward_reference,
     fake=_empty_pool_gradient,
@@ -202,4 +202,5 @@ def max_pool2d_with_offsets(
             f"max_pool2d_with_offsets: kernel_size {tuple(arguments[0])} has more than {MAX_OFFSETS} elements, which "
             "a uint8 offset cannot tell apart; use max_pool2d with return_indices=True"
         )
+    MAX_POOL2D.choose(input, *arguments, ceil_mode, OFFSETS)  # for explain: the operator itself asks when it runs
     return MaxPool2dFunction.apply(input, *arguments, ceil_mode, OFFSETS)

@@ -58,7 +58,9 @@ def _indices(positions: Tensor, kernel: list[int], stride: list[int], padding: l
     return positions
 
 
-def _refuse_strays(positions: Tensor, kernel: list[int], stride: list[int], padding: list[int], size: list[int]) -> None:
+def _refuse_strays(
+    positions: Tensor, kernel: list[int], stride: list[int], padding: list[int], size: list[int]
+) -> None:
     """RuntimeError for a position outside the plane or its window. On a GPU a device-side assertion says it."""
     if positions.device.type != "cpu" or positions.numel() == 0:
         return
@@ -107,7 +109,7 @@ def _max_unpool2d_reference(
 
 MAX_UNPOOL2D = Operator(
     "max_unpool2d(Tensor input, Tensor positions, int[2] kernel_size, int[2] stride, int[2] padding, "
-    "int[2] output_size) -> Tensor",
+    "SymInt[2] output_size) -> Tensor",
     kernel=_max_unpool2d_kernel,
     reference=_max_unpool2d_reference,
     fake=_empty_unpooled,
@@ -213,6 +215,7 @@ def max_unpool2d_with_offsets(
     name = "max_unpool2d_with_offsets"
     _check_unpool(name, input, offsets, "offsets", torch.uint8)
     arguments = _unpool_arguments(name, input, kernel_size, stride, padding, output_size)
+    MAX_UNPOOL2D.choose(input, offsets, *arguments)  # for explain: the operator itself asks when it runs
     return MaxUnpool2dFunction.apply(input, offsets, *arguments)
 
 

@@ -1,0 +1,122 @@
+"""Machine code of every kernel in the configurations that it would launch with, for three generations of GPUs."""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from .. import cases, dispatch
+from ..cases import Case, Placement
+from ..ops.library import observing
+from .codegen import Compiled, Launch, compile_for, compile_for_amd, record
+
+SMS = (80, 90, 100)
+
+
+def network_cases(at: Placement) -> Iterator[Case]:
+    """Every operator at sizes of SegNet, DeconvNet and a U-Net, and pools of an odd size."""
+    for shape in ((8, 64, 360, 480), (8, 256, 45, 60)):
+        yield from cases.max_pool2d(at, shape, ceil_mode=True)
+        yield from cases.max_unpool2d(at, shape, ceil_mode=True)
+    yield from cases.conv_transpose2d(at, (8, 64, 180, 240), 32, 2, 2)
+    yield from cases.conv_transpose2d(at, (16, 512, 14, 14), 512, 3, 1, 1)
+    yield from cases.conv_transpose2d(at, (8, 128, 90, 120), 64, 3, 2, 1, 1)
+    for classes in (11, 19, 150):
+        yield from cases.cross_entropy(at, (8, classes, 360, 480), 255)
+
+
+def launches(args: argparse.Namespace) -> list[tuple[str, Launch]]:
+    """Distinct launches, forward and backward, of the asked operators: (layout, launch)."""
+    found: dict[str, tuple[str, Launch]] = {}
+    for layout in [args.layout] if args.layout else cases.LAYOUTS:
+        for case in network_cases(Placement(cases.DTYPES[args.dtype], cases.LAYOUTS[layout], "meta")):
+            if args.op and not case.operator.startswith(tuple(args.op)):
+                continue
+            with dispatch.backend("triton"), observing(lambda operator, call: None):
+                recorded = record(lambda case=case: case.step(case.ours, backward=True)())
+            for launch in recorded:
+                key = (launch.name, launch.signature, launch.constants, launch.divisible, launch.options)
+                found.setdefault(repr(key), (layout, launch))
+    return list(found.values())
+
+
+_jobs: list[Callable[[], Any]] = []
+
+
+def _job(index: int) -> Any:
+    return _jobs[index]()
+
+
+def _in_processes(jobs: list[Callable[[], Any]]) -> list[Any]:
+    """The jobs' results, each made in a fork of this process, since kernels cannot be sent to another."""
+    _jobs[:] = jobs
+    with multiprocessing.get_context("fork").Pool() as pool:
+        return pool.map(_job, range(len(jobs)), chunksize=1)
+
+
+def rows(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row for each distinct launch and GPU generation; the AMD target as a reason, or none."""
+    found = launches(args)
+    sms = args.sm or SMS
+    jobs = [lambda recorded=recorded, sm=sm: _facts(compile_for(recorded, sm)) for _, recorded in found for sm in sms]
+    amd = [lambda recorded=recorded: compile_for_amd(recorded) for _, recorded in found]
+    results = _in_processes(jobs + amd)
+    table = []
+    for place, (layout, recorded) in enumerate(found):
+        for number, sm in enumerate(sms):
+            row = {"kernel": recorded.name, "layout": layout, "sm": sm, "programs": recorded.programs}
+            row |= results[place * len(sms) + number]
+            table.append(row | {"gfx942": results[len(jobs) + place] or "compiles"})
+    return table
+
+
+def _facts(compiled: Compiled) -> dict[str, Any]:
+    return {
+        "registers": compiled.resources["REG"],
+        "spills": compiled.spills,
+        "shared": compiled.shared,
+        "warps": compiled.warps,
+        "occupancy": compiled.occupancy,
+        "loads": compiled.widths("LDG"),
+        "stores": compiled.widths("STG"),
+        "tensor core": compiled.count("HMMA", "HGMMA", "UTCHMMA", "IMMA"),
+        "wgmma": compiled.count("HGMMA", "UTCHMMA"),
+        "copy engine": compiled.count("UTMALDG", "UTMASTG", "UBLKCP"),
+        "atomics": compiled.count("ATOM", "RED."),
+    }
+
+
+def source(args: argparse.Namespace, kernel: str, form: str) -> str:
+    """The disassembly ("sass") or PTX of the first launch of a kernel, for the first asked architecture."""
+    found = launches(args)
+    chosen = [launch for _, launch in found if launch.name == kernel]
+    if not chosen:
+        names = ", ".join(sorted({launch.name for _, launch in found}))
+        raise ValueError(f"no kernel is named {kernel!r}; there are {names}")
+    return getattr(compile_for(chosen[0], (args.sm or [90])[0]), form)
+
+
+NOTE = (
+    "registers a thread; spills: bytes of stack and instructions that touch it; loads, stores: bytes of one access x "
+    "number of instructions; occupancy: share of warps that registers and shared memory let reside."
+)
+
+
+def table(rows: list[dict[str, Any]], args: argparse.Namespace) -> Any:
+    from rich.table import Table
+
+    made = Table(title=f"machine code, {args.dtype}")
+    for column in ("kernel", "layout", "sm"):
+        made.add_column(column)
+    columns = ("registers", "spills", "shared", "occupancy", "loads", "stores", "tensor core", "copy engine", "atomics")
+    for column in columns:
+        made.add_column(column, justify="right")
+    made.add_column("gfx942")
+    for row in rows:
+        cells = {**row, "occupancy": f"{row['occupancy']:.0%}"}
+        for kind in ("loads", "stores"):
+            cells[kind] = " ".join(f"{width}Bx{count}" for width, count in row[kind].items())
+        made.add_row(row["kernel"], row["layout"], str(row["sm"]), *(str(cells[c]) for c in columns), row["gfx942"])
+    return made

@@ -1,0 +1,97 @@
+"""Bytes that torch's own operators move on a GPU, counted without one.
+
+A dispatch mode sees every aten operator of a call, on tensors of the meta device, which have shapes, dtypes and
+strides but no data. An operator reads each input once and writes each output once; where torch's CUDA kernels do
+otherwise (zero-fill before a scatter, a copy to NCHW inside), a rule below says so. A scattered element costs at least
+its own bytes and at most its 32-byte sector, so that each count is a pair: (least, sectors).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from .traffic import SECTOR
+
+aten = torch.ops.aten
+Count = tuple[int, int]
+
+
+def nbytes(*values: Any) -> int:
+    """Bytes of all tensors in the values."""
+    return sum(x.numel() * x.element_size() for x in tree_leaves(values) if isinstance(x, Tensor))
+
+
+def _packed(x: Tensor) -> int:
+    """Bytes of the copy to NCHW that a CUDA kernel makes first of a tensor that lies otherwise."""
+    return 0 if x.is_contiguous() else 2 * nbytes(x)
+
+
+def _count(dense: int, scattered: int = 0, region: Tensor | None = None, passes: int = 1) -> Count:
+    """`dense` bytes, and `scattered` elements of `region` touched `passes` times."""
+    if region is None:
+        return dense, dense
+    least = scattered * region.element_size()
+    return dense + passes * least, dense + passes * min(SECTOR * scattered, nbytes(region))
+
+
+def _unpool(args: tuple[Any, ...], out: Tensor) -> Count:
+    """values, indices -> out: both are copied to NCHW, out is zero-filled, then scattered into."""
+    values, indices = args[:2]
+    dense = _packed(values) + _packed(indices) + nbytes(out, values, indices)
+    return _count(dense, values.numel(), out)
+
+
+def _pool_backward(args: tuple[Any, ...], out: Tensor) -> Count:
+    """grad, ..., indices -> out: zero-filled, then an atomic addition, read and write, for each pooled element."""
+    grad, indices = args[0], args[-1]
+    return _count(nbytes(out, grad, indices), grad.numel(), out, passes=2)
+
+
+def _nll_forward(args: tuple[Any, ...], out: Any) -> Count:
+    """log-probabilities, labels: one log-probability a label."""
+    scores, labels = args[:2]
+    return _count(_packed(scores) + nbytes(labels, out), labels.numel(), scores)
+
+
+def _nll_backward(args: tuple[Any, ...], out: Tensor) -> Count:
+    """grad, log-probabilities, labels: zero-filled, then one element a label."""
+    labels = args[2]
+    return _count(nbytes(out, labels), labels.numel(), out)
+
+
+RULES: dict[Any, Callable[[tuple[Any, ...], Any], Count]] = {
+    aten.max_unpool2d.default: _unpool,
+    aten.max_pool2d_with_indices_backward.default: _pool_backward,
+    aten.nll_loss2d_forward.default: _nll_forward,
+    aten.nll_loss2d_backward.default: _nll_backward,
+    aten._log_softmax.default: lambda args, out: _count(_packed(args[0]) + nbytes(args[0], out)),
+    aten.gather.default: lambda args, out: _count(nbytes(args[2], out), out.numel(), args[0]),
+    aten.copy_.default: lambda args, out: _count(nbytes(args[1], out)),
+    aten.zero_.default: lambda args, out: _count(nbytes(out)),
+}
+
+
+class ByteCounter(TorchDispatchMode):
+    """Counts bytes by aten operator while it is entered: in `least` and in `sectors`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.least: Counter[str] = Counter()
+        self.sectors: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+        if not view and "empty" not in func.__name__:
+            rule = RULES.get(func, lambda args, out: _count(nbytes(args, kwargs, out)))
+            least, sectors = rule(args, out)
+            self.least[func._schema.name] += least
+            self.sectors[func._schema.name] += sectors
+        return out

@@ -1,0 +1,166 @@
+"""Bytes of each operator: its kernels' sectors beside the floor and beside what torch eager moves."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import cases, dispatch
+from ..cases import Case, Placement
+from ..checkpoint import atomic_write
+from ..kernels import launch
+from ..ops.library import Operator, observing
+from .eager import ByteCounter
+from .traffic import KernelTraffic, metering
+
+# Small enough for the interpreter; per-element figures are those of a large size, as tests show with two sizes. The
+# second size of each is a multiple of no block.
+IMAGES = ((2, 64, 32, 64), (1, 24, 38, 54))
+LOGITS = (11, 19, 21, 150)
+
+
+def sized_cases(at: Placement) -> Iterator[Case]:
+    """Every operator, at a size of whole blocks and at an odd one."""
+    for shape in IMAGES:
+        yield from cases.max_pool2d(at, shape)
+        yield from cases.max_unpool2d(at, shape)
+    for classes in LOGITS:
+        yield from cases.cross_entropy(at, (1, classes, 32, 64), 255)
+    yield from cases.cross_entropy(at, (1, 19, 23, 37), 255)
+    yield from cases.conv_transpose2d(at, (1, 64, 32, 32), 32, 2, 2)
+    yield from cases.conv_transpose2d(at, (1, 32, 17, 23), 32, 4, 2, 1)
+
+
+@dataclass(frozen=True)
+class OperatorTraffic:
+    """Bytes of one operator in one call: its kernels', torch's around them, the floor."""
+
+    operator: str
+    kernels: list[KernelTraffic]
+    around: int
+    floor: int
+
+    @property
+    def moved(self) -> int:
+        return sum(kernel.sectors() for kernel in self.kernels) + self.around
+
+    @property
+    def requested(self) -> int:
+        return sum(sum(kernel.requested.values()) for kernel in self.kernels)
+
+    @property
+    def ratio(self) -> float:
+        return self.moved / self.floor
+
+
+def operator_traffic(case: Case) -> list[OperatorTraffic]:
+    """Forward and backward of a case on CPU tensors, kernels interpreted: one entry an operator, in order."""
+    found: list[OperatorTraffic] = []
+
+    def note(operator: Operator, args: tuple[Any, ...]) -> None:
+        done = sum(len(traffic.kernels) for traffic in found)
+        found.append(OperatorTraffic(operator.name, launches[done:], _around(operator, args), operator.floor(*args)))
+
+    with dispatch.backend("triton"):
+        step = case.step(case.ours, backward=True)
+        with metering() as launches, observing(note):
+            step()
+    return found
+
+
+def _around(operator: Operator, args: tuple[Any, ...]) -> int:
+    """Bytes of the torch operators that an operator runs besides its kernels: copies to a dense layout, zero-fills."""
+    bare = [x.to("meta") if isinstance(x, Tensor) else x for x in args]
+    with launch.recording(lambda *call: None), torch.no_grad(), ByteCounter() as counter:
+        operator.kernel(*bare)
+    return counter.sectors.total()
+
+
+def eager_bytes(case: Case) -> dict[str, tuple[int, int]]:
+    """What torch eager moves on a GPU for a case on the meta device: (least, in sectors) forward and backward."""
+    forward, both = (_eager_bytes(case, backward) for backward in (False, True))
+    return {"forward": forward, "backward": (both[0] - forward[0], both[1] - forward[1])}
+
+
+def _eager_bytes(case: Case, backward: bool) -> tuple[int, int]:
+    step = case.step(case.eager or case.theirs, backward)
+    with ByteCounter() as counter:
+        step()
+    return counter.least.total(), counter.sectors.total()
+
+
+def rows(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row for each operator of each case: bytes as counted, as the floor has them, as eager moves them."""
+    found = []
+    dtype = cases.DTYPES[args.dtype]
+    for layout in [args.layout] if args.layout else cases.LAYOUTS:
+        places = (Placement(dtype, cases.LAYOUTS[layout], device) for device in ("cpu", "meta"))
+        for case, bare in zip(*map(sized_cases, places), strict=True):
+            if args.op and not case.operator.startswith(tuple(args.op)):
+                continue
+            eager = eager_bytes(bare)
+            for traffic, mode in zip(operator_traffic(case), ("forward", "backward"), strict=True):
+                least, sectors = eager[mode]
+                found.append({
+                    "operator": case.operator, "mode": mode, "layout": layout, "size": case.size,
+                    "kernels": [kernel.kernel for kernel in traffic.kernels],
+                    "requested": traffic.requested, "moved": traffic.moved, "floor": traffic.floor,
+                    "ratio": traffic.ratio, "eager least": least, "eager sectors": sectors,
+                    "model us": traffic.moved / args.bandwidth / 1e6,
+                })  # fmt: skip
+    return found
+
+
+NOTE = (
+    "Bytes. moved: distinct 32-byte sectors of all kernels, and what torch's operators around them move. floor: each "
+    "argument read once, each result written once. eager: torch's own operators on a GPU, under autocast, from their "
+    "nominal bytes to whole sectors. model: what the moved bytes take at the given bandwidth; not a measurement. What "
+    "Inductor's kernels move is left out: it generates none for a GPU that is not there."
+)
+
+
+def table(rows: list[dict[str, Any]], args: argparse.Namespace) -> Any:
+    from rich.table import Table
+
+    made = Table(title=f"bytes moved, {args.dtype}")
+    for column in ("operator", "", "layout", "size"):
+        made.add_column(column)
+    for column in ("requested", "moved", "floor", "ratio", "eager", "of eager", f"model us at {args.bandwidth:g} TB/s"):
+        made.add_column(column, justify="right")
+    for row in rows:
+        low, high = row["eager least"], row["eager sectors"]
+        made.add_row(
+            row["operator"], row["mode"], row["layout"], row["size"],
+            *(f"{row[key]:,}" for key in ("requested", "moved", "floor")), f"{row['ratio']:.3f}",
+            f"{low:,}" if low == high else f"{low:,} to {high:,}",
+            f"{row['moved'] / high:.2f}" + ("" if low == high else f" to {row['moved'] / low:.2f}"),
+            f"{row['model us']:.2f}",
+        )  # fmt: skip
+    return made
+
+
+def chart(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
+    """A bar for each row: moved and eager's sectors over the floor. Written to args.png, or not at all."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError('--png needs matplotlib: pip install "fastseg-kernels[bench]"') from error
+    figure = Figure(figsize=(10, 0.28 * len(rows) + 1.5), layout="constrained")
+    axes = figure.subplots()
+    places = range(len(rows))
+    ours, eager = ([row[key] / row["floor"] for row in rows] for key in ("moved", "eager sectors"))
+    axes.barh([p - 0.2 for p in places], ours, 0.4, label="fastseg")
+    axes.barh([p + 0.2 for p in places], eager, 0.4, label="torch eager")
+    axes.axvline(1, color="black", linewidth=0.8)
+    labels = [f"{row['operator']} {row['mode']}, {row['layout']}, {row['size']}" for row in rows]
+    axes.set_yticks(list(places), labels, fontsize=7)
+    axes.invert_yaxis()
+    axes.set_xlabel(f"bytes moved over the floor, {args.dtype}")
+    axes.legend()
+    with atomic_write(args.png) as temporary:
+        figure.savefig(temporary, dpi=130)

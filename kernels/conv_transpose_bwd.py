@@ -1,0 +1,235 @@
+"""Transposed convolution backward: gradients of input, weight and bias, deterministic and without atomics.
+
+    grad_x[n, c, h, w]       = sum over k, i, j of grad_y[n, k, h * SH - PH + i, w * SW - PW + j] * weight[c, k, i, j]
+    grad_weight[c, k, i, j]  = sum over n, h, w of x[n, c, h, w] * grad_y[n, k, h * SH - PH + i, w * SW - PW + j]
+    grad_bias[k]             = sum over n, oh, ow of grad_y[n, k, oh, ow]
+
+In channels_last the window of grad_y under a pixel of x is KH runs of KW * K neighbours in memory, and a row (c) of
+the weight is KH * KW * K neighbours in the same order (i, j, k). So both products take whole runs, whatever K is, and
+where the padding cuts a window is one comparison along the run. grad_y in NCHW is copied to channels_last once (read
+and written once) for both.
+
+The sums over pixels are split: each share is summed in float32 by one program, and the shares are added in order.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .conv_transpose import Geometry
+from .launch import INTERPRETED, launch, vector_width
+from .products import blocks, multiply, place, precision, programs, split, sum_shares, transposed, wide
+
+BIAS_BLOCK = 4096  # elements of grad_y that a program of the bias's gradient reads at a time
+
+
+@triton.jit
+def conv_transpose2d_bwd_input_kernel(
+    grad_y, w, grad_x, PIXELS, H, W_RUNS, OH, OW, C_RUNS, K_RUNS,
+    KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
+    C_VEC: tl.constexpr, K_VEC: tl.constexpr, W_VEC: tl.constexpr, CUT: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """One program makes BLOCK_M pixels x BLOCK_N channels of grad_x, a strided convolution of grad_y.
+
+    grad_y and w are channels_last; grad_x is it or not. CUT: some windows pass the edge of grad_y. Reads the windows
+    once for each BLOCK_N channels; writes grad_x once.
+    """
+    C, K, W = C_RUNS * C_VEC, K_RUNS * K_VEC, W_RUNS * W_VEC
+    program = tl.program_id(0)
+    if WIDE:
+        C, K, program = tl.cast(C, tl.int64), tl.cast(K, tl.int64), program.to(tl.int64)
+    tiles = tl.cdiv(C, BLOCK_N)
+    first = program // tiles * BLOCK_M
+    m = first + tl.arange(0, BLOCK_M)
+    n = program % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    live_m, live_n = tl.max_constancy(m < PIXELS, W_VEC), n < C
+    image, h, v = place(first, H, W, BLOCK_M)
+    run, row = KW * K, OW * K
+    oh, start = h * SH - PH, (v * SW - PW) * K
+    o_grad = (image * OH + oh) * row + start
+    r = tl.arange(0, BLOCK_R)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    i, r0 = 0, 0
+    for _ in range(KH * tl.cdiv(run, BLOCK_R)):
+        live_r = r < run - r0
+        inside = live_m[:, None] & live_r[None, :]
+        if CUT:
+            along = (start + r0)[:, None] + r[None, :]
+            inside = inside & ((oh + i >= 0) & (oh + i < OH))[:, None] & (along >= 0) & (along < row)
+        source = (o_grad + (i * row + r0))[:, None] + r[None, :]
+        grads = tl.load(grad_y + source, mask=inside, other=0.0)
+        source = (n * KH * run + (i * run + r0))[None, :] + r[:, None]
+        weights = tl.load(w + source, mask=live_r[:, None] & live_n[None, :], other=0.0)
+        acc = multiply(grads, weights, acc, PRECISION, UPCAST)
+        r0 += BLOCK_R
+        i = tl.where(r0 < run, i, i + 1)
+        r0 = tl.where(r0 < run, r0, 0)
+    if CHANNELS_LAST:
+        out = (m * C)[:, None] + n[None, :]
+    else:
+        pixel = tl.max_contiguous(tl.multiple_of((image * C * H + h) * W + v, W_VEC), W_VEC)
+        out = pixel[:, None] + (n * (H * W))[None, :]
+    tl.store(grad_x + out, acc.to(grad_x.dtype.element_ty), mask=live_m[:, None] & live_n[None, :])
+
+
+@triton.jit
+def conv_transpose2d_bwd_weight_kernel(
+    x, grad_y, partials, STEPS, SHARE, TILES_H, TILES_W, H, W_RUNS, OH, OW, C_RUNS, K_RUNS,
+    KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
+    C_VEC: tl.constexpr, K_VEC: tl.constexpr, W_VEC: tl.constexpr, CUT: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    """One program sums BLOCK_M channels c x BLOCK_N columns (i, j, k) over SHARE blocks of BLOCK_R pixels of x.
+
+    A block of pixels is BLOCK_R / BLOCK_W rows of one image, so that no pixel's place needs a division. grad_y is
+    channels_last, x is it or not. Reads x once for each BLOCK_N columns and the windows of grad_y once for each
+    BLOCK_M channels; writes partials (shares, C, KH, KW, K).
+    """
+    C, K, W = C_RUNS * C_VEC, K_RUNS * K_VEC, W_RUNS * W_VEC
+    program = tl.program_id(0)
+    if WIDE:
+        C, K, program = tl.cast(C, tl.int64), tl.cast(K, tl.int64), program.to(tl.int64)
+    run, row = KW * K, OW * K
+    tiles_m, tiles_n = tl.cdiv(C, BLOCK_M), tl.cdiv(KH * run, BLOCK_N)
+    share = program // (tiles_m * tiles_n)
+    tile = program % (tiles_m * tiles_n)
+    c = tile // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tile % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    live_c, live_n = c < C, n < KH * run
+    i, along = n // run, n % run
+    r = tl.arange(0, BLOCK_R)
+    step = share * SHARE
+    tile_w, tile_h = (step % TILES_W).to(tl.int32), (step // TILES_W % TILES_H).to(tl.int32)
+    image = step // (TILES_W * TILES_H)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for _ in range(tl.minimum(SHARE, STEPS - step)):
+        h, v = tile_h * (BLOCK_R // BLOCK_W) + r // BLOCK_W, tile_w * BLOCK_W + r % BLOCK_W
+        live_r = (h < H) & (v < W)
+        if CHANNELS_LAST:
+            source = (((image * H + h) * W + v) * C)[:, None] + c[None, :]
+        else:
+            source = (image * C * (H * W) + h * W + v)[:, None] + (c * (H * W))[None, :]
+        pixels = tl.load(x + source, mask=live_r[:, None] & live_c[None, :], other=0.0)
+        oh, start = h * SH - PH, (v * SW - PW) * K
+        inside = live_r[:, None] & live_n[None, :]
+        if CUT:
+            rows, columns = oh[:, None] + i[None, :], start[:, None] + along[None, :]
+            inside = inside & (rows >= 0) & (rows < OH) & (columns >= 0) & (columns < row)
+        source = ((image * OH + oh) * row + start)[:, None] + (i * row + along)[None, :]
+        grads = tl.load(grad_y + source, mask=inside, other=0.0)
+        acc = multiply(tl.trans(pixels), grads, acc, PRECISION, UPCAST)
+        tile_w += 1
+        tile_h = tl.where(tile_w < TILES_W, tile_h, tile_h + 1)
+        tile_w = tl.where(tile_w < TILES_W, tile_w, 0)
+        image = tl.where(tile_h < TILES_H, image, image + 1)
+        tile_h = tl.where(tile_h < TILES_H, tile_h, 0)
+    out = ((share * C + c) * (KH * run))[:, None] + n[None, :]
+    tl.store(partials + out, acc.to(partials.dtype.element_ty), mask=live_c[:, None] & live_n[None, :])
+
+
+@triton.jit
+def conv_transpose2d_bwd_bias_kernel(
+    grad_y, partials, PIXELS, STEPS, SHARE, PLANE_RUNS, K_RUNS, PLANE_VEC: tl.constexpr, K_VEC: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One program sums BLOCK_K maps of grad_y over SHARE blocks of BLOCK_P pixels. Reads once; writes (shares, K)."""
+    PLANE, K = PLANE_RUNS * PLANE_VEC, K_RUNS * K_VEC
+    program = tl.program_id(0)
+    if WIDE:
+        K, program = tl.cast(K, tl.int64), program.to(tl.int64)
+    tiles = tl.cdiv(K, BLOCK_K)
+    share = program // tiles
+    k = program % tiles * BLOCK_K + tl.arange(0, BLOCK_K)
+    step = share * SHARE
+    sums = tl.zeros((BLOCK_P, BLOCK_K), tl.float32)
+    for s in range(0, tl.minimum(SHARE, STEPS - step)):
+        p = (step + s) * BLOCK_P + tl.arange(0, BLOCK_P)
+        if CHANNELS_LAST:
+            source = (p * K)[:, None] + k[None, :]
+        else:
+            source = (p // PLANE * K * PLANE + p % PLANE)[:, None] + (k * PLANE)[None, :]
+        sums += tl.load(grad_y + source, mask=(p < PIXELS)[:, None] & (k < K)[None, :], other=0.0).to(tl.float32)
+    tl.store(partials + share * K + k, tl.sum(sums, axis=0), mask=k < K)
+
+
+def conv_transpose2d_bwd(
+    grad_y: Tensor, x: Tensor, weight: Tensor, grad_x: Tensor | None, grad_weight: Tensor | None,
+    grad_bias: Tensor | None, geometry: Geometry,
+) -> None:  # fmt: skip
+    """Write the gradients that are not None.
+
+    grad_x lies as the geometry says, every other tensor in NCHW or in channels_last.
+    """
+    if grad_x is not None or grad_weight is not None:
+        grad_y = transposed(grad_y, torch.channels_last)
+    if grad_bias is not None:
+        _bwd_bias(grad_y, grad_bias)
+    ends = [(size - 1) * s - p + k for size, k, s, p in zip(x.shape[-2:], *geometry[:3], strict=True)]
+    common: dict[str, Any] = {
+        "CUT": any(geometry.padding) or ends[0] > grad_y.shape[-2] or ends[1] > grad_y.shape[-1],
+        "PRECISION": precision(x), "UPCAST": INTERPRETED, "WIDE": wide(x, weight, grad_y),
+        **geometry.constants(),
+    }  # fmt: skip
+    if grad_x is not None:
+        _bwd_input(grad_y, transposed(weight, torch.channels_last), grad_x, geometry, common)
+    if grad_weight is not None:
+        _bwd_weight(grad_y, x, grad_weight, common)
+
+
+def _bwd_input(grad_y: Tensor, weight: Tensor, grad_x: Tensor, geometry: Geometry, common: dict[str, Any]) -> None:
+    (n, c, h, w), (k, oh, ow) = grad_x.shape, grad_y.shape[1:]
+    tiles = blocks(n * h * w, c, k * weight.shape[-1], grad_x)
+    c_vec, k_vec, w_vec = (vector_width(grad_x.element_size(), size) for size in (c, k, w))
+    launch(
+        conv_transpose2d_bwd_input_kernel, programs(n * h * w, c, tiles),
+        grad_y, weight, grad_x, n * h * w, h, w // w_vec, oh, ow, c // c_vec, k // k_vec,
+        C_VEC=c_vec, K_VEC=k_vec, W_VEC=w_vec, CHANNELS_LAST=geometry.channels_last, **common, **tiles,
+    )  # fmt: skip
+
+
+def _bwd_weight(grad_y: Tensor, x: Tensor, grad_weight: Tensor, common: dict[str, Any]) -> None:
+    (n, c, h, w), (k, oh, ow) = x.shape, grad_y.shape[1:]
+    c_vec, k_vec, w_vec = (vector_width(x.element_size(), size) for size in (c, k, w))
+    channels_last = x.is_contiguous(memory_format=torch.channels_last)
+    if not channels_last and w_vec * x.element_size() < 16:
+        x, channels_last = transposed(x, torch.channels_last), True
+    columns = grad_weight[0].numel() if c else 0
+    tiles = blocks(c, columns, n * h * w, x, fill=False)
+    block_w = min(tiles["BLOCK_R"], triton.next_power_of_2(w))
+    tiles_h, tiles_w = triton.cdiv(h, tiles["BLOCK_R"] // block_w), triton.cdiv(w, block_w)
+    steps = n * tiles_h * tiles_w
+    each, shares = split(steps, programs(c, columns, tiles))
+    in_place = shares == 1 and grad_weight.is_contiguous(memory_format=torch.channels_last)
+    partials = grad_weight if in_place else torch.empty(shares, c, columns, dtype=torch.float32, device=x.device)
+    launch(
+        conv_transpose2d_bwd_weight_kernel, shares * programs(c, columns, tiles),
+        x, grad_y, partials, steps, each, tiles_h, tiles_w, h, w // w_vec, oh, ow, c // c_vec, k // k_vec,
+        C_VEC=c_vec, K_VEC=k_vec, W_VEC=w_vec, CHANNELS_LAST=channels_last, BLOCK_W=block_w, **common, **tiles,
+    )  # fmt: skip
+    if not in_place:
+        sum_shares(partials, grad_weight, k)
+
+
+def _bwd_bias(grad_y: Tensor, grad_bias: Tensor) -> None:
+    n, k, oh, ow = grad_y.shape
+    k_vec, plane_vec = (vector_width(grad_y.element_size(), size) for size in (k, oh * ow))
+    channels_last = grad_y.is_contiguous(memory_format=torch.channels_last)
+    block_k = min(128 if channels_last else 4, triton.next_power_of_2(k))
+    block_p = min(BIAS_BLOCK // block_k, max(16, triton.next_power_of_2(n * oh * ow)))
+    steps, tiles = triton.cdiv(n * oh * ow, block_p), triton.cdiv(k, block_k)
+    each, shares = split(steps, tiles)
+    partials = torch.empty(shares, k, dtype=torch.float32, device=grad_y.device)
+    launch(
+        conv_transpose2d_bwd_bias_kernel, shares * tiles,
+        grad_y, partials, n * oh * ow, steps, each, oh * ow // plane_vec, k // k_vec, PLANE_VEC=plane_vec, K_VEC=k_vec,
+        CHANNELS_LAST=channels_last, WIDE=wide(grad_y), BLOCK_P=block_p, BLOCK_K=block_k,
+    )  # fmt: skip
+    sum_shares(partials, grad_bias, k)

@@ -1,0 +1,158 @@
+"""What implicit matrix products share: tl.dot, where rows lie, block sizes, sums in shares, changes of layout."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import INT32_MAX, launch, vector_width
+
+ROOM = 1 << 22  # elements by which a masked lane's offset may pass the last one
+PROGRAMS = 132  # with fewer programs than an H100 has multiprocessors, blocks are halved
+LEAST_STEPS = 4  # blocks of a sum that are worth a share of their own
+COPY_BLOCK = 64
+SUM_BLOCK = 512
+
+
+@triton.jit
+def multiply(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+    """acc + a @ b. UPCAST: the interpreter would multiply bf16 by its bits."""
+    if UPCAST:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def quotient(a, b):
+    """a // b of small numbers (0 <= a < 2^20), in four instructions in place of some twenty-five."""
+    return ((a.to(tl.float32) + 0.5) * (1.0 / b)).to(tl.int32)
+
+
+@triton.jit
+def place(first, ROWS, COLUMNS, BLOCK: tl.constexpr):
+    """(image, row, column) of each of BLOCK neighbours from the flat index `first` on."""
+    row, column = first // COLUMNS, (first % COLUMNS).to(tl.int32) + tl.arange(0, BLOCK)
+    image, row = row // ROWS, (row % ROWS).to(tl.int32)
+    below = quotient(column, COLUMNS)
+    row += below
+    behind = quotient(row, ROWS)
+    return image + behind, row - behind * ROWS, column - below * COLUMNS
+
+
+@triton.jit
+def transpose_kernel(
+    source, target, R_RUNS, S_RUNS, R_VEC: tl.constexpr, S_VEC: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_S: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """One program copies a BLOCK_R x BLOCK_S tile of (batch, R, S) to (batch, S, R). Reads and writes once."""
+    R, S = R_RUNS * R_VEC, S_RUNS * S_VEC
+    tiles_r, tiles_s = tl.cdiv(R, BLOCK_R), tl.cdiv(S, BLOCK_S)
+    program = tl.program_id(0)
+    tile = program % (tiles_r * tiles_s)
+    batch = program // (tiles_r * tiles_s)
+    if WIDE:
+        batch, R, S = batch.to(tl.int64), tl.cast(R, tl.int64), tl.cast(S, tl.int64)
+    r = tile // tiles_s * BLOCK_R + tl.arange(0, BLOCK_R)
+    s = tile % tiles_s * BLOCK_S + tl.arange(0, BLOCK_S)
+    live = (r < R)[:, None] & (s < S)[None, :]
+    matrix = batch * S * R
+    value = tl.load(source + (matrix + (r * S)[:, None] + s[None, :]), mask=live, other=0.0)
+    tl.store(target + (matrix + r[:, None] + (s * R)[None, :]), value, mask=live)
+
+
+@triton.jit
+def sum_shares_kernel(
+    partials, out, SHARES, SIZE, TAPS, K, PERMUTED: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr
+):
+    """One program adds the SHARES values of each of BLOCK elements, in order. Reads the partials and writes out once.
+
+    PERMUTED: the partials are (C, taps, K) and out is (C, K, taps).
+    """
+    o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    live = o < SIZE
+    to = o
+    if PERMUTED:
+        to = (o // (TAPS * K) * K + o % K) * TAPS + o // K % TAPS
+    if WIDE:
+        SIZE = tl.cast(SIZE, tl.int64)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for share in range(SHARES):
+        total += tl.load(partials + (share * SIZE + o), mask=live, other=0.0)
+    tl.store(out + to, total.to(out.dtype.element_ty), mask=live)
+
+
+def wide(*tensors: Tensor) -> bool:
+    """Whether an offset into one of the tensors may need 64 bits."""
+    return max(t.numel() for t in tensors) > INT32_MAX - ROOM
+
+
+def precision(x: Tensor) -> str:
+    """How tl.dot multiplies float32: rounded to TF32 where torch lets cuDNN's convolutions do so, else exactly."""
+    # The switch of convolutions alone: allow_tf32 raises where convolutions and RNNs differ.
+    tf32 = x.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"
+    return "tf32" if tf32 else "ieee"
+
+
+def blocks(m: int, n: int, depth: int, x: Tensor, fill: bool = True) -> dict[str, int]:
+    """Block sizes of an (m x depth) @ (depth x n) product of x's dtype, and warps.
+
+    128 x 128 x 64 for the tensor cores: two such programs with three stages of loads fit a multiprocessor. Less where
+    the product is smaller or, to fill a GPU, where it would make too few programs; half as deep for float32, and
+    64 x 64 where that is multiplied exactly, without tensor cores.
+    """
+    most = 64 if precision(x) == "ieee" and x.dtype == torch.float32 else 128
+    block_m, block_n = (min(most, max(16, triton.next_power_of_2(size))) for size in (m, n))
+    while fill and max(block_m, block_n) > 64 and triton.cdiv(m, block_m) * triton.cdiv(n, block_n) < PROGRAMS:
+        block_m, block_n = (block_m // 2, block_n) if block_m > 64 else (block_m, block_n // 2)
+    block_r = min(128 // x.element_size(), max(16, triton.next_power_of_2(depth)))
+    warps = 8 if block_m * block_n > 64 * 128 else 4
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_R": block_r, "num_warps": warps, "num_stages": 3}
+
+
+def programs(m: int, n: int, tiles: dict[str, int]) -> int:
+    """How many blocks cover an m x n product."""
+    return triton.cdiv(m, tiles["BLOCK_M"]) * triton.cdiv(n, tiles["BLOCK_N"])
+
+
+def transposed(x: Tensor, layout: torch.memory_format) -> Tensor:
+    """x (contiguous or channels_last) in the given layout: itself, or a copy that is read and written once."""
+    if x.is_contiguous(memory_format=layout):
+        return x
+    copy = torch.empty_like(x, memory_format=layout)
+    transpose_into(x, copy, to_channels_last=layout == torch.channels_last)
+    return copy
+
+
+def transpose_into(x: Tensor, copy: Tensor, to_channels_last: bool) -> None:
+    """Fill `copy` from x, the one in NCHW and the other in channels_last."""
+    n, c, h, w = x.shape
+    r, s = (c, h * w) if to_channels_last else (h * w, c)
+    r_vec, s_vec = vector_width(x.element_size(), r), vector_width(x.element_size(), s)
+    block_r, block_s = (min(COPY_BLOCK, triton.next_power_of_2(size)) for size in (r, s))
+    launch(
+        transpose_kernel, n * triton.cdiv(r, block_r) * triton.cdiv(s, block_s),
+        x, copy, r // r_vec, s // s_vec, R_VEC=r_vec, S_VEC=s_vec, BLOCK_R=block_r, BLOCK_S=block_s, WIDE=wide(x),
+    )  # fmt: skip
+
+
+def split(steps: int, tiles: int) -> tuple[int, int]:
+    """(steps of a share, shares): about two programs for each multiprocessor, none of too few steps.
+
+    It depends on the sizes alone, so that a sum is the same on every GPU.
+    """
+    shares = max(1, min(2 * PROGRAMS // max(tiles, 1), steps // LEAST_STEPS))
+    each = max(1, triton.cdiv(steps, shares))
+    return each, max(1, triton.cdiv(steps, each))
+
+
+def sum_shares(partials: Tensor, out: Tensor, k: int) -> None:
+    """Add up partials (shares, ...) into out: (K,), or a weight (C, K, KH, KW) whose partials are (C, KH, KW, K)."""
+    shares, size = partials.shape[0], out.numel()
+    permuted = out.dim() == 4 and not out.is_contiguous(memory_format=torch.channels_last)
+    launch(
+        sum_shares_kernel, triton.cdiv(size, SUM_BLOCK),
+        partials, out, shares, size, out[0, 0].numel() if permuted else 1, k, PERMUTED=permuted, WIDE=wide(partials),
+        BLOCK=SUM_BLOCK,
+    )  # fmt: skip

@@ -1,0 +1,33 @@
+"""Kernels that are right and bad, for the gates to catch."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def strided_copy_kernel(x, y, N, BLOCK: tl.constexpr):
+    """Lanes a row of 64 apart: each access is one element wide."""
+    o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    o = o % 64 * (N // 64) + o // 64
+    tl.store(y + o, tl.load(x + o, mask=o < N, other=0.0), mask=o < N)
+
+
+@triton.jit
+def padded_copy_kernel(x, y, N, BLOCK: tl.constexpr):
+    """Reads every element twice as far apart as it has to, so that half of each sector is wasted."""
+    o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y + o, tl.load(x + 2 * o, mask=o < N, other=0.0), mask=o < N)
+
+
+@triton.jit
+def spilling_kernel(x, w, y, BLOCK: tl.constexpr):
+    """One warp holds a product that does not fit its registers."""
+    o = tl.arange(0, BLOCK)
+    square = o[:, None] * BLOCK + o[None, :]
+    tl.store(y + square, tl.dot(tl.load(x + square), tl.load(w + square)).to(y.dtype.element_ty))
+
+
+@triton.jit
+def atomic_sum_kernel(x, y, N, BLOCK: tl.constexpr):
+    o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.atomic_add(y + o % 8, tl.load(x + o, mask=o < N, other=0.0), mask=o < N)

@@ -1,0 +1,352 @@
+import itertools
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fastseg
+from fastseg import functional as FS
+from fastseg import kernels, verify
+from fastseg.ops import conv_transpose as ops
+
+LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+NAMES = ["input", "weight", "bias"]
+
+# input, output channels, kernel, stride, padding, output_padding
+GEOMETRIES = [
+    ((2, 16, 5, 8), 8, 2, 2, 0, 0),  # kernel = stride: shuffled in NCHW
+    ((1, 5, 3, 5), 3, (4, 2), (4, 2), 0, 0),
+    ((2, 24, 6, 5), 20, 4, 2, 1, 0),  # phases with equal taps
+    ((1, 5, 7, 9), 3, 3, 2, 1, 1),  # phases with different taps
+    ((1, 70, 2, 4), 130, 3, 1, 1, 0),  # several blocks of channels
+    ((1, 4, 3, 4), 4, (4, 5), (2, 3), (1, 0), (1, 2)),
+    ((1, 3, 4, 3), 5, (1, 2), 3, 0, 2),  # phases without taps
+    ((2, 3, 3, 3), 5, 5, 2, 4, 1),  # padding past a whole cell
+    ((3, 9, 1, 1), 33, 7, 1, 0, 0),  # one pixel becomes an image
+    ((2, 8, 1, 5), 6, (3, 2), (1, 2), (0, 1), 0),
+    ((1, 2, 10, 33), 4, 3, 2, 1, 1),  # several shares of the pixels
+    ((1, 1, 1, 1), 1, 1, 1, 0, 0),
+]
+
+
+def tensors(shape, channels, kernel, dtype, layout, device, weight_layout=None):
+    kernel = (kernel, kernel) if isinstance(kernel, int) else kernel
+    x = torch.randn(shape).to(device, dtype).contiguous(memory_format=layout)
+    weight = (
+        torch.randn(shape[1], channels, *kernel).to(device, dtype).contiguous(memory_format=weight_layout or layout)
+    )
+    return x, weight, torch.randn(channels).to(device, dtype)
+
+
+def on(backend, function=FS.conv_transpose2d):
+    """The function under a backend, whatever the backend is outside."""
+
+    def call(*args, **kwargs):
+        with fastseg.backend(backend):
+            return function(*args, **kwargs)
+
+    return call
+
+
+@pytest.fixture(autouse=True)
+def exact():
+    """float32 is multiplied exactly, and torch's reference too."""
+    before = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    yield
+    torch.backends.cudnn.conv.fp32_precision = before
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("case", range(len(GEOMETRIES)))
+def test_output_and_gradients(case, layout, device, triton_backend, assert_right):
+    shape, channels, kernel, *geometry = GEOMETRIES[case]
+    dtype = DTYPES[(case + (layout == torch.channels_last)) % 3]
+    inputs = tensors(shape, channels, kernel, dtype, layout, device)
+    assert_right(
+        lambda *t: FS.conv_transpose2d(*t, *geometry), lambda *t: F.conv_transpose2d(*t, *geometry), inputs, NAMES
+    )
+
+
+@pytest.mark.parametrize("draw", range(24))
+def test_any_arguments(draw, device, triton_backend, assert_right):
+    def pick(*choices):
+        return choices[torch.randint(len(choices), ()).item()]
+
+    shape = (pick(1, 2, 3), pick(1, 3, 8, 17), pick(1, 2, 3, 5), pick(1, 2, 4, 7))
+    kernel, stride = (pick(1, 2, 3, 4, 5), pick(1, 2, 3, 4)), (pick(1, 2, 3, 4), pick(1, 2, 3))
+    extra = tuple(torch.randint(s, ()).item() for s in stride)
+    padding = tuple(
+        min(pick(0, 1, 2, 3), ((size - 1) * s + k + e - 1) // 2)
+        for size, s, k, e in zip(shape[2:], stride, kernel, extra, strict=True)
+    )
+    channels, layout, weight_layout = pick(1, 4, 8, 19), pick(*LAYOUTS.values()), pick(*LAYOUTS.values())
+    inputs = tensors(shape, channels, kernel, pick(*DTYPES), layout, device, weight_layout)
+    print(shape, channels, kernel, stride, padding, extra, inputs[0].dtype, layout, weight_layout)
+    if pick(True, False):
+        inputs = (*inputs[:2], None)
+
+    def call(x, weight, bias, function=FS.conv_transpose2d):
+        return function(x, weight, bias, stride, padding, extra)
+
+    assert_right(call, lambda *t: call(*t, F.conv_transpose2d), inputs, NAMES)
+
+
+@pytest.mark.parametrize("x_layout, weight_layout", list(itertools.product(LAYOUTS, LAYOUTS)))
+def test_layouts_are_torchs(x_layout, weight_layout, device):
+    """Of the result and of the input's gradient; the weight's gradient lies as the weight does."""
+    x, weight, bias = tensors((2, 8, 5, 6), 4, 3, torch.float32, LAYOUTS[x_layout], device, LAYOUTS[weight_layout])
+    for source in (
+        x,
+        torch.cat([x, x], 1)[:, :8],
+        x[:, :, :4],
+        x[..., 1:],
+        x.transpose(2, 3),
+        x[:, :1],
+        x[:1, :, :1, :1],
+    ):
+        for w in (weight, weight[:, :1], weight[:, :, :1, :1], weight[..., 1:]):
+            w = w[: source.shape[1]]
+            want = F.conv_transpose2d(source, w)
+            got = ops.CONV_TRANSPOSE2D.fake(source, w, None, [1, 1], [0, 0], [0, 0], 1, [1, 1])
+            assert got.shape == want.shape and got.stride() == want.stride(), (source.stride(), w.stride())
+    leaves = [t.requires_grad_() for t in (x, weight, bias)]
+    y = on("triton")(*leaves, 2)
+    grad_x, grad_weight, _ = torch.autograd.grad(y, leaves, torch.randn_like(y).contiguous())
+    either = torch.channels_last if "channels_last" in (x_layout, weight_layout) else torch.contiguous_format
+    assert y.is_contiguous(memory_format=either) and grad_x.is_contiguous(memory_format=either)
+    assert grad_weight.is_contiguous(memory_format=LAYOUTS[weight_layout])
+
+
+def test_inputs_that_are_not_dense(device, triton_backend, assert_right):
+    inputs = tensors((2, 8, 5, 6), 4, 3, torch.float32, torch.channels_last, device)
+
+    def strided(function):
+        def call(x, weight, bias):
+            y = function(x[:, ::2, 1:].transpose(2, 3), weight[1::2], bias.expand(2, 4)[1], 2, 1)
+            return y.sum((2, 3), keepdim=True).expand_as(y) + y[:1, :1]  # its gradient has strides of 0
+
+        return call
+
+    assert_right(strided(FS.conv_transpose2d), strided(F.conv_transpose2d), inputs, NAMES)
+
+
+def test_unbatched(device, triton_backend, assert_right):
+    x, weight, bias = tensors((1, 5, 4, 3), 6, 3, torch.float32, torch.contiguous_format, device)
+    inputs = (x[0], weight, bias)
+    assert_right(lambda *t: FS.conv_transpose2d(*t, 2), lambda *t: F.conv_transpose2d(*t, 2), inputs, NAMES)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_empty_batch(layout, device, triton_backend, poison):
+    leaves = [t.requires_grad_() for t in tensors((0, 4, 3, 3), 5, 3, torch.float32, layout, device)]
+    y = FS.conv_transpose2d(*leaves, 2)
+    assert y.shape == (0, 5, 7, 7)
+    y.sum().backward()
+    assert leaves[0].grad.shape == (0, 4, 3, 3)
+    assert not leaves[1].grad.any() and not leaves[2].grad.any()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_sums_in_any_number_of_shares(layout, device, triton_backend, assert_right, monkeypatch):
+    """One share is summed in place; more are added in order."""
+    inputs = tensors((2, 4, 6, 12), 3, 2, torch.float32, layout, device)
+    counts = []
+    for least in (1, 3, 10**6):
+        monkeypatch.setattr(kernels.products, "LEAST_STEPS", least)
+        counts.append(kernels.products.split(steps=30, tiles=2)[1])
+        assert_right(lambda *t: FS.conv_transpose2d(*t, 2), lambda *t: F.conv_transpose2d(*t, 2), inputs, NAMES)
+    assert counts == [30, 10, 1]
+
+
+def test_twice_is_equal_to_the_bit(device, triton_backend, monkeypatch):
+    monkeypatch.setattr(kernels.products, "LEAST_STEPS", 1)
+    leaves = [t.requires_grad_() for t in tensors((2, 4, 6, 12), 6, 3, torch.float32, torch.channels_last, device)]
+
+    def run():
+        y = FS.conv_transpose2d(*leaves, 2)
+        return y, *torch.autograd.grad(y, leaves, torch.ones_like(y))
+
+    assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("geometry", [(2, 2), (3, 2, 1, 1), (4, 3)])
+def test_offsets_of_64_bits(geometry, layout, device, triton_backend, assert_right, monkeypatch):
+    monkeypatch.setattr(kernels.products, "INT32_MAX", 0)
+    assert kernels.products.wide(torch.empty(1))
+    kernel, *rest = geometry
+    inputs = tensors((2, 8, 3, 4), 5, kernel, torch.float32, layout, device)
+    assert_right(lambda *t: FS.conv_transpose2d(*t, *rest), lambda *t: F.conv_transpose2d(*t, *rest), inputs, NAMES)
+
+
+@pytest.mark.parametrize("needed", list(itertools.product([False, True], repeat=3)))
+def test_only_what_is_needed_is_computed(needed, device, triton_backend):
+    inputs = tensors((1, 4, 3, 4), 3, 2, torch.float32, torch.channels_last, device)
+    for t, need in zip(inputs, needed, strict=True):
+        t.requires_grad_(need)
+    y = FS.conv_transpose2d(*inputs, 2)
+    assert y.requires_grad == any(needed)
+    if not any(needed):
+        return
+    launched = []
+    grad = torch.randn_like(y)
+    found = torch.autograd.grad(y, [t for t in inputs if t.requires_grad], grad, retain_graph=True)
+    want = torch.autograd.grad(F.conv_transpose2d(*inputs, 2), [t for t in inputs if t.requires_grad], grad)
+    for a, b in zip(found, want, strict=True):
+        torch.testing.assert_close(a, b)
+    with kernels.launch.recording(lambda kernel, *rest: launched.append(kernel.fn.__name__)):
+        y.backward(grad)
+    parts = ["bwd_input" in str(launched), "bwd_weight" in str(launched), "bwd_bias" in str(launched)]
+    assert parts == list(needed)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_opcheck(layout, backend, device):
+    x, weight, bias = tensors((2, 5, 4, 6), 3, 3, torch.float32, layout, device)
+    geometry = ([2, 2], [1, 1], [1, 0], 1, [1, 1])
+    with fastseg.backend(backend):
+        torch.library.opcheck(ops.CONV_TRANSPOSE2D.op, (x, weight, bias, *geometry))
+        grad = torch.randn_like(ops.CONV_TRANSPOSE2D(x, weight, None, *geometry))
+        for mask in ([True, True, True], [False, True, False]):
+            torch.library.opcheck(ops.CONV_TRANSPOSE2D_BACKWARD.op, (grad, x, weight, *geometry, mask))
+
+
+@pytest.mark.parametrize("geometry", [([2, 2], [1, 1], [1, 0], 1, [1, 1]), ([1, 2], [0, 1], [0, 0], 2, [2, 1])])
+def test_gradients_of_the_reference(geometry, device):
+    """Through the operators, which nothing else runs in float64."""
+    groups = geometry[3]
+    x, weight, bias = tensors((2, 4, 2, 3), 2, 3, torch.float64, torch.contiguous_format, device)
+    leaves = [t.requires_grad_() for t in (x, weight, bias.repeat(groups))]
+
+    def function(*leaves):
+        return ops.ConvTranspose2dFunction.apply(*leaves, *geometry)
+
+    with fastseg.backend("torch"):
+        assert torch.autograd.gradcheck(function, leaves)
+        assert torch.autograd.gradgradcheck(function, leaves)
+
+
+def test_second_derivatives_through_the_kernels(device, triton_backend):
+    leaves = [t.requires_grad_() for t in tensors((2, 3, 3, 4), 2, 3, torch.float32, torch.channels_last, device)]
+
+    def second(function):
+        first = torch.autograd.grad((function(*leaves, 2) ** 3).sum(), leaves, create_graph=True)
+        return torch.autograd.grad(sum((g**2).sum() for g in first), leaves)
+
+    for ours, theirs in zip(second(FS.conv_transpose2d), second(F.conv_transpose2d), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * theirs.abs().max().item())
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_in_one_graph(backend, dynamic, device):
+    leaves = [t.requires_grad_() for t in tensors((2, 6, 4, 5), 4, 3, torch.float32, torch.channels_last, device)]
+
+    def function(x, weight, bias):
+        return FS.conv_transpose2d(x * 2, weight, bias, 2, 1, output_padding=1).relu()
+
+    with fastseg.backend(backend):
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=dynamic)(*leaves)
+        eager = function(*leaves)
+        torch.testing.assert_close(compiled, eager)
+        assert compiled.stride() == eager.stride()
+        grad = torch.randn_like(eager)
+        for a, b in zip(*(torch.autograd.grad(y, leaves, grad) for y in (compiled, eager)), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_autocast(compiled, device):
+    leaves = [t.requires_grad_() for t in tensors((1, 4, 3, 4), 3, 2, torch.float32, torch.channels_last, device)]
+    function = torch.compile(on("triton"), fullgraph=True, backend="aot_eager") if compiled else on("triton")
+    with torch.autocast(device, torch.bfloat16):
+        ours, theirs = function(*leaves, 2), F.conv_transpose2d(*leaves, 2)
+        mixed = on("triton")(leaves[0].bfloat16(), *leaves[1:], 2)
+    assert ours.dtype == mixed.dtype == theirs.dtype == torch.bfloat16
+    torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.02)
+    grads = [torch.autograd.grad(y, leaves, torch.ones_like(y)) for y in (ours, theirs)]
+    for a, b in zip(*grads, strict=True):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a, b, rtol=0.02, atol=0.02)
+
+
+def test_tf32_is_torchs_choice():
+    x = torch.empty(1)
+    for switch, want in (("ieee", "ieee"), ("tf32", "tf32"), ("none", "ieee")):
+        torch.backends.cudnn.conv.fp32_precision = switch
+        assert kernels.products.precision(x) == want
+        assert kernels.products.precision(x.half()) == "ieee"
+
+
+def test_what_runs_and_why(device):
+    x, weight, bias = tensors((1, 4, 3, 4), 2, 3, torch.float32, torch.contiguous_format, device)
+    cases = {
+        "dtype torch.float64": (x.double(), weight.double()),
+        "groups 2": (x, weight, None, 1, 0, 0, 2),
+        "dilation (2, 1)": (x, weight, None, 1, 0, 0, 1, (2, 1)),
+    }
+    for reason, arguments in cases.items():
+        with fastseg.backend("triton"), pytest.raises(NotImplementedError, match=re.escape(reason)):
+            FS.conv_transpose2d(*arguments)
+        assert torch.equal(FS.conv_transpose2d(*arguments), F.conv_transpose2d(*arguments))
+    (choice,) = on("triton", fastseg.explain)(FS.conv_transpose2d, x, weight, bias)
+    assert choice.backend == "triton"
+    decide = fastseg.dispatch._decide
+    assert decide("conv_transpose2d", "cuda", None, ops.CONV_TRANSPOSE2D.slower(x)).reason == ops.UNMEASURED
+    assert [c.backend for c in fastseg.explain(FS.conv_transpose2d, x, weight, bias)] == ["torch"]
+
+
+def bad_calls():
+    x, weight, bias = torch.zeros(1, 4, 3, 3), torch.zeros(4, 2, 3, 3), torch.zeros(2)
+    yield "input", (x[0, 0], weight), {}
+    yield "input", (x[None], weight), {}
+    yield "weight", (x, weight[0]), {}
+    yield "weight", (x, weight[:, :0]), {}
+    yield "input", (x[:, :3], weight), {}
+    yield "input", (x[:, :, :0], weight), {}
+    yield "weight", (x.half(), weight), {}
+    yield "bias", (torch.zeros(2, 4, 5, 6), weight, bias.double()), {}
+    yield "bias", (x, weight, bias[:1]), {}
+    yield "bias", (x, weight, bias[None]), {}
+    yield "padding", (x, weight), {"padding": -1}
+    yield "padding", (x, weight), {"padding": 4}
+    yield "padding", (x, weight), {"padding": (0, 1, 0)}
+    yield "stride", (x, weight), {"stride": 0}
+    yield "stride", (x, weight), {"stride": (1, -1)}
+    yield "dilation", (x, weight), {"dilation": 0}
+    yield "groups", (x, weight), {"groups": 0}
+    yield "groups", (x, weight), {"groups": 3}
+    yield "output_padding", (x, weight), {"output_padding": -1}
+    yield "output_padding", (x, weight), {"output_padding": 1}
+    yield "output_padding", (x, weight), {"output_padding": (0, 2), "stride": (3, 2)}
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+@pytest.mark.parametrize("name, arguments, keywords", list(bad_calls()))
+def test_bad_arguments_raise_what_torch_raises(name, arguments, keywords, backend):
+    with pytest.raises(Exception) as theirs:
+        F.conv_transpose2d(*arguments, **keywords)
+    with fastseg.backend(backend), pytest.raises(theirs.type, match=f"conv_transpose2d.*{name}"):
+        FS.conv_transpose2d(*arguments, **keywords)
+
+
+def test_devices_may_not_be_mixed():
+    x, weight = torch.zeros(1, 4, 3, 3), torch.zeros(4, 2, 3, 3)
+    with pytest.raises(RuntimeError, match="weight must be on input's device cpu, but is on meta"):
+        FS.conv_transpose2d(x, weight.to("meta"))
+    with pytest.raises(RuntimeError, match="bias must be on input's device cpu, but is on meta"):
+        FS.conv_transpose2d(x, weight, torch.zeros(2, device="meta"))
+
+
+def test_every_element_is_written(device, triton_backend):
+    """By the kernels themselves, into tensors full of NaN; a reference run shows that the poison works."""
+    with verify.poisoned():
+        assert torch.empty(4, device=device).isnan().all()
+    for shape, channels, kernel, stride, padding, extra in GEOMETRIES:
+        x, weight, _ = tensors(shape, channels, kernel, torch.float16, torch.channels_last, device)
+        with verify.poisoned():
+            assert FS.conv_transpose2d(x, weight, None, stride, padding, extra).isfinite().all()

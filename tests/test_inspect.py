@@ -1,0 +1,187 @@
+"""The instruments, and the gates on every kernel of the package: bytes, spills, widths, tensor cores."""
+
+import json
+import os
+import subprocess
+import sys
+
+import bad_kernels
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastseg import cases, cli
+from fastseg.inspect import traffic_report
+from fastseg.inspect.eager import ByteCounter
+from fastseg.inspect.traffic import metering
+from fastseg.kernels.launch import launch
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled here, not interpreted")
+
+MEMORY_BOUND = ("max_pool2d", "max_unpool2d", "cross_entropy")
+
+
+# --- traffic ---------------------------------------------------------------------------------------------------------
+
+
+def moved(kernel, *tensors, n):
+    with metering() as launches:
+        launch(kernel, n // 256, *tensors, n, BLOCK=256)
+    return launches[0]
+
+
+def test_sectors_are_counted_once_and_requests_each_time():
+    x, y = torch.zeros(2048), torch.zeros(1024)
+    wasteful = moved(bad_kernels.padded_copy_kernel, x, y, n=1024)
+    assert wasteful.requested == {"load": 4096, "store": 4096, "atomic": 0}
+    assert (wasteful.sectors("load"), wasteful.sectors("store")) == (8192, 4096)
+    atomics = moved(bad_kernels.atomic_sum_kernel, x, y, n=1024)
+    assert atomics.requested["atomic"] == 4096 and atomics.sectors("atomic") == 32
+
+
+@pytest.mark.parametrize("layout", cases.LAYOUTS)
+def test_gate_every_memory_bound_operator_is_at_its_floor(layout):
+    """At most 1.05 of the floor on whole blocks, 1.15 on odd sizes."""
+    at = cases.Placement(torch.bfloat16, cases.LAYOUTS[layout], "cpu")
+    seen = set()
+    for case in traffic_report.sized_cases(at):
+        if case.operator.startswith(MEMORY_BOUND):
+            odd = any(odd in case.size for odd in ("38x54", "23x37"))
+            for traffic in traffic_report.operator_traffic(case):
+                seen.add(traffic.operator)
+                assert traffic.ratio <= (1.15 if odd else 1.05), f"{traffic.operator} {case.size}: {traffic.ratio:.3f}"
+    assert seen == {f"{name}{suffix}" for name in MEMORY_BOUND for suffix in ("", "_backward")}
+
+
+def test_the_floors_are_the_published_ones():
+    """Bytes for each element, from the shapes alone, in bfloat16: of the input (pool), the pooled map, the pixel."""
+    at = cases.Placement(torch.bfloat16, torch.channels_last, "cpu")
+    elements, pixels = 2 * 64 * 16 * 32, 2 * 16 * 32
+    makers = [*cases.max_pool2d(at, (2, 64, 16, 32)), *cases.max_unpool2d(at, (2, 64, 16, 32))]
+    floors = [[t.floor for t in traffic_report.operator_traffic(case)] for case in makers]
+    assert floors == [
+        [4.5 * elements, 4.5 * elements],
+        [2.75 * elements, 2.75 * elements],
+        [18 * elements / 4, 18 * elements / 4],
+        [11 * elements / 4, 11 * elements / 4],
+    ]
+    (case,) = cases.cross_entropy(at, (2, 19, 16, 32))
+    assert sum(t.floor for t in traffic_report.operator_traffic(case)) == pytest.approx(
+        (6 * 19 + 24) * pixels, rel=1e-3
+    )
+
+
+def test_bytes_an_element_do_not_depend_on_the_size():
+    at = cases.Placement(torch.bfloat16, torch.contiguous_format, "cpu")
+
+    def an_element(height):
+        cases_ = [*cases.max_pool2d(at, (1, 16, height, 64)), *cases.cross_entropy(at, (1, 19, height, 64))]
+        return [t.moved / height for case in cases_ for t in traffic_report.operator_traffic(case)]
+
+    assert an_element(32) == pytest.approx(an_element(96), rel=0.01)
+
+
+def test_eager_bytes_by_hand():
+    """Max-unpooling in channels_last: two copies to NCHW, zero-fill, read, scatter, and a copy back."""
+    at = cases.Placement(torch.bfloat16, torch.channels_last, "meta")
+    case = next(cases.max_unpool2d(at, (1, 64, 32, 64)))
+    pooled = 64 * 16 * 32
+    copies, zero_fill, read, back = 4 + 16, 8, 10, 16
+    least, sectors = traffic_report.eager_bytes(case)["forward"]
+    assert least == (copies + zero_fill + read + 2 + back) * pooled
+    assert sectors == (copies + zero_fill + read + 8 + back) * pooled
+
+
+def test_views_move_nothing_and_copies_move_twice():
+    x = torch.empty(8, 16, device="meta")
+    with ByteCounter() as counter:
+        x.view(128).unsqueeze(0).detach()
+        assert counter.least.total() == 0
+        x.t().contiguous()
+        assert counter.least.total() == 2 * 512
+        F.relu_(x)
+    assert counter.least["aten::relu_"] > 0
+
+
+def test_the_traffic_command(tmp_path, capsys):
+    png = tmp_path / "traffic.png"
+    arguments = ["inspect", "traffic", "--op", "max_unpool2d_with", "--layout", "nchw", "--bandwidth", "2"]
+    assert cli.main([*arguments, "--json", "--png", str(png)]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert len(rows) == 4 and png.read_bytes().startswith(b"\x89PNG")
+    for row in rows:
+        assert row["moved"] >= row["floor"] and row["model us"] == row["moved"] / 2e6
+    assert cli.main(arguments) == 0
+    assert "max_unpool2d_with_offsets" in capsys.readouterr().out
+    assert cli.main(["inspect", "traffic", "--op", "nothing"]) == 2
+    assert cli.main(["inspect", "traffic", "--bandwidth", "0"]) == 2
+
+
+# --- machine code ----------------------------------------------------------------------------------------------------
+
+
+def compiled(*arguments):
+    """Run code or a command in a process whose kernels are compiled."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=env)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+@pytest.fixture(scope="module")
+def facts():
+    """What every kernel compiles to, in every configuration of the networks' sizes."""
+    return json.loads(compiled("-m", "fastseg.cli", "inspect", "codegen", "--json"))["rows"]
+
+
+def test_gate_no_kernel_spills(facts):
+    assert {row["sm"] for row in facts} == {80, 90, 100}
+    assert [row for row in facts if row["spills"]] == []
+
+
+def test_gate_no_kernel_uses_atomics(facts):
+    assert [row for row in facts if row["atomics"]] == []
+
+
+def test_gate_products_run_on_the_tensor_cores(facts):
+    products = [row for row in facts if row["kernel"].startswith("conv_transpose2d") and "bias" not in row["kernel"]]
+    assert products
+    assert [row for row in products if not row["tensor core"] and not is_helper(row)] == []
+    assert [row for row in products if row["sm"] == 90 and not row["wgmma"] and not is_helper(row)] == []
+
+
+def is_helper(row):
+    return any(word in row["kernel"] for word in ("sum", "reduce", "transpose_kernel"))
+
+
+def test_the_disassembly_is_printed():
+    sass = compiled("-m", "fastseg.cli", "inspect", "codegen", "--op", "max_pool2d", "--sass", "max_pool2d_fwd_kernel")
+    assert "LDG.E.128" in sass and "EXIT" in sass
+
+
+BAD = """
+import json, torch
+from fastseg.inspect.codegen import compile_for, record
+from fastseg.kernels.launch import launch
+import sys; sys.path.insert(0, "tests")
+import bad_kernels
+x = torch.empty(1 << 16, device="meta", dtype=torch.bfloat16)
+f = torch.empty(1 << 16, device="meta")
+found = record(lambda: (
+    launch(bad_kernels.strided_copy_kernel, 4, x, x, 4096, BLOCK=1024),
+    launch(bad_kernels.spilling_kernel, 1, x, x, x, BLOCK=256, num_warps=1),
+    launch(bad_kernels.atomic_sum_kernel, 4, f, f, 4096, BLOCK=1024),
+))
+strided, spilling, atomic = (compile_for(launch, 90) for launch in found)
+print(json.dumps([strided.widths("LDG"), spilling.spills, atomic.count("ATOM", "RED.")]))
+"""
+
+
+def test_the_gates_see_bad_kernels():
+    widths, spills, atomics = json.loads(compiled("-c", BAD))
+    assert list(widths) == ["2"] and spills > 0 and atomics > 0
+
+
+def test_codegen_says_what_it_needs(capsys):
+    assert cli.main(["inspect", "codegen"]) == 2
+    assert "TRITON_INTERPRET" in capsys.readouterr().err
