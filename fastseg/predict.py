@@ -83,6 +83,14 @@ class Scene(NamedTuple):
     prediction: np.ndarray
 
 
+def need_matplotlib() -> None:
+    """Raise an ImportError that names the extra where matplotlib is missing."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise ImportError('drawing needs matplotlib: pip install "fastseg-kernels[demo]"') from error
+
+
 def palette(classes: Sequence[str]) -> np.ndarray:
     """A colour for each class, uint8 [classes, 3]: CamVid's own for its classes, else colours far apart."""
     if tuple(classes) == CAMVID_CLASSES:
@@ -111,11 +119,10 @@ def draw_scenes(
 
     overlay: lay the prediction over the picture, half transparent. The legend names the classes that are shown.
     """
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.patches import Patch
-    except ImportError as error:
-        raise ImportError('drawing needs matplotlib: pip install "fastseg-kernels[demo]"') from error
+    need_matplotlib()
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
     colours = palette(classes)
     columns = (
         ["picture", "truth", "prediction"] if any(s.truth is not None for s in scenes) else ["picture", "prediction"]

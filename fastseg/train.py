@@ -24,7 +24,8 @@ from .models import MODELS
 from .trainer import MAY_CHANGE, TrainConfig, Trainer, datasets
 
 EXAMPLES = """examples:
-  fastseg train --model segnet-basic --width 0.5 --steps 500        digit scenes, no data needed
+  fastseg train --model segnet-basic --width 0.25 --steps 800 --batch-size 16 --lr 5e-3 \\
+      --class-weights median-frequency                              digit scenes, no data needed
   fastseg train --data CamVid --size 360x480 --class-weights camvid --optimizer sgd --momentum 0.9 \\
       --lr 0.001 --schedule constant --weight-decay 5e-4 --batch-size 4 --steps 40000   the SegNet paper's recipe
   fastseg train --resume runs/train/checkpoint.pt                   go on after Ctrl-C

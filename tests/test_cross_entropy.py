@@ -21,6 +21,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.b
 INTERPRETED = pytest.mark.skipif(torch.cuda.is_available(), reason="runs kernels on CPU tensors")
 REDUCTIONS = pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 NAN, INF = float("nan"), float("inf")
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy, where a GPU gives NaN
 
 
 def make(shape, device="cpu", dtype=torch.float32, layout=torch.contiguous_format, ignore=None):
@@ -97,7 +98,7 @@ def test_any_label_may_be_ignored(ignore, layout, device, triton_backend):
     loss, gradient = exact(x, target, ignore_index=int(ignore))
     got = FS.cross_entropy(x.requires_grad_(), target, ignore_index=ignore)
     got.backward()
-    torch.testing.assert_close(got.double(), loss)
+    torch.testing.assert_close(got.double(), loss, rtol=2e-6, atol=1e-6)
     torch.testing.assert_close(x.grad.double(), gradient(torch.ones((), device=device)), rtol=1e-5, atol=1e-6)
     assert torch.equal((x.grad != 0).any(1), target != ignore)
 
@@ -211,21 +212,15 @@ def test_half_precision_logits_give_a_float32_loss(backend, device):
     torch.testing.assert_close(FS.cross_entropy(x, probabilities), F.cross_entropy(x.float(), probabilities))
 
 
-@pytest.mark.parametrize(
-    "arguments", [(None, None), (False, None), (True, True), (None, False), (True, False)], ids=str
-)
-def test_legacy_arguments(arguments, device, triton_backend):
+@pytest.mark.parametrize("kwargs", [{"size_average": False}, {"reduce": False}, {"size_average": True, "reduce": True}])
+def test_legacy_arguments(kwargs, device, triton_backend):
     x, target = make((1, 3, 2, 4), device)
-    for reduction in ("mean", "sum") if arguments == (None, None) else ("mean",):
-        kwargs = {"size_average": arguments[0], "reduce": arguments[1], "reduction": reduction}
-        if arguments == (None, None):
-            got = FS.cross_entropy(x, target, **kwargs)
-        else:
-            with pytest.warns(UserWarning, match="reduction"):
-                got = FS.cross_entropy(x, target, **kwargs)
-        torch.testing.assert_close(got, F.cross_entropy(x, target, **kwargs))
+    with pytest.warns(UserWarning, match="reduction=") as warned:
+        torch.testing.assert_close(FS.cross_entropy(x, target, **kwargs), F.cross_entropy(x, target, **kwargs))
+    assert len(warned) == 2  # ours warns as torch does
     with pytest.warns(UserWarning, match="elementwise_mean"):
-        FS.cross_entropy(x, target, reduction="elementwise_mean")
+        got = FS.cross_entropy(x, target, reduction="elementwise_mean")
+    torch.testing.assert_close(got, F.cross_entropy(x, target))
 
 
 def test_strided_views(device, triton_backend):
@@ -331,35 +326,33 @@ def test_a_stray_label_is_an_index_error_on_a_cpu(stray, backend):
 
 @INTERPRETED
 @LAYOUTS
-def test_a_stray_label_is_never_an_address(layout):
-    """The kernels themselves, past the check: strays count for nothing, and nothing outside is read or written."""
-    n, c, h, w = 1, 5, 6, 7
-    margin = 64
-    strays = torch.tensor([-1, -5, c, c + 1, 255, 2**31, 2**32 + 1, -(2**40)])
-    target = torch.cat((torch.randint(c, (h * w - 16,)), strays.repeat(2)))[torch.randperm(h * w)].view(n, h, w)
-    valid = (target >= 0) & (target < c)
+@pytest.mark.parametrize("classes", [5, 70])
+def test_a_stray_label_is_never_an_address(classes, layout, monkeypatch):
+    """The kernels themselves, past the check: strays count for nothing, and no byte outside the tensors is touched."""
+    touched = []
 
-    def guarded(*shape):
-        """A tensor inside a buffer of NaN, and the buffer's margins."""
-        buffer = torch.full((2 * margin + math.prod(shape),), NAN)
-        inner = buffer[margin:-margin].view(shape)
-        if shape == (n, c, h, w) and layout == torch.channels_last:
-            inner = buffer[margin:-margin].view(n, h, w, c).permute(0, 3, 1, 2)
-        return inner, (buffer[:margin], buffer[-margin:])
+    def note(meter, access, pointers, mask):
+        live = pointers.data[np.broadcast_to(mask.data.astype(bool), pointers.data.shape)].astype(np.int64)
+        touched.append((live.ravel(), pointers.get_element_ty().primitive_bitwidth // 8))
 
-    (x, _), (weight, _), (loss, a), (lse, b), (grad, d) = (
-        guarded(n, c, h, w), guarded(c), guarded(n, h, w), guarded(2, n, h, w), guarded(n, c, h, w)
-    )  # fmt: skip
-    x.copy_(torch.randn(n, c, h, w))
-    weight.copy_(torch.rand(c) + 0.5)
-    last = layout == torch.channels_last
-    kernels.cross_entropy_fwd(x, target, weight, "none", -100, last, loss, lse, loss)
-    kernels.cross_entropy_bwd(torch.ones(n, h, w), x, target, weight, lse, loss, "none", -100, last, grad)
+    monkeypatch.setattr(traffic.KernelTraffic, "count", note)
+    x, target = make((1, classes, 3, 7), layout=layout)
+    strays = torch.tensor([-1, classes, -classes, classes + 1, 255, 2**31, 2**32 + 1, -(2**40)])
+    target.view(-1)[:4], target.view(-1)[-4:] = strays[:4], strays[4:]
+    valid = (target >= 0) & (target < classes)
+    weight, grad_loss, last = torch.rand(classes), torch.rand(1, 3, 7), layout == torch.channels_last
+    loss, lse, grad = torch.full((1, 3, 7), NAN), torch.full((2, 1, 3, 7), NAN), torch.full_like(x, NAN)
+    with traffic.metering():
+        kernels.cross_entropy_fwd(x, target, weight, "none", -100, last, loss, lse, loss)
+        kernels.cross_entropy_bwd(grad_loss, x, target, weight, lse, loss, "none", -100, last, grad)
     want, gradient = exact(x, target.where(valid, -100), weight, reduction="none")
     torch.testing.assert_close(loss.double(), want, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(grad.double(), gradient(torch.ones(n, h, w)), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(grad.double(), gradient(grad_loss), rtol=1e-5, atol=1e-5)
     assert not loss[~valid].any() and not grad.permute(0, 2, 3, 1)[~valid].any()
-    assert all(margin.isnan().all() for margin in (*a, *b, *d))
+    tensors = (x, target, weight, grad_loss, loss, lse, grad)
+    for addresses, size in touched:
+        inside = [(addresses >= t.data_ptr()) & (addresses + size <= t.data_ptr() + t.nbytes) for t in tensors]
+        assert np.logical_or.reduce(inside).all()
 
 
 @pytest.mark.gpu
@@ -410,7 +403,8 @@ def test_second_derivative_through_the_kernels(reduction, device, triton_backend
         (first,) = torch.autograd.grad((loss**2).sum(), leaf, create_graph=True)
         return torch.autograd.grad((first**2).sum(), leaf)[0]
 
-    torch.testing.assert_close(second(FS.cross_entropy), second(F.cross_entropy), rtol=1e-4, atol=1e-6)
+    got, want = second(FS.cross_entropy), second(F.cross_entropy)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5 * want.abs().max().item())
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -445,47 +439,29 @@ def test_nothing_is_kept_for_a_constant(device, triton_backend):
 X, TARGET = make((2, 4, 3, 5))
 
 
-@pytest.mark.parametrize(
-    "name, change",
-    [
-        ("input", {"input": [1.0]}),
-        ("input", {"input": X.long()}),
-        ("input", {"input": X > 0}),
-        ("target", {"target": 1}),
-        ("target", {"target": TARGET[:1]}),
-        ("target", {"target": TARGET[0]}),
-        ("target", {"target": TARGET[:, :2]}),
-        ("target", {"target": TARGET[..., None]}),
-        ("target", {"target": torch.tensor(1)}),
-        ("target", {"target": X.long()}),
-        ("target", {"target": TARGET.float()}),
-        ("target", {"target": X[..., 1:]}),
-        ("target", {"target": TARGET.bool()}),
-        ("target", {"target": TARGET.to(torch.int8)}),
-        ("target", {"target": TARGET.to("meta")}),
-        ("weight", {"weight": [1.0] * 4}),
-        ("weight", {"weight": torch.ones(5)}),
-        ("weight", {"weight": torch.ones(())}),
-        ("weight", {"weight": torch.ones(4).double()}),
-        ("weight", {"weight": torch.ones(4).half()}),
-        ("weight", {"weight": torch.ones(4, device="meta")}),
-        ("weight", {"weight": torch.ones(4, requires_grad=True)}),
-        ("reduction", {"reduction": "max"}),
-        ("reduction", {"reduction": None}),
-        ("ignore_index", {"ignore_index": 1.0}),
-        ("ignore_index", {"ignore_index": None}),
-        ("ignore_index", {"ignore_index": True}),
-        ("ignore_index", {"ignore_index": 2**70}),
-        ("label_smoothing", {"label_smoothing": 1.1}),
-        ("label_smoothing", {"label_smoothing": "a"}),
+BAD = {
+    "input": [[1.0], X.long(), X > 0],
+    "target": [
+        1, TARGET[:1], TARGET[0], TARGET[:, :2], TARGET[..., None], torch.tensor(1), X.long(), X[..., 1:],
+        TARGET.float(), TARGET.bool(), TARGET.to(torch.int8), TARGET.to("meta"),
     ],
-)
+    "weight": [
+        [1.0] * 4, torch.ones(5), torch.ones(()), torch.ones(4).double(), torch.ones(4).half(),
+        torch.ones(4, device="meta"), torch.ones(4, requires_grad=True),
+    ],
+    "reduction": ["max", None],
+    "ignore_index": [1.0, None, True, 2**70],
+    "label_smoothing": [1.1, "a"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name, value", [(name, value) for name, values in BAD.items() for value in values])
 @pytest.mark.parametrize("backend", ["auto", "triton"])
-def test_bad_arguments_raise_what_torch_raises(name, change, backend):
-    arguments = {"input": X, "target": TARGET} | change
+def test_bad_arguments_raise_what_torch_raises(name, value, backend):
+    arguments = {"input": X, "target": TARGET, name: value}
     with pytest.raises(Exception) as theirs:
         F.cross_entropy(**arguments)
-    with fastseg.backend(backend), pytest.raises(theirs.type, match=name) as ours:
+    with fastseg.backend(backend), pytest.raises(theirs.type, match=f"cross_entropy: {name} must") as ours:
         FS.cross_entropy(**arguments)
     assert type(ours.value) is theirs.type
 

@@ -1,4 +1,5 @@
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -53,6 +54,8 @@ def test_exit_codes_follow_the_checks(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(demo, "swap", lambda model: nn.init.constant_(model.classifier.bias, 1.5)[:0])
     code, printed = run(tmp_path, capsys)
     assert code == 1 and json.loads(printed.out)["failures"] == ["the losses of plain and swapped differ"]
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert cli.main(["demo"]) == 2 and 'pip install "fastseg-kernels[demo]"' in capsys.readouterr().err
     assert cli.main(["demo", "--steps", "5"]) == 2 and "--steps must be above 5" in capsys.readouterr().err
 
 

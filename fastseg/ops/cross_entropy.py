@@ -45,6 +45,8 @@ def _check_types(name: str, input: Any, target: Any, weight: Any, ignore_index: 
         raise RuntimeError(f"{name}: label_smoothing must be between 0.0 and 1.0, but is {label_smoothing}")
     if not input.is_floating_point():
         raise NotImplementedError(f"{name}: input must be of a floating-point dtype, but is of {input.dtype}")
+    if input.dim() == 0:
+        raise RuntimeError(f"{name}: input must have a dimension of classes, but has none")
 
 
 def _check_target(name: str, input: Tensor, target: Tensor) -> None:
