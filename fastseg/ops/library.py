@@ -88,12 +88,17 @@ def observing(observer: Callable[[Operator, tuple[Any, ...]], None]) -> Iterator
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
-    """channels_last for a 4-D tensor that lies so in memory, contiguous otherwise: the format an output keeps."""
-    if x.dim() != 4 or not x.is_contiguous(memory_format=torch.channels_last):
-        return torch.contiguous_format
-    # Where a dimension of size 1 makes both true, the strides tell what torch's own functions would keep.
-    last = x.stride(1) == 1 and (x.stride(3) == x.shape[1] or not x.is_contiguous())
-    return torch.channels_last if last else torch.contiguous_format
+    """The format an output keeps: channels_last for a 4-D tensor, dense or not, whose strides grow from C to N.
+
+    The rule is torch's own, so that sizes of 1, which leave it open, fall as they do there.
+    """
+    least = 0
+    for dim in (1, 3, 2, 0) if x.dim() == 4 else ():
+        size, stride = x.shape[dim], x.stride(dim)
+        if size == 0 or stride < least or stride == 0 or (dim == 0 and least == x.stride(1)):
+            return torch.contiguous_format
+        least = stride * size
+    return torch.channels_last if x.dim() == 4 else torch.contiguous_format
 
 
 def dense(x: Tensor, layout: torch.memory_format) -> Tensor:
