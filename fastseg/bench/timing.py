@@ -1,14 +1,17 @@
-"""The timing core: medians with quantiles, of cold caches on a GPU, of wall time on a CPU."""
+"""The timing core: medians with quantiles, of cold caches on a GPU, of wall time on a CPU; and what a GPU can do."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 L2_BYTES = 256 * 2**20  # more than any GPU's L2: written between runs, so that none finds its inputs there
+QUANTILES = (0.2, 0.5, 0.8)
+LEAST_CALLS = 5
 
 
 @dataclass(frozen=True)
@@ -21,19 +24,23 @@ class Timing:
     peak_bytes: int | None
 
 
+def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """20th, 50th and 80th percentile, linear between neighbours."""
+    return tuple(torch.tensor(values, dtype=torch.float64).quantile(torch.tensor(QUANTILES).double()).tolist())
+
+
 def measure(function: Callable[[], object], device: str, seconds: float = 0.3, warmup: int = 3) -> Timing:
     """Time `function`, which takes no arguments, for about `seconds` and at least five calls."""
     for _ in range(warmup):
         function()
     times, peak = (_gpu_times if device == "cuda" else _cpu_times)(function, seconds)
-    p20, p50, p80 = torch.tensor(times, dtype=torch.float64).quantile(torch.tensor([0.2, 0.5, 0.8]).double()).tolist()
-    return Timing(p20, p50, p80, peak)
+    return Timing(*quantiles(times), peak)
 
 
 def _cpu_times(function: Callable[[], object], seconds: float) -> tuple[list[float], None]:
     times: list[float] = []
     end = time.perf_counter() + seconds
-    while len(times) < 5 or time.perf_counter() < end:
+    while len(times) < LEAST_CALLS or time.perf_counter() < end:
         start = time.perf_counter()
         function()
         times.append((time.perf_counter() - start) * 1e3)
@@ -47,7 +54,7 @@ def _gpu_times(function: Callable[[], object], seconds: float) -> tuple[list[flo
     torch.cuda.reset_peak_memory_stats()
     times: list[float] = []
     end = time.perf_counter() + seconds
-    while len(times) < 5 or time.perf_counter() < end:
+    while len(times) < LEAST_CALLS or time.perf_counter() < end:
         flush.zero_()
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
@@ -56,3 +63,65 @@ def _gpu_times(function: Callable[[], object], seconds: float) -> tuple[list[flo
         stop.synchronize()
         times.append(start.elapsed_time(stop))
     return times, torch.cuda.max_memory_allocated() - standing
+
+
+def captured(function: Callable[[], Any]) -> Callable[[], None]:
+    """A call that replays what `function` did on the GPU, from a CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # warm-up on a side stream, as torch's notes on CUDA graphs ask
+        for _ in range(3):
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = function()
+
+    def replay(kept: Any = kept) -> None:  # the results live as long as the graph writes to them
+        graph.replay()
+
+    return replay
+
+
+def host_overhead(
+    function: Callable[[], object], device: str, batches: int = 30, calls: int = 20
+) -> tuple[float, float, float]:
+    """Microseconds of the host's time a call, as quantiles over batches of calls; the GPU is not waited for."""
+    for _ in range(calls):
+        function()
+    values = []
+    for _ in range(batches):
+        if device == "cuda":
+            torch.cuda.synchronize()  # an empty queue, so that no call waits for room in it
+        start = time.perf_counter()
+        for _ in range(calls):
+            function()
+        values.append((time.perf_counter() - start) * 1e6 / calls)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return quantiles(values)
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What this device does at best, p20, p50 and p80: GB/s of a large copy, TFLOP/s of a large matmul."""
+
+    copy: tuple[float, float, float]
+    matmul: tuple[float, float, float]
+
+
+def ceilings(device: str, dtype: torch.dtype) -> Ceilings:
+    """Measured here and now: 1 GiB copied (read and written), 8192^3 in bfloat16 or float16; less on a CPU."""
+    size, side = (2**30, 8192) if device == "cuda" else (2**24, 512)
+    source = torch.randint(127, (size,), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    copy = _rates(measure(lambda: target.copy_(source), device), 2 * size / 1e6)
+    del source, target
+    half = dtype if device != "cuda" or dtype != torch.float32 else torch.bfloat16
+    a, b = (torch.randn(side, side, device=device).to(half) for _ in range(2))
+    out = torch.empty_like(a)
+    return Ceilings(copy, _rates(measure(lambda: torch.mm(a, b, out=out), device), 2 * side**3 / 1e9))
+
+
+def _rates(timing: Timing, amount: float) -> tuple[float, float, float]:
+    return amount / timing.p80, amount / timing.p50, amount / timing.p20
