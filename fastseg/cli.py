@@ -48,11 +48,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     try:
         return importlib.import_module(f"fastseg.{COMMANDS[args.command][0]}").main(args)
-    except (OSError, ValueError, RuntimeError, ImportError, NotImplementedError) as error:
+    except Exception as error:
         if args.debug:
             raise
-        print(f"fastseg {args.command}: error: {error}", file=sys.stderr)
-        return 2
+        expected = isinstance(error, (OSError, ValueError, RuntimeError, ImportError))
+        said = str(error) if expected else f"{type(error).__name__}: {error} (a bug; --debug shows where)"
+        print(f"fastseg {args.command}: error: {said}", file=sys.stderr)
+        return 2 if expected else 1
     except KeyboardInterrupt:
         if args.debug:
             raise

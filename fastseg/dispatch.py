@@ -11,10 +11,12 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 BACKENDS = ("auto", "triton", "torch")
@@ -39,13 +41,15 @@ def _checked(name: str, source: str) -> str:
     return name
 
 
-_setting = _checked(os.environ.get("FASTSEG_BACKEND", "auto"), "the environment variable FASTSEG_BACKEND")
+_setting: str | None = None  # None: what the environment says
 _watched: list[Choice] | None = None
 
 
 def get_backend() -> str:
-    """The backend set for the process: "auto", "triton" or "torch"."""
-    return _setting
+    """The backend of the process: what was set, else FASTSEG_BACKEND, else "auto". ValueError if that names none."""
+    if _setting is not None:
+        return _setting
+    return _checked(os.environ.get("FASTSEG_BACKEND", "auto"), "the environment variable FASTSEG_BACKEND")
 
 
 def set_backend(name: str) -> None:
@@ -57,17 +61,25 @@ def set_backend(name: str) -> None:
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
     """``with fastseg.backend("torch"): ...`` sets the process's backend and puts the old one back."""
+    global _setting
     before = _setting
     set_backend(name)
     try:
         yield
     finally:
-        set_backend(before)
+        _setting = before
 
 
 def interpreted() -> bool:
     """Whether Triton kernels run on CPU tensors (TRITON_INTERPRET=1, set before triton is imported)."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")  # as triton reads it
+
+
+def interpret_kernels() -> None:
+    """Have this process's kernels interpreted. RuntimeError if triton is loaded already and would compile them."""
+    if "triton" in sys.modules and not interpreted():
+        raise RuntimeError("triton is imported already: set TRITON_INTERPRET=1 before")
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def choose(operator: str, tensor: Tensor, uncovered: str | None = None, slower: str | None = None) -> Choice:
@@ -83,9 +95,10 @@ def choose(operator: str, tensor: Tensor, uncovered: str | None = None, slower: 
 
 
 def _decide(operator: str, device: str, uncovered: str | None, slower: str | None) -> Choice:
-    if _setting == "torch":
+    setting = get_backend()
+    if setting == "torch":
         return Choice(operator, "torch", "the backend is set to 'torch'")
-    if _setting == "triton":
+    if setting == "triton":
         if uncovered is not None:
             raise NotImplementedError(
                 f"{operator}: the Triton kernels do not cover {uncovered}; backend 'auto' takes torch for it"
@@ -115,7 +128,7 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Cho
     """What each fastseg operator in ``function(*args, **kwargs)`` would run on, and why; nothing is computed.
 
     `function` may be one of fastseg.functional's, a module, or any callable: it is called on fake tensors, which
-    have shapes, dtypes and devices but no data.
+    have shapes, dtypes and devices but no data. A module's parameters and buffers are replaced by fakes as well.
 
     >>> import torch, fastseg
     >>> print(*fastseg.explain(fastseg.functional.max_pool2d, torch.zeros(1, 8, 16, 16), 2))
@@ -129,7 +142,12 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Cho
         fake_args, fake_kwargs = tree_map_only(Tensor, mode.from_tensor, (args, kwargs))
         outer, _watched = _watched, []
         try:
-            function(*fake_args, **fake_kwargs)
+            if isinstance(function, torch.nn.Module):
+                state = {**dict(function.named_parameters()), **dict(function.named_buffers())}
+                fakes = {name: mode.from_tensor(tensor) for name, tensor in state.items()}
+                torch.func.functional_call(function, fakes, fake_args, fake_kwargs)
+            else:
+                function(*fake_args, **fake_kwargs)
             return _watched
         finally:
             _watched = outer

@@ -11,7 +11,7 @@ import argparse
 import contextlib
 import itertools
 import json
-import os
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -43,17 +43,23 @@ class Comparison:
     def passed(self) -> bool:
         return self.error <= self.allowed
 
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON, which has no infinity: an error that is none is None."""
+        error = self.error if math.isfinite(self.error) else None
+        return asdict(self) | {"error": error, "passed": self.passed}
+
 
 @contextlib.contextmanager
 def poisoned() -> Iterator[None]:
     """Every new uninitialised tensor is filled with NaN (integers: the largest), and non-determinism is an error."""
     before, fill = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)
         torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
@@ -169,12 +175,13 @@ def verify(
         at = cases.Placement(cases.DTYPES[dtype], cases.LAYOUTS[layout], device)
         for make, size in SIZES[operator][: 1 if quick else None]:
             for case in make(at, *size):
-                with dispatch.backend("triton"):
-                    found = compare(case.ours, case.theirs, list(case.inputs.values()), list(case.inputs))
-                yield (
-                    {"operator": operator, "case": f"{case.operator} {case.size}", "dtype": dtype, "layout": layout},
-                    found,
-                )
+                what = {"operator": operator, "case": f"{case.operator} {case.size}", "dtype": dtype, "layout": layout}
+                try:
+                    with dispatch.backend("triton"):
+                        yield what, compare(case.ours, case.theirs, list(case.inputs.values()), list(case.inputs))
+                except Exception as error:  # a case that cannot run is a case that fails; the others go on
+                    said = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+                    yield what, [Comparison(said, float("inf"), 0.0, 0.0)]
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
@@ -202,7 +209,7 @@ def main(args: argparse.Namespace) -> int:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
-        os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are loaded, which is at their first use
+        dispatch.interpret_kernels()
     seed = args.seed if args.seed is not None else torch.seed() % 2**31
     where = torch.cuda.get_device_name() if device == "cuda" else "the CPU, kernels interpreted"
     started, rows = time.perf_counter(), []
@@ -215,7 +222,7 @@ def main(args: argparse.Namespace) -> int:
         rows.append((what, comparisons))
     failed = [(what, c) for what, comparisons in rows for c in comparisons if not c.passed]
     if args.json:
-        runs = [{**what, "results": [asdict(c) | {"passed": c.passed} for c in cs]} for what, cs in rows]
+        runs = [{**what, "results": [c.as_dict() for c in cs]} for what, cs in rows]
         print(json.dumps({"device": where, "seed": seed, "passed": not failed, "cases": runs}))
         return 1 if failed else 0
     table = Table(title=f"largest error against float64, on {where}, seed {seed}")

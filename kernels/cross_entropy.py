@@ -35,7 +35,7 @@ BACKWARD_CLASSES = 2
 LONG_ROW = 128  # bytes of a pixel's classes in channels_last, from which on four lanes share a row
 ROWS = 256  # pixels of a forward program in channels_last, and where their rows are long
 LONG_ROWS = 128
-CHUNKS = 512  # of a backward program in channels_last
+CHUNKS = 256  # of a backward program in channels_last
 TOTAL_BLOCK = 1024
 LOG2_E = tl.constexpr(1.4426950408889634)
 

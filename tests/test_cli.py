@@ -62,3 +62,33 @@ def test_bench_gives_a_wrong_operator_no_time(capsys, monkeypatch):
     monkeypatch.setattr(bench, "sizes", lambda *a: iter([wrong]))
     assert cli.main(["bench"]) == 1
     assert "WRONG RESULT" in capsys.readouterr().out
+
+
+def test_no_kernel_is_loaded_before_a_command_runs():
+    """verify and inspect decide whether kernels are interpreted; that is settled when they are loaded."""
+    code = "import sys, fastseg.cli; fastseg.cli.parser(); print([m for m in sys.modules if 'fastseg.kernels.' in m])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.stdout.strip() == "[]", run.stdout + run.stderr
+
+
+def test_a_bad_setting_is_one_sentence(monkeypatch):
+    monkeypatch.setenv("FASTSEG_BACKEND", "fast")
+    code, out, err = fastseg("doctor")
+    assert code == 2 and out == "" and "FASTSEG_BACKEND is 'fast'" in err and len(err.splitlines()) == 1
+
+
+def test_a_bug_is_exit_code_1_and_no_traceback(monkeypatch, capsys):
+    from fastseg import doctor
+
+    def broken():
+        raise KeyError("gpu")
+
+    monkeypatch.setattr(doctor, "facts", broken)
+    assert cli.main(["doctor"]) == 1
+    assert "KeyError: 'gpu'" in capsys.readouterr().err
+
+
+def test_verify_runs_where_nobody_asked_for_the_interpreter(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    code, out, err = fastseg("verify", "--quick", "--op", "max_pool2d", "--dtype", "float32")
+    assert code == 0 and "0 failed results" in out, err

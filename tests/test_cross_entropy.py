@@ -502,3 +502,12 @@ def test_explain(device):
     with fastseg.backend("torch"):
         (choice,) = fastseg.explain(FS.cross_entropy, x, target)
         assert choice.backend == "torch"
+
+
+@pytest.mark.parametrize("shape", [(5,), (2, 5), (1, 5, 2, 2)])
+def test_a_bad_label_is_named_where_torch_computes_too(shape):
+    """Under "auto" a CPU tensor takes torch's function, whose own message does not say where."""
+    target = torch.zeros((*shape[:1], *shape[2:]) if len(shape) > 1 else (), dtype=torch.int64)
+    target.view(-1)[-1] = 7
+    with pytest.raises(IndexError, match="Target 7 is out of bounds at"):
+        FS.cross_entropy(torch.randn(shape), target)

@@ -30,7 +30,7 @@ def test_the_setting_is_put_back():
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match=r"'cudnn'.*'auto'"):
         fastseg.set_backend("cudnn")
-    code, output = python("import fastseg", FASTSEG_BACKEND="fast")
+    code, output = python("import fastseg; fastseg.get_backend()", FASTSEG_BACKEND="fast")
     assert code != 0 and "FASTSEG_BACKEND is 'fast'" in output
 
 
@@ -93,3 +93,20 @@ def test_triton_overrules_slower_but_not_uncovered(triton_backend):
         dispatch._decide("op", "cuda", "dilation 2", None)
     with pytest.raises(RuntimeError, match="mps"):
         dispatch._decide("op", "mps", None, None)
+
+
+def test_explain_leaves_a_model_as_it_was():
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), fastseg.nn.MaxPool2d(2))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert [c.operator for c in fastseg.explain(model, torch.randn(2, 3, 8, 8))] == ["max_pool2d"]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_interpreting_after_triton_is_loaded_is_refused():
+    code, output = python("import triton, fastseg.dispatch as d; d.interpret_kernels()")
+    assert code != 0 and "triton is imported already" in output
+
+
+def test_the_checkout_lends_the_package_its_kernels_alone():
+    code, output = python("import fastseg.kernels, fastseg.tests")
+    assert code != 0 and "No module named 'fastseg.tests'" in output

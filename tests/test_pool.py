@@ -151,6 +151,9 @@ def test_compiles_in_one_graph(backend, device):
     [
         {"kernel_size": 0},
         {"kernel_size": (2, 2, 2)},
+        {"kernel_size": 2.0},
+        {"kernel_size": "22"},
+        {"input": [1.0]},
         {"stride": 0},
         {"padding": 2},
         {"padding": -1},

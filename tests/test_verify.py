@@ -70,3 +70,17 @@ def test_the_command_fails_on_a_wrong_kernel(monkeypatch, capsys):
     monkeypatch.setattr(kernels.pool, "max_pool2d_fwd", zeros)
     assert cli.main(["verify", "--quick", "--op", "max_pool2d", "--dtype", "float32"]) == 1
     assert "FAILED" in capsys.readouterr().out
+
+
+def test_a_case_that_raises_fails_and_the_others_go_on(monkeypatch, capsys):
+    from fastseg import kernels
+
+    def broken(*arguments):
+        raise TypeError("no such kernel")
+
+    monkeypatch.setattr(kernels.pool, "max_pool2d_fwd", broken)
+    arguments = ["verify", "--quick", "--op", "max_pool2d", "--op", "max_unpool2d", "--dtype", "float32", "--json"]
+    assert cli.main(arguments) == 1
+    cases = json.loads(capsys.readouterr().out)["cases"]
+    assert [all(r["passed"] for r in c["results"]) for c in cases] == [False] * 4 + [True] * 4
+    assert "no such kernel" in cases[0]["results"][0]["tensor"] and cases[0]["results"][0]["error"] is None

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from pathlib import Path
 from typing import Any
 
-from .. import cases, terminal
+from .. import cases, dispatch, terminal
 
 __all__ = ["configure", "main"]
 
@@ -43,11 +42,11 @@ def main(args: argparse.Namespace) -> int:
     if args.instrument == "traffic":
         if not args.bandwidth > 0:
             raise ValueError(f"--bandwidth must be above 0 TB/s, but is {args.bandwidth}")
-        os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are loaded, which is at their first use
+        dispatch.interpret_kernels()
         from . import traffic_report
 
         return _show(traffic_report, args)
-    if os.environ.get("TRITON_INTERPRET") == "1":
+    if dispatch.interpreted():
         raise ValueError("codegen compiles the kernels: unset TRITON_INTERPRET")
     from . import codegen_report
 

@@ -13,6 +13,7 @@ from ..ops.library import observing
 from .codegen import Compiled, Launch, compile_for, compile_for_amd, record
 
 SMS = (80, 90, 100)
+GLOBAL_ATOMICS = ("ATOM.", "ATOMG", "RED.")  # ATOMS is of shared memory, where sm_100 manages its tensor memory
 
 
 def network_cases(at: Placement) -> Iterator[Case]:
@@ -84,7 +85,7 @@ def _facts(compiled: Compiled) -> dict[str, Any]:
         "tensor core": compiled.count("HMMA", "HGMMA", "UTCHMMA", "IMMA"),
         "wgmma": compiled.count("HGMMA", "UTCHMMA"),
         "copy engine": compiled.count("UTMALDG", "UTMASTG", "UBLKCP"),
-        "atomics": compiled.count("ATOM", "RED."),
+        "atomics": compiled.count(*GLOBAL_ATOMICS),
     }
 
 

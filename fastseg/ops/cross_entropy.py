@@ -88,7 +88,7 @@ def _refuse_strays(input: Tensor, target: Tensor, ignore_index: int) -> None:
     """IndexError for a label that is neither a class nor ignored. On a GPU a device-side assertion says it."""
     if target.device.type != "cpu" or target.numel() == 0:
         return
-    classes = input.shape[1]
+    classes = input.shape[1 if input.dim() > 1 else 0]
     stray = ((target < 0) | (target >= classes)) & (target.long() != ignore_index)
     if stray.any():
         where = tuple(stray.nonzero()[0].tolist())
@@ -310,6 +310,10 @@ def cross_entropy(
         _check_weight(name, input, target, weight)
     uncovered = f"label_smoothing {label_smoothing}" if label_smoothing else _uncovered(input, target)
     if dispatch.choose(name, input, uncovered).backend == "torch":
-        return _differentiable(input, target, weight, reduction, ignore_index, label_smoothing)
+        try:
+            return _differentiable(input, target, weight, reduction, ignore_index, label_smoothing)
+        except IndexError:
+            _refuse_strays(input, target, ignore_index)  # torch's own message does not say where
+            raise
     logits = dense(input, memory_format(input))  # here, so that the backward finds them dense
     return CrossEntropyFunction.apply(logits, target.contiguous(), weight, reduction, int(ignore_index))[0]

@@ -10,7 +10,17 @@ from torch import Tensor
 
 from .. import kernels
 from .library import Operator, dense, empty, memory_format, placed, wants_graph
-from .windows import MAX_OFFSETS, IntOrPair, indices_to_offsets, offsets_to_indices, pair, pooled_size, uncovered
+from .windows import (
+    MAX_OFFSETS,
+    IntOrPair,
+    indices_to_offsets,
+    offsets_to_indices,
+    pair,
+    pooled_size,
+    require_tensor,
+    uncovered,
+    unset,
+)
 
 NO_POSITIONS, OFFSETS, INDICES = "none", "offsets", "indices"
 
@@ -34,9 +44,10 @@ def _pool_arguments(
     function: str, input: Tensor, kernel_size: IntOrPair, stride: IntOrPair | None, padding: IntOrPair,
     dilation: IntOrPair, ceil_mode: bool,
 ) -> tuple[list[int], list[int], list[int], list[int]]:  # fmt: skip
+    require_tensor(function, "input", input)
     geometry = (
         pair(kernel_size, function, "kernel_size", 1),
-        pair(kernel_size if stride is None or stride == () else stride, function, "stride", 1),
+        pair(kernel_size if unset(stride) else stride, function, "stride", 1),
         pair(padding, function, "padding", 0),
         pair(dilation, function, "dilation", 1),
     )

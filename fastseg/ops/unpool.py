@@ -11,10 +11,12 @@ from torch import Tensor
 
 from .. import kernels
 from .library import Operator, dense, empty, memory_format, placed, wants_graph
-from .windows import IntOrPair, offsets_to_indices, pair, uncovered
+from .windows import IntOrPair, offsets_to_indices, pair, require_tensor, uncovered, unset
 
 
 def _check_unpool(function: str, input: Tensor, positions: Tensor, name: str, dtype: torch.dtype) -> None:
+    require_tensor(function, "input", input)
+    require_tensor(function, name, positions)
     if input.dim() not in (3, 4):
         raise RuntimeError(f"{function}: input must be (N, C, H, W) or (C, H, W), but has shape {tuple(input.shape)}")
     if positions.dtype != dtype:
@@ -72,9 +74,9 @@ def _refuse_strays(
         stray |= (columns < 0) | (columns >= size[1]) | (positions >= kernel[0] * kernel[1])
     if stray.any():
         where = tuple(stray.nonzero()[0].tolist())
-        name = "offset" if positions.dtype == torch.uint8 else "index"
+        function, name = ("max_unpool2d", "index") if indices is positions else ("max_unpool2d_with_offsets", "offset")
         raise RuntimeError(
-            f"max_unpool2d: found an invalid max {name}: {positions[where].item()} at {where} "
+            f"{function}: found an invalid max {name}: {positions[where].item()} at {where} "
             f"(output volumes are of size {size[0]}x{size[1]}, windows of {kernel[0]}x{kernel[1]})"
         )
 
@@ -195,7 +197,11 @@ def max_unpool2d(
     arguments = _unpool_arguments(name, input, kernel_size, stride, padding, output_size)
     if MAX_UNPOOL2D.choose(input, indices, *arguments).backend == "torch":
         *geometry, size = arguments
-        return F.max_unpool2d(input, indices, *geometry, output_size=size)
+        try:
+            return F.max_unpool2d(input, indices, *geometry, output_size=size)
+        except RuntimeError:
+            _refuse_strays(indices, *arguments)  # torch's own message does not say where
+            raise
     return MaxUnpool2dFunction.apply(input, indices, *arguments)
 
 
@@ -224,7 +230,7 @@ def _unpool_arguments(
     output_size: Sequence[int] | None,
 ) -> tuple[list[int], list[int], list[int], list[int]]:  # fmt: skip
     kernel = pair(kernel_size, function, "kernel_size", 1)
-    stride_ = kernel if stride is None or stride == () else pair(stride, function, "stride", 1)
+    stride_ = kernel if unset(stride) else pair(stride, function, "stride", 1)
     padding_ = pair(padding, function, "padding", 0)
     size = unpooled_size(function, input.shape[-2:], kernel, stride_, padding_, output_size)
     if min(size) < 1:

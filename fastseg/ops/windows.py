@@ -16,14 +16,32 @@ KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_OFFSETS = 256  # taps that a uint8 can tell apart
 
 
+def require_tensor(function: str, name: str, value: object) -> None:
+    """TypeError unless the argument is a tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{function}: {name} must be a Tensor, but is of type {type(value).__name__}")
+
+
 def pair(value: IntOrPair, function: str, name: str, least: int) -> list[int]:
-    """`value` as [height, width]; RuntimeError, as torch raises, if it has not one or two entries >= least."""
-    entries = [value, value] if isinstance(value, int) else list(value) * (2 if len(value) == 1 else 1)
+    """`value` as [height, width], as torch reads it.
+
+    TypeError for what is neither an int nor a sequence of ints, RuntimeError for another number of entries than one
+    or two, or for an entry below `least`.
+    """
+    entries = list(value) if isinstance(value, (tuple, list)) else [value]
+    if any(isinstance(entry, (float, str)) or not hasattr(entry, "__index__") for entry in entries):
+        raise TypeError(f"{function}: {name} must be an int or two ints, but is {value!r}")
+    entries = entries * 2 if len(entries) == 1 else entries
     if len(entries) != 2:
         raise RuntimeError(f"{function}: {name} must be an int or two ints, but is {tuple(entries)}")
     if any(entry < least for entry in entries):
         raise RuntimeError(f"{function}: {name} must be at least {least}, but is {tuple(entries)}")
     return entries
+
+
+def unset(stride: IntOrPair | None) -> bool:
+    """Whether a stride is left to be the kernel_size: None or, as torch has it, an empty sequence."""
+    return stride is None or (isinstance(stride, (tuple, list)) and len(stride) == 0)
 
 
 def pooled_size(
