@@ -299,7 +299,7 @@ def resize(image: Image, size: tuple[int, int] | None, nearest: bool = False) ->
 
 def to_tensor(pixels: Any) -> Tensor:
     """A picture, or uint8 [H, W, 3], as float32 [3, H, W] in 0..1."""
-    return torch.from_numpy(np.ascontiguousarray(np.asarray(pixels).transpose(2, 0, 1))).float() / 255
+    return torch.from_numpy(np.array(np.asarray(pixels).transpose(2, 0, 1), order="C")).float() / 255
 
 
 def class_frequencies(

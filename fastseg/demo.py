@@ -15,15 +15,16 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 
-from .checkpoint import atomic_write
+from .checkpoint import TrainConfig, atomic_write
 from .data import DigitScenes
 from .dispatch import TRITON_INSTALLED, backend
+from .models import PlainSegNet
 from .nn import CrossEntropyLoss
 from .predict import Scene, draw_scenes, need_matplotlib
 from .swapping import swap
-from .trainer import TrainConfig, Trainer, pick_device
+from .trainer import Trainer, make_folder, pick_device
 
 STEPS = 600
 COMPARED = 5
@@ -39,46 +40,6 @@ EXAMPLES = """examples:
   fastseg demo --seed 1 --json          the result as one JSON object
   fastseg segment demo/scene.png --checkpoint demo/segnet.pt     what it learned, used
 """
-
-
-class PlainSegNet(nn.Module):
-    """A small SegNet in plain torch: four stages down, four up; the decoder without ReLU, as SegNet-Basic's.
-
-    forward: images [N, 3, H, W] to logits [N, num_classes, H, W], of any size.
-    """
-
-    def __init__(self, num_classes: int = 11) -> None:
-        super().__init__()
-        self.encoder = nn.ModuleList(
-            [
-                nn.Sequential(*self.layer(3, 16), nn.ReLU()),
-                nn.Sequential(*self.layer(16, 32), nn.ReLU()),
-                nn.Sequential(*self.layer(32, 64), nn.ReLU(), *self.layer(64, 64), nn.ReLU()),
-                nn.Sequential(*self.layer(64, 128), nn.ReLU(), *self.layer(128, 128), nn.ReLU()),
-            ]
-        )
-        self.pools = nn.ModuleList(nn.MaxPool2d(2, return_indices=True, ceil_mode=True) for _ in self.encoder)
-        self.unpools = nn.ModuleList(nn.MaxUnpool2d(2) for _ in self.encoder)
-        self.decoder = nn.ModuleList(
-            nn.Sequential(*self.layer(inputs, outputs)) for inputs, outputs in ((128, 64), (64, 32), (32, 16), (16, 16))
-        )
-        self.classifier = nn.Conv2d(16, num_classes, 3, padding=1)
-
-    @staticmethod
-    def layer(inputs: int, outputs: int) -> tuple[nn.Module, nn.Module]:
-        return nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs)
-
-    def forward(self, x: Tensor) -> Tensor:
-        places = []
-        for stage, pool in zip(self.encoder, self.pools, strict=True):
-            x = stage(x)
-            size = x.shape
-            x, indices = pool(x)
-            places.append((indices, size))
-        for unpool, stage in zip(self.unpools, self.decoder, strict=True):
-            indices, size = places.pop()
-            x = stage(unpool(x, indices, output_size=size))
-        return self.classifier(x)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -115,7 +76,9 @@ def main(args: argparse.Namespace) -> int:
     )
     # A core for the threads that draw scenes: where torch's threads outnumber the free cores, they wait for each other.
     torch.set_num_threads(max(1, torch.get_num_threads() - 1))
+    pick_device(args.device)
     train_set, val_set = DigitScenes("train", seed=args.seed), DigitScenes("val", seed=args.seed)
+    make_folder(out)
     (out / "metrics.jsonl").unlink(missing_ok=True)
 
     torch.manual_seed(args.seed)

@@ -63,6 +63,15 @@ class Segmenter:
         load_weights(self.model, state, path)
         self.model.to(self.device).eval()
 
+    def check(self, picture: Image, size: tuple[int, int] | None = None) -> None:
+        """ValueError where the network cannot see the picture at `size`, since that is too small."""
+        height, width = size or self.size or (picture.height, picture.width)
+        least = getattr(self.model, "LEAST", 1)
+        if min(height, width) < least:
+            raise ValueError(
+                f"the network needs pictures of at least {least}x{least}, not {height}x{width}; give --size"
+            )
+
     @torch.no_grad()
     def __call__(self, picture: Image, size: tuple[int, int] | None = None) -> np.ndarray:
         """The class of each pixel of an RGB picture: uint8 [H, W], the picture's own size.
@@ -167,6 +176,15 @@ def _truth(path: Path, picture: Image, segmenter: Segmenter) -> np.ndarray:
     return np.asarray(mask).astype(np.int64)
 
 
+def _read(
+    image: Path, truth: Path | None, segmenter: Segmenter, size: tuple[int, int] | None
+) -> tuple[Image, np.ndarray | None]:
+    """The picture and its true mask, both checked."""
+    picture = read_image(image)
+    segmenter.check(picture, size)
+    return picture, _truth(truth, picture, segmenter) if truth else None
+
+
 def _outputs(images: list[Path], out: Path, labels: bool) -> list[tuple[Path, Path | None]]:
     """For each picture where its drawing goes, and its labels."""
     if out.suffix.lower() == ".png":
@@ -221,9 +239,10 @@ def main(args: argparse.Namespace) -> int:
     segmenter = Segmenter(args.checkpoint, args.device)
     console = Console(markup=False, emoji=False, highlight=False, soft_wrap=True)
     truths = [Path(name) for name in args.truth] if args.truth else [None] * len(images)
+    for image, truth_path in zip(images, truths, strict=True):  # all, before anything is written
+        _read(image, truth_path, segmenter, args.size)
     for image, truth_path, (drawing, labels_path) in zip(images, truths, outputs, strict=True):
-        picture = read_image(image)
-        truth = _truth(truth_path, picture, segmenter) if truth_path else None
+        picture, truth = _read(image, truth_path, segmenter, args.size)
         with backend(args.backend):
             prediction = segmenter(picture, args.size)
         scene = Scene(np.asarray(picture), truth, prediction)

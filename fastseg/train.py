@@ -17,11 +17,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from .checkpoint import build_model, load_checkpoint
-from .dispatch import BACKENDS
+from .checkpoint import CHOICES, TrainConfig, build_model, load_checkpoint
 from .metrics import Scores
 from .models import MODELS
-from .trainer import MAY_CHANGE, TrainConfig, Trainer, datasets
+from .trainer import MAY_CHANGE, Trainer, datasets, make_folder
 
 EXAMPLES = """examples:
   fastseg train --model segnet-basic --width 0.25 --steps 800 --batch-size 16 --lr 5e-3 \\
@@ -58,8 +57,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "class_weights": {"metavar": "WHICH", "help": "none, median-frequency, camvid, or w0,w1,..."},
         "steps": {"type": int, "help": "how many batches to train on"},
         "batch_size": {"type": int, "help": "pictures in a batch"},
-        "optimizer": {"choices": ["sgd", "adamw"], "help": "the optimizer"},
-        "schedule": {"choices": ["constant", "cosine", "one-cycle"], "help": "how the learning rate changes"},
+        "optimizer": {"choices": CHOICES["optimizer"], "help": "the optimizer"},
+        "schedule": {"choices": CHOICES["schedule"], "help": "how the learning rate changes"},
         "lr": {"type": float, "help": "highest learning rate"},
         "momentum": {"type": float, "help": "momentum, of adamw the first beta"},
         "weight_decay": {"type": float, "help": "weight decay"},
@@ -67,7 +66,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "device": {"help": "cuda, cuda:1, cpu (default: cuda where there is one)"},
         "amp": {"action": argparse.BooleanOptionalAction, "help": "bfloat16 autocast (default: on a GPU)"},
         "channels_last": {"action": argparse.BooleanOptionalAction, "help": "memory format (default: on a GPU)"},
-        "backend": {"choices": list(BACKENDS), "help": "fused kernels or torch"},
+        "backend": {"choices": CHOICES["backend"], "help": "fused kernels or torch"},
         "eval_every": {"type": int, "metavar": "STEPS", "help": "steps between validations and checkpoints"},
         "workers": {"type": int, "help": "threads that prepare batches"},
         "out": {"metavar": "DIR", "help": "folder of the run"},
@@ -121,10 +120,12 @@ def start(given: dict[str, Any]) -> Trainer:
     """A trainer for a new run; ValueError where its folder holds one already."""
     config = TrainConfig(**given)
     _refuse_taken(Path(config.out))
-    (Path(config.out) / "metrics.jsonl").unlink(missing_ok=True)
     train_set, val_set = datasets(config)
     torch.manual_seed(config.seed)
-    return Trainer(config, build_model(config.model, len(train_set.classes), config.width), train_set, val_set)
+    trainer = Trainer(config, build_model(config.model, len(train_set.classes), config.width), train_set, val_set)
+    make_folder(Path(config.out))  # after all that may be refused, so that nothing is left of what is
+    (Path(config.out) / "metrics.jsonl").unlink(missing_ok=True)
+    return trainer
 
 
 def resume(path: Path, given: dict[str, Any]) -> Trainer:
@@ -143,6 +144,7 @@ def resume(path: Path, given: dict[str, Any]) -> Trainer:
         raise ValueError(f"{path} is at step {state['step']} already, beyond --steps {config.steps}")
     train_set, val_set = datasets(config)
     trainer = Trainer(config, build_model(config.model, len(train_set.classes), config.width), train_set, val_set)
+    make_folder(Path(config.out))
     trainer.restore(state, path)
     return trainer
 

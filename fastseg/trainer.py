@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,45 +24,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from . import data, metrics
-from .checkpoint import atomic_write, load_weights, save_checkpoint
+from .checkpoint import TrainConfig, atomic_write, load_weights, save_checkpoint
 from .dispatch import backend
 from .nn import CrossEntropyLoss
 
 LOG_EVERY = 10  # steps between records: reading a loss makes a GPU wait
-
-
-@dataclass
-class TrainConfig:
-    """Everything that a run depends on; a checkpoint keeps it. None: decided by the data or the device."""
-
-    data: str | None = None
-    model: str = "segnet"
-    width: float = 1.0
-    size: tuple[int, int] | None = None
-    crop: tuple[int, int] | None = None
-    num_classes: int = 11
-    ignore_index: int = 11
-    class_weights: str = "none"
-    steps: int = 1000
-    batch_size: int = 8
-    optimizer: str = "adamw"
-    schedule: str = "one-cycle"
-    lr: float = 1e-3
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    seed: int = 0
-    device: str | None = None
-    amp: bool | None = None
-    channels_last: bool | None = None
-    backend: str = "auto"
-    eval_every: int = 200
-    workers: int = 4
-    out: str = "runs/train"
-
-    def __post_init__(self) -> None:
-        for name in ("width", "steps", "batch_size", "lr", "eval_every", "workers", "num_classes"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name.replace('_', '-')} must be above 0, not {getattr(self, name)}")
 
 
 MAY_CHANGE = {"data", "steps", "device", "amp", "channels_last", "backend", "eval_every", "workers", "out"}
@@ -73,10 +40,22 @@ def pick_device(name: str | None) -> torch.device:
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError:
-        raise ValueError(f"--device must be cpu, cuda or cuda:N, not {name!r}") from None
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device must be cpu, cuda or cuda:N, not {name!r}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"there is no device {device}; torch sees {torch.cuda.device_count()} CUDA devices")
     return device
+
+
+def make_folder(out: Path) -> None:
+    """Make the folder `out` where it is missing; ValueError where no file can be written there."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise ValueError(f"--out {out} must be a folder to write to: {error.strerror}") from error
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -98,6 +77,8 @@ def datasets(
             raise ValueError(
                 f"digit scenes have {len(data.DIGIT_CLASSES)} classes and no crops; give --data for others"
             )
+        if config.ignore_index != TrainConfig.ignore_index:
+            raise ValueError("digit scenes have no ignored pixels; --ignore-index needs --data")
         return tuple(data.DigitScenes(split, config.size or 64, config.seed) for split in data.SPLITS)
     shared = (config.size, config.ignore_index, config.num_classes)
     train = data.FolderDataset(config.data, "train", *shared, augment=True, crop=config.crop, seed=config.seed)
@@ -115,8 +96,10 @@ def class_weights(text: str, dataset: data.DigitScenes | data.FolderDataset) -> 
         weights = data.CAMVID_CLASS_WEIGHTS if text == "camvid" else [float(weight) for weight in text.split(",")]
     except ValueError:
         raise ValueError(f"class weights must be none, median-frequency, camvid or w0,w1,..., not {text!r}") from None
-    if len(weights) != classes or not all(weight >= 0 for weight in weights):
-        raise ValueError(f"class weights must be {classes} numbers of at least 0, one for each class, not {text}")
+    if len(weights) != classes or not all(0 <= weight < math.inf for weight in weights):
+        raise ValueError(
+            f"class weights must be {classes} finite numbers of at least 0, one for each class, not {text}"
+        )
     return torch.tensor(weights)
 
 
@@ -175,6 +158,14 @@ class Trainer:
         on_gpu = self.device.type == "cuda"
         if config.amp and not on_gpu:
             raise ValueError("--amp needs a CUDA device")
+        if least := getattr(model, "LEAST", None):
+            for dataset in (train_set, val_set):
+                height, width = dataset.sample(0)[0].shape[-2:]
+                if min(height, width) < least:
+                    raise ValueError(
+                        f"{config.model} needs pictures of at least {least}x{least}, not {height}x{width}; "
+                        "give a larger --size"
+                    )
         self.amp = on_gpu if config.amp is None else config.amp
         channels_last = on_gpu if config.channels_last is None else config.channels_last
         self.layout = torch.channels_last if channels_last else torch.contiguous_format
@@ -240,7 +231,7 @@ class Trainer:
         """Train up to config.steps, then give the last validation's scores.
 
         `stop` is asked after every step: where it says so, a checkpoint is written and None is given. Raises
-        ValueError where the loss is not finite; the checkpoint before it stays.
+        ValueError where the loss or the weights are not finite; the checkpoint before it stays.
         """
         config, losses, scores = self.config, [], None
         self.model.train()
@@ -257,6 +248,8 @@ class Trainer:
                         f"the loss was {record['loss']} in one of the {len(losses)} steps up to step {self.step}; "
                         "try a lower --lr, or look for pictures of ignored pixels alone"
                     )
+                if not self._finite():
+                    raise ValueError(f"the weights are no longer finite after step {self.step}; try a lower --lr")
                 losses.clear()
                 scores = self.evaluate(stop) if validate else None
                 if scores:
@@ -269,6 +262,11 @@ class Trainer:
                 if stopping:
                     return None
             return scores or self.evaluate(stop)
+
+    def _finite(self) -> bool:
+        """Whether the weights and running statistics are finite, which the loss before the last step does not tell."""
+        tensors = [tensor for tensor in self.model.state_dict().values() if tensor.is_floating_point()]
+        return bool(torch.stack([tensor.isfinite().all() for tensor in tensors]).all())
 
     def _log(self, record: dict[str, Any]) -> None:
         self.history.append(record)
@@ -295,16 +293,43 @@ class Trainer:
         }
 
     def restore(self, state: dict[str, Any], path: Path) -> None:
-        """Go on from a checkpoint read from `path`: its history too, as far as the step it was written at."""
+        """Go on from a checkpoint read from `path`: its history too, as far as the step it was written at.
+
+        Raises ValueError where the weights, the optimizer's state or the generators' do not fit this run.
+        """
         load_weights(self.model, state, path)
-        self.optimizer.load_state_dict(state["optimizer"])
+        if not self._fits_optimizer(state["optimizer"]["state"]):
+            raise ValueError(f"the state of the optimizer in {path} does not fit {self.config.optimizer}")
+        # The groups follow from the config.
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
         self.step = state["step"]
-        torch.set_rng_state(state["rng"]["cpu"])
-        if self.device.type == "cuda" and "cuda" in state["rng"]:
-            torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
+        try:
+            torch.set_rng_state(state["rng"]["cpu"])
+            if self.device.type == "cuda" and "cuda" in state["rng"]:
+                torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
+        except RuntimeError as error:
+            raise ValueError(f"the random number generator's state in {path} is not one: {error}") from error
         self.history = _records(path.with_name("metrics.jsonl"), self.step)
         with atomic_write(Path(self.config.out) / "metrics.jsonl") as temporary:
             temporary.write_text("".join(json.dumps(record) + "\n" for record in self.history), encoding="utf-8")
+
+    def _fits_optimizer(self, state: dict[Any, Any]) -> bool:
+        """Whether every parameter has the state that this optimizer keeps for it."""
+        names = {"momentum_buffer"} if self.config.optimizer == "sgd" else {"step", "exp_avg", "exp_avg_sq"}
+        if names == {"momentum_buffer"} and not self.config.momentum:
+            return not any(state.values())  # none is kept
+        parameters = list(self.model.parameters())
+        if state.keys() != set(range(len(parameters))):
+            return False
+        for parameter, entry in zip(parameters, (state[index] for index in range(len(parameters))), strict=True):
+            if not isinstance(entry, dict) or entry.keys() != names:
+                return False
+            for name, value in entry.items():
+                shape = () if name == "step" else parameter.shape
+                if not (isinstance(value, Tensor) and value.is_floating_point() and value.shape == shape):
+                    return False
+        return True
 
 
 def _records(path: Path, step: int) -> list[dict[str, Any]]:
@@ -315,7 +340,7 @@ def _records(path: Path, step: int) -> list[dict[str, Any]]:
             record = json.loads(line)
         except json.JSONDecodeError:  # a run that was killed left it half written
             break
-        if record["step"] > step:
+        if not (isinstance(record, dict) and record.keys() >= {"step", "loss", "lr"}) or record["step"] > step:
             break
         records.append(record)
     return records

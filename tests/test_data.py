@@ -1,4 +1,6 @@
+import contextlib
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -198,6 +200,21 @@ def test_photographs_are_turned_upright(tmp_path):
     exif[0x0112] = 6  # turn by 90 degrees
     Image.fromarray(np.zeros((4, 9, 3), np.uint8)).save(tmp_path / "photo.jpg", exif=exif)
     assert data.read_image(tmp_path / "photo.jpg").size == (4, 9)
+
+
+@contextlib.contextmanager
+def _every_warning():
+    """Else torch gives a warning once in a process."""
+    before = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)
+    yield
+    torch.set_warn_always(before)
+
+
+def test_a_picture_of_one_pixel_is_copied():
+    with warnings.catch_warnings(), _every_warning():
+        warnings.simplefilter("error")
+        assert data.to_tensor(Image.new("RGB", (1, 1), (255, 0, 51))).flatten().tolist() == pytest.approx([1, 0, 0.2])
 
 
 def test_median_frequency(tmp_path):

@@ -59,6 +59,14 @@ def test_exit_codes_follow_the_checks(tmp_path, capsys, monkeypatch):
     assert cli.main(["demo", "--steps", "5"]) == 2 and "--steps must be above 5" in capsys.readouterr().err
 
 
+def test_an_output_folder_and_a_seed_are_refused_at_once(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(demo, "Trainer", None)
+    (tmp_path / "file").write_text("")
+    assert cli.main(["demo", "--out", str(tmp_path / "file")]) == 2
+    assert "file must be a folder to write to" in capsys.readouterr().err
+    assert cli.main(["demo", "--seed", "-1"]) == 2 and "seed must be from 0" in capsys.readouterr().err
+
+
 def test_the_plain_net_is_plain_and_takes_any_size():
     model = demo.PlainSegNet(5)
     own = [module for module in model.modules() if not type(module).__module__.startswith("torch.nn.")]

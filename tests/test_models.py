@@ -276,6 +276,23 @@ def test_arguments(name):
     assert model(torch.zeros(1, 4, 193, 193)).shape == (1, 5, 193, 193)
 
 
+@pytest.mark.parametrize("name", models.MODELS)
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"width": 0}, "width must be a finite number above 0, not 0"),
+        ({"width": -1}, "width must be a finite number above 0, not -1"),
+        ({"width": float("inf")}, "width must be a finite number above 0, not inf"),
+        ({"width": float("nan")}, "width must be a finite number above 0, not nan"),
+        ({"num_classes": 0}, "num_classes must be at least 1, not 0"),
+        ({"in_channels": 0}, "in_channels must be at least 1, not 0"),
+    ],
+)
+def test_bad_arguments(name, arguments, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        models.MODELS[name](**{"width": 0.02} | arguments)
+
+
 def test_deconvnet_names_the_size_it_needs():
     model = models.DeconvNet(width=0.01)
     with pytest.raises(ValueError, match=r"193x193.*192x300"):

@@ -95,6 +95,8 @@ def test_bad_files(weights, scene, tmp_path, capsys):
     picture, mask = map(str, scene)
     text, small = tmp_path / "text.png", tmp_path / "small.png"
     text.write_text("no picture")
+    spoilt = tmp_path / "spoilt.pt"
+    torch.save(torch.load(weights) | {"mean": 0.5}, spoilt)
     Image.fromarray(np.zeros((3, 3), np.uint8)).save(small)
     refused = {
         "text.png must be a PNG or JPEG picture": [str(text), "--checkpoint", str(weights)],
@@ -104,11 +106,28 @@ def test_bad_files(weights, scene, tmp_path, capsys):
         "small.png must be as large as its picture, 48x40, but is 3x3": [
             *(picture, "--checkpoint", str(weights), "--truth", str(small))
         ],
+        "text.png must be a PNG or": [picture, str(text), "--checkpoint", str(weights)],
+        "--device must be cpu, cuda or cuda:N, not 'meta'": [
+            *(picture, "--checkpoint", str(weights), "--device", "meta")
+        ],
+        "spoilt.pt is not a fastseg checkpoint, since its mean must": [picture, "--checkpoint", str(spoilt)],
         "there is no device cuda:99": [picture, "--checkpoint", str(weights), "--device", "cuda:99"],
     }
     for sentence, arguments in refused.items():
         assert cli.main(["segment", *arguments, "--out", str(tmp_path / "out")]) == 2
         assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_too_small_a_picture_is_refused_before_anything_is_written(scene, tmp_path, capsys):
+    config = checkpoint.TrainConfig(model="deconvnet", width=0.01)
+    made = train.Trainer(config, checkpoint.build_model("deconvnet", 11, 0.01), *2 * [data.DigitScenes("val", 193)])
+    checkpoint.save_checkpoint(tmp_path / "deconvnet.pt", made.state())
+    large = tmp_path / "large.png"
+    Image.open(scene[0]).resize((193, 193)).save(large)
+    arguments = ["segment", str(large), str(scene[0]), "--checkpoint", str(tmp_path / "deconvnet.pt")]
+    assert cli.main([*arguments, "--device", "cpu", "--out", str(tmp_path / "out")]) == 2
+    assert "needs pictures of at least 193x193, not 40x48; give --size" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

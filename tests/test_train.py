@@ -130,6 +130,23 @@ def test_a_loss_that_is_not_finite_stops_and_spares_the_checkpoint(tmp_path):
     assert made.path.read_bytes() == before
 
 
+def test_weights_that_the_last_step_made_infinite_are_not_written(tmp_path):
+    """The loss of the last step is that of the weights before it."""
+    made = train.start(SMALL | {"steps": 1, "out": str(tmp_path), "optimizer": "sgd"})
+    step = made.training_step
+
+    def overflowing(*batch):
+        loss = step(*batch)
+        with torch.no_grad():
+            made.model.classifier.bias[3] = torch.inf
+        return loss
+
+    made.training_step = overflowing
+    with pytest.raises(ValueError, match="the weights are no longer finite after step 1; try a lower --lr"):
+        made.run()
+    assert not made.path.exists()
+
+
 def test_the_command(tmp_path, capsys):
     out = tmp_path / "run"
     arguments = ["train", *SMALL_ARGUMENTS, "--steps", "4", "--eval-every", "2", "--out", str(out)]
@@ -231,7 +248,25 @@ REFUSED = {
     "device": ({"device": "tpu9"}, "--device must be"),
     "no such gpu": ({"device": "cuda:77"}, "there is no device cuda:77"),
     "amp": ({"amp": True}, "--amp needs a CUDA device"),
-    "steps": ({"steps": 0}, "steps must be above 0"),
+    "steps": ({"steps": 0}, "steps must be from 1 to"),
+    "infinite lr": ({"lr": float("inf")}, "lr must be from 0 to 1000000.0, not inf"),
+    "lr not a number": ({"lr": float("nan")}, "lr must be from 0 to 1000000.0, not nan"),
+    "no lr": ({"lr": 0.0}, "lr must be above 0"),
+    "infinite momentum": ({"momentum": float("inf")}, "momentum must be from 0 to 1"),
+    "infinite decay": ({"weight_decay": float("inf")}, "weight-decay must be from 0 to"),
+    "negative seed": ({"seed": -5}, "seed must be from 0 to 9223372036854775807, not -5"),
+    "large seed": ({"seed": 10**23}, "seed must be from 0 to"),
+    "width": ({"width": 1e30}, r"width must be from 0 to 16, not 1e\+30"),
+    "no width": ({"width": 0.0}, "width must be above 0"),
+    "side": ({"size": (0, 10**23)}, "size must be from 1x1 to"),
+    "type": ({"batch_size": "2"}, "batch-size must be of the type int, not '2'"),
+    "size's type": ({"size": (32,)}, r"size must be of the type tuple\[int, int\] | None"),
+    "optimizer": ({"optimizer": "adam"}, "optimizer must be one of sgd, adamw, not 'adam'"),
+    "schedule": ({"schedule": "step"}, "schedule must be one of constant"),
+    "ignored label": ({"ignore_index": 3}, "digit scenes have no ignored pixels; --ignore-index needs --data"),
+    "infinite weight": ({"class_weights": "inf,1,1,1,1,1,1,1,1,1,1"}, "class weights must be 11 finite numbers"),
+    "small for deconvnet": ({"model": "deconvnet", "width": 0.01}, "needs pictures of at least 193x193, not 32x32"),
+    "meta": ({"device": "meta"}, "--device must be cpu, cuda or cuda:N, not 'meta'"),
     "classes": ({"num_classes": 3}, "digit scenes have 11 classes"),
     "crop": ({"crop": (8, 8)}, "digit scenes have 11 classes and no crops"),
     "model": ({"model": "u-net"}, "there is no model 'u-net'; choose one of segnet"),
@@ -242,7 +277,23 @@ REFUSED = {
 @pytest.mark.parametrize("options, sentence", REFUSED.values(), ids=REFUSED)
 def test_refused(options, sentence, tmp_path):
     with pytest.raises((ValueError, FileNotFoundError), match=sentence):
-        train.start(SMALL | {"out": str(tmp_path)} | options)
+        train.start(SMALL | {"out": str(tmp_path / "run")} | options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_seed_is_refused_before_anything_is_drawn(monkeypatch, capsys):
+    monkeypatch.setattr(train, "datasets", None)
+    assert cli.main(["train", "--seed", "-5"]) == 2
+    assert "seed must be from 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_folder_that_cannot_be_written_to(resumed, tmp_path):
+    (tmp_path / "file").write_text("")
+    out = str(tmp_path / "file" / "run")
+    path = run(1, steps=2, out=str(tmp_path / "run")).path if resumed else None
+    with pytest.raises(ValueError, match=r"--out .*run must be a folder to write to: Not a directory"):
+        train.resume(path, {"out": out}) if resumed else train.start(SMALL | {"out": out})
 
 
 def test_sizes_on_the_command_line(capsys):
@@ -339,3 +390,94 @@ def test_bad_checkpoints(tmp_path, monkeypatch):
     checkpoint.save_checkpoint("wide", state)
     with pytest.raises(ValueError, match="the weights in wide do not fit the model 'segnet-basic'"):
         train.resume(Path("wide"), {"out": "elsewhere"})
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """A checkpoint after one step."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data.DigitScenes, "__len__", lambda scenes: 5)
+        return run(1, steps=2, out=str(tmp_path_factory.mktemp("written"))).path
+
+
+CONTENTS = {  # what is put where, and what is said
+    "config": (("config",), None, "config must have the fields"),
+    "no width": (("config",), {}, "config must have the fields"),
+    "strange field": (("config", "depth"), 3, "config must have the fields"),
+    "width": (("config", "width"), "wide", "config is wrong: width must be of the type float, not 'wide'"),
+    "size": (("config", "size"), 32, "config is wrong: size must be of the type"),
+    "steps": (("config", "steps"), 0, "config is wrong: steps must be from 1"),
+    "weights": (("model",), [1], "model must be a dict of tensors"),
+    "weight": (("model", "classifier.bias"), 1.0, "model must be a dict of tensors"),
+    "optimizer": (("optimizer",), None, "optimizer must be what"),
+    "rng": (("rng",), torch.zeros(3), "rng must hold"),
+    "no rng": (("rng",), {}, "rng must hold"),
+    "rng of floats": (("rng", "cpu"), torch.zeros(5056), "rng must hold"),
+    "rng of the gpu": (("rng", "cuda"), "state", "rng must hold"),
+    "step": (("step",), "1", "step must be an integer"),
+    "negative step": (("step",), -1, "step must be an integer"),
+    "mean": (("mean",), None, "mean must be three"),
+    "std": (("std",), (1.0, 0.0, 1.0), "std must be above 0"),
+    "nan": (("std",), (1.0, float("nan"), 1.0), "std must be three finite"),
+    "classes": (("classes",), 11, "classes must be 11 names"),
+    "too few classes": (("classes",), ("a", "b"), "classes must be 11 names"),
+    "ignore_index": (("ignore_index",), None, "ignore_index must be an integer"),
+}
+
+
+def spoil(source, keys, value, path):
+    state = torch.load(source)
+    inner = state
+    for key in keys[:-1]:
+        inner = inner[key]
+    inner[keys[-1]] = value
+    torch.save(state, path)
+    return path
+
+
+@pytest.mark.parametrize("keys, value, sentence", CONTENTS.values(), ids=CONTENTS)
+def test_wrong_contents_are_refused_on_loading(keys, value, sentence, written, tmp_path):
+    path = spoil(written, keys, value, tmp_path / "spoilt.pt")
+    with pytest.raises(ValueError, match=f"spoilt.pt is not a fastseg checkpoint, since its {sentence}"):
+        checkpoint.load_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    "keys, value, sentence",
+    [
+        (("optimizer", "state"), {}, "the state of the optimizer in .*spoilt.pt does not fit adamw"),
+        (("optimizer", "state", 0), 7, "the state of the optimizer in .*spoilt.pt does not fit adamw"),
+        (
+            ("optimizer", "state", 0, "exp_avg"),
+            torch.zeros(2),
+            "the state of the optimizer in .*spoilt.pt does not fit",
+        ),
+        (("optimizer", "state", 0, "step"), "1", "the state of the optimizer in .*spoilt.pt does not fit adamw"),
+        (("rng", "cpu"), torch.zeros(9, dtype=torch.uint8), "generator's state in .*spoilt.pt is not one"),
+    ],
+)
+def test_contents_that_do_not_fit_the_run_are_refused_on_resuming(keys, value, sentence, written, tmp_path):
+    with pytest.raises(ValueError, match=sentence):
+        train.resume(spoil(written, keys, value, tmp_path / "spoilt.pt"), {})
+
+
+def test_the_optimizers_groups_follow_from_the_config(written, tmp_path):
+    path = spoil(written, ("optimizer", "param_groups"), "none", tmp_path / "spoilt.pt")
+    assert same(train.resume(path, {}).optimizer.state_dict()["state"], torch.load(written)["optimizer"]["state"])
+
+
+def test_sgd_without_momentum_resumes(tmp_path):
+    path = run(1, steps=2, optimizer="sgd", momentum=0.0, out=str(tmp_path)).path
+    resumed = train.resume(path, {})
+    resumed.run()
+    assert resumed.step == 2
+
+
+def test_checkpoints_need_no_demo():
+    code = (
+        "import sys, fastseg.checkpoint as c; print(type(c.build_model('demo', 3, 1.0)).__module__); "
+        "assert not {'fastseg.demo', 'fastseg.predict'} & {*sys.modules}"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(fastseg.__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.strip() == "fastseg.models.plain", done.stderr

@@ -3,8 +3,9 @@
 from torch import nn
 
 from .deconvnet import DeconvNet
+from .plain import PlainSegNet
 from .segnet import SegNet, SegNetBasic
 
 MODELS: dict[str, type[nn.Module]] = {"segnet": SegNet, "segnet-basic": SegNetBasic, "deconvnet": DeconvNet}
 
-__all__ = ["MODELS", "DeconvNet", "SegNet", "SegNetBasic"]
+__all__ = ["MODELS", "DeconvNet", "PlainSegNet", "SegNet", "SegNetBasic"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
@@ -14,6 +15,15 @@ VGG16 = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512)
 
 Plan = Sequence[Sequence[int]]
 Kept = tuple[Tensor, torch.Size]  # offsets of the maxima, size of the map they were taken from
+
+
+def check_arguments(num_classes: int, in_channels: int = 3, width: float = 1.0) -> None:
+    """ValueError where a network cannot be built with these."""
+    for name, value in (("num_classes", num_classes), ("in_channels", in_channels)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, not {value}")
+    if not 0 < width < math.inf:
+        raise ValueError(f"width must be a finite number above 0, not {width}")
 
 
 def scaled(plan: Plan, width: float) -> list[list[int]]:

@@ -9,11 +9,10 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..nn import ConvTranspose2d
-from .blocks import VGG16, block, initialise, pool, scaled, stages, unpool
+from .blocks import VGG16, block, check_arguments, initialise, pool, scaled, stages, unpool
 
 HIDDEN = 4096
 DECODER = ((512, 512, 512), (512, 512, 256), (256, 256, 128), (128, 64), (64, 64))
-LEAST = 6 * 32 + 1  # five ceil pools leave fc6's 7x7 window
 
 
 class DeconvNet(nn.Module):
@@ -31,8 +30,11 @@ class DeconvNet(nn.Module):
     MSRA; the layers behind start from a gaussian of 0.01, and all from bias 0, BN gamma 1 and beta 0.001.
     """
 
+    LEAST = 6 * 32 + 1  # the shorter side: five ceil pools leave fc6's 7x7 window
+
     def __init__(self, num_classes: int = 21, in_channels: int = 3, width: float = 1.0, bn_eps: float = 1e-9) -> None:
         super().__init__()
+        check_arguments(num_classes, in_channels, width)
         down, up = scaled(VGG16, width), scaled(DECODER, width)
         bottom, ((hidden,),) = down[-1][-1], scaled([[HIDDEN]], width)
 
@@ -55,10 +57,10 @@ class DeconvNet(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        if min(x.shape[-2:]) < LEAST:
+        if min(x.shape[-2:]) < self.LEAST:
             raise ValueError(
-                f"DeconvNet: input must be at least {LEAST}x{LEAST}, so that five pools leave the 7x7 map that fc6 "
-                f"needs, but is {x.shape[-2]}x{x.shape[-1]}"
+                f"DeconvNet: input must be at least {self.LEAST}x{self.LEAST}, so that five pools leave the 7x7 map "
+                f"that fc6 needs, but is {x.shape[-2]}x{x.shape[-1]}"
             )
         places = []
         for stage in self.encoder:

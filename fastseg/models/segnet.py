@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .blocks import VGG16, block, initialise, pool, scaled, stages, unpool
+from .blocks import VGG16, block, check_arguments, initialise, pool, scaled, stages, unpool
 
 DECODER = ((512, 512, 512), (512, 512, 256), (256, 256, 128), (128, 64), (64,))
 BASIC = ((64,),) * 4
@@ -30,6 +30,7 @@ class SegNet(nn.Module):
 
     def __init__(self, num_classes: int = 11, in_channels: int = 3, width: float = 1.0, bn_eps: float = 1e-9) -> None:
         super().__init__()
+        check_arguments(num_classes, in_channels, width)
         down, up = scaled(VGG16, width), scaled(DECODER, width)
 
         def layer(inputs: int, outputs: int) -> nn.Sequential:
@@ -60,6 +61,7 @@ class SegNetBasic(nn.Module):
 
     def __init__(self, num_classes: int = 11, in_channels: int = 3, width: float = 1.0, bn_eps: float = 1e-9) -> None:
         super().__init__()
+        check_arguments(num_classes, in_channels, width)
         plan = scaled(BASIC, width)
 
         def layer(relu: bool):
