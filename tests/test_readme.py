@@ -17,3 +17,8 @@ def test_the_python_in_the_docs_runs(page, code, capsys):
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
         assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_nothing_is_left_to_fill_in(page):
+    assert not re.search(r"^[A-Z]+(_[A-Z]+)+$|\bTODO\b", page.read_text(), re.M)
