@@ -1,11 +1,13 @@
 # make demo   fused layers swapped into a plain SegNet, trained on pictures, checked against torch
 # make test   the whole test suite
+# make gpu    on a machine with a GPU: its tests, verify, benchmarks and machine code, into build/gpu (under 9 minutes);
+#             with that machine's own torch and triton: python3 benchmarks/gpu.py --out build/gpu
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo test clean
+.PHONY: demo test gpu clean
 
 demo: $(INSTALLED)
 	$(BIN)/fastseg demo
@@ -13,7 +15,10 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
-	$(BIN)/python -m pytest -n auto --dist worksteal
+	$(BIN)/python -m pytest -n auto --dist loadgroup
+
+gpu: $(INSTALLED)
+	$(BIN)/python benchmarks/gpu.py --out build/gpu
 
 # One stamp for the environment: a second run installs nothing until the pins or the requirements change.
 $(INSTALLED): constraints.txt setup.py pyproject.toml

@@ -11,7 +11,7 @@ CASES = list(sizes(DEVICE, "bfloat16" if DEVICE == "cuda" else "float32", "chann
 
 @pytest.mark.parametrize("provider", ["theirs", "ours"], ids=["torch", "fastseg"])
 @pytest.mark.parametrize("mode", ["forward", "forward+backward"])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.operator)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.operator} {case.size}")
 def test_operator(benchmark, case, mode, provider):
     call = case.step(getattr(case, provider), mode != "forward")
 
@@ -20,5 +20,5 @@ def test_operator(benchmark, case, mode, provider):
         if DEVICE == "cuda":
             torch.cuda.synchronize()
 
-    benchmark.group = f"{case.operator} {mode}"
+    benchmark.group = f"{case.operator} {case.size} {mode}"
     benchmark(timed)

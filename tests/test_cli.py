@@ -3,10 +3,8 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
 from fastseg import cli
-from fastseg.cases import Case
 
 
 def fastseg(*arguments):
@@ -41,27 +39,6 @@ def test_doctor(capsys):
     assert facts["packages"]["torch"] and facts["backend setting"] == "auto"
     assert cli.main(["doctor"]) == 0
     assert facts["packages"]["torch"] in capsys.readouterr().out
-
-
-def test_bench_prints_every_operator(capsys, monkeypatch):
-    from fastseg import bench
-    from fastseg.bench import timing
-
-    monkeypatch.setattr(bench, "measure", lambda function, device: timing.measure(function, device, seconds=0))
-    assert cli.main(["bench", "--json"]) == 0
-    rows = json.loads(capsys.readouterr().out)["rows"]
-    assert {row["operator"] for row in rows} >= {"max_pool2d", "max_unpool2d", "conv_transpose2d", "cross_entropy"}
-    for row in rows:
-        assert row["right"] and 0 < row["torch"]["p20"] <= row["torch"]["p50"] <= row["torch"]["p80"]
-
-
-def test_bench_gives_a_wrong_operator_no_time(capsys, monkeypatch):
-    from fastseg import bench
-
-    wrong = Case("neg", "4", lambda x: x, lambda x: -x, {"input": torch.ones(4)})
-    monkeypatch.setattr(bench, "sizes", lambda *a: iter([wrong]))
-    assert cli.main(["bench"]) == 1
-    assert "WRONG RESULT" in capsys.readouterr().out
 
 
 def test_no_kernel_is_loaded_before_a_command_runs():

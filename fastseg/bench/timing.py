@@ -102,26 +102,24 @@ def host_overhead(
     return quantiles(values)
 
 
-@dataclass(frozen=True)
-class Ceilings:
-    """What this device does at best, p20, p50 and p80: GB/s of a large copy, TFLOP/s of a large matmul."""
-
-    copy: tuple[float, float, float]
-    matmul: tuple[float, float, float]
+Rates = tuple[float, float, float]  # p20, p50, p80
 
 
-def ceilings(device: str, dtype: torch.dtype) -> Ceilings:
-    """Measured here and now: 1 GiB copied (read and written), 8192^3 in bfloat16 or float16; less on a CPU."""
-    size, side = (2**30, 8192) if device == "cuda" else (2**24, 512)
+def copy_rates(device: str) -> Rates:
+    """GB/s of 1 GiB copied, read and written bytes together; of 16 MiB on a CPU."""
+    size = 2**30 if device == "cuda" else 2**24
     source = torch.randint(127, (size,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    copy = _rates(measure(lambda: target.copy_(source), device), 2 * size / 1e6)
-    del source, target
-    half = dtype if device != "cuda" or dtype != torch.float32 else torch.bfloat16
-    a, b = (torch.randn(side, side, device=device).to(half) for _ in range(2))
+    return _rates(measure(lambda: target.copy_(source), device), 2 * size / 1e6)
+
+
+def matmul_rates(device: str, dtype: torch.dtype) -> Rates:
+    """TFLOP/s of random square matrices, 8192 a side; 512 on a CPU."""
+    side = 8192 if device == "cuda" else 512
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
-    return Ceilings(copy, _rates(measure(lambda: torch.mm(a, b, out=out), device), 2 * side**3 / 1e9))
+    return _rates(measure(lambda: torch.mm(a, b, out=out), device), 2 * side**3 / 1e9)
 
 
-def _rates(timing: Timing, amount: float) -> tuple[float, float, float]:
+def _rates(timing: Timing, amount: float) -> Rates:
     return amount / timing.p80, amount / timing.p50, amount / timing.p20

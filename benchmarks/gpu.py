@@ -1,0 +1,206 @@
+"""Everything that only a GPU can tell, in one command: python3 benchmarks/gpu.py --out DIR
+
+Runs from a checkout, without installing it, with the python3 it is started with: torch, triton, numpy, rich and pytest
+are what it needs. Each part is a process of its own with a time limit; one that fails or hangs loses none of the
+others. What they found is in DIR: summary.json, doctor.json, verify.json, results.jsonl, codegen.json and log.txt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+PARTS = ("doctor", "tests", "verify", "operators", "models", "codegen")
+BUDGET = 510.0
+# Of the budget, for each part; the doctor's is for the first import of torch, and what a part leaves goes to the next.
+SHARES = {"doctor": 0.12, "tests": 0.25, "verify": 0.10, "operators": 0.25, "models": 0.21, "codegen": 0.07}
+LEAST = 10.0  # seconds: with less left a part is not begun
+MARGIN = 12.0  # seconds before its limit at which a benchmark begins nothing new
+LOG_BYTES = 2_000_000  # of each part: what is beyond is dropped
+OPERATOR_TESTS = ("pool", "unpool", "conv_transpose", "cross_entropy", "nn", "swap", "dispatch")
+
+Command = list[str]
+
+
+@dataclass
+class Part:
+    """One process: its command, its limit in seconds, and the file that takes its standard output, if any.
+
+    seconds_option: the command takes `--seconds`, after which it begins nothing new.
+    """
+
+    name: str
+    command: Command
+    share: float
+    output: str | None = None
+    seconds_option: bool = False
+
+
+@dataclass
+class Outcome:
+    """What became of a part."""
+
+    name: str
+    status: str = "not run"
+    code: int | None = None
+    seconds: float = 0.0
+    limit: float = 0.0
+    command: str = ""
+    last_lines: list[str] = field(default_factory=list)
+
+
+def plan(chosen: Sequence[str], quick: bool, results: Path) -> list[Part]:
+    """The parts in order. quick: little of each, for trying this file on a machine without a GPU."""
+    fastseg = [sys.executable, "-m", "fastseg.cli"]
+    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=5"]
+    if importlib.util.find_spec("xdist") is not None and not quick:
+        pytest += ["-n", str(min(8, os.cpu_count() or 1)), "--dist", "worksteal"]
+    bench = [*fastseg, "bench", "run", "--out", str(results), *["--quick"] * quick]
+    tests = ["tests/test_dispatch.py"] if quick else [f"tests/test_{name}.py" for name in OPERATOR_TESTS]
+    small = ["--quick", "--op", "max_pool2d"] if quick else []
+    few = ["--op", "max_pool2d", "--layout", "nchw", "--sm", "90"] if quick else []
+    share = dict(SHARES)
+    gpu_tests = ["tests/test_unpool.py"] if quick else ["tests"]
+    found = [
+        Part("doctor", [*fastseg, "doctor", "--json"], share["doctor"], "doctor.json"),
+        Part("tests-gpu", [*pytest, *gpu_tests, "-m", "gpu"], share["tests"] * 0.4),
+        Part("tests-operators", [*pytest, *tests, "-m", "not gpu"], share["tests"] * 0.6),
+        Part("verify", [*fastseg, "verify", "--json", *small], share["verify"], "verify.json"),
+        Part("operators", [*bench, "--part", "operators", "--part", "overhead"], share["operators"] * 0.7, None, True),
+        Part("operators-nchw", [*bench, "--part", "operators", "--layout", "nchw", "--no-compile"],
+             share["operators"] * 0.3, None, True),
+        Part("models", [*bench, "--part", "models"], share["models"], None, True),
+        Part("codegen", [*fastseg, "inspect", "codegen", "--json", *few], share["codegen"], "codegen.json"),
+    ]  # fmt: skip
+    return [part for part in found if part.name == "doctor" or part.name.partition("-")[0] in chosen]
+
+
+def environment() -> dict[str, str]:
+    """This process's, with the checkout first on the path, and no interpreter that would slow the kernels down."""
+    found = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    found["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), found.get("PYTHONPATH"))))
+    return found | {"PYTHONUNBUFFERED": "1"}
+
+
+class Run:
+    """Runs parts one after another into a folder, and says so as it goes."""
+
+    def __init__(self, out: Path, budget: float) -> None:
+        self.out, self.began, self.budget = out, time.monotonic(), budget
+        self.outcomes: list[Outcome] = []
+        out.mkdir(parents=True, exist_ok=True)
+        self.log = (out / "log.txt").open("w", encoding="utf-8", errors="replace")
+
+    def left(self) -> float:
+        return self.budget - (time.monotonic() - self.began)
+
+    def say(self, text: str) -> None:
+        line = f"[{time.monotonic() - self.began:4.0f} s] {text}"
+        print(line, flush=True)
+        self.log.write(line + "\n")
+        self.log.flush()
+
+    def all(self, parts: Sequence[Part]) -> int:
+        """Run them; each gets its share of the budget, and what the ones before it left. Returns the exit code."""
+        self.outcomes = [Outcome(part.name, command=" ".join(part.command)) for part in parts]
+        for number, (part, outcome) in enumerate(zip(parts, self.outcomes, strict=True)):
+            waiting = sum(other.share for other in parts[number:])
+            outcome.limit = round(max(0.0, self.left() * part.share / waiting), 1)
+            if self.left() < min(LEAST, self.budget / 4):
+                self.say(f"{part.name}: not run, {self.left():.0f} s are left")
+                continue
+            try:
+                self.one(part, outcome)
+            except Exception as error:  # none of the others may be lost
+                outcome.status = f"failed to start: {error}"
+            self.say(f"{part.name}: {outcome.status} after {outcome.seconds:.0f} s")
+            self.summary()
+        self.summary()
+        self.log.close()
+        return 0 if all(outcome.status == "ok" for outcome in self.outcomes) else 1
+
+    def one(self, part: Part, outcome: Outcome) -> None:
+        command = list(part.command)
+        if part.seconds_option:
+            command += ["--seconds", str(max(1, round(outcome.limit - MARGIN)))]
+        self.say(f"{part.name}: at most {outcome.limit:.0f} s: {' '.join(command[1:])}")
+        started, outcome.status = time.monotonic(), "interrupted"
+        with contextlib.ExitStack() as stack:
+            target = subprocess.PIPE
+            if part.output is not None:
+                target = stack.enter_context((self.out / part.output).open("wb"))
+            process = subprocess.Popen(
+                command, cwd=ROOT, env=environment(), stdin=subprocess.DEVNULL, stdout=target,
+                stderr=subprocess.STDOUT if part.output is None else subprocess.PIPE, start_new_session=True,
+            )  # fmt: skip
+            stream = process.stdout if part.output is None else process.stderr
+            reader = threading.Thread(target=self.follow, args=(stream, outcome), daemon=True)
+            reader.start()
+            try:
+                outcome.code = process.wait(timeout=outcome.limit)
+                outcome.status = "ok" if outcome.code == 0 else f"failed with code {outcome.code}"
+            except subprocess.TimeoutExpired:
+                outcome.status = "stopped at its time limit"
+            finally:
+                with contextlib.suppress(ProcessLookupError):  # its children too: they would hold the GPU
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                reader.join(timeout=5)
+                outcome.seconds = round(time.monotonic() - started, 1)
+
+    def follow(self, stream: Any, outcome: Outcome) -> None:
+        """Copy a part's lines to the log and the terminal as they come."""
+        written = 0
+        for raw in stream:
+            line = raw.decode(errors="replace").rstrip("\n")
+            outcome.last_lines = [*outcome.last_lines[-14:], line[:400]]
+            written += len(line)
+            if written < LOG_BYTES:
+                with contextlib.suppress(ValueError):  # the log is closed: a straggler of a stopped part
+                    self.log.write(f"  {line}\n")
+                    self.log.flush()
+                print(f"    {line[:200]}", flush=True)
+
+    def summary(self) -> None:
+        """summary.json, whole at any time."""
+        found = {
+            "seconds": round(time.monotonic() - self.began, 1),
+            "budget": self.budget,
+            "passed": all(outcome.status == "ok" for outcome in self.outcomes),
+            "parts": [asdict(outcome) for outcome in self.outcomes],
+        }
+        temporary = self.out / "summary.json.part"
+        temporary.write_text(json.dumps(found, indent=1), encoding="utf-8")
+        os.replace(temporary, self.out / "summary.json")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the files")
+    parser.add_argument("--part", action="append", choices=PARTS[1:], help="only this part (may be repeated)")
+    parser.add_argument(
+        "--budget", type=float, default=BUDGET, metavar="S", help="seconds in all (default: %(default)g)"
+    )
+    parser.add_argument("--quick", action="store_true", help="little of each part; works without a GPU")
+    args = parser.parse_args(arguments)
+    if not args.budget > 0:
+        parser.error("--budget must be above 0 seconds")
+    run = Run(args.out.resolve(), args.budget)
+    return run.all(plan(args.part or PARTS, args.quick, args.out.resolve() / "results.jsonl"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

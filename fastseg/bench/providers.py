@@ -1,0 +1,207 @@
+"""Who runs an operator: fastseg, torch eager and compiled, and other libraries where they are installed."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import cases, dispatch, verify
+from ..cases import Case
+from .results import Unable
+
+Function = Callable[..., Any]
+MODES = ("forward", "backward", "forward+backward")
+SLACK = 2.0
+"""How many times the error that fastseg.verify allows ours is allowed to torch's compiler and other libraries."""
+FULL_SIZE_EPS = 16
+"""Units of the dtype's epsilon that a result at full size may differ from torch's own, each with its own rounding."""
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One way to run a case.
+
+    function: makes the callable of a case; None where it has nothing to show that another provider does not, or is not
+    for such operators; raises Unable where it should run but cannot. reference: what it must equal, and what
+    `fastseg.verify.compare` runs in float64. context: entered around everything it does. library: entered around its
+    calls alone, since it would change the reference too. poison: fill fresh memory with NaN while it is checked.
+    modes: times of these. compiles: takes seconds for each new shape.
+    """
+
+    name: str
+    function: Callable[[Case], Function | None]
+    reference: Callable[[Case], Function]
+    context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+    library: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+    poison: bool = False
+    slack: float = 1.0
+    modes: tuple[str, ...] = MODES
+    compiles: bool = False
+
+    @property
+    def ours(self) -> bool:
+        return self.name.startswith("fastseg")
+
+
+def plain(case: Case) -> Function:
+    """torch's own call. Beside offsets it is pooling with indices, not their conversion."""
+    return case.eager if case.operator == "max_pool2d_with_offsets" else case.theirs
+
+
+def _in_network(case: Case) -> Function | None:
+    return None if case.eager is plain(case) else case.eager
+
+
+def _compiled(mode: str) -> Callable[[Case], Function]:
+    def function(case: Case) -> Function | None:
+        if case.operator.endswith("_with_offsets"):
+            return None  # torch's call is the one that is compiled for the operator with indices
+        torch._dynamo.reset()  # else the shapes of the cases before count against its limit of recompilations
+        return torch.compile(plain(case), mode=mode, dynamic=False)
+
+    return function
+
+
+def _imported(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise Unable("not installed") from error
+
+
+def _liger(case: Case) -> Function | None:
+    if case.operator != "cross_entropy":
+        return None
+    library = _imported("liger_kernel.transformers.functional")
+
+    def flattened(logits: Tensor, labels: Tensor) -> Tensor:
+        flat = logits.permute(0, 2, 3, 1).reshape(-1, logits.shape[1])
+        loss = library.liger_cross_entropy(flat, labels.reshape(-1), ignore_index=255)
+        return loss[0] if isinstance(loss, tuple) else loss
+
+    return flattened
+
+
+def _triton(case: Case) -> Function:
+    tensor = next(x for x in case.inputs.values() if isinstance(x, Tensor))
+    if tensor.device.type != "cuda":
+        raise Unable("the kernels need a GPU: interpreted, they have no times")
+    return case.ours
+
+
+def _auto(case: Case) -> Function | None:
+    """`ours`; None where "auto" takes the kernels for all of it, its times are those of "fastseg triton"."""
+    tensor = next(x for x in case.inputs.values() if isinstance(x, Tensor))
+    if tensor.device.type == "cuda":
+        choices = dispatch.explain(case.ours, *case.inputs.values())
+        if choices and all(choice.backend == "triton" for choice in choices):
+            return None
+    return case.ours
+
+
+def _theirs(case: Case) -> Function:
+    return case.theirs
+
+
+def providers(compile: bool) -> list[Provider]:
+    """All of them; those that are compiled by torch only where asked for."""
+    found = [
+        Provider("torch", plain, plain, slack=SLACK),
+        Provider("torch in network", _in_network, _theirs, slack=SLACK),
+        Provider("fastseg triton", _triton, _theirs, lambda: dispatch.backend("triton"), poison=True),
+        Provider("fastseg auto", _auto, _theirs, lambda: dispatch.backend("auto")),
+        Provider("Liger-Kernel", _liger, plain, slack=SLACK),
+        # Its backward runs outside the calls that are checked, so that no time of it is taken.
+        Provider(
+            "FlagGems", plain, plain, library=lambda: _imported("flag_gems").use_gems(), slack=SLACK, modes=("forward",)
+        ),
+    ]
+    modes = ("forward", "forward+backward")  # alone, a compiled backward may not keep its graph
+    for name, mode in (("", "default"), (" max-autotune", "max-autotune-no-cudagraphs")):
+        if compile:
+            found.append(
+                Provider(f"torch.compile{name}", _compiled(mode), plain, slack=SLACK, modes=modes, compiles=True)
+            )
+    return found
+
+
+def _inside(provider: Provider, function: Function) -> Function:
+    def call(*inputs: Any) -> Any:
+        with provider.library():
+            return function(*inputs)
+
+    return call
+
+
+def check(provider: Provider, case: Case, function: Function) -> tuple[float, str]:
+    """(largest error against float64, "right" or "wrong: ..." by the criterion of fastseg.verify)."""
+    reference, function = provider.reference(case), _inside(provider, function)
+    found = verify.compare(function, reference, list(case.inputs.values()), list(case.inputs), poison=provider.poison)
+    wrong = [c for c in found if not c.error <= c.allowed * provider.slack]
+    worst = max((c.error for c in found), default=0.0)
+    if wrong:
+        return worst, f"wrong: {wrong[0].tensor} is off by {wrong[0].error:.2g}, allowed {wrong[0].allowed:.2g}"
+    return worst, "right"
+
+
+@torch.no_grad()
+def check_full_size(provider: Provider, case: Case, function: Function) -> str:
+    """ "right", or how far a result or gradient is from torch's own at this size; without float64 copies."""
+    grads: list[Tensor] = []
+    calls = (provider.reference(case), _inside(provider, function))
+    results = [_results(call, list(case.inputs.values()), grads) for call in calls]
+    for number, (want, got) in enumerate(zip(*results, strict=True)):
+        if want is None or want.numel() == 0:
+            continue
+        if got is None or got.shape != want.shape:
+            return f"wrong at full size: result {number} has another shape"
+        scale = float(want.abs().max()) if want.is_floating_point() else 0.0
+        for ours, theirs in zip(_pictures(got), _pictures(want), strict=True):
+            if not want.is_floating_point():
+                off = 0.0 if torch.equal(ours, theirs) else float("inf")
+            else:
+                off = float((ours - theirs).abs().max()) / max(scale, 1e-30)
+            if not off <= FULL_SIZE_EPS * torch.finfo(_dtype(case)).eps:  # NaN is wrong
+                return f"wrong at full size: result {number} differs from torch's by {off:.2g}"
+    return "right"
+
+
+def _pictures(x: Tensor) -> list[Tensor]:
+    """One by one, so that differences need the memory of one picture."""
+    return list(x) if x.dim() == 4 else [x]
+
+
+def _dtype(case: Case) -> torch.dtype:
+    return next(x.dtype for x in case.inputs.values() if isinstance(x, Tensor) and x.is_floating_point())
+
+
+@torch.enable_grad()
+def _results(function: Function, inputs: list[Any], grads: list[Tensor]) -> list[Tensor | None]:
+    """Outputs and gradients; the gradients of the outputs are drawn by the first call, for the second."""
+    leaves = [
+        x.detach().clone().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs
+    ]
+    result = function(*leaves)
+    outputs = list(result) if isinstance(result, (tuple, list)) else [result]
+    differentiable = [y for y in outputs if y.requires_grad]
+    if not grads:
+        grads += [torch.randn_like(y) for y in differentiable]
+    wanted = [x for x in leaves if isinstance(x, Tensor) and x.requires_grad]
+    back = [g.to(y.dtype) for g, y in zip(grads, differentiable, strict=True)]
+    return [y.detach() for y in outputs] + list(torch.autograd.grad(differentiable, wanted, back, allow_unused=True))
+
+
+def labels(case: Case, at: cases.Placement, layout: str) -> dict[str, str]:
+    """The fields of a record that name a case."""
+    return {
+        "operator": case.operator,
+        "shape": case.size,
+        "dtype": str(at.dtype).removeprefix("torch."),
+        "layout": layout,
+    }

@@ -1,0 +1,112 @@
+"""The shapes that are timed: every operator at the sites where the networks have it, and at odd sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import cases
+from ..cases import LAYOUTS, Case, Placement
+
+
+class DrawnInPlace(Placement):
+    """Random tensors drawn where they lie: half a billion numbers take a CPU seconds and a GPU none."""
+
+    def tensor(self, *shape: int) -> Tensor:
+        made = torch.randn(shape, device=self.device).to(self.dtype)
+        return made.contiguous(memory_format=self.layout) if made.dim() == 4 else made
+
+    def labels(self, classes: int, *shape: int) -> Tensor:
+        return torch.randint(classes, shape, device=self.device)
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where an operator family runs, and on what.
+
+    make, shape, rest: the function of fastseg.cases and its arguments. headline: of those that are timed first, and by
+    torch.compile too.
+    """
+
+    where: str
+    make: Callable[..., Iterator[Case]]
+    shape: tuple[int, ...]
+    rest: tuple[Any, ...] = ()
+    headline: bool = False
+
+    def cases(self, at: Placement) -> list[Case]:
+        return list(self.make(at, self.shape, *self.rest))
+
+    def small(self) -> Site:
+        """One picture, an eighth as high and as wide, at most 150 channels: seconds on a CPU."""
+        _, c, h, w = self.shape
+        return replace(self, shape=(1, min(c, 150), max(h // 8, min(h, 6)), max(w // 8, min(w, 6))))
+
+    def one(self) -> Site:
+        """The same site for one picture."""
+        return replace(self, shape=(1, *self.shape[1:]))
+
+
+def _encoder(net: str, batch: int, maps: Sequence[tuple[int, int, int]]) -> list[Site]:
+    geometry = (2, 2, 0, True)  # kernel, stride, padding, ceil_mode
+    return [
+        Site(f"{net} stage {number}", make, (batch, *shape), geometry, headline=number == 1)
+        for number, shape in enumerate(maps, 1)
+        for make in (cases.max_pool2d, cases.max_unpool2d)
+    ]
+
+
+_HEADLINES = ("U-Net up 1", "DeconvNet deconv 2-1", "FCN 21 classes", "Cityscapes", "ADE20K")
+_CONVS = [  # where, input, output channels, kernel, stride, padding, output_padding
+    ("DeconvNet fc6", (16, 4096, 1, 1), 512, 7, 1, 0, 0),
+    ("DeconvNet deconv 5-1", (16, 512, 14, 14), 512, 3, 1, 1, 0),
+    ("DeconvNet deconv 4-1", (16, 512, 28, 28), 512, 3, 1, 1, 0),
+    ("DeconvNet deconv 3-1", (16, 256, 56, 56), 256, 3, 1, 1, 0),
+    ("DeconvNet deconv 2-1", (16, 128, 112, 112), 128, 3, 1, 1, 0),
+    ("DeconvNet deconv 1-1", (16, 64, 224, 224), 64, 3, 1, 1, 0),
+    ("U-Net up 1", (8, 128, 256, 256), 64, 2, 2, 0, 0),
+    ("U-Net up 2", (8, 256, 128, 128), 128, 2, 2, 0, 0),
+    ("U-Net up 3", (8, 512, 64, 64), 256, 2, 2, 0, 0),
+    ("U-Net up 4", (8, 1024, 32, 32), 512, 2, 2, 0, 0),
+    ("FCN 21 classes", (8, 21, 64, 64), 21, 4, 2, 1, 0),
+    ("FCN 256 channels", (8, 256, 64, 64), 128, 4, 2, 1, 0),
+    ("odd", (3, 37, 29, 41), 13, 3, 2, 1, 1),
+]
+_LOGITS = [
+    ("Cityscapes", (8, 19, 512, 1024)),
+    ("ADE20K", (16, 150, 512, 512)),
+    ("SegNet CamVid", (8, 11, 360, 480)),
+    ("odd", (3, 7, 61, 83)),
+]
+SITES = [
+    *_encoder("SegNet", 8, [(64, 360, 480), (128, 180, 240), (256, 90, 120), (512, 45, 60), (512, 23, 30)]),
+    *_encoder("DeconvNet", 16, [(64, 224, 224), (128, 112, 112), (256, 56, 56), (512, 28, 28), (512, 14, 14)]),
+    Site("odd", cases.max_pool2d, (3, 37, 53, 91), (3, 3, 1, False)),
+    Site("odd", cases.max_unpool2d, (3, 37, 53, 91), (3, 3, 1, False)),
+    *(Site(where, cases.conv_transpose2d, shape, tuple(rest), where in _HEADLINES) for where, shape, *rest in _CONVS),
+    *(Site(where, cases.cross_entropy, shape, (255,), where in _HEADLINES) for where, shape in _LOGITS),
+]
+TINY = [
+    Site("tiny", cases.max_pool2d, (1, 8, 4, 4), (2, 2, 0, False)),
+    Site("tiny", cases.max_unpool2d, (1, 8, 4, 4), (2, 2, 0, False)),
+    Site("tiny", cases.conv_transpose2d, (1, 16, 4, 4), (16, 2, 2)),
+    Site("tiny", cases.cross_entropy, (1, 8, 4, 4), (255,)),
+]
+
+
+def sites(small: bool) -> list[Site]:
+    """All of them, the headlines first; or, small, the headlines at sizes for a CPU."""
+    if small:
+        return [site.small() for site in SITES if site.headline]
+    return sorted(SITES, key=lambda site: not site.headline)
+
+
+def sizes(device: str, dtype: str, layout: str) -> Iterator[Case]:
+    """The headline cases: at full size on a GPU, small on a CPU."""
+    for site in sites(small=device == "cpu"):
+        if site.headline:
+            yield from site.cases(DrawnInPlace(cases.DTYPES[dtype], LAYOUTS[layout], device))
