@@ -86,10 +86,11 @@ def max_unpool2d_fwd_kernel(
 def max_unpool2d_foreign_kernel(
     x, indices, y, foreign, PLANES, PROGRAMS, C, HW, OHW, CHANNELS_LAST: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Unpooling from any valid indices, run only when *foreign is 1: one program rewrites whole planes, in order.
+    """Unpooling from any valid indices, run only when *foreign is 1: one program writes whole planes, in order.
 
-    Of several pooled elements with one index the last in row-major order stays, as in torch on a CPU. Reads and
-    writes each plane once, and compares BLOCK x BLOCK indices at a time; slow, and never a race.
+    y holds zeros already, and values where an index lies in its own window; all are written again. Of several pooled
+    elements with one index the last in row-major order stays, as in torch on a CPU. Compares BLOCK x BLOCK indices at
+    a time; slow, and never a race.
     """
     if tl.load(foreign) != 0:
         plane = tl.program_id(0).to(tl.int64)
@@ -97,10 +98,6 @@ def max_unpool2d_foreign_kernel(
             step = C if CHANNELS_LAST else 1
             to = y + (plane // C * C * HW + plane % C if CHANNELS_LAST else plane * HW)
             source = plane // C * C * OHW + plane % C if CHANNELS_LAST else plane * OHW
-            for start in range(0, HW, BLOCK):
-                o = start + tl.arange(0, BLOCK).to(tl.int64)
-                tl.store(to + o * step, tl.zeros((BLOCK,), tl.float32).to(y.dtype.element_ty), mask=o < HW)
-            tl.debug_barrier()
             for start in range(0, OHW, BLOCK):
                 o = start + tl.arange(0, BLOCK).to(tl.int64)
                 index = tl.load(indices + source + o * step, mask=o < OHW, other=-1)

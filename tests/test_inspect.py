@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastseg import cases, cli
+from fastseg import cases, cli, verify
 from fastseg.inspect import traffic_report
 from fastseg.inspect.eager import ByteCounter
 from fastseg.inspect.traffic import metering
@@ -52,6 +52,23 @@ def test_gate_every_memory_bound_operator_is_at_its_floor(layout):
                 seen.add(traffic.operator)
                 assert traffic.ratio <= (1.15 if odd else 1.05), f"{traffic.operator} {case.size}: {traffic.ratio:.3f}"
     assert seen == {f"{name}{suffix}" for name in MEMORY_BOUND for suffix in ("", "_backward")}
+
+
+@pytest.mark.parametrize("layout", cases.LAYOUTS)
+@pytest.mark.parametrize("operator", verify.SIZES)
+def test_gate_no_kernel_touches_memory_outside_its_tensors(operator, layout):
+    at = cases.Placement(torch.float16, cases.LAYOUTS[layout], "cpu")
+    for make, size in verify.SIZES[operator]:
+        for case in make(at, *size):
+            for traffic in traffic_report.operator_traffic(case):
+                for kernel in traffic.kernels:
+                    assert kernel.outside == 0, f"{kernel.kernel} in {case.operator} {case.size}"
+
+
+def test_an_access_outside_is_seen():
+    x, y = torch.zeros(2047), torch.zeros(1024)
+    assert moved(bad_kernels.padded_copy_kernel, x, y, n=1024).outside == 0
+    assert moved(bad_kernels.padded_copy_kernel, x[:2046], y, n=1024).outside == 1
 
 
 def test_the_floors_are_the_published_ones():

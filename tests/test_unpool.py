@@ -108,6 +108,11 @@ def test_an_offset_outside_its_window_is_refused(backend):
         offsets[0, 1, 2, 3] = 1  # column 7 of a plane 7 wide
         with pytest.raises(RuntimeError, match="invalid max offset: 1"):
             FS.max_unpool2d_with_offsets(x, offsets, 2, output_size=(8, 7))
+        offsets[:] = 3
+        FS.max_unpool2d_with_offsets(x, offsets, 2, padding=1, output_size=(7, 7))
+        offsets[0, 0, 1, 0] = 2  # row 2, column -1: as an index it would be the last element of row 1
+        with pytest.raises(RuntimeError, match="invalid max offset: 2"):
+            FS.max_unpool2d_with_offsets(x, offsets, 2, padding=1, output_size=(7, 7))
 
 
 def test_nothing_is_touched_outside_the_tensors(triton_backend):

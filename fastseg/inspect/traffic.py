@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from ..kernels import launch
 
@@ -29,6 +30,8 @@ class KernelTraffic:
     programs: int
     requested: dict[str, int] = field(default_factory=lambda: dict.fromkeys(ACCESSES, 0))
     touched: dict[str, list[np.ndarray]] = field(default_factory=lambda: {access: [] for access in ACCESSES})
+    ranges: list[tuple[int, int]] = field(default_factory=list)
+    outside: int = 0  # accesses to memory that belongs to no tensor of the launch
 
     def sectors(self, access: str | None = None) -> int:
         """Bytes of the distinct sectors touched by one kind of access, or by all kinds."""
@@ -40,6 +43,10 @@ class KernelTraffic:
     def count(self, access: str, pointers: Any, mask: Any) -> None:
         live = pointers.data[np.broadcast_to(mask.data.astype(bool), pointers.data.shape)].ravel()
         size = max(pointers.get_element_ty().primitive_bitwidth // 8, 1)
+        inside = np.zeros(live.shape, dtype=bool)
+        for start, end in self.ranges:
+            inside |= (live >= start) & (live + np.uint64(size) <= end)
+        self.outside += int(live.size - inside.sum())
         self.requested[access] += live.size * size
         self.touched[access].append(np.unique(live.astype(np.int64) // SECTOR))
 
@@ -57,7 +64,9 @@ def metering() -> Iterator[list[KernelTraffic]]:
     launches: list[KernelTraffic] = []
 
     def run(kernel: Any, programs: int, args: tuple[Any, ...], meta: dict[str, Any]) -> None:
-        launches.append(KernelTraffic(kernel.__name__, programs))
+        tensors = [a for a in args if isinstance(a, Tensor)]
+        ranges = [(t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in tensors]
+        launches.append(KernelTraffic(kernel.__name__, programs, ranges=ranges))
         with _metered(launches[-1]):
             kernel[(programs,)](*args, **meta)
 
