@@ -53,6 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         expected = isinstance(error, (OSError, ValueError, RuntimeError, ImportError))
         said = str(error) if expected else f"{type(error).__name__}: {error} (a bug; --debug shows where)"
+        if isinstance(error, OSError) and error.filename is not None:
+            said = f"{error.filename}: {error.strerror}"
         print(f"fastseg {args.command}: error: {said}", file=sys.stderr)
         return 2 if expected else 1
     except KeyboardInterrupt:

@@ -12,6 +12,7 @@ import contextlib
 import importlib.util
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -80,6 +81,8 @@ def interpret_kernels() -> None:
     if "triton" in sys.modules and not interpreted():
         raise RuntimeError("triton is imported already: set TRITON_INTERPRET=1 before")
     os.environ["TRITON_INTERPRET"] = "1"
+    # numpy computes masked lanes as well, and says so
+    warnings.filterwarnings("ignore", category=RuntimeWarning, module=r"triton\.runtime\.interpreter")
 
 
 def choose(operator: str, tensor: Tensor, uncovered: str | None = None, slower: str | None = None) -> Choice:

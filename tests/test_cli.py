@@ -67,5 +67,10 @@ def test_a_bug_is_exit_code_1_and_no_traceback(monkeypatch, capsys):
 
 def test_verify_runs_where_nobody_asked_for_the_interpreter(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    code, out, err = fastseg("verify", "--quick", "--op", "max_pool2d", "--dtype", "float32")
-    assert code == 0 and "0 failed results" in out, err
+    code, out, err = fastseg("verify", "--quick", "--op", "cross_entropy", "--dtype", "float32")
+    assert code == 0 and "0 failed results" in out and "Warning" not in err, err
+
+
+def test_a_file_that_is_not_there_is_named(capsys):
+    assert cli.main(["bench", "compare", "old.jsonl", "new.jsonl"]) == 2
+    assert capsys.readouterr().err == "fastseg bench: error: old.jsonl: No such file or directory\n"
