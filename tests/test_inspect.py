@@ -164,6 +164,21 @@ def test_gate_no_kernel_uses_atomics(facts):
 
 
 @codegen
+def test_gate_rows_that_allow_it_are_read_and_written_16_bytes_wide(facts):
+    """VEC 8 is a whole 16 bytes of bfloat16, which the launchers take wherever a row divides by it."""
+    wide = [row for row in facts if row["constants"].get("VEC") == 8 and not row["kernel"].endswith("foreign_kernel")]
+    seen = {(row["kernel"], row["layout"]) for row in wide}
+    kernels = {f"max_{name}_kernel" for name in ("pool2d_fwd", "unpool2d_fwd", "unpool2d_bwd")}
+    assert {(kernel, layout) for kernel in kernels for layout in cases.LAYOUTS} <= seen
+    assert {("cross_entropy_bwd_kernel", "nchw"), ("cross_entropy_bwd_rows_kernel", "channels_last")} <= seen
+    for row in wide:
+        assert "16" in row["loads"], row
+        assert not {"1", "2"} & set(row["stores"]), row  # offsets of eight elements are 8 bytes, a report 4
+        if row["kernel"] != "cross_entropy_fwd_kernel":  # which stores one float a pixel
+            assert "16" in row["stores"], row
+
+
+@codegen
 def test_gate_products_run_on_the_tensor_cores(facts):
     products = [row for row in facts if row["kernel"].startswith("conv_transpose2d") and "bias" not in row["kernel"]]
     assert products

@@ -68,6 +68,7 @@ def rows(args: argparse.Namespace) -> list[dict[str, Any]]:
     for place, (layout, recorded) in enumerate(found):
         for number, sm in enumerate(sms):
             row = {"kernel": recorded.name, "layout": layout, "sm": sm, "programs": recorded.programs}
+            row["constants"] = recorded.constants
             row |= results[place * len(sms) + number]
             table.append(row | {"gfx942": results[len(jobs) + place] or "compiles"})
     return table
