@@ -27,4 +27,4 @@ $(INSTALLED): constraints.txt setup.py pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist demo .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist demo *.egg-info .pytest_cache .ruff_cache

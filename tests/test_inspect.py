@@ -219,6 +219,14 @@ def test_the_gates_see_bad_kernels():
     assert list(widths) == ["2"] and spills > 0 and atomics > 0
 
 
+@pytest.mark.parametrize(
+    "words", ["traffic --sm 90", "traffic --sass k", "codegen --png a.png", "codegen --bandwidth 2"]
+)
+def test_an_option_of_the_other_instrument_is_refused(words, capsys):
+    assert cli.main(["inspect", *words.split()]) == 2
+    assert words.split()[1] in capsys.readouterr().err
+
+
 def test_codegen_says_what_it_needs(capsys):
     assert cli.main(["inspect", "codegen"]) == 2
     assert "TRITON_INTERPRET" in capsys.readouterr().err

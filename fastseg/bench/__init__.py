@@ -59,7 +59,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "examples:\n  fastseg bench\n  fastseg bench --part operators --op max_unpool2d --dtype float32 --layout nchw\n"
         "  fastseg bench report benchmarks/results/*.jsonl --out report\n"
-        "  fastseg bench compare old.jsonl new.jsonl --fail-above 5%%"
+        "  fastseg bench compare old.jsonl new.jsonl --fail-above 5%"
     )
     _run_options(parser, again=False)
     actions = parser.add_subparsers(dest="action", metavar="ACTION")

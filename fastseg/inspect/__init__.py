@@ -30,7 +30,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layout", choices=list(cases.LAYOUTS), help="default: both")
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     traffic = parser.add_argument_group("traffic")
-    traffic.add_argument("--bandwidth", type=float, default=BANDWIDTH, help="TB/s of the model column (%(default)s)")
+    traffic.add_argument("--bandwidth", type=float, help=f"TB/s of the model column ({BANDWIDTH:g})")
     traffic.add_argument("--png", type=Path, help="write a bar chart here")
     codegen = parser.add_argument_group("codegen")
     codegen.add_argument("--sm", type=int, action="append", choices=[80, 90, 100], help="default: all three")
@@ -39,7 +39,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
+    others = ("sm", "sass", "ptx") if args.instrument == "traffic" else ("png", "bandwidth")
+    for name in others:
+        if getattr(args, name) is not None:
+            raise ValueError(f"--{name} is not an option of {args.instrument}")
     if args.instrument == "traffic":
+        args.bandwidth = BANDWIDTH if args.bandwidth is None else args.bandwidth
         if not args.bandwidth > 0:
             raise ValueError(f"--bandwidth must be above 0 TB/s, but is {args.bandwidth}")
         dispatch.interpret_kernels()
