@@ -11,7 +11,7 @@ from .windows import BLOCK, Windows, group, image_offset, kind, run_offset
 
 
 @triton.jit
-def _keep_larger(best, at, value, tap, inside):
+def keep_larger(best, at, value, tap, inside):
     """torch's rule: a strictly larger value wins, so the first of equals stays; NaN always wins."""
     wins = inside & ((value > best) | (value != value))
     return tl.where(wins, value, best), tl.where(wins, tap, at)
@@ -42,9 +42,9 @@ def max_pool2d_fwd_kernel(
                 inside = live & (h0 + i >= 0) & (h0 + i < H)
             row = tl.load(x + run_offset(plane, h0 + i, run, H, RUNS, VEC), mask=inside, other=float("-inf"))
             left, right = tl.split(tl.reshape(row.to(tl.float32), (BLOCK, VEC, 2)))
-            best, at = _keep_larger(best, at, left, i * KW, inside)
+            best, at = keep_larger(best, at, left, i * KW, inside)
             if KW == 2:
-                best, at = _keep_larger(best, at, right, i * KW + 1, inside)
+                best, at = keep_larger(best, at, right, i * KW + 1, inside)
         else:
             for j in tl.static_range(KW):
                 h, w = h0 + i, w0 + j
@@ -53,7 +53,7 @@ def max_pool2d_fwd_kernel(
                     inside = live & (h >= 0) & (h < H) & (w >= 0) & (w < W)
                 offset = image_offset(plane, h, w, run, H, W, RUNS, VEC, CHANNELS_LAST)
                 value = tl.load(x + offset, mask=inside, other=float("-inf")).to(tl.float32)
-                best, at = _keep_larger(best, at, value, i * KW + j, inside)
+                best, at = keep_larger(best, at, value, i * KW + j, inside)
     out = o[:, None] * VEC + tl.arange(0, VEC)[None, :]
     tl.store(y + out, best.to(y.dtype.element_ty), mask=live)
     if POSITIONS == "offsets":

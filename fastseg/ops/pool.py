@@ -40,7 +40,7 @@ def _check_pool(function: str, input: Tensor, geometry: tuple[list[int], ...], c
         )
 
 
-def _pool_arguments(
+def pool_arguments(
     function: str, input: Tensor, kernel_size: IntOrPair, stride: IntOrPair | None, padding: IntOrPair,
     dilation: IntOrPair, ceil_mode: bool,
 ) -> tuple[list[int], list[int], list[int], list[int]]:  # fmt: skip
@@ -185,7 +185,7 @@ def max_pool2d(
     int64 indices (h * W + w in the plane). Without them, training keeps one byte per pooled element.
     Deterministic. Raises RuntimeError for arguments that torch refuses.
     """
-    arguments = _pool_arguments("max_pool2d", input, kernel_size, stride, padding, dilation, ceil_mode)
+    arguments = pool_arguments("max_pool2d", input, kernel_size, stride, padding, dilation, ceil_mode)
     differentiated = input.requires_grad and torch.is_grad_enabled()
     positions = INDICES if return_indices else OFFSETS if differentiated else NO_POSITIONS
     if MAX_POOL2D.choose(input, *arguments, ceil_mode, positions).backend == "torch":
@@ -207,7 +207,7 @@ def max_pool2d_with_offsets(
     offsets: shape of the output, tap i * kernel_width + j of the maximum, for windows of up to 256 elements
     (RuntimeError beyond). max_unpool2d_with_offsets takes them; everything else is as in max_pool2d.
     """
-    arguments = _pool_arguments("max_pool2d_with_offsets", input, kernel_size, stride, padding, dilation, ceil_mode)
+    arguments = pool_arguments("max_pool2d_with_offsets", input, kernel_size, stride, padding, dilation, ceil_mode)
     if arguments[0][0] * arguments[0][1] > MAX_OFFSETS:
         raise RuntimeError(
             f"max_pool2d_with_offsets: kernel_size {tuple(arguments[0])} has more than {MAX_OFFSETS} elements, which "
