@@ -17,8 +17,9 @@ from ..ops.windows import IntOrPair
 class BatchNormReLU2d(nn.BatchNorm2d):
     """torch.nn.BatchNorm2d and the ReLU behind it: same arguments, parameters, buffers and state_dict.
 
-    relu: False leaves the ReLU out. forward(input (N, C, H, W), input_bias=None): input_bias is the bias of the
-    convolution before, where that has not added it. See fastseg.functional.batch_norm_relu.
+    relu: False leaves the ReLU out. newer: arguments that nn.BatchNorm2d has in this torch and not in all, as `bias`.
+    forward(input (N, C, H, W), input_bias=None): input_bias is the bias of the convolution before, where that has not
+    added it. See fastseg.functional.batch_norm_relu.
 
     sync: under an initialised process group, normalise with the statistics of all its processes' batches in training.
     convert_sync_batchnorm sets it.
@@ -38,8 +39,9 @@ class BatchNormReLU2d(nn.BatchNorm2d):
         dtype: torch.dtype | None = None,
         *,
         relu: bool = True,
+        **newer: Any,
     ) -> None:
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **newer)
         self.relu = relu
 
     def forward(self, input: Tensor, input_bias: Tensor | None = None) -> Tensor:
@@ -112,8 +114,9 @@ class BatchNormReLUMaxPool2d(BatchNormReLU2d):
         ceil_mode: bool = False,
         return_offsets: bool = False,
         relu: bool = True,
+        **newer: Any,
     ) -> None:
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, relu=relu)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, relu=relu, **newer)
         self.kernel_size, self.stride, self.padding = kernel_size, stride, padding
         self.ceil_mode, self.return_offsets = ceil_mode, return_offsets
 
@@ -149,8 +152,9 @@ class BatchNormReLUMaxUnpool2d(BatchNormReLU2d):
         stride: IntOrPair | None = None,
         padding: IntOrPair = 0,
         relu: bool = True,
+        **newer: Any,
     ) -> None:
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, relu=relu)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, relu=relu, **newer)
         self.kernel_size, self.stride, self.padding = kernel_size, stride, padding
 
     def forward(

@@ -14,7 +14,6 @@ from .batch_norm import (
     BATCH_NORM_RELU,
     SUMS,
     means_of,
-    normalised,
     statistics,
 )
 from .batch_norm_windows import POOL, POOL_BACKWARD, POOL_SUMS, UNPOOL, UNPOOL_SUMS, overlapping
@@ -107,10 +106,8 @@ def _gradients_with_graph(ctx: Any, grad: Tensor) -> list[Tensor | None]:
         raise RuntimeError("batch_norm_relu: a backward with create_graph=True has no form for a process group")
 
     def composed(input: Tensor, weight: Tensor | None, bias: Tensor | None, input_bias: Tensor | None) -> Tensor:
-        if training:
-            y = _batch_normalised(input, None, None, weight, bias, input_bias, True, 0.0, eps, relu)
-        else:
-            y = normalised(input, (mean, input_bias, var, weight, bias, eps, relu))
+        running = (None, None) if training else (mean, var)
+        y = _batch_normalised(input, *running, weight, bias, input_bias, training, 0.0, eps, relu)
         if ctx.geometry is None:
             return y
         if ctx.unpools:
@@ -143,17 +140,18 @@ def _batch_normalised(
     bias: Tensor | None, input_bias: Tensor | None, training: bool, momentum: float, eps: float, relu: bool,
 ) -> Tensor:  # fmt: skip
     """torch's own batch norm and ReLU, with the input's bias in the running mean in place of the input."""
-    if input_bias is not None and training:
-        if running_mean is not None:
-            running_mean.sub_(input_bias.detach())
-        if bias is None:
-            bias = torch.zeros_like(input_bias)
-        bias = _Absorbed.apply(bias, input_bias)
-    elif input_bias is not None:
-        running_mean = running_mean - input_bias
-    y = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    if input_bias is not None and training and running_mean is not None:
-        running_mean.add_(input_bias.detach())
+    moved = running_mean
+    if input_bias is not None:
+        bias = torch.zeros_like(input_bias) if bias is None else bias
+        if training:
+            bias = _Absorbed.apply(bias, input_bias)
+            moved = None if running_mean is None else running_mean - input_bias.detach()
+        else:
+            scale = (running_var + eps).rsqrt()
+            bias = bias + input_bias * (scale if weight is None else scale * weight)
+    y = F.batch_norm(input, moved, running_var, weight, bias, training, momentum, eps)
+    if moved is not running_mean:
+        running_mean.copy_(moved + input_bias.detach())
     return F.relu(y, inplace=True) if relu else y
 
 
