@@ -240,10 +240,10 @@ def test_parameter_counts(name, classes, millions):
 
 
 def map_sizes(model, size):
-    """Sizes of the map that each encoder and decoder stage gives."""
+    """Sizes of the map that each encoder and decoder stage works on."""
     found = []
-    for stage in [*model.encoder, *model.decoder]:
-        stage.register_forward_hook(lambda _, __, y: found.append(tuple(y.shape[-2:])))
+    for (conv, _), *_ in [*model.encoder, *model.decoder]:
+        conv.register_forward_hook(lambda _, __, y: found.append(tuple(y.shape[-2:])))
     model.to("meta").eval()(torch.empty(1, 3, *size, device="meta"))
     return found
 
@@ -274,8 +274,11 @@ def test_initial_state(name):
 
 def test_segnet_basic_decoder_has_no_relu():
     model = models.SegNetBasic(width=0.125)
-    assert [type(layer) for layer in model.decoder[0][0]] == [nn.Conv2d, nn.BatchNorm2d]
-    assert [type(layer) for layer in model.encoder[0][0]] == [nn.Conv2d, nn.BatchNorm2d, nn.ReLU]
+    x = torch.randn(1, 3, 32, 32)
+    for stages, least in ((model.encoder, 0), (model.decoder, -torch.inf)):
+        relus = [norm.relu for ((_, norm),) in stages]
+        assert relus == [least == 0] * 4
+    assert (model.decoder[3](torch.randn(1, 8, 32, 32)) < 0).any() and (model.encoder[0](x)[0] >= 0).all()
 
 
 # --- arguments -------------------------------------------------------------------------------------------------------
@@ -322,8 +325,8 @@ def test_one_pixel(device):
 
 
 def test_compiles_whole(device):
-    model = models.SegNet(width=0.125).to(device)
-    x, upstream = torch.randn(2, 3, *ODD, device=device), torch.randn(2, 11, *ODD, device=device)
+    model = models.SegNet(width=0.125).to(device, torch.float64)
+    x, upstream = (torch.randn(2, c, *ODD, device=device, dtype=torch.float64) for c in (3, 11))
     start = copy.deepcopy(model.state_dict())
     want = copy.deepcopy(results(model, x, upstream))
     torch._dynamo.reset()
@@ -337,8 +340,8 @@ def test_compiles_whole(device):
 
 @pytest.mark.parametrize("training", [True, False])
 def test_exports_its_operators(device, training):
-    model = models.SegNet(width=0.125).to(device).train(training)
-    x = torch.randn(2, 3, *ODD, device=device)
+    model = models.SegNet(width=0.125).to(device, torch.float64).train(training)
+    x = torch.randn(2, 3, *ODD, device=device, dtype=torch.float64)
     program = torch.export.export(model, (x,))
     targets = [node.target for node in program.graph.nodes]
     assert targets.count(torch.ops.fastseg.max_pool2d.default) == 5
