@@ -21,6 +21,7 @@ FAMILIES = (
     "conv_transpose_bwd",
     "cross_entropy",
     "norm",
+    "overlap",
     "pool",
     "products",
     "unpool",

@@ -246,12 +246,9 @@ def merge_sums(partials: Tensor, norm: Norm, sums: Tensor, x: Tensor) -> None:
 
 def window_constants(image: Tensor, pooled: Tensor, windows: Windows) -> dict[str, Any]:
     """The geometry, and whether in NCHW the two columns under each window are a run of the image's row."""
-    (kh, kw), (sh, sw), (ph, pw) = windows.kernel, windows.stride, windows.padding
-    whole_rows = not windows.channels_last and sw == 2 and kw <= 2 and pw == 0
-    return {
-        "KH": kh, "KW": kw, "SH": sh, "SW": sw, "PH": ph, "PW": pw,
-        "WHOLE_ROWS": whole_rows and image.shape[-1] == 2 * pooled.shape[-1],
-    }  # fmt: skip
+    taps = windows.taps()
+    whole_rows = not windows.channels_last and taps["SW"] == 2 and taps["KW"] <= 2 and taps["PW"] == 0
+    return {**taps, "WHOLE_ROWS": whole_rows and image.shape[-1] == 2 * pooled.shape[-1]}
 
 
 def cells(image: Tensor, pooled: Tensor, windows: Windows) -> tuple[int, int]:

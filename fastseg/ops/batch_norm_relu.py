@@ -16,7 +16,7 @@ from .batch_norm import (
     means_of,
     statistics,
 )
-from .batch_norm_windows import POOL, POOL_BACKWARD, POOL_SUMS, UNPOOL, UNPOOL_SUMS, overlapping
+from .batch_norm_windows import POOL, POOL_BACKWARD, POOL_SUMS, UNPOOL, UNPOOL_SUMS, fusible
 from .library import double_backward, wants_graph
 from .pool import max_pool2d_with_offsets, pool_arguments
 from .unpool import check_unpool, max_unpool2d_with_offsets, unpool_arguments
@@ -263,8 +263,9 @@ def batch_norm_relu_max_pool2d(
     """max_pool2d(batch_norm_relu(input, ...)) without storing the map between.
 
     Returns the pooled map, and with return_offsets the uint8 offsets of max_pool2d_with_offsets too. The maximum is
-    that of the values as the map between would hold them, so that both give the same. Windows that overlap run as two
-    operators. Everything else is as in batch_norm_relu and max_pool2d_with_offsets.
+    that of the values as the map between would hold them, so that both give the same. Windows that overlap, or of a
+    stride of more than 64 elements, run as two operators. Everything else is as in batch_norm_relu and
+    max_pool2d_with_offsets.
     """
     name = "batch_norm_relu_max_pool2d"
     _check(name, input, running_mean, running_var, weight, bias, input_bias, training, eps, windows=True)
@@ -275,7 +276,7 @@ def batch_norm_relu_max_pool2d(
         both = max_pool2d_with_offsets(y, kernel, stride_, padding_, ceil_mode=ceil_mode)
         return both if return_offsets else both[0]
 
-    if overlapping(kernel, stride_):
+    if not fusible(kernel, stride_):
         return pooled(_normalise(lambda y: y, BATCH_NORM_RELU.choose(input).backend, *norm))
     leaves = (input, weight, bias, input_bias)
     differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves)
@@ -307,8 +308,9 @@ def batch_norm_relu_max_unpool2d(
 ) -> Tensor:
     """max_unpool2d_with_offsets(batch_norm_relu(input, ...), offsets, ...) without storing the map between.
 
-    offsets: uint8, of input's shape, as max_pool2d_with_offsets gives them. Windows that overlap run as two
-    operators. Everything else is as in batch_norm_relu and max_unpool2d_with_offsets.
+    offsets: uint8, of input's shape, as max_pool2d_with_offsets gives them. Windows that overlap, or of a
+    stride of more than 64 elements, run as two operators. Everything else is as in batch_norm_relu and
+    max_unpool2d_with_offsets.
     """
     name = "batch_norm_relu_max_unpool2d"
     _check(name, input, running_mean, running_var, weight, bias, input_bias, training, eps, windows=True)
@@ -319,7 +321,7 @@ def batch_norm_relu_max_unpool2d(
     def unpooled(y: Tensor) -> Tensor:
         return max_unpool2d_with_offsets(y, offsets, *geometry, output_size=size)
 
-    if overlapping(*geometry[:2]):
+    if not fusible(*geometry[:2]):
         return unpooled(_normalise(lambda y: y, BATCH_NORM_RELU.choose(input).backend, *norm))
     choice = UNPOOL.choose(input, offsets, *geometry)
     return _normalise(unpooled, choice.backend, *norm, offsets, tuple(geometry), (size,))

@@ -1,6 +1,6 @@
 """Batch norm, ReLU and the max-pooling or max-unpooling behind them: operators and their torch reference.
 
-Positions are uint8 offsets. Windows do not overlap; the functions compose the other cases from two operators.
+Positions are uint8 offsets. Windows are `fusible`; the functions compose the other cases from two operators.
 """
 
 from __future__ import annotations
@@ -12,25 +12,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import kernels
-from . import batch_norm, windows
-from .batch_norm import NORM, empty_sums, input_gradient, like_input, normalised, sums_of, x_hat_and_gradient
+from . import windows
+from .batch_norm import (
+    NORM,
+    empty_sums,
+    input_gradient,
+    like_input,
+    normalised,
+    sums_of,
+    uncovered,
+    x_hat_and_gradient,
+)
 from .library import Operator, dense, empty, memory_format, placed
 from .unpool import refuse_strays
 
 GEOMETRY = "int[2] kernel_size, int[2] stride, int[2] padding"
 
 
-def overlapping(kernel: list[int], stride: list[int]) -> bool:
-    return any(k > s for k, s in zip(kernel, stride, strict=True))
-
-
-def uncovered(input: Tensor, kernel: list[int], stride: list[int]) -> str | None:
-    """Why the kernels cannot run a call, in words, or None."""
-    if overlapping(kernel, stride):
-        return f"overlapping windows (kernel_size {tuple(kernel)}, stride {tuple(stride)})"
-    if kernel[0] * kernel[1] > windows.MAX_OFFSETS:
-        return f"windows of more than {windows.MAX_OFFSETS} elements (kernel_size {tuple(kernel)})"
-    return batch_norm.uncovered(input)
+def fusible(kernel: list[int], stride: list[int]) -> bool:
+    """Whether no two windows overlap, and a window with the gap behind it is small: what one pass is written for."""
+    return all(k <= s for k, s in zip(kernel, stride, strict=True)) and stride[0] * stride[1] <= 64
 
 
 def _windows(x: Tensor, kernel: list[int], stride: list[int], padding: list[int]) -> Any:
@@ -79,7 +80,7 @@ POOL = Operator(
     kernel=_pool_kernel,
     reference=_pool_reference,
     fake=_empty_pooled,
-    uncovered=lambda input, kernel, stride, *rest: uncovered(input, kernel, stride),
+    uncovered=lambda input, *rest: uncovered(input),
 )
 
 
@@ -112,7 +113,7 @@ POOL_SUMS = Operator(
     kernel=_pool_sums_kernel,
     reference=_pool_sums_reference,
     fake=lambda grad, offsets, input, *rest: empty_sums(grad, input),
-    uncovered=lambda grad, offsets, input, kernel, stride, *rest: uncovered(input, kernel, stride),
+    uncovered=lambda grad, offsets, input, *rest: uncovered(input),
 )
 
 
@@ -142,7 +143,7 @@ POOL_BACKWARD = Operator(
     kernel=_pool_backward_kernel,
     reference=_pool_backward_reference,
     fake=lambda grad, offsets, input, *rest: like_input(input),
-    uncovered=lambda grad, offsets, input, means, kernel, stride, *rest: uncovered(input, kernel, stride),
+    uncovered=lambda grad, offsets, input, *rest: uncovered(input),
 )
 
 
@@ -200,7 +201,7 @@ UNPOOL = Operator(
     kernel=_unpool_kernel,
     reference=_unpool_reference,
     fake=_empty_unpooled,
-    uncovered=lambda input, offsets, kernel, stride, *rest: uncovered(input, kernel, stride),
+    uncovered=lambda input, *rest: uncovered(input),
 )
 
 
@@ -235,5 +236,5 @@ UNPOOL_SUMS = Operator(
     kernel=_unpool_sums_kernel,
     reference=_unpool_sums_reference,
     fake=_empty_gathered,
-    uncovered=lambda grad, offsets, input, kernel, stride, *rest: uncovered(input, kernel, stride),
+    uncovered=lambda grad, offsets, input, *rest: uncovered(input),
 )

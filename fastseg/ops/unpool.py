@@ -11,7 +11,16 @@ from torch import Tensor
 
 from .. import kernels
 from .library import Operator, dense, empty, memory_format, placed, wants_graph
-from .windows import IntOrPair, offsets_to_indices, pair, require_tensor, uncovered, unset
+from .windows import (
+    IntOrPair,
+    batch,
+    offsets_to_indices,
+    pair,
+    require_tensor,
+    uncovered,
+    unset,
+    vmap_folds,
+)
 
 
 def check_unpool(function: str, input: Tensor, positions: Tensor, name: str, dtype: torch.dtype) -> None:
@@ -95,7 +104,9 @@ def _max_unpool2d_kernel(
     layout = memory_format(input)
     output = _empty_unpooled(input, positions, kernel, stride, padding, size)
     windows = kernels.windows.Windows(kernel, stride, padding, layout == torch.channels_last)
-    kernels.unpool.max_unpool2d_fwd(dense(input, layout), dense(positions, layout), output, windows, trusted=False)
+    kernels.unpool.max_unpool2d_fwd(
+        batch(dense(input, layout)), batch(dense(positions, layout)), batch(output), windows, trusted=False
+    )
     return output
 
 
@@ -103,8 +114,15 @@ def _max_unpool2d_reference(
     input: Tensor, positions: Tensor, kernel: list[int], stride: list[int], padding: list[int], size: list[int]
 ) -> Tensor:
     refuse_strays(positions, kernel, stride, padding, size)
-    indices = _indices(positions, kernel, stride, padding, size[1]).contiguous()
-    return placed(torch.ops.aten.max_unpool2d(input.contiguous(), indices, size), memory_format(input))
+    indices = _indices(positions, kernel, stride, padding, size[1]).flatten(-2)
+    zeros = input.new_zeros(*input.shape[:-2], size[0] * size[1])
+    if input.device.type == "cpu":
+        output = zeros.scatter_(-1, indices, input.flatten(-2))  # a CPU goes through each plane in order
+    else:  # the last element that names a place, by a maximum, which no order changes
+        order = torch.arange(indices.shape[-1], device=input.device).expand_as(indices)
+        last = indices.new_full(zeros.shape, -1).scatter_reduce_(-1, indices, order, "amax")
+        output = torch.where(last < 0, zeros, input.flatten(-2).gather(-1, last.clamp_min(0)))
+    return placed(output.unflatten(-1, size), memory_format(input))
 
 
 MAX_UNPOOL2D = Operator(
@@ -113,8 +131,9 @@ MAX_UNPOOL2D = Operator(
     kernel=_max_unpool2d_kernel,
     reference=_max_unpool2d_reference,
     fake=_empty_unpooled,
-    uncovered=lambda input, positions, kernel, stride, padding, size: uncovered(input, kernel, stride),
+    uncovered=lambda input, *arguments: uncovered(input),
 )
+vmap_folds(MAX_UNPOOL2D)
 
 
 def _empty_unpool_gradient(
@@ -129,16 +148,22 @@ def _max_unpool2d_backward_kernel(
     layout = memory_format(positions)
     grad_input = _empty_unpool_gradient(grad, positions, kernel, stride, padding)
     windows = kernels.windows.Windows(kernel, stride, padding, layout == torch.channels_last)
-    kernels.unpool.max_unpool2d_bwd(dense(grad, layout), dense(positions, layout), grad_input, windows)
+    kernels.unpool.max_unpool2d_bwd(
+        batch(dense(grad, layout)), batch(dense(positions, layout)), batch(grad_input), windows
+    )
     return grad_input
+
+
+def _gathered(grad: Tensor, positions: Tensor, kernel: list[int], stride: list[int], padding: list[int]) -> Tensor:
+    """The gradient in torch's differentiable functions."""
+    indices = _indices(positions, kernel, stride, padding, grad.shape[-1])
+    return grad.flatten(-2).gather(-1, indices.flatten(-2)).view(positions.shape)
 
 
 def _max_unpool2d_backward_reference(
     grad: Tensor, positions: Tensor, kernel: list[int], stride: list[int], padding: list[int]
 ) -> Tensor:
-    indices = _indices(positions, kernel, stride, padding, grad.shape[-1])
-    gathered = grad.flatten(-2).gather(-1, indices.flatten(-2)).view(positions.shape)
-    return placed(gathered, memory_format(positions))
+    return placed(_gathered(grad, positions, kernel, stride, padding), memory_format(positions))
 
 
 MAX_UNPOOL2D_BACKWARD = Operator(
@@ -147,8 +172,9 @@ MAX_UNPOOL2D_BACKWARD = Operator(
     kernel=_max_unpool2d_backward_kernel,
     reference=_max_unpool2d_backward_reference,
     fake=_empty_unpool_gradient,
-    uncovered=lambda grad, positions, kernel, stride, padding: uncovered(grad, kernel, stride),
+    uncovered=lambda grad, *arguments: uncovered(grad),
 )
+vmap_folds(MAX_UNPOOL2D_BACKWARD)
 
 
 # --- functions -------------------------------------------------------------------------------------------------------
@@ -156,6 +182,8 @@ MAX_UNPOOL2D_BACKWARD = Operator(
 
 class MaxUnpool2dFunction(torch.autograd.Function):
     """(input, positions, geometry, output_size) -> output; the gradient gathers at the positions."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(
@@ -170,7 +198,7 @@ class MaxUnpool2dFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        run = _max_unpool2d_backward_reference if wants_graph() else MAX_UNPOOL2D_BACKWARD
+        run = _gathered if wants_graph() else MAX_UNPOOL2D_BACKWARD
         return run(grad, *ctx.saved_tensors, *ctx.geometry), *(None,) * 5
 
 
@@ -193,7 +221,8 @@ def max_unpool2d(
     name = "max_unpool2d"
     check_unpool(name, input, indices, "indices", torch.int64)
     arguments = unpool_arguments(name, input, kernel_size, stride, padding, output_size)
-    if MAX_UNPOOL2D.choose(input, indices, *arguments).backend == "torch":
+    backend = MAX_UNPOOL2D.choose(input, indices, *arguments).backend
+    if backend == "torch" and not torch.are_deterministic_algorithms_enabled():  # which torch's own refuses
         *geometry, size = arguments
         try:
             return F.max_unpool2d(input, indices, *geometry, output_size=size)
