@@ -7,8 +7,9 @@ import torch.nn.functional as F
 import fastseg
 from fastseg import functional as FS
 from fastseg import kernels, verify
+from fastseg.kernels.launch import recording
 from fastseg.kernels.windows import Windows
-from fastseg.ops.library import memory_format
+from fastseg.ops.library import memory_format, observing
 from fastseg.ops.windows import pooled_size
 
 LAYOUTS = ("nchw", "channels_last", "unbatched")
@@ -42,30 +43,45 @@ def image(geometry, dtype, layout):
     return x.contiguous(memory_format=torch.channels_last) if layout == "channels_last" else x
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("trial", range(4))
-def test_pools_of_random_arguments(trial, dtype, layout, device, triton_backend):
-    arguments = geometry()
-    kernel, stride, padding, dilation, ceil_mode = arguments
-    x = image(arguments, dtype, layout).to(device)
+def assert_pools(x, arguments):
+    """Values, indices and offsets to the bit; gradients as exact as torch's."""
     print(tuple(x.shape), *arguments)
+    kernel, stride, padding, dilation, _ = arguments
     y, indices = FS.max_pool2d(x, *arguments, return_indices=True)
     want, want_indices = F.max_pool2d(x, *arguments, return_indices=True)
     assert torch.equal(y, want) and torch.equal(indices, want_indices)
     assert list(y.shape[-2:]) == pooled_size(x.shape[-2:], *arguments)
-    if x.numel():
-        assert y.stride() == want.stride() and indices.stride() == want.stride()
+    assert x.numel() == 0 or (y.stride() == want.stride() and indices.stride() == want.stride())
     offsets = FS.max_pool2d_with_offsets(x, *arguments)[1]
     windows = (kernel, stride, padding, x.shape[-1], dilation)
     assert torch.equal(FS.offsets_to_indices(offsets, *windows), want_indices)
     assert torch.equal(FS.indices_to_offsets(want_indices, *windows), offsets)
-    for ours in (
-        lambda x: FS.max_pool2d(x, *arguments),
-        lambda x: FS.max_pool2d(x, *arguments, return_indices=True)[0],
-    ):
+    for keep_indices in (False, True):
+
+        def ours(x, keep_indices=keep_indices):
+            y = FS.max_pool2d(x, *arguments, return_indices=keep_indices)
+            return y[0] if keep_indices else y
+
         for c in verify.compare(ours, lambda x: F.max_pool2d(x, *arguments), [x]):
             assert c.passed, c
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("trial", range(3))
+def test_pools_of_random_arguments(trial, dtype, layout, device, triton_backend):
+    arguments = geometry()
+    assert_pools(image(arguments, dtype, layout).to(device), arguments)
+
+
+@pytest.mark.parametrize("kernel, padding", [(3, 1), (4, 1), (5, 2), (1, 0), ((3, 2), (0, 0)), ((1, 6), (0, 2))])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_rows_of_whole_runs(dtype, kernel, padding, device, triton_backend):
+    """Stride 2 and two pixels of each row for a window: runs are loaded whole and split, whatever the windows."""
+    kernel, padding = ([n, n] if isinstance(n, int) else list(n) for n in (kernel, padding))
+    assert_pools(
+        torch.randn(2, 2, 7, 24, device=device).mul(2).round().to(dtype), (kernel, [2, 2], padding, [1, 1], False)
+    )
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -97,10 +113,12 @@ def test_unpools_of_random_arguments(trial, dtype, layout, device, triton_backen
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("kernel, stride, padding", [(3, 2, 1), (3, 1, 1), ((2, 4), (1, 3), (1, 2)), (9, 9, 0)])
+@pytest.mark.parametrize(
+    "kernel, stride, padding", [(3, 2, 1), (3, 1, 1), ((2, 4), (1, 3), (1, 2)), (5, (1, 2), 2), (9, 9, 0)]
+)
 def test_unpools_from_offsets_of_any_window(kernel, stride, padding, layout, device, triton_backend):
     """The offsets that a pool made; of windows that overlap on one maximum the last in row-major order stays."""
-    x = torch.randn((3, 20, 21) if layout == "unbatched" else (2, 3, 20, 21), device=device)
+    x = torch.randn((3, 12, 20) if layout == "unbatched" else (2, 3, 12, 20), device=device)
     if layout == "channels_last":
         x = x.contiguous(memory_format=torch.channels_last)
     pooled, offsets = FS.max_pool2d_with_offsets(x, kernel, stride, padding)
@@ -114,8 +132,7 @@ def test_unpools_from_offsets_of_any_window(kernel, stride, padding, layout, dev
         assert c.error == 0, c
 
 
-@pytest.mark.parametrize("shape", [(1, 2, 18, 15), (2, 18, 15)])
-@pytest.mark.parametrize("kernel, stride", [((18, 15), 15), (9, 1)])
+@pytest.mark.parametrize("kernel, stride, shape", [((18, 15), 15, (1, 2, 18, 15)), (9, 1, (2, 12, 13))])
 def test_large_windows_run_in_a_loop(kernel, stride, shape, device, triton_backend):
     """More than 256 taps keep int64 indices; 81 taps, and 81 windows over each pixel, are not unrolled."""
     ours, theirs = (torch.randn(shape, device=device).round().requires_grad_() for _ in range(2))
@@ -198,7 +215,8 @@ def touched(kind, layout, kernel, padding):
     from addresses import addresses, recorded
 
     windows, image, pooled, offsets, seen, holders = huge(layout, kernel, padding)
-    last_pooled, last_pixels = (set(range(t.numel() - 1024, t.numel())) for t in (pooled, image))
+    pixels = 2048 if layout == "nchw" else 1024  # of a program that gathers: pairs of pixels in NCHW
+    last_pooled, last_pixels = (set(range(t.numel() - n, t.numel())) for t, n in ((pooled, 1024), (image, pixels)))
     run, loads, stores = {
         "pool forward": (
             lambda: kernels.pool.max_pool2d_fwd(image, pooled, offsets, windows), seen(last_pooled), last_pooled
@@ -353,20 +371,17 @@ def test_deterministic_algorithms_are_no_obstacle(backend, poison, device):
         FS.max_pool2d(x, 3, 1, 1).sum().backward()
 
 
-def test_nothing_waits_for_the_gpu():
-    """On tensors without data anything that looked at a value on the host would raise: graphs can be captured."""
-    for dim in (4, 3):
-        x = torch.empty((2, 8, 12, 12)[-dim:], device="meta", dtype=torch.bfloat16, requires_grad=True)
-        from fastseg.kernels.launch import recording
-        from fastseg.ops.library import observing
-
-        launches = []
-        with fastseg.backend("triton"), observing(lambda *call: None), recording(lambda *call: launches.append(call)):
-            y, indices = FS.max_pool2d(x, 3, 2, 1, return_indices=True)
-            z, offsets = FS.max_pool2d_with_offsets(x, 3, 1, 1, 2)
-            u = FS.max_unpool2d(y, indices, 3, 2, 1).sum() + FS.max_unpool2d_with_offsets(z, offsets, 3, 1).sum()
-            torch.autograd.grad(u, x)
-        assert len(launches) == 2 + 3 + 4
+@pytest.mark.parametrize("shape", [(2, 8, 12, 12), (8, 12, 12)])
+def test_nothing_waits_for_the_gpu(shape):
+    """On tensors without data whatever looked at a value on the host would raise: CUDA graphs can capture this."""
+    x = torch.empty(shape, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    launches = []
+    with fastseg.backend("triton"), observing(lambda *call: None), recording(lambda *call: launches.append(call[0])):
+        y, indices = FS.max_pool2d(x, 3, 2, 1, return_indices=True)
+        z, offsets = FS.max_pool2d_with_offsets(x, 3, 1, 1, 2)
+        u = FS.max_unpool2d(y, indices, 3, 2, 1).sum() + FS.max_unpool2d_with_offsets(z, offsets, 3, 1).sum()
+        torch.autograd.grad(u, x)
+    assert len(launches) == 2 + 3 + 4
 
 
 @pytest.mark.gpu
