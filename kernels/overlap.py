@@ -41,7 +41,7 @@ def _see_window(
 
 @triton.jit
 def _see_run(
-    left, right, x, positions, plane, h, run, oh, live, W, OH, OW, q: tl.constexpr,
+    left, right, x, positions, plane, h, run, oh, live, W, OH, OW, RUNS, q: tl.constexpr,
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
     POSITIONS: tl.constexpr, ADD: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
@@ -51,7 +51,8 @@ def _see_run(
     held = live & (oh >= 0) & (oh < OH) & (i < KH)
     if q != 0:
         held = held & (ow >= 0) & (ow < OW)
-    source = (plane * OH + oh) * OW + ow
+    # OW is RUNS * VEC, which says to the compiler that the loads are aligned where q is 0.
+    source = ((plane * OH + oh) * RUNS + run) * VEC + tl.arange(0, VEC)[None, :] + q
     position = tl.load(positions + source, mask=held, other=0)
     value = tl.load(x + source, mask=held, other=0.0).to(left.dtype)
     tap: tl.constexpr = PW - 2 * q  # of the even column; the odd one's is the next
@@ -116,7 +117,7 @@ def window_gather_kernel(
             oh = (h + PH) // SH - (DOWN - 1) + step
             for q in tl.static_range(-((KW - 1 - PW) // 2), (PW + 1) // 2 + 1):
                 found, right = _see_run(
-                    found, right, x, positions, plane, h, run, oh, live, W, OH, OW, q,
+                    found, right, x, positions, plane, h, run, oh, live, W, OH, OW, RUNS, q,
                     KH, KW, SH, PH, PW, POSITIONS, ADD, VEC,
                 )  # fmt: skip
         row = tl.reshape(tl.join(found, right), (BLOCK, 2 * VEC)).to(y.dtype.element_ty)

@@ -21,7 +21,7 @@ from .traffic import KernelTraffic, metering
 # Small enough for the interpreter; per-element figures are those of a large size, as tests show with two sizes. The
 # second size of each is a multiple of no block.
 IMAGES = ((2, 64, 32, 64), (1, 24, 38, 54))
-OVERLAPPED = ((1, 32, 16, 32), (1, 24, 19, 27))
+OVERLAPPED = ((1, 32, 8, 32), (1, 24, 9, 13))
 STEM = (3, 2, 1)  # kernel, stride, padding of a ResNet's first pool: windows that overlap
 LOGITS = (11, 19, 21, 150)
 
