@@ -229,7 +229,8 @@ def max_pool2d_with_offsets(
     """max_pool2d that returns (output, offsets): uint8 positions in the window, an eighth of torch's indices.
 
     offsets: shape of the output, tap i * kernel_width + j of the maximum, for windows of up to 256 elements
-    (RuntimeError beyond). max_unpool2d_with_offsets takes them; everything else is as in max_pool2d.
+    (RuntimeError beyond), counted without the gaps of a dilation. max_unpool2d_with_offsets takes them (of dilation 1),
+    offsets_to_indices converts them; everything else is as in max_pool2d.
     """
     arguments = _pool_arguments("max_pool2d_with_offsets", input, kernel_size, stride, padding, dilation, ceil_mode)
     if arguments[0][0] * arguments[0][1] > MAX_OFFSETS:
