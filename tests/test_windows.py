@@ -149,6 +149,15 @@ def test_large_windows_run_in_a_loop(kernel, stride, shape, device, triton_backe
     torch.testing.assert_close(*(torch.autograd.grad(v, x, grad)[0] for v, x in ((y, ours), (want, theirs))))
 
 
+def test_positions_that_cannot_be_converted():
+    offsets, indices = torch.zeros(1, 1, 4, 4, dtype=torch.uint8), torch.zeros(1, 1, 4, 4, dtype=torch.int64)
+    for convert, positions in ((FS.offsets_to_indices, offsets), (FS.indices_to_offsets, indices)):
+        with pytest.raises(RuntimeError, match="more than 256"):
+            convert(positions, 17, None, 0, width=68)
+        with pytest.raises(RuntimeError, match="dilation"):
+            convert(positions, 2, (), 0, width=8, dilation=0)
+
+
 # --- addresses past 2^31 elements ------------------------------------------------------------------------------------
 
 SHAPE = (40, 64, 2048, 2048)  # 10.7 thousand million elements; their pooled map has 2.7

@@ -16,6 +16,7 @@ from .windows import (
     batch,
     offsets_to_indices,
     pair,
+    require_offsets,
     require_tensor,
     uncovered,
     unset,
@@ -249,12 +250,14 @@ def max_unpool2d_with_offsets(
     """max_unpool2d from the uint8 offsets of max_pool2d_with_offsets (dilation 1), to exactly output_size.
 
     Every other argument and error is max_unpool2d's; where windows overlap on one maximum, the last of them in
-    row-major order gives the value. Offsets of a dilated pool: convert them (offsets_to_indices), and max_unpool2d. An offset that points outside its window or the plane is an
-    invalid position: RuntimeError on a CPU, a device-side assertion on a GPU.
+    row-major order gives the value. Offsets of a dilated pool are for max_unpool2d, after offsets_to_indices. An
+    offset that points outside its window or the plane is an invalid position: RuntimeError on a CPU, a device-side
+    assertion on a GPU.
     """
     name = "max_unpool2d_with_offsets"
     _check_unpool(name, input, offsets, "offsets", torch.uint8)
     arguments = _unpool_arguments(name, input, kernel_size, stride, padding, output_size)
+    require_offsets(name, arguments[0])
     MAX_UNPOOL2D.choose(input, offsets, *arguments)  # for explain: the operator itself asks when it runs
     return MaxUnpool2dFunction.apply(input, offsets, *arguments)
 
