@@ -100,10 +100,11 @@ def max_pool2d_fwd(x: Tensor, y: Tensor, positions: Tensor | None, windows: Wind
     (h, w), (oh, ow) = x.shape[-2:], y.shape[-2:]
     vec, runs = windows.groups(y.shape[1], ow, x.element_size())
     groups = y.numel() // vec
+    whole_rows = windows.runs(x, y) and windows.kernel[0] * windows.kernel[1] <= UNROLLED.value
     launch(
         max_pool2d_fwd_kernel, triton.cdiv(groups, BLOCK // vec),
         x, y, y if positions is None else positions, groups, runs, h, w, oh, ow,
-        **windows.constants(x, y, vec) | {"WHOLE_ROWS": windows.runs(x, y)}, **windows.gaps(),
+        **windows.constants(x, y, vec) | {"WHOLE_ROWS": whole_rows}, **windows.gaps(),
         POSITIONS=kind(positions), PARTIAL=not windows.inside(x, y),
     )  # fmt: skip
 

@@ -22,7 +22,8 @@ from torch import Tensor
 from .launch import INT32_MAX, vector_width
 
 BLOCK = 1024  # elements of the pooled map a program owns
-UNROLLED = tl.constexpr(64)  # taps that are written out one by one; more run in a loop
+UNROLLED = tl.constexpr(16)  # taps or windows that are written out one by one; more run in a loop, for the registers
+CELL = 64  # pixels of a window and the gap behind it that are written out one by one
 
 
 @triton.jit
@@ -71,9 +72,9 @@ class Windows(NamedTuple):
 
     @property
     def tile(self) -> bool:
-        """Whether no two windows overlap, and a window with the gap behind it is small enough to be unrolled."""
+        """Whether no two windows overlap, and a window with the gap behind it is of CELL pixels at most."""
         apart = all(extent <= s for extent, s in zip(self.extent, self.stride, strict=True))
-        return apart and self.stride[0] * self.stride[1] <= UNROLLED.value and tuple(self.dilation) == (1, 1)
+        return apart and self.stride[0] * self.stride[1] <= CELL and tuple(self.dilation) == (1, 1)
 
     def inside(self, image: Tensor, pooled: Tensor) -> bool:
         """Whether every window of the pooled map lies in the image as a whole."""
