@@ -74,6 +74,16 @@ def test_pools_of_random_arguments(trial, dtype, layout, device, triton_backend)
     assert_pools(image(arguments, dtype, layout).to(device), arguments)
 
 
+@pytest.mark.parametrize("dilation", [1, 2, (3, 2)])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_first_tap_inside_an_image_of_minus_infinity(layout, dilation, device, triton_backend):
+    """With a dilation the first tap behind the padding is not the first pixel."""
+    x = torch.full((2, 9, 10) if layout == "unbatched" else (1, 2, 9, 10), -float("inf"), device=device)
+    x = x.contiguous(memory_format=torch.channels_last) if layout == "channels_last" else x
+    (y, ours), (want, theirs) = (f.max_pool2d(x, 3, 1, 1, dilation, return_indices=True) for f in (FS, F))
+    assert torch.equal(y, want) and torch.equal(ours, theirs)
+
+
 @pytest.mark.parametrize("kernel, padding", [(3, 1), (4, 1), (5, 2), (1, 0), ((3, 2), (0, 0)), ((1, 6), (0, 2))])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_rows_of_whole_runs(dtype, kernel, padding, device, triton_backend):
@@ -147,6 +157,34 @@ def test_large_windows_run_in_a_loop(kernel, stride, shape, device, triton_backe
     assert y.grad_fn.saved_tensors[0].dtype == (torch.uint8 if kernel == 9 else torch.int64)
     grad = torch.randn_like(y)
     torch.testing.assert_close(*(torch.autograd.grad(v, x, grad)[0] for v, x in ((y, ours), (want, theirs))))
+
+
+def test_strays_are_not_written_anywhere():
+    """The kernels themselves, past the check that a CPU tensor gets, where windows overlap."""
+    guard = torch.full((3, 1, 1, 8, 8), 7.0)
+    indices = torch.tensor([0, -70, 2**32 + 3, 200], dtype=torch.int64).repeat(4).view(1, 1, 4, 4)
+    windows = Windows([3, 3], [2, 2], [1, 1], False)
+    kernels.unpool.max_unpool2d_fwd(torch.ones(1, 1, 4, 4), indices, guard[1], windows, trusted=False)
+    assert (guard[0] == 7).all() and (guard[2] == 7).all()
+    assert guard[1].sum() == 1 and guard[1, 0, 0, 0, 0] == 1
+    offsets = torch.tensor([[4, 9, 255, 8], [0, 4, 4, 4], [4, 4, 4, 4], [4, 4, 4, 4]]).byte().view(1, 1, 4, 4)
+    inside = torch.tensor([[1, 0, 0, 1], [0, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1]]).view(1, 1, 4, 4)
+    for positions, valid in ((indices, indices == 0), (offsets, inside)):
+        grad = torch.full((1, 1, 4, 4), float("nan"))
+        kernels.unpool.max_unpool2d_bwd(torch.ones(1, 1, 8, 8), positions, grad, windows)
+        assert torch.equal(grad, valid.float())
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 7, 8), (3, 7, 8)])
+@pytest.mark.parametrize("positions", ["offsets", "indices"])
+def test_opcheck(positions, shape, device, triton_backend):
+    x, windows = torch.randn(shape, device=device), ([3, 2], [2, 1], [1, 1])
+    torch.library.opcheck(torch.ops.fastseg.max_pool2d.default, (x, *windows, [2, 1], True, positions))
+    y, kept = torch.ops.fastseg.max_pool2d(x, *windows, [2, 1], True, positions)
+    torch.library.opcheck(torch.ops.fastseg.max_pool2d_backward.default, (y, kept, *windows, [2, 1], [7, 8]))
+    y, kept = torch.ops.fastseg.max_pool2d(x, *windows, [1, 1], False, positions)
+    torch.library.opcheck(torch.ops.fastseg.max_unpool2d.default, (y, kept, *windows, [7, 8]))
+    torch.library.opcheck(torch.ops.fastseg.max_unpool2d_backward.default, (x, kept, *windows))
 
 
 def test_positions_that_cannot_be_converted():
