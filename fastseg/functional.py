@@ -1,6 +1,6 @@
 """The functions, with torch.nn.functional's names, arguments and errors."""
 
-from .ops.conv_transpose import conv_transpose2d
+from .ops.conv_transpose import conv_transpose2d, conv_transpose2d_affine_relu
 from .ops.cross_entropy import cross_entropy
 from .ops.pool import max_pool2d, max_pool2d_with_offsets
 from .ops.unpool import max_unpool2d, max_unpool2d_with_offsets
@@ -8,6 +8,7 @@ from .ops.windows import indices_to_offsets, offsets_to_indices
 
 __all__ = [
     "conv_transpose2d",
+    "conv_transpose2d_affine_relu",
     "cross_entropy",
     "indices_to_offsets",
     "max_pool2d",
