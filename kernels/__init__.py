@@ -17,6 +17,7 @@ FAMILIES = (
     "conv_transpose",
     "conv_transpose_bwd",
     "conv_transpose_geometry",
+    "conv_transpose_tma",
     "cross_entropy",
     "pool",
     "products",

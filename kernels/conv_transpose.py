@@ -23,9 +23,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import conv_transpose_tma
 from .conv_transpose_geometry import Epilogue, Geometry, epilogue, rectangle
 from .launch import INTERPRETED, launch, vector_width
-from .products import blocks, multiply, place, precision, programs, quotient, transpose_into, transposed, wide
+from .products import (
+    blocks,
+    channel_block,
+    multiply,
+    place,
+    precision,
+    programs,
+    quotient,
+    transpose_into,
+    transposed,
+    wide,
+)
 
 
 @triton.jit
@@ -183,8 +195,8 @@ def conv_transpose2d_fwd_rows_kernel(
 def conv_transpose2d_fwd_shuffle_kernel(
     x, w, scale, bias, y, PIXELS, H, W_RUNS, C, COLUMN_RUNS,
     SH: tl.constexpr, SW: tl.constexpr, GROUPS: tl.constexpr, W_VEC: tl.constexpr, COLUMN_VEC: tl.constexpr,
-    SCALE: tl.constexpr, BIAS: tl.constexpr, RELU: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, WIDE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    SCALE: tl.constexpr, BIAS: tl.constexpr, RELU: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """NCHW with kernel = stride, a power of two: one program makes BLOCK_M pixels x BLOCK_N columns (k, rh, rw).
 
@@ -225,15 +237,6 @@ def conv_transpose2d_fwd_shuffle_kernel(
     tl.store(y + (out[:, None] + rows_of_u[None, :]), rows, mask=live_z[:, None] & (u * SW < COLUMNS)[None, :])
 
 
-def channel_block(k: int, most: int) -> int:
-    """The largest block that pads k channels by an eighth at most; else that which pads them least."""
-    if k <= 16:
-        return triton.next_power_of_2(k)
-    choices = [block for block in (128, 64, 32, 16) if block <= most]
-    padded = {block: triton.cdiv(k, block) * block for block in choices}
-    return next((block for block in choices if 8 * padded[block] <= 9 * k), min(choices, key=padded.__getitem__))
-
-
 def conv_transpose2d_fwd(x: Tensor, weight: Tensor, after: Epilogue, y: Tensor, geometry: Geometry) -> None:
     """Write y (N, K, OH, OW) from x (N, C, H, W) and weight (C, K / groups, KH, KW)."""
     if y.numel() == 0:
@@ -244,7 +247,10 @@ def conv_transpose2d_fwd(x: Tensor, weight: Tensor, after: Epilogue, y: Tensor, 
     }  # fmt: skip
     if geometry.channels_last:
         x, weight = transposed(x, torch.channels_last), transposed(weight, torch.channels_last)
-        _fwd_cells(x, weight, after, y, geometry, common)
+        if not (
+            conv_transpose_tma.fetches(geometry, x, y, weight) and conv_transpose_tma.fwd(x, weight, after, y, geometry)
+        ):
+            _fwd_cells(x, weight, after, y, geometry, common)
     elif geometry.shuffles(x, y):
         _fwd_shuffle(x, transposed(weight, torch.contiguous_format), after, y, geometry, common)
     elif geometry.stride[1] <= 2:
@@ -261,7 +267,7 @@ def _fwd_cells(
     x: Tensor, weight: Tensor, after: Epilogue, y: Tensor, geometry: Geometry, common: dict[str, Any]
 ) -> None:
     (n, _, h, w), (oh, ow), (c, k) = x.shape, y.shape[-2:], geometry.channels(weight)
-    qh, qw = geometry.cells(y)
+    qh, qw = geometry.cells(y.shape[-2:])
     tiles = blocks(n * qh * qw, max(geometry.phases()) * k, c, x)
     block_k = channel_block(k, tiles["BLOCK_N"])
     share = tiles["BLOCK_N"] // block_k
@@ -279,7 +285,7 @@ def _fwd_rows(
 ) -> None:
     (n, _, h, w), (oh, ow), (c, k) = x.shape, y.shape[-2:], geometry.channels(weight)
     sh, sw = geometry.stride
-    qh, qw = geometry.cells(y)[0], triton.cdiv(ow, sw)
+    qh, qw = geometry.cells(y.shape[-2:])[0], triton.cdiv(ow, sw)
     cells = n * qh * qw
     tiles = blocks(cells, min(k, 128 // sw), c, x)
     if sw == 2:

@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import conv_transpose_tma
 from .conv_transpose_geometry import Geometry
 from .launch import INTERPRETED, launch, vector_width
 from .products import blocks, multiply, place, precision, programs, split, sum_shares, transposed, wide
@@ -116,10 +117,7 @@ def conv_transpose2d_bwd_weight_kernel(
     live_c, live_n = c < C, n < columns
     tap, k = n // K, n % K
     i, j = tap // KW * DH, tap % KW * DW
-    if GROUPS == 1 and DW == 1:
-        o_tap = i * row + n % (KW * K)  # in the words that show the compiler a run
-    else:
-        o_tap = i * row + j * pixel + k
+    o_tap = i * row + (n % (KW * K) if GROUPS == 1 and DW == 1 else j * pixel + k)  # a run, where there is one
     r = tl.arange(0, BLOCK_R)
     step = share * SHARE
     tile_w, tile_h = (step % TILES_W).to(tl.int32), (step // TILES_W % TILES_H).to(tl.int32)
@@ -210,9 +208,14 @@ def conv_transpose2d_bwd(
         **geometry.constants(),
     }  # fmt: skip
     if grad_x is not None:
-        _bwd_input(grad_y, transposed(weight, torch.channels_last), grad_x, geometry, common)
+        weight = transposed(weight, torch.channels_last)
+        fetched = conv_transpose_tma.fetches(geometry, grad_x, grad_y, weight)
+        if not (fetched and conv_transpose_tma.bwd_input(grad_y, weight, grad_x, geometry)):
+            _bwd_input(grad_y, weight, grad_x, geometry, common)
     if grad_weight is not None:
-        _bwd_weight(grad_y, x, grad_weight, geometry, common)
+        fetched = x.is_contiguous(memory_format=torch.channels_last) and conv_transpose_tma.fetches(geometry, x, grad_y)
+        if not (fetched and conv_transpose_tma.bwd_weight(grad_y, x, grad_weight, geometry)):
+            _bwd_weight(grad_y, x, grad_weight, geometry, common)
 
 
 def _bwd_input(grad_y: Tensor, weight: Tensor, grad_x: Tensor, geometry: Geometry, common: dict[str, Any]) -> None:

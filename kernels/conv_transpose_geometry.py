@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import triton
@@ -10,7 +11,9 @@ from torch import Tensor
 
 
 @triton.jit
-def rectangle(tile, tiles_k, KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, SHARE: tl.constexpr):
+def rectangle(
+    tile, tiles_k, KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, SHARE: tl.constexpr
+):
     """(first tile, rh0, phases_h, taps_h, rw0, phases_w, taps_w) of the rectangle of phases that a tile belongs to.
 
     Of a kernel KH = A * SH + B the first B phases have A + 1 taps, the others A: up to four rectangles with equal taps,
@@ -34,7 +37,7 @@ def rectangle(tile, tiles_k, KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexp
 
 @triton.jit
 def epilogue(acc, scale, bias, k, live_k, SCALE: tl.constexpr, BIAS: tl.constexpr, RELU: tl.constexpr):
-    """relu(acc * scale[k] + bias[k]) in float32, of which SCALE, BIAS and RELU say what there is; k along the columns."""
+    """relu(acc * scale[k] + bias[k]) in float32, of which SCALE, BIAS and RELU say what there is; k of the columns."""
     if SCALE:
         acc *= tl.load(scale + k, mask=live_k, other=0.0).to(tl.float32)[None, :]
     if BIAS:
@@ -80,9 +83,9 @@ class Geometry(NamedTuple):
         ]  # fmt: skip
         return self._replace(stride=stride)
 
-    def cells(self, output: Tensor) -> list[int]:
-        """Height and width of the map of cells that cover the output."""
-        sizes = zip(output.shape[-2:], self.stride, self.padding, strict=True)
+    def cells(self, output: Sequence[int]) -> list[int]:
+        """Height and width of the map of cells that cover an output of this height and width."""
+        sizes = zip(output, self.stride, self.padding, strict=True)
         return [triton.cdiv(size + p, s) - p // s for size, s, p in sizes]
 
     def phases(self) -> list[int]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..kernels import launch
 
@@ -64,7 +65,8 @@ def metering() -> Iterator[list[KernelTraffic]]:
     launches: list[KernelTraffic] = []
 
     def run(kernel: Any, programs: int, args: tuple[Any, ...], meta: dict[str, Any]) -> None:
-        tensors = [a for a in args if isinstance(a, Tensor)]
+        tensors = [a.base if isinstance(a, TensorDescriptor) else a for a in args]
+        tensors = [a for a in tensors if isinstance(a, Tensor)]
         ranges = [(t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in tensors]
         launches.append(KernelTraffic(kernel.__name__, programs, ranges=ranges))
         with _metered(launches[-1]):

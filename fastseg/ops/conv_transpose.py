@@ -268,16 +268,16 @@ class ConvTranspose2dFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         input: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], padding: list[int],
-        output_padding: list[int], groups: int, dilation: list[int], scale: Tensor | None = None, relu: bool = False,
+        output_padding: list[int], groups: int, dilation: list[int], scale: Tensor | None, relu: bool,
     ) -> Tensor:  # fmt: skip
         return CONV_TRANSPOSE2D(input, weight, bias, stride, padding, output_padding, groups, dilation, scale, relu)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         input, weight, bias, *rest = inputs
-        ctx.geometry, (scale, ctx.relu) = rest[:5], rest[5:]
+        ctx.geometry, (scale, relu) = rest[:5], rest[5:]
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(input, weight, bias, scale, output if ctx.relu else None)
+        ctx.save_for_backward(input, weight, bias, scale, output if relu else None)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -336,8 +336,8 @@ def conv_transpose2d(
     input: (N, C, H, W) or (C, H, W); weight: (C, K / groups, KH, KW); bias: (K,). The result is (N, K, OH, OW) with
     OH = (H - 1) * stride - 2 * padding + dilation * (KH - 1) + output_padding + 1, channels_last where input or
     weight is, as in torch. float32, float16 and bfloat16 run on the kernels; float64, and dilation together with a
-    stride, on torch. Sums are in float32; float32 operands are rounded to TF32 where torch allows cuDNN's convolutions that
-    (torch.backends.cudnn.conv.fp32_precision). Under autocast the tensors are cast as torch casts them.
+    stride, on torch. Sums are in float32; float32 operands are rounded to TF32 where torch allows cuDNN's
+    convolutions that (torch.backends.cudnn.conv.fp32_precision). Under autocast tensors are cast as torch casts them.
 
     Deterministic, the gradients too, which have second derivatives through torch's. Under backend "auto" torch runs
     until a measurement says that the kernels beat cuDNN; backend "triton" runs them. Raises RuntimeError for shapes,
@@ -346,7 +346,7 @@ def conv_transpose2d(
     geometry = _arguments(input, weight, bias, stride, padding, output_padding, groups, dilation)
     if CONV_TRANSPOSE2D.choose(input, weight, bias, *geometry).backend == "torch":
         return F.conv_transpose2d(input, weight, bias, *geometry)
-    return _applied(input, weight, None if bias is None else bias.to(_dtype(bias)), *geometry)
+    return _applied(input, weight, None if bias is None else bias.to(_dtype(bias)), *geometry, None, False)
 
 
 def conv_transpose2d_affine_relu(
