@@ -41,7 +41,7 @@ def box(tile, TILES_H, TILES_W, BLOCK_I: tl.constexpr, BLOCK_H: tl.constexpr, BL
 
 @triton.jit
 def conv_transpose2d_fwd_tma_kernel(
-    x, w, scale, bias, y, N, QH, QW, TILES_H, TILES_W, TILES, OH, OW, C, K_RUNS,
+    x, w, scale, bias, y, N, TILES_H, TILES_W, TILES, OH, OW, C, K_RUNS,
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
     DH: tl.constexpr, DW: tl.constexpr, FOLD: tl.constexpr, K_VEC: tl.constexpr, SCALE: tl.constexpr,
     BIAS: tl.constexpr, RELU: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, WIDE: tl.constexpr,
@@ -49,7 +49,9 @@ def conv_transpose2d_fwd_tma_kernel(
 ):  # fmt: skip
     """One program makes a box of cells x BLOCK_N channels of one phase; x: (N, H, W, C), w: (C, KH * KW, K).
 
-    FOLD pixels of y stand side by side as K channels. Writes y once.
+    A program has one phase alone, so that cells may start at oh = 0 whatever the padding: each phase has its own first
+    row and column of x, and there are no cells that the padding cuts. FOLD pixels of y stand side by side as K
+    channels. Writes y once.
     """
     K = K_RUNS * K_VEC
     tiles_k = tl.cdiv(K, BLOCK_N)
@@ -59,11 +61,12 @@ def conv_transpose2d_fwd_tma_kernel(
     rh, rw = rh + phase // phases_w, rw + phase % phases_w
     k0 = (tile - before) % tiles_k * BLOCK_N
     first_i, h0, w0, image, qh, qw = box(tl.program_id(0) // TILES, TILES_H, TILES_W, BLOCK_I, BLOCK_H, BLOCK_W)
-    live_m = (image < N) & (qh < QH) & (qw < QW)
+    oh0, ow0 = (rh + (PH * SH - PH)) % SH, (rw + (PW * SW - PW)) % SW  # of cell 0; rh = (oh0 + PH) % SH
+    from_h, from_w = h0 + (oh0 + PH) // SH, w0 + (ow0 + PW) // SW
     acc = tl.zeros((BLOCK_I * BLOCK_H * BLOCK_W, BLOCK_N), tl.float32)
     a, b, c0 = 0, 0, 0
     for _ in range(taps_h * taps_w * tl.cdiv(C, BLOCK_R)):
-        pixels = x.load([first_i, h0 + PH // SH - a * DH, w0 + PW // SW - b * DW, c0])
+        pixels = x.load([first_i, from_h - a * DH, from_w - b * DW, c0])
         weights = w.load([c0, (rh + a * SH) * KW + rw + b * SW, k0])
         pixels = pixels.reshape(BLOCK_I * BLOCK_H * BLOCK_W, BLOCK_R)
         acc = multiply(pixels, weights.reshape(BLOCK_R, BLOCK_N), acc, PRECISION, UPCAST)
@@ -75,8 +78,8 @@ def conv_transpose2d_fwd_tma_kernel(
     k = k0 + tl.arange(0, BLOCK_N)
     live_n = tl.max_constancy(k < K, K_VEC)
     acc = epilogue(acc, scale, bias, k % (K // FOLD), live_n, SCALE, BIAS, RELU)
-    oh, ow = (qh + PH // SH) * SH + rh - PH, (qw + PW // SW) * SW + rw - PW
-    live_m = live_m & (oh >= 0) & (oh < OH) & (ow >= 0) & (ow < OW)
+    oh, ow = qh * SH + oh0, qw * SW + ow0
+    live_m = (image < N) & (oh < OH) & (ow < OW)
     if WIDE:
         image, K = image.to(tl.int64), tl.cast(K, tl.int64)
     out = ((image * OH + oh) * OW + ow) * K
@@ -241,7 +244,7 @@ def fwd(x: Tensor, weight: Tensor, after: Epilogue, y: Tensor, geometry: Geometr
     """Write y from channels_last x and weight, if boxes of cells suit the image."""
     (n, c, h, w), (oh, _) = x.shape, y.shape[-2:]
     geometry, ow, k, fold = folded = Folded.of(geometry, x, y)
-    qh, qw = geometry.cells([oh, ow])
+    qh, qw = (triton.cdiv(size, s) for size, s in zip((oh, ow), geometry.stride, strict=True))
     tiles = blocks(n * qh * qw, k, c, x)
     block_n = channel_block(k, tiles["BLOCK_N"])
     cells = best_box(n, qh, qw, tiles.pop("BLOCK_M"))
@@ -252,7 +255,7 @@ def fwd(x: Tensor, weight: Tensor, after: Epilogue, y: Tensor, geometry: Geometr
     launch(
         conv_transpose2d_fwd_tma_kernel, math.prod(counts) * columns,
         pixels_of(x, cells, tiles["BLOCK_R"]), folded.weight(weight, [tiles["BLOCK_R"], 1, block_n]),
-        *after.pointers(y), y, n, qh, qw, *counts[1:], columns, oh, ow, c, k // k_vec,
+        *after.pointers(y), y, n, *counts[1:], columns, oh, ow, c, k // k_vec,
         FOLD=fold, K_VEC=k_vec, PRECISION=precision(x), UPCAST=INTERPRETED, WIDE=wide(x, weight, y),
         **folded.constants(), **after.constants(), **cells.constants(), **tiles | {"BLOCK_N": block_n},
     )  # fmt: skip
