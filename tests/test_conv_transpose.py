@@ -9,6 +9,7 @@ import fastseg
 from fastseg import functional as FS
 from fastseg import kernels, verify
 from fastseg.ops import conv_transpose as ops
+from fastseg.ops import conv_transpose_operators as operators
 
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -336,8 +337,9 @@ def test_what_runs_and_why(device):
         assert torch.equal(FS.conv_transpose2d(*arguments), F.conv_transpose2d(*arguments))
     (choice,) = on("triton", fastseg.explain)(FS.conv_transpose2d, x, weight, bias)
     assert choice.backend == "triton"
-    decide = fastseg.dispatch._decide
-    assert decide("conv_transpose2d", "cuda", None, ops.CONV_TRANSPOSE2D.slower(x)).reason == ops.UNMEASURED
+    with fastseg.backend("auto"):
+        geometry = ([1, 1], [0, 0], [0, 0], 1, [1, 1])
+        assert ops.CONV_TRANSPOSE2D.preferred(x, weight, bias, *geometry) == ("torch", operators.UNMEASURED)
     assert [c.backend for c in fastseg.explain(FS.conv_transpose2d, x, weight, bias)] == ["torch"]
 
 

@@ -1,4 +1,4 @@
-"""conv_transpose2d and its fused form: what the operators mean, their torch reference, gradients and function."""
+"""conv_transpose2d and its fused form: arguments, gradients and functions."""
 
 from __future__ import annotations
 
@@ -9,21 +9,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import kernels
-from .library import Operator, dense, double_backward, empty, memory_format, placed, wants_graph
-from .windows import KERNEL_DTYPES, IntOrPair, pair
+from .. import dispatch
+from .conv_transpose_operators import (
+    CONV_TRANSPOSE2D,
+    CONV_TRANSPOSE2D_BACKWARD,
+    FORWARD,
+    OF_INPUT,
+    OF_WEIGHT,
+    affine_relu,
+    output_size,
+    preferred,
+    torch_gradients,
+    uncovered,
+)
+from .library import double_backward, wants_graph
+from .windows import IntOrPair, pair
 
 NAME = "conv_transpose2d"
-UNMEASURED = "no measurement says that the kernels beat cuDNN for this shape"
-
-
-def output_size(
-    size: Sequence[int], kernel: Sequence[int], stride: list[int], padding: list[int], output_padding: list[int],
-    dilation: list[int],
-) -> list[int]:  # fmt: skip
-    """Height and width of the result."""
-    sizes = zip(size, kernel, stride, padding, output_padding, dilation, strict=True)
-    return [(length - 1) * s - 2 * p + d * (k - 1) + extra + 1 for length, k, s, p, extra, d in sizes]
 
 
 def _check_tensors(input: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> None:
@@ -79,182 +81,6 @@ def _dtype(x: Tensor) -> torch.dtype:
     ):
         return torch.get_autocast_dtype(device)
     return x.dtype
-
-
-def _uncovered(input: Tensor, weight: Tensor, stride: list[int], dilation: list[int]) -> str | None:
-    if input.dtype not in KERNEL_DTYPES:
-        return f"dtype {input.dtype}"
-    if any(k > 1 and s > 1 and d > 1 for k, s, d in zip(weight.shape[-2:], stride, dilation, strict=True)):
-        return f"dilation {tuple(dilation)} with stride {tuple(stride)}"
-    return None
-
-
-# --- operators -------------------------------------------------------------------------------------------------------
-
-
-def _suggests_channels_last(x: Tensor) -> bool:
-    """torch's rule, from the strides alone: a slice of a channels_last tensor is channels_last still."""
-    least = 0
-    for dim in (1, 3, 2, 0):
-        stride, size = x.stride(dim), x.shape[dim]
-        if size == 0 or stride == 0 or stride < least or (dim == 0 and least == x.stride(1)):
-            return False
-        least = stride * size
-    return True
-
-
-def _layout(input: Tensor, weight: Tensor) -> torch.memory_format:
-    """The memory format of the result and of input's gradient: channels_last where input or weight is, as in torch."""
-    either = _suggests_channels_last(input) or _suggests_channels_last(weight)
-    return torch.channels_last if either else torch.contiguous_format
-
-
-def _empty_output(
-    input: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], padding: list[int],
-    output_padding: list[int], groups: int, dilation: list[int], scale: Tensor | None = None, relu: bool = False,
-) -> Tensor:  # fmt: skip
-    size = output_size(input.shape[-2:], weight.shape[-2:], stride, padding, output_padding, dilation)
-    return empty(input, [input.shape[0], weight.shape[1] * groups, *size], _layout(input, weight))
-
-
-def _as_it_lies(x: Tensor, layout: torch.memory_format) -> Tensor:
-    """x itself in either dense format; the kernels' launchers choose how each is read. Else a copy in `layout`."""
-    either = x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
-    return x if either else dense(x, layout)
-
-
-def _conv_transpose2d_kernel(
-    input: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], padding: list[int],
-    output_padding: list[int], groups: int, dilation: list[int], scale: Tensor | None = None, relu: bool = False,
-) -> Tensor:  # fmt: skip
-    output = _empty_output(input, weight, bias, stride, padding, output_padding, groups, dilation)
-    layout = _layout(input, weight)
-    after = (x if x is None else x.contiguous() for x in (scale, bias))
-    kernels.conv_transpose.conv_transpose2d_fwd(
-        _as_it_lies(input, layout),
-        _as_it_lies(weight, layout),
-        kernels.conv_transpose_geometry.Epilogue(*after, relu),
-        output,
-        _geometry(input, weight, stride, padding, dilation, groups),
-    )
-    return output
-
-
-def _geometry(
-    input: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int], groups: int
-) -> kernels.conv_transpose_geometry.Geometry:
-    channels_last = _layout(input, weight) == torch.channels_last
-    return kernels.conv_transpose_geometry.Geometry(
-        list(weight.shape[-2:]), stride, padding, dilation, groups, channels_last
-    )
-
-
-def _affine_relu(y: Tensor, scale: Tensor | None, bias: Tensor | None, relu: bool) -> Tensor:
-    """The epilogue in torch: relu(y * scale + bias) in float32 at least, rounded once."""
-    dtype = y.dtype
-    y = y.to(torch.promote_types(dtype, torch.float32))
-    if scale is not None:
-        y = y * scale[:, None, None]
-    if bias is not None:
-        y = y + bias[:, None, None]
-    return (y.relu() if relu else y).to(dtype)
-
-
-def _conv_transpose2d_reference(
-    input: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], padding: list[int],
-    output_padding: list[int], groups: int, dilation: list[int], scale: Tensor | None = None, relu: bool = False,
-) -> Tensor:  # fmt: skip
-    geometry = (stride, padding, output_padding, groups, dilation)
-    if scale is None and (bias is None or bias.dtype == input.dtype):
-        output = F.conv_transpose2d(input, weight, bias, *geometry)
-        output = output.relu_() if relu else output
-    else:
-        output = _affine_relu(F.conv_transpose2d(input, weight, None, *geometry), scale, bias, relu)
-    return placed(output, _layout(input, weight))
-
-
-CONV_TRANSPOSE2D = Operator(
-    "conv_transpose2d(Tensor input, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, "
-    "int[2] output_padding, int groups, int[2] dilation, Tensor? scale=None, bool relu=False) -> Tensor",
-    kernel=_conv_transpose2d_kernel,
-    reference=_conv_transpose2d_reference,
-    fake=_empty_output,
-    uncovered=lambda input, weight, bias, stride, *rest: _uncovered(input, weight, stride, rest[3]),
-    slower=lambda *args: UNMEASURED,
-)
-
-
-def _empty_gradients(
-    grad: Tensor, input: Tensor, weight: Tensor, stride: list[int], padding: list[int], output_padding: list[int],
-    groups: int, dilation: list[int], output_mask: list[bool], output: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of input, weight and bias, each an empty(0) where output_mask does not ask for it.
-
-    In the fused form the sums over pixels stay in float32 at least: shift and scale are, and theirs follow from them.
-    """
-    sums = input.dtype if output is None else torch.promote_types(input.dtype, torch.float32)
-    return (
-        empty(input, input.shape, _layout(input, weight)) if output_mask[0] else input.new_empty(0),
-        empty(weight, weight.shape, memory_format(weight), sums) if output_mask[1] else input.new_empty(0),
-        input.new_empty(weight.shape[1] * groups if output_mask[2] else 0, dtype=sums),
-    )
-
-
-def _conv_transpose2d_backward_kernel(
-    grad: Tensor, input: Tensor, weight: Tensor, stride: list[int], padding: list[int], output_padding: list[int],
-    groups: int, dilation: list[int], output_mask: list[bool], output: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    gradients = _empty_gradients(
-        grad, input, weight, stride, padding, output_padding, groups, dilation, output_mask, output
-    )
-    layout = _layout(input, weight)
-    grad = _as_it_lies(grad, layout) if output is None else dense(grad, layout)
-    kernels.conv_transpose_bwd.conv_transpose2d_bwd(
-        grad,
-        output if output is None else dense(output, layout),
-        *(_as_it_lies(x, layout) for x in (input, weight)),
-        *(g if need else None for g, need in zip(gradients, output_mask, strict=True)),
-        _geometry(input, weight, stride, padding, dilation, groups),
-    )
-    return gradients
-
-
-def _torch_gradients(
-    grad: Tensor, input: Tensor, weight: Tensor, stride: list[int], padding: list[int], output_padding: list[int],
-    groups: int, dilation: list[int], output_mask: list[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    return torch.ops.aten.convolution_backward(
-        grad, input, weight, [grad.shape[1]], stride, padding, dilation, True, output_padding, groups, output_mask
-    )
-
-
-def _conv_transpose2d_backward_reference(
-    grad: Tensor, input: Tensor, weight: Tensor, stride: list[int], padding: list[int], output_padding: list[int],
-    groups: int, dilation: list[int], output_mask: list[bool], output: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    arguments = (input, weight, stride, padding, output_padding, groups, dilation, output_mask)
-    results = _empty_gradients(grad, *arguments, output)
-    if output is not None:
-        grad = torch.ops.aten.threshold_backward(grad, output, 0)
-    for result, found in zip(results, _torch_gradients(grad, *arguments), strict=True):
-        if found is not None:
-            result.copy_(found)
-    return results
-
-
-CONV_TRANSPOSE2D_BACKWARD = Operator(
-    "conv_transpose2d_backward(Tensor grad_output, Tensor input, Tensor weight, int[2] stride, int[2] padding, "
-    "int[2] output_padding, int groups, int[2] dilation, bool[3] output_mask, Tensor? output=None) "
-    "-> (Tensor, Tensor, Tensor)",
-    kernel=_conv_transpose2d_backward_kernel,
-    reference=_conv_transpose2d_backward_reference,
-    fake=_empty_gradients,
-    uncovered=lambda grad, input, weight, stride, *rest: _uncovered(grad, weight, stride, rest[3]),
-    slower=lambda *args: UNMEASURED,
-)
-
-
-# --- functions -------------------------------------------------------------------------------------------------------
 
 
 class ConvTranspose2dFunction(torch.autograd.Function):
@@ -313,10 +139,10 @@ def _differentiable_gradients(
     geometry: list[Any], needed: list[bool],
 ) -> Sequence[Tensor | None]:  # fmt: skip
     if scale is None and output is None:
-        return *_torch_gradients(grad, input, weight, *geometry, needed[:3]), None
+        return *torch_gradients(grad, input, weight, *geometry, needed[:3]), None
 
     def fused(input: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None) -> Tensor:
-        return _affine_relu(F.conv_transpose2d(input, weight, None, *geometry), scale, bias, output is not None)
+        return affine_relu(F.conv_transpose2d(input, weight, None, *geometry), scale, bias, output is not None)
 
     return double_backward(fused, (input, weight, bias, scale), needed, grad)
 
@@ -344,7 +170,7 @@ def conv_transpose2d(
     dtypes and arguments that torch refuses, and for an output without pixels.
     """
     geometry = _arguments(input, weight, bias, stride, padding, output_padding, groups, dilation)
-    if CONV_TRANSPOSE2D.choose(input, weight, bias, *geometry).backend == "torch":
+    if _all_on_torch(input, weight, bias, geometry, None, False):
         return F.conv_transpose2d(input, weight, bias, *geometry)
     return _applied(input, weight, None if bias is None else bias.to(_dtype(bias)), *geometry, None, False)
 
@@ -380,9 +206,37 @@ def conv_transpose2d_affine_relu(
             raise RuntimeError(f"{name}: {what} must be of float32 or {_dtype(input)}, but is of {value.dtype}")
         if value.device != input.device:
             raise RuntimeError(f"{name}: {what} must be on input's device {input.device}, but is on {value.device}")
-    if CONV_TRANSPOSE2D.choose(input, weight, shift, *geometry, scale, True).backend == "torch":
-        return _affine_relu(F.conv_transpose2d(input, weight, None, *geometry), scale, shift, True)
+    if _all_on_torch(input, weight, shift, geometry, scale, True):
+        return affine_relu(F.conv_transpose2d(input, weight, None, *geometry), scale, shift, True)
     return _applied(input, weight, shift, *geometry, scale, True)
+
+
+def _all_on_torch(
+    input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Sequence[Any], scale: Tensor | None, relu: bool
+) -> bool:
+    """Whether no direction of a call runs on the kernels; each that will be asked for is chosen for itself.
+
+    Under torch.compile the operators choose when they run.
+    """
+    no = uncovered(input, weight, geometry[0], geometry[4])
+    if no is not None or not input.is_cuda or dispatch.get_backend() != "auto":
+        return dispatch.choose(NAME, input, no).backend == "torch"
+    if torch.compiler.is_compiling():
+        return False
+    image, differentiated = input if input.dim() == 4 else input.unsqueeze(0), torch.is_grad_enabled()
+    asked = {
+        FORWARD: True,
+        OF_INPUT: differentiated and input.requires_grad,
+        OF_WEIGHT: differentiated and weight.requires_grad,
+    }
+    choices = [
+        dispatch.choose(
+            NAME if way == FORWARD else f"{NAME}, {way}", input, None,
+            preferred(way, image, weight, geometry, bias, scale, relu, _dtype(input)),
+        )
+        for way, need in asked.items() if need
+    ]  # fmt: skip
+    return all(choice.backend == "torch" for choice in choices)
 
 
 def _applied(input: Tensor, weight: Tensor, *rest: Any) -> Tensor:

@@ -21,8 +21,8 @@ class Operator:
 
     schema: torch's function schema. kernel, reference: the two implementations, called with the operator's
     arguments; the reference is written in torch alone and works in float64. fake: shapes, dtypes and strides of the
-    result, for tracing. uncovered: says in words what of a call the kernels do not cover, or None; slower: likewise
-    why torch is the better choice under "auto".
+    result, for tracing. uncovered: says in words what of a call the kernels do not cover, or None; preferred: the
+    backend that is the better choice under "auto", and why, or None for the kernels.
     """
 
     def __init__(
@@ -33,10 +33,10 @@ class Operator:
         reference: Callable[..., Any],
         fake: Callable[..., Any],
         uncovered: Callable[..., str | None],
-        slower: Callable[..., str | None] = lambda *args: None,
+        preferred: Callable[..., dispatch.Preference | None] = lambda *args: None,
     ) -> None:
         self.name, self.fake = schema.partition("(")[0], fake
-        self.kernel, self.reference, self.uncovered, self.slower = kernel, reference, uncovered, slower
+        self.kernel, self.reference, self.uncovered, self.preferred = kernel, reference, uncovered, preferred
         LIB.define(schema, tags=TAGS)
         for key in ("CPU", "CUDA"):
             LIB.impl(self.name, self._run, key)
@@ -48,7 +48,9 @@ class Operator:
 
     def choose(self, *args: Any) -> dispatch.Choice:
         """The backend for these arguments, the first of which is a tensor."""
-        return dispatch.choose(self.name, args[0], self.uncovered(*args), self.slower(*args))
+        uncovered = self.uncovered(*args)
+        preferred = self.preferred(*args) if uncovered is None and dispatch.get_backend() == "auto" else None
+        return dispatch.choose(self.name, args[0], uncovered, preferred)
 
     def floor(self, *args: Any) -> int:
         """The fewest bytes a call can move: each tensor argument read once, each result written once."""
