@@ -16,6 +16,7 @@ if __name__ == "kernels":
 FAMILIES = (
     "conv_transpose",
     "conv_transpose_bwd",
+    "conv_transpose_depthwise",
     "conv_transpose_geometry",
     "conv_transpose_tma",
     "cross_entropy",

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import conv_transpose_tma
+from . import conv_transpose_depthwise, conv_transpose_tma
 from .conv_transpose_geometry import Epilogue, Geometry, epilogue, rectangle
 from .launch import INTERPRETED, launch, vector_width
 from .products import (
@@ -241,6 +241,8 @@ def conv_transpose2d_fwd(x: Tensor, weight: Tensor, after: Epilogue, y: Tensor, 
     """Write y (N, K, OH, OW) from x (N, C, H, W) and weight (C, K / groups, KH, KW)."""
     if y.numel() == 0:
         return
+    if geometry.depthwise(weight):
+        return conv_transpose_depthwise.fwd(x, weight, after, y, geometry)
     geometry = geometry.tightened(x, y)
     common: dict[str, Any] = {
         **after.constants(), "PRECISION": precision(x), "UPCAST": INTERPRETED, "WIDE": wide(x, weight, y),

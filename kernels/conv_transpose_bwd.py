@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import conv_transpose_tma
+from . import conv_transpose_depthwise, conv_transpose_tma
 from .conv_transpose_geometry import Geometry
 from .launch import INTERPRETED, launch, vector_width
 from .products import blocks, multiply, place, precision, programs, split, sum_shares, transposed, wide
@@ -200,6 +200,12 @@ def conv_transpose2d_bwd(
     if not products:
         return
     grad_y = transposed(grad_y, torch.channels_last)
+    if geometry.depthwise(weight):
+        if grad_x is not None:
+            conv_transpose_depthwise.bwd_input(grad_y, weight, grad_x, geometry)
+        if grad_weight is not None:
+            conv_transpose_depthwise.bwd_weight(grad_y, x, grad_weight, geometry)
+        return
     sizes = zip(x.shape[-2:], *geometry[:4], strict=True)
     ends = [(size - 1) * s - p + d * (k - 1) + 1 for size, k, s, p, d in sizes]
     common: dict[str, Any] = {

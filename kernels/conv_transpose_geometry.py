@@ -93,6 +93,10 @@ class Geometry(NamedTuple):
         rows, columns = ((taps % s, s - taps % s) for taps, s in zip(self.kernel, self.stride, strict=True))
         return [a * b for a in rows for b in columns]
 
+    def depthwise(self, weight: Tensor) -> bool:
+        """Whether every group is one channel in and one out."""
+        return self.groups > 1 and self.channels(weight) == (1, 1)
+
     def shuffles(self, x: Tensor, y: Tensor) -> bool:
         """Whether each pixel of x makes a rectangle of its own in y, with sides that are powers of two."""
         whole = list(y.shape[-2:]) == [size * s for size, s in zip(x.shape[-2:], self.stride, strict=True)]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from .. import functional as F
+from ..ops.conv_transpose import runs_on_kernels
 
 
 class ConvTranspose2d(nn.ConvTranspose2d):
@@ -14,7 +16,14 @@ class ConvTranspose2d(nn.ConvTranspose2d):
 
     forward(input (N, C, H, W) or (C, H, W), output_size=None): output_size, of as many entries as input or of 2, picks
     one of the sizes that `stride` leaves open, in place of `output_padding`.
+
+    A weight that mixes no channels and is not being trained, such as FCN's bilinear interpolation, runs depthwise, 1 / C
+    of the work, where the kernels take that. It is looked at once for each change that torch counts (an operation in
+    place, load_state_dict, another tensor), which makes the host wait, and never while a graph is traced or captured.
+    Values written off the diagonal through `weight.data` in place are no change to torch: write under torch.no_grad().
     """
+
+    _looked: tuple[tuple[object, ...], bool] | None = None
 
     def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         if self.padding_mode != "zeros":
@@ -22,6 +31,28 @@ class ConvTranspose2d(nn.ConvTranspose2d):
         output_padding = self._output_padding(
             input, output_size, self.stride, self.padding, self.kernel_size, 2, self.dilation
         )
-        return F.conv_transpose2d(
-            input, self.weight, self.bias, self.stride, self.padding, output_padding, self.groups, self.dilation
-        )
+        geometry = (self.stride, self.padding, output_padding)
+        if self._mixes_no_channels():
+            weight = self.weight.diagonal().permute(2, 0, 1).unsqueeze(1)
+            depthwise = (input, weight, self.bias, *geometry, self.in_channels, self.dilation)
+            if runs_on_kernels(*depthwise):
+                return F.conv_transpose2d(*depthwise)
+        return F.conv_transpose2d(input, self.weight, self.bias, *geometry, self.groups, self.dilation)
+
+    def _mixes_no_channels(self) -> bool:
+        """Whether all weights off the channels' diagonal are zero, as far as that is known or can be asked."""
+        weight = self.weight
+        if self.groups != 1 or not 1 < self.in_channels == self.out_channels:
+            return False
+        if (weight.requires_grad and torch.is_grad_enabled()) or weight.is_inference() or torch.compiler.is_compiling():
+            return False
+        if type(weight) not in (nn.Parameter, torch.Tensor) or weight.is_meta:
+            return False
+        state = (weight.data_ptr(), weight._version, weight.dtype, weight.shape)
+        if self._looked is None or self._looked[0] != state:
+            if weight.is_cuda and torch.cuda.is_current_stream_capturing():
+                return False
+            with torch.no_grad():
+                on_diagonal = weight.diagonal().count_nonzero()
+                self._looked = state, bool(weight.count_nonzero() == on_diagonal)
+        return self._looked[1]

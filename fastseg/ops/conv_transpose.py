@@ -175,6 +175,15 @@ def conv_transpose2d(
     return _applied(input, weight, None if bias is None else bias.to(_dtype(bias)), *geometry, None, False)
 
 
+def runs_on_kernels(
+    input: Tensor, weight: Tensor, bias: Tensor | None, stride: IntOrPair, padding: IntOrPair,
+    output_padding: IntOrPair, groups: int, dilation: IntOrPair,
+) -> bool:  # fmt: skip
+    """Whether a call of conv_transpose2d would run on the kernels."""
+    geometry = _arguments(input, weight, bias, stride, padding, output_padding, groups, dilation)
+    return not _all_on_torch(input, weight, bias, geometry, None, False)
+
+
 def conv_transpose2d_affine_relu(
     input: Tensor,
     weight: Tensor,
