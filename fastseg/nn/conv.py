@@ -17,7 +17,7 @@ class ConvTranspose2d(nn.ConvTranspose2d):
     forward(input (N, C, H, W) or (C, H, W), output_size=None): output_size, of as many entries as input or of 2, picks
     one of the sizes that `stride` leaves open, in place of `output_padding`.
 
-    A weight that mixes no channels and is not being trained, such as FCN's bilinear interpolation, runs depthwise, 1 / C
+    A weight that mixes no channels and is not being trained, such as FCN's bilinear interpolation, runs depthwise, 1/C
     of the work, where the kernels take that. It is looked at once for each change that torch counts (an operation in
     place, load_state_dict, another tensor), which makes the host wait, and never while a graph is traced or captured.
     Values written off the diagonal through `weight.data` in place are no change to torch: write under torch.no_grad().
