@@ -14,12 +14,17 @@ if __name__ == "kernels":
     raise ImportError("fastseg's device code is imported as fastseg.kernels: put the folder above on sys.path")
 
 FAMILIES = (
+    "batch_norm",
+    "batch_norm_pool",
+    "batch_norm_unpool",
     "conv_transpose",
     "conv_transpose_bwd",
     "conv_transpose_depthwise",
     "conv_transpose_geometry",
     "conv_transpose_tma",
     "cross_entropy",
+    "norm",
+    "overlap",
     "pool",
     "products",
     "unpool",

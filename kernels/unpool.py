@@ -8,10 +8,12 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import launch
+from .overlap import window_gather
 from .windows import BLOCK, Windows, group, image_offset, kind, run_offset
 
 FOREIGN_BLOCK = 64  # pooled elements that the ordered scatter compares at a time
 FOREIGN_PROGRAMS = 1024
+WHOLE_WINDOWS = 16  # taps of a window that is read whole for the one element in it
 
 
 @triton.jit
@@ -40,14 +42,15 @@ def max_unpool2d_fwd_kernel(
         source = image_offset(plane, ch, cw, run, OH, OW, RUNS, VEC, CHANNELS_LAST)
     else:
         source = o[:, None] * VEC + tl.arange(0, VEC)[None, :]
-    value = tl.load(x + source, mask=pooled, other=0.0).to(tl.float32)
+    value = tl.load(x + source, mask=pooled, other=0.0)
+    value = value.to(tl.float64 if value.dtype == tl.float64 else tl.float32)
     position = tl.load(positions + source, mask=pooled, other=0).to(tl.int32 if POSITIONS == "offsets" else tl.int64)
     hits = tl.zeros((BLOCK, VEC), tl.int32)
     for i in tl.static_range(SH):
         h = h0 + i
         if WHOLE_ROWS:
-            left = tl.zeros((BLOCK, VEC), tl.float32)
-            right = tl.zeros((BLOCK, VEC), tl.float32)
+            left = tl.zeros((BLOCK, VEC), value.dtype)
+            right = tl.zeros((BLOCK, VEC), value.dtype)
             inside = live
             if PARTIAL:
                 inside = live & (h >= 0) & (h < H)
@@ -67,7 +70,7 @@ def max_unpool2d_fwd_kernel(
                 inside = live
                 if PARTIAL:
                     inside = live & (h >= 0) & (h < H) & (w >= 0) & (w < W)
-                tap = tl.zeros((BLOCK, VEC), tl.float32)
+                tap = tl.zeros((BLOCK, VEC), value.dtype)
                 if i < KH and j < KW:
                     hit = inside & (position == (i * KW + j if POSITIONS == "offsets" else h.to(tl.int64) * W + w))
                     tap = tl.where(hit, value, 0.0)
@@ -115,13 +118,13 @@ def max_unpool2d_foreign_kernel(
 def max_unpool2d_bwd_kernel(
     grad_y, positions, grad_x, GROUPS, RUNS, H, W, HW, OH, OW,
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
-    POSITIONS: tl.constexpr, PARTIAL: tl.constexpr, WHOLE_ROWS: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-    VEC: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+    POSITIONS: tl.constexpr, PARTIAL: tl.constexpr, WHOLE_WINDOWS: tl.constexpr, WHOLE_ROWS: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One program gathers BLOCK groups of VEC pooled elements: each takes grad_y at its position.
 
-    Reads the windows of grad_y in whole rows, since a lone element costs its 32-byte sector anyway. An index that
-    lies outside its own window is followed one by one, if it is inside the plane.
+    WHOLE_WINDOWS reads the windows of grad_y as they lie, since a lone element costs its 32-byte sector anyway; else,
+    and for an index outside its own window, positions are followed one by one, where they are inside the plane.
     """
     program = tl.program_id(0)
     if WIDE:
@@ -132,16 +135,16 @@ def max_unpool2d_bwd_kernel(
     h0, w0 = oh * SH - PH, ow * SW - PW
     out = o[:, None] * VEC + tl.arange(0, VEC)[None, :]
     position = tl.load(positions + out, mask=live, other=0).to(tl.int32 if POSITIONS == "offsets" else tl.int64)
-    grad = tl.zeros((BLOCK, VEC), tl.float32)
+    grad = tl.zeros((BLOCK, VEC), tl.float64 if grad_y.dtype.element_ty == tl.float64 else tl.float32)
     hits = tl.zeros((BLOCK, VEC), tl.int32)
-    for i in tl.static_range(KH):
+    for i in tl.static_range(KH if WHOLE_WINDOWS else 0):
         h = h0 + i
         if WHOLE_ROWS:
             inside = live
             if PARTIAL:
                 inside = live & (h >= 0) & (h < H)
             row = tl.load(grad_y + run_offset(plane, h, run, H, RUNS, VEC), mask=inside, other=0.0)
-            left, right = tl.split(tl.reshape(row.to(tl.float32), (BLOCK, VEC, 2)))
+            left, right = tl.split(tl.reshape(row.to(grad.dtype), (BLOCK, VEC, 2)))
             hit = inside & (position == (i * KW if POSITIONS == "offsets" else h.to(tl.int64) * W + w0))
             grad = tl.where(hit, left, grad)
             hits += hit.to(tl.int32)
@@ -156,17 +159,19 @@ def max_unpool2d_bwd_kernel(
                 if PARTIAL:
                     inside = live & (h >= 0) & (h < H) & (w >= 0) & (w < W)
                 offset = image_offset(plane, h, w, run, H, W, RUNS, VEC, CHANNELS_LAST)
-                value = tl.load(grad_y + offset, mask=inside, other=0.0).to(tl.float32)
+                value = tl.load(grad_y + offset, mask=inside, other=0.0).to(grad.dtype)
                 hit = inside & (position == (i * KW + j if POSITIONS == "offsets" else h.to(tl.int64) * W + w))
                 grad = tl.where(hit, value, grad)
                 hits += hit.to(tl.int32)
-    if POSITIONS == "indices":
-        lost = live & (hits == 0) & (position >= 0) & (position < HW)
-        if CHANNELS_LAST:
-            offset = ((plane.to(tl.int64) * HW + position) * RUNS + run) * VEC + tl.arange(0, VEC)[None, :]
+    if POSITIONS == "indices" or not WHOLE_WINDOWS:
+        if POSITIONS == "indices":
+            h, w = position // W, position % W
+            lost = live & (hits == 0) & (position >= 0) & (position < HW)
         else:
-            offset = plane.to(tl.int64) * HW + position
-        grad = tl.where(lost, tl.load(grad_y + offset, mask=lost, other=0.0).to(tl.float32), grad)
+            h, w = h0 + position // KW, w0 + position % KW
+            lost = live & (position < KH * KW) & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+        offset = image_offset(plane, h, w, run, H, W, RUNS, VEC, CHANNELS_LAST)
+        grad = tl.where(lost, tl.load(grad_y + offset, mask=lost, other=0.0).to(grad.dtype), grad)
     tl.store(grad_x + out, grad.to(grad_x.dtype.element_ty), mask=live)
 
 
@@ -175,6 +180,23 @@ def max_unpool2d_fwd(x: Tensor, positions: Tensor, y: Tensor, windows: Windows, 
 
     trusted: the positions come from a pool of this geometry, so that each lies in its own window.
     """
+    search = not trusted and positions.dtype == torch.int64
+    foreign = torch.zeros(1, dtype=torch.int32, device=x.device) if search else y
+    if windows.tile:
+        _unpool_cells(x, positions, y, foreign, windows, trusted)
+    else:
+        window_gather(x, positions, y, windows, add=False, foreign=foreign, report=not trusted)
+    if search:
+        n, c, h, w = y.shape
+        programs = min(n * c, FOREIGN_PROGRAMS)
+        launch(
+            max_unpool2d_foreign_kernel, programs,
+            x, positions, y, foreign, n * c, programs, c, h * w, x.shape[2] * x.shape[3],
+            CHANNELS_LAST=windows.channels_last, BLOCK=FOREIGN_BLOCK, debug=True, sanitize_overflow=False,
+        )  # fmt: skip
+
+
+def _unpool_cells(x: Tensor, positions: Tensor, y: Tensor, foreign: Tensor, windows: Windows, trusted: bool) -> None:
     n, c, h, w = y.shape
     oh, ow = x.shape[-2:]
     ch = max(triton.cdiv(h + windows.padding[0], windows.stride[0]), oh)
@@ -182,21 +204,12 @@ def max_unpool2d_fwd(x: Tensor, positions: Tensor, y: Tensor, windows: Windows, 
     vec, runs = windows.groups(c, cw, x.element_size())
     cells = n * c * ch * cw // vec
     whole = (h, w) == (oh * windows.stride[0], ow * windows.stride[1]) and not any(windows.padding)
-    search = not trusted and positions.dtype == torch.int64
-    foreign = torch.zeros(1, dtype=torch.int32, device=x.device) if search else y
     launch(
         max_unpool2d_fwd_kernel, triton.cdiv(cells, BLOCK // vec),
         x, positions, y, foreign, cells, runs, h, w, ch, cw, oh, ow,
         **windows.constants(y, x, vec), POSITIONS=kind(positions), PARTIAL=not whole, REPORT=not trusted,
         debug=not trusted, sanitize_overflow=False,
     )  # fmt: skip
-    if search:
-        programs = min(n * c, FOREIGN_PROGRAMS)
-        launch(
-            max_unpool2d_foreign_kernel, programs,
-            x, positions, y, foreign, n * c, programs, c, h * w, oh * ow,
-            CHANNELS_LAST=windows.channels_last, BLOCK=FOREIGN_BLOCK, debug=True, sanitize_overflow=False,
-        )  # fmt: skip
 
 
 def max_unpool2d_bwd(grad_y: Tensor, positions: Tensor, grad_x: Tensor, windows: Windows) -> None:
@@ -209,4 +222,5 @@ def max_unpool2d_bwd(grad_y: Tensor, positions: Tensor, grad_x: Tensor, windows:
         grad_y, positions, grad_x, groups, runs, h, w, h * w, oh, ow,
         **windows.constants(grad_y, grad_x, vec), POSITIONS=kind(positions),
         PARTIAL=not windows.inside(grad_y, grad_x),
+        WHOLE_WINDOWS=windows.tile and windows.kernel[0] * windows.kernel[1] <= WHOLE_WINDOWS,
     )  # fmt: skip

@@ -10,6 +10,7 @@ the row (WHOLE_ROWS) the run is loaded or stored in one piece and split or joine
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 from .launch import INT32_MAX, vector_width
 
 BLOCK = 1024  # elements of the pooled map a program owns
+UNROLLED = tl.constexpr(64)  # taps that are written out one by one; more run in a loop
 
 
 @triton.jit
@@ -53,16 +55,28 @@ def run_offset(plane, h, run, H, RUNS, VEC: tl.constexpr):
 
 
 class Windows(NamedTuple):
-    """The windows of one call: (height, width) each of kernel, stride and padding, and the layout of its tensors."""
+    """The windows of one call, (height, width) each, and the layout of its tensors."""
 
     kernel: list[int]
     stride: list[int]
     padding: list[int]
     channels_last: bool
+    dilation: Sequence[int] = (1, 1)
+
+    @property
+    def extent(self) -> list[int]:
+        """Height and width of a window with the gaps between its taps."""
+        return [(k - 1) * d + 1 for k, d in zip(self.kernel, self.dilation, strict=True)]
+
+    @property
+    def tile(self) -> bool:
+        """Whether no two windows overlap, and a window with the gap behind it is small enough to be unrolled."""
+        apart = all(extent <= s for extent, s in zip(self.extent, self.stride, strict=True))
+        return apart and self.stride[0] * self.stride[1] <= UNROLLED.value and tuple(self.dilation) == (1, 1)
 
     def inside(self, image: Tensor, pooled: Tensor) -> bool:
         """Whether every window of the pooled map lies in the image as a whole."""
-        ends = [(o - 1) * s + k for o, s, k in zip(pooled.shape[-2:], self.stride, self.kernel, strict=True)]
+        ends = [(o - 1) * s + e for o, s, e in zip(pooled.shape[-2:], self.stride, self.extent, strict=True)]
         return not any(self.padding) and ends[0] <= image.shape[-2] and ends[1] <= image.shape[-1]
 
     def groups(self, channels: int, columns: int, element_size: int) -> tuple[int, int]:
@@ -73,15 +87,27 @@ class Windows(NamedTuple):
 
     def constants(self, image: Tensor, pooled: Tensor, vec: int) -> dict[str, Any]:
         """The compile-time arguments that every kernel takes."""
-        (kh, kw), (sh, sw), (ph, pw) = self.kernel, self.stride, self.padding
-        whole_rows = (
-            not self.channels_last and sw == 2 and kw <= 2 and pw == 0 and image.shape[-1] == 2 * pooled.shape[-1]
-        )
+        kw, sw, pw, dw = self.kernel[1], self.stride[1], self.padding[1], self.dilation[1]
+        whole_rows = sw == 2 and kw <= 2 and pw == 0 and dw == 1 and image.shape[-1] == 2 * pooled.shape[-1]
         return {
-            "KH": kh, "KW": kw, "SH": sh, "SW": sw, "PH": ph, "PW": pw,
-            "WHOLE_ROWS": whole_rows, "CHANNELS_LAST": self.channels_last,
-            "VEC": vec, "BLOCK": BLOCK // vec, "WIDE": max(image.numel(), pooled.numel()) > INT32_MAX - 16 * BLOCK,
+            **self.taps(), "WHOLE_ROWS": whole_rows and not self.channels_last,
+            "CHANNELS_LAST": self.channels_last, "VEC": vec, "BLOCK": BLOCK // vec,
+            "WIDE": wide(image, pooled),
         }  # fmt: skip
+
+    def taps(self) -> dict[str, int]:
+        """Kernel, stride and padding as compile-time arguments."""
+        (kh, kw), (sh, sw), (ph, pw) = self.kernel, self.stride, self.padding
+        return {"KH": kh, "KW": kw, "SH": sh, "SW": sw, "PH": ph, "PW": pw}
+
+    def gaps(self) -> dict[str, int]:
+        """The dilation as compile-time arguments, for the kernels that have one."""
+        return {"DH": self.dilation[0], "DW": self.dilation[1]}
+
+
+def wide(*tensors: Tensor) -> bool:
+    """Whether offsets into the tensors need 64 bits."""
+    return max(tensor.numel() for tensor in tensors) > INT32_MAX - 16 * BLOCK
 
 
 def kind(positions: Tensor | None) -> str:

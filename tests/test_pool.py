@@ -175,20 +175,12 @@ def test_bad_arguments_raise_what_torch_raises(change, backend):
         FS.max_pool2d(**arguments)
 
 
-@pytest.mark.parametrize(
-    "reason, x, arguments",
-    [
-        ("overlapping windows", torch.zeros(1, 2, 8, 8), (3, 2)),
-        ("dilation", torch.zeros(1, 2, 8, 8), (2, 2, 0, 2)),
-        ("float64", torch.zeros(1, 2, 8, 8, dtype=torch.float64), (2,)),
-        ("3-D input", torch.zeros(2, 8, 8), (2,)),
-    ],
-)
-def test_what_is_not_covered_falls_back_with_a_reason(reason, x, arguments, triton_backend):
-    with pytest.raises(NotImplementedError, match=reason):
-        FS.max_pool2d(x, *arguments)
+def test_what_is_not_covered_falls_back_with_a_reason(triton_backend):
+    x = torch.randint(9, (1, 2, 8, 8))
+    with pytest.raises(NotImplementedError, match=r"dtype torch\.int64"):
+        FS.max_pool2d(x, 2)
     fastseg.set_backend("auto")
-    assert torch.equal(FS.max_pool2d(x, *arguments), F.max_pool2d(x, *arguments))
+    assert torch.equal(FS.max_pool2d(x, 2), F.max_pool2d(x, 2))
 
 
 def test_offsets_of_large_windows_are_refused():

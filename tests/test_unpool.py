@@ -74,7 +74,7 @@ def test_output_size(output_size, kernel, stride, device):
 
     theirs, ours = outcome(F.max_unpool2d), outcome(FS.max_unpool2d)
     assert torch.equal(ours, theirs) if isinstance(theirs, torch.Tensor) else ours == (ValueError, True)
-    if isinstance(theirs, torch.Tensor) and kernel <= stride:
+    if isinstance(theirs, torch.Tensor):
         with fastseg.backend("triton"):
             assert torch.equal(outcome(FS.max_unpool2d), theirs)
 

@@ -21,6 +21,7 @@ from .traffic import KernelTraffic, metering
 # Small enough for the interpreter; per-element figures are those of a large size, as tests show with two sizes. The
 # second size of each is a multiple of no block.
 IMAGES = ((2, 64, 32, 64), (1, 24, 38, 54))
+STEM = (3, 2, 1)  # kernel, stride, padding of a ResNet's first pool: windows that overlap
 LOGITS = (11, 19, 21, 150)
 
 
@@ -29,6 +30,8 @@ def sized_cases(at: Placement) -> Iterator[Case]:
     for shape in IMAGES:
         yield from cases.max_pool2d(at, shape)
         yield from cases.max_unpool2d(at, shape)
+        yield from cases.max_pool2d(at, shape, *STEM)
+        yield from cases.max_unpool2d(at, shape, *STEM)
     for classes in LOGITS:
         yield from cases.cross_entropy(at, (1, classes, 32, 64), 255)
     yield from cases.cross_entropy(at, (1, 19, 23, 37), 255)

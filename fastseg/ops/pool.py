@@ -13,6 +13,7 @@ from .library import Operator, dense, empty, memory_format, placed, wants_graph
 from .windows import (
     MAX_OFFSETS,
     IntOrPair,
+    batch,
     indices_to_offsets,
     offsets_to_indices,
     pair,
@@ -20,6 +21,7 @@ from .windows import (
     require_tensor,
     uncovered,
     unset,
+    vmap_folds,
 )
 
 NO_POSITIONS, OFFSETS, INDICES = "none", "offsets", "indices"
@@ -40,7 +42,7 @@ def _check_pool(function: str, input: Tensor, geometry: tuple[list[int], ...], c
         )
 
 
-def _pool_arguments(
+def pool_arguments(
     function: str, input: Tensor, kernel_size: IntOrPair, stride: IntOrPair | None, padding: IntOrPair,
     dilation: IntOrPair, ceil_mode: bool,
 ) -> tuple[list[int], list[int], list[int], list[int]]:  # fmt: skip
@@ -73,8 +75,10 @@ def _max_pool2d_kernel(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     output, kept = _empty_pooled(input, kernel, stride, padding, dilation, ceil_mode, positions)
     layout = memory_format(input)
-    windows = kernels.windows.Windows(kernel, stride, padding, layout == torch.channels_last)
-    kernels.pool.max_pool2d_fwd(dense(input, layout), output, None if positions == NO_POSITIONS else kept, windows)
+    windows = kernels.windows.Windows(kernel, stride, padding, layout == torch.channels_last, dilation)
+    kernels.pool.max_pool2d_fwd(
+        batch(dense(input, layout)), batch(output), None if positions == NO_POSITIONS else batch(kept), windows
+    )
     return output, kept
 
 
@@ -97,10 +101,9 @@ MAX_POOL2D = Operator(
     kernel=_max_pool2d_kernel,
     reference=_max_pool2d_reference,
     fake=_empty_pooled,
-    uncovered=lambda input, kernel, stride, padding, dilation, ceil_mode, positions: uncovered(
-        input, kernel, stride, dilation
-    ),
+    uncovered=lambda input, *arguments: uncovered(input),
 )
+vmap_folds(MAX_POOL2D)
 
 
 def _empty_pool_gradient(
@@ -116,21 +119,30 @@ def _max_pool2d_backward_kernel(
 ) -> Tensor:  # fmt: skip
     layout = memory_format(kept)
     grad_input = _empty_pool_gradient(grad, kept, kernel, stride, padding, dilation, size)
-    windows = kernels.windows.Windows(kernel, stride, padding, layout == torch.channels_last)
-    kernels.unpool.max_unpool2d_fwd(dense(grad, layout), dense(kept, layout), grad_input, windows, trusted=True)
+    windows = kernels.windows.Windows(kernel, stride, padding, layout == torch.channels_last, dilation)
+    kernels.pool.max_pool2d_bwd(batch(dense(grad, layout)), batch(dense(kept, layout)), batch(grad_input), windows)
     return grad_input
+
+
+def _scattered(
+    grad: Tensor, kept: Tensor, kernel: list[int], stride: list[int], padding: list[int], dilation: list[int],
+    size: list[int],
+) -> Tensor:  # fmt: skip
+    """The gradient in torch's differentiable functions; where windows overlap it sums, in float32 for halves."""
+    indices = kept
+    if kept.dtype == torch.uint8:
+        indices = offsets_to_indices(kept, kernel, stride, padding, size[1], dilation)
+    wide = grad if grad.dtype == torch.float64 else grad.float()
+    empty_plane = wide.new_zeros(*grad.shape[:-2], size[0] * size[1])
+    sums = empty_plane.scatter_add(-1, indices.flatten(-2), wide.flatten(-2))
+    return sums.unflatten(-1, size).to(grad.dtype)
 
 
 def _max_pool2d_backward_reference(
     grad: Tensor, kept: Tensor, kernel: list[int], stride: list[int], padding: list[int], dilation: list[int],
     size: list[int],
 ) -> Tensor:  # fmt: skip
-    indices = kept
-    if kept.dtype == torch.uint8:
-        indices = offsets_to_indices(kept, kernel, stride, padding, size[1], dilation)
-    grad_input = grad.new_zeros(*grad.shape[:-2], size[0] * size[1])
-    grad_input.scatter_add_(-1, indices.flatten(-2), grad.flatten(-2))  # windows may overlap: sums
-    return placed(grad_input.unflatten(-1, size), memory_format(kept))
+    return placed(_scattered(grad, kept, kernel, stride, padding, dilation, size), memory_format(kept))
 
 
 MAX_POOL2D_BACKWARD = Operator(
@@ -139,12 +151,15 @@ MAX_POOL2D_BACKWARD = Operator(
     kernel=_max_pool2d_backward_kernel,
     reference=_max_pool2d_backward_reference,
     fake=_empty_pool_gradient,
-    uncovered=lambda grad, kept, kernel, stride, padding, dilation, size: uncovered(grad, kernel, stride, dilation),
+    uncovered=lambda grad, *arguments: uncovered(grad),
 )
+vmap_folds(MAX_POOL2D_BACKWARD)
 
 
 class MaxPool2dFunction(torch.autograd.Function):
-    """(input, geometry, ceil_mode, positions) -> (output, positions); the gradient is an unpooling."""
+    """(input, geometry, ceil_mode, positions) -> (output, positions); the gradient goes where the maxima stood."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(
@@ -165,8 +180,16 @@ class MaxPool2dFunction(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return (None,) * 7
-        run = _max_pool2d_backward_reference if wants_graph() else MAX_POOL2D_BACKWARD
+        run = _scattered if wants_graph() else MAX_POOL2D_BACKWARD
         return run(grad, *ctx.saved_tensors, *ctx.arguments), *(None,) * 6
+
+
+def _kept(input: Tensor, kernel: list[int]) -> str:
+    """What a pool whose positions nobody asked for keeps for its backward."""
+    # Under torch.func a tensor that is differentiated further out does not say so.
+    if not (torch.is_grad_enabled() and (input.requires_grad or torch._C._are_functorch_transforms_active())):
+        return NO_POSITIONS
+    return OFFSETS if kernel[0] * kernel[1] <= MAX_OFFSETS else INDICES
 
 
 def max_pool2d(
@@ -182,12 +205,13 @@ def max_pool2d(
 
     input: (N, C, H, W) or (C, H, W), any float dtype; the output keeps dtype and memory format. Ties go to the
     first maximum in row-major order, NaN wins, as in torch. Returns the pooled map, and with return_indices also
-    int64 indices (h * W + w in the plane). Without them, training keeps one byte per pooled element.
-    Deterministic. Raises RuntimeError for arguments that torch refuses.
+    int64 indices (h * W + w in the plane). Without them, training keeps one byte per pooled element (eight for
+    windows of more than 256 elements). Deterministic: where windows overlap each element of the gradient adds up what
+    its windows give in row-major order, in float32 (float64 for float64). Raises RuntimeError for arguments that torch
+    refuses, NotImplementedError for forward-mode derivatives of the kernels.
     """
-    arguments = _pool_arguments("max_pool2d", input, kernel_size, stride, padding, dilation, ceil_mode)
-    differentiated = input.requires_grad and torch.is_grad_enabled()
-    positions = INDICES if return_indices else OFFSETS if differentiated else NO_POSITIONS
+    arguments = pool_arguments("max_pool2d", input, kernel_size, stride, padding, dilation, ceil_mode)
+    positions = INDICES if return_indices else _kept(input, arguments[0])
     if MAX_POOL2D.choose(input, *arguments, ceil_mode, positions).backend == "torch":
         return F.max_pool2d(input, *arguments, ceil_mode=ceil_mode, return_indices=return_indices)
     output, indices = MaxPool2dFunction.apply(input, *arguments, ceil_mode, positions)
@@ -207,7 +231,7 @@ def max_pool2d_with_offsets(
     offsets: shape of the output, tap i * kernel_width + j of the maximum, for windows of up to 256 elements
     (RuntimeError beyond). max_unpool2d_with_offsets takes them; everything else is as in max_pool2d.
     """
-    arguments = _pool_arguments("max_pool2d_with_offsets", input, kernel_size, stride, padding, dilation, ceil_mode)
+    arguments = pool_arguments("max_pool2d_with_offsets", input, kernel_size, stride, padding, dilation, ceil_mode)
     if arguments[0][0] * arguments[0][1] > MAX_OFFSETS:
         raise RuntimeError(
             f"max_pool2d_with_offsets: kernel_size {tuple(arguments[0])} has more than {MAX_OFFSETS} elements, which "

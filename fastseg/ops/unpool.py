@@ -11,10 +11,19 @@ from torch import Tensor
 
 from .. import kernels
 from .library import Operator, dense, empty, memory_format, placed, wants_graph
-from .windows import IntOrPair, offsets_to_indices, pair, require_tensor, uncovered, unset
+from .windows import (
+    IntOrPair,
+    batch,
+    offsets_to_indices,
+    pair,
+    require_tensor,
+    uncovered,
+    unset,
+    vmap_folds,
+)
 
 
-def _check_unpool(function: str, input: Tensor, positions: Tensor, name: str, dtype: torch.dtype) -> None:
+def check_unpool(function: str, input: Tensor, positions: Tensor, name: str, dtype: torch.dtype) -> None:
     require_tensor(function, "input", input)
     require_tensor(function, name, positions)
     if input.dim() not in (3, 4):
@@ -60,9 +69,7 @@ def _indices(positions: Tensor, kernel: list[int], stride: list[int], padding: l
     return positions
 
 
-def _refuse_strays(
-    positions: Tensor, kernel: list[int], stride: list[int], padding: list[int], size: list[int]
-) -> None:
+def refuse_strays(positions: Tensor, kernel: list[int], stride: list[int], padding: list[int], size: list[int]) -> None:
     """RuntimeError for a position outside the plane or its window. On a GPU a device-side assertion says it."""
     if positions.device.type != "cpu" or positions.numel() == 0:
         return
@@ -93,20 +100,29 @@ def _empty_unpooled(
 def _max_unpool2d_kernel(
     input: Tensor, positions: Tensor, kernel: list[int], stride: list[int], padding: list[int], size: list[int]
 ) -> Tensor:
-    _refuse_strays(positions, kernel, stride, padding, size)
+    refuse_strays(positions, kernel, stride, padding, size)
     layout = memory_format(input)
     output = _empty_unpooled(input, positions, kernel, stride, padding, size)
     windows = kernels.windows.Windows(kernel, stride, padding, layout == torch.channels_last)
-    kernels.unpool.max_unpool2d_fwd(dense(input, layout), dense(positions, layout), output, windows, trusted=False)
+    kernels.unpool.max_unpool2d_fwd(
+        batch(dense(input, layout)), batch(dense(positions, layout)), batch(output), windows, trusted=False
+    )
     return output
 
 
 def _max_unpool2d_reference(
     input: Tensor, positions: Tensor, kernel: list[int], stride: list[int], padding: list[int], size: list[int]
 ) -> Tensor:
-    _refuse_strays(positions, kernel, stride, padding, size)
-    indices = _indices(positions, kernel, stride, padding, size[1]).contiguous()
-    return placed(torch.ops.aten.max_unpool2d(input.contiguous(), indices, size), memory_format(input))
+    refuse_strays(positions, kernel, stride, padding, size)
+    indices = _indices(positions, kernel, stride, padding, size[1]).flatten(-2)
+    zeros = input.new_zeros(*input.shape[:-2], size[0] * size[1])
+    if input.device.type == "cpu":
+        output = zeros.scatter_(-1, indices, input.flatten(-2))  # a CPU goes through each plane in order
+    else:  # the last element that names a place, by a maximum, which no order changes
+        order = torch.arange(indices.shape[-1], device=input.device).expand_as(indices)
+        last = indices.new_full(zeros.shape, -1).scatter_reduce_(-1, indices, order, "amax")
+        output = torch.where(last < 0, zeros, input.flatten(-2).gather(-1, last.clamp_min(0)))
+    return placed(output.unflatten(-1, size), memory_format(input))
 
 
 MAX_UNPOOL2D = Operator(
@@ -115,8 +131,9 @@ MAX_UNPOOL2D = Operator(
     kernel=_max_unpool2d_kernel,
     reference=_max_unpool2d_reference,
     fake=_empty_unpooled,
-    uncovered=lambda input, positions, kernel, stride, padding, size: uncovered(input, kernel, stride),
+    uncovered=lambda input, *arguments: uncovered(input),
 )
+vmap_folds(MAX_UNPOOL2D)
 
 
 def _empty_unpool_gradient(
@@ -131,16 +148,22 @@ def _max_unpool2d_backward_kernel(
     layout = memory_format(positions)
     grad_input = _empty_unpool_gradient(grad, positions, kernel, stride, padding)
     windows = kernels.windows.Windows(kernel, stride, padding, layout == torch.channels_last)
-    kernels.unpool.max_unpool2d_bwd(dense(grad, layout), dense(positions, layout), grad_input, windows)
+    kernels.unpool.max_unpool2d_bwd(
+        batch(dense(grad, layout)), batch(dense(positions, layout)), batch(grad_input), windows
+    )
     return grad_input
+
+
+def _gathered(grad: Tensor, positions: Tensor, kernel: list[int], stride: list[int], padding: list[int]) -> Tensor:
+    """The gradient in torch's differentiable functions."""
+    indices = _indices(positions, kernel, stride, padding, grad.shape[-1])
+    return grad.flatten(-2).gather(-1, indices.flatten(-2)).view(positions.shape)
 
 
 def _max_unpool2d_backward_reference(
     grad: Tensor, positions: Tensor, kernel: list[int], stride: list[int], padding: list[int]
 ) -> Tensor:
-    indices = _indices(positions, kernel, stride, padding, grad.shape[-1])
-    gathered = grad.flatten(-2).gather(-1, indices.flatten(-2)).view(positions.shape)
-    return placed(gathered, memory_format(positions))
+    return placed(_gathered(grad, positions, kernel, stride, padding), memory_format(positions))
 
 
 MAX_UNPOOL2D_BACKWARD = Operator(
@@ -149,8 +172,9 @@ MAX_UNPOOL2D_BACKWARD = Operator(
     kernel=_max_unpool2d_backward_kernel,
     reference=_max_unpool2d_backward_reference,
     fake=_empty_unpool_gradient,
-    uncovered=lambda grad, positions, kernel, stride, padding: uncovered(grad, kernel, stride),
+    uncovered=lambda grad, *arguments: uncovered(grad),
 )
+vmap_folds(MAX_UNPOOL2D_BACKWARD)
 
 
 # --- functions -------------------------------------------------------------------------------------------------------
@@ -158,6 +182,8 @@ MAX_UNPOOL2D_BACKWARD = Operator(
 
 class MaxUnpool2dFunction(torch.autograd.Function):
     """(input, positions, geometry, output_size) -> output; the gradient gathers at the positions."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(
@@ -172,7 +198,7 @@ class MaxUnpool2dFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        run = _max_unpool2d_backward_reference if wants_graph() else MAX_UNPOOL2D_BACKWARD
+        run = _gathered if wants_graph() else MAX_UNPOOL2D_BACKWARD
         return run(grad, *ctx.saved_tensors, *ctx.geometry), *(None,) * 5
 
 
@@ -193,14 +219,15 @@ def max_unpool2d(
     an index outside the plane (on a GPU a device-side assertion), ValueError for an impossible output_size.
     """
     name = "max_unpool2d"
-    _check_unpool(name, input, indices, "indices", torch.int64)
-    arguments = _unpool_arguments(name, input, kernel_size, stride, padding, output_size)
-    if MAX_UNPOOL2D.choose(input, indices, *arguments).backend == "torch":
+    check_unpool(name, input, indices, "indices", torch.int64)
+    arguments = unpool_arguments(name, input, kernel_size, stride, padding, output_size)
+    backend = MAX_UNPOOL2D.choose(input, indices, *arguments).backend
+    if backend == "torch" and not torch.are_deterministic_algorithms_enabled():  # which torch's own refuses
         *geometry, size = arguments
         try:
             return F.max_unpool2d(input, indices, *geometry, output_size=size)
         except RuntimeError:
-            _refuse_strays(indices, *arguments)  # torch's own message does not say where
+            refuse_strays(indices, *arguments)  # torch's own message does not say where
             raise
     return MaxUnpool2dFunction.apply(input, indices, *arguments)
 
@@ -219,13 +246,13 @@ def max_unpool2d_with_offsets(
     invalid position: RuntimeError on a CPU, a device-side assertion on a GPU.
     """
     name = "max_unpool2d_with_offsets"
-    _check_unpool(name, input, offsets, "offsets", torch.uint8)
-    arguments = _unpool_arguments(name, input, kernel_size, stride, padding, output_size)
+    check_unpool(name, input, offsets, "offsets", torch.uint8)
+    arguments = unpool_arguments(name, input, kernel_size, stride, padding, output_size)
     MAX_UNPOOL2D.choose(input, offsets, *arguments)  # for explain: the operator itself asks when it runs
     return MaxUnpool2dFunction.apply(input, offsets, *arguments)
 
 
-def _unpool_arguments(
+def unpool_arguments(
     function: str, input: Tensor, kernel_size: IntOrPair, stride: IntOrPair | None, padding: IntOrPair,
     output_size: Sequence[int] | None,
 ) -> tuple[list[int], list[int], list[int], list[int]]:  # fmt: skip

@@ -7,9 +7,12 @@ input) or as `offsets` (uint8, the tap inside the window, row-major), an eighth 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from .library import LIB, Operator
 
 IntOrPair = int | Sequence[int]
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -58,19 +61,42 @@ def pooled_size(
     return result
 
 
-def uncovered(input: Tensor, kernel: list[int], stride: list[int], dilation: Sequence[int] = (1, 1)) -> str | None:
-    """Why the kernels cannot run a call, in words, or None."""
-    if input.dtype not in KERNEL_DTYPES:
+def uncovered(input: Tensor) -> str | None:
+    """Why the kernels cannot run a call, in words, or None: they take every geometry."""
+    if input.dtype not in (*KERNEL_DTYPES, torch.float64):
         return f"dtype {input.dtype}"
-    if input.dim() != 4:
-        return f"{input.dim()}-D input"
-    if any(d != 1 for d in dilation):
-        return f"dilation {tuple(dilation)}"
-    if any(k > s for k, s in zip(kernel, stride, strict=True)):
-        return f"overlapping windows (kernel_size {tuple(kernel)}, stride {tuple(stride)})"
-    if kernel[0] * kernel[1] > MAX_OFFSETS:
-        return f"windows of more than {MAX_OFFSETS} elements (kernel_size {tuple(kernel)})"
     return None
+
+
+def batch(x: Tensor) -> Tensor:
+    """(C, H, W) as a batch of one, without a copy."""
+    return x if x.dim() == 4 else x.unsqueeze(0)
+
+
+def vmap_folds(operator: Operator) -> None:
+    """Teach torch.func.vmap an operator on images: the mapped dimension joins the batch, in one launch."""
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        size, batched = info.batch_size, False
+
+        def fold(x: Any, dim: int | None) -> Any:
+            nonlocal batched
+            if not isinstance(x, Tensor):
+                return x
+            x = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+            batched = x.dim() == 5
+            return x.flatten(0, 1) if batched else x
+
+        result = operator(*(fold(x, dim) for x, dim in zip(args, in_dims, strict=True)))
+        outputs = result if isinstance(result, tuple) else (result,)
+        dims = tuple(0 if x.dim() == 4 else None for x in outputs)  # the positions of a pool that keeps none: (0,)
+        outputs = tuple(
+            x.unflatten(0, (size, -1 if x.shape[0] else 0)) if batched and dim == 0 else x
+            for x, dim in zip(outputs, dims, strict=True)
+        )
+        return (outputs, dims) if isinstance(result, tuple) else (outputs[0], dims[0])
+
+    torch.library.register_vmap(operator.op, rule, lib=LIB)
 
 
 # --- conversion between the two kinds of positions -------------------------------------------------------------------
