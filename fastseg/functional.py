@@ -5,6 +5,7 @@ from .ops.conv_transpose import conv_transpose2d, conv_transpose2d_affine_relu
 from .ops.cross_entropy import cross_entropy
 from .ops.pool import max_pool2d, max_pool2d_with_offsets
 from .ops.unpool import max_unpool2d, max_unpool2d_with_offsets
+from .ops.unpool_conv import max_unpool2d_conv2d
 from .ops.windows import indices_to_offsets, offsets_to_indices
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "max_pool2d",
     "max_pool2d_with_offsets",
     "max_unpool2d",
+    "max_unpool2d_conv2d",
     "max_unpool2d_with_offsets",
     "offsets_to_indices",
 ]

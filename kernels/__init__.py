@@ -28,6 +28,7 @@ FAMILIES = (
     "pool",
     "products",
     "unpool",
+    "unpool_conv",
     "windows",
 )
 
