@@ -94,7 +94,7 @@ def max_unpool2d_conv2d_fwd(
     x, offsets, weight = (transposed(t, torch.channels_last) for t in (x, offsets, weight))
     target = y if windows.channels_last else torch.empty_like(y, memory_format=torch.channels_last)
     (c, oh, ow), (n, k, h, w) = x.shape[1:], y.shape
-    tiles = blocks(n * h * w, k, c, x)
+    tiles = blocks(n * h * w, k, c, x) | {"num_warps": 8}  # a tile of values and offsets lies in registers
     c_vec, k_vec = vector_width(x.element_size(), c), vector_width(x.element_size(), k)
     launch(
         max_unpool2d_conv2d_fwd_kernel, programs(n * h * w, k, tiles),

@@ -1,14 +1,17 @@
-"""ConvTranspose2d."""
+"""ConvTranspose2d, and with the batch norm and the ReLU behind it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import functional as F
 from ..ops.conv_transpose import runs_on_kernels
+from ..ops.windows import IntOrPair
+from .batch_norm import BatchNormReLU2d
 
 
 class ConvTranspose2d(nn.ConvTranspose2d):
@@ -56,3 +59,55 @@ class ConvTranspose2d(nn.ConvTranspose2d):
                 on_diagonal = weight.diagonal().count_nonzero()
                 self._looked = state, bool(weight.count_nonzero() == on_diagonal)
         return self._looked[1]
+
+
+class ConvTransposeBatchNormReLU2d(nn.Sequential):
+    """ConvTranspose2d, batch norm and ReLU: state_dict keys `0.` and `1.`, as of those three in an nn.Sequential.
+
+    Arguments of nn.ConvTranspose2d up to dilation (with a bias), then eps, momentum, device and dtype. In training the
+    batch norm's kernels take the convolution's output, and its bias moves the running mean alone. In evaluation the
+    batch norm is folded into the convolution's epilogue, in float32, where the kernels run that
+    (fastseg.functional.conv_transpose2d_affine_relu); the gradients reach every parameter all the same.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: IntOrPair,
+        stride: IntOrPair = 1,
+        padding: IntOrPair = 0,
+        output_padding: IntOrPair = 0,
+        groups: int = 1,
+        dilation: IntOrPair = 1,
+        *,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        conv = ConvTranspose2d(
+            in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, True, dilation,
+            device=device, dtype=dtype,
+        )  # fmt: skip
+        super().__init__(conv, BatchNormReLU2d(out_channels, eps, momentum, device=device, dtype=dtype))
+
+    def forward(self, input: Tensor) -> Tensor:
+        conv, norm = self
+        geometry = (conv.stride, conv.padding, conv.output_padding, conv.groups, conv.dilation)
+        if not norm.training and norm.running_mean is not None and norm.relu:
+            scale, shift = self._folded()
+            if runs_on_kernels(input, conv.weight, shift, *geometry, scale, True):
+                return F.conv_transpose2d_affine_relu(input, conv.weight, scale, shift, *geometry)
+        return norm(F.conv_transpose2d(input, conv.weight, None, *geometry), input_bias=conv.bias)
+
+    def _folded(self) -> tuple[Tensor, Tensor]:
+        """(scale, shift) that the batch norm of evaluation and the convolution's bias come to, in float32 at least."""
+        conv, norm = self
+        mean, var = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (norm.running_mean, norm.running_var))
+        scale = (var + norm.eps).rsqrt()
+        if norm.weight is not None:
+            scale = scale * norm.weight
+        shift = -mean if conv.bias is None else conv.bias - mean
+        shift = shift * scale
+        return scale, shift if norm.bias is None else shift + norm.bias

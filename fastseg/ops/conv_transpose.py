@@ -177,11 +177,12 @@ def conv_transpose2d(
 
 def runs_on_kernels(
     input: Tensor, weight: Tensor, bias: Tensor | None, stride: IntOrPair, padding: IntOrPair,
-    output_padding: IntOrPair, groups: int, dilation: IntOrPair,
+    output_padding: IntOrPair, groups: int, dilation: IntOrPair, scale: Tensor | None = None, relu: bool = False,
 ) -> bool:  # fmt: skip
-    """Whether a call of conv_transpose2d would run on the kernels."""
-    geometry = _arguments(input, weight, bias, stride, padding, output_padding, groups, dilation)
-    return not _all_on_torch(input, weight, bias, geometry, None, False)
+    """Whether a call of conv_transpose2d, or with scale and relu of the fused form, would run on the kernels."""
+    checked = bias if scale is None and not relu else None
+    geometry = _arguments(input, weight, checked, stride, padding, output_padding, groups, dilation)
+    return not _all_on_torch(input, weight, bias, geometry, scale, relu)
 
 
 def conv_transpose2d_affine_relu(
