@@ -88,15 +88,18 @@ def interpret_kernels() -> None:
 Preference = tuple[str, str]  # backend, reason in words
 
 
-def choose(operator: str, tensor: Tensor, uncovered: str | None = None, preferred: Preference | None = None) -> Choice:
+def choose(
+    operator: str, tensor: Tensor, uncovered: str | None = None, preferred: Preference | None = None, asks: bool = False
+) -> Choice:
     """The backend for a call of `operator` on `tensor`.
 
     uncovered: why the kernels cannot run this call (None: they can); preferred: which of both is the better choice
-    under "auto" where they can, and why (None: the kernels). Raises NotImplementedError or RuntimeError where
+    under "auto" where they can, and why (None: the kernels); asks: the call may not follow, and explain does not list
+    it. Raises NotImplementedError or RuntimeError where
     "triton" is demanded in vain.
     """
     choice = _decide(operator, tensor.device.type, uncovered, preferred)
-    if _watched is not None:
+    if _watched is not None and not asks:
         _watched.append(choice)
     return choice
 

@@ -182,7 +182,7 @@ def runs_on_kernels(
     """Whether a call of conv_transpose2d, or with scale and relu of the fused form, would run on the kernels."""
     checked = bias if scale is None and not relu else None
     geometry = _arguments(input, weight, checked, stride, padding, output_padding, groups, dilation)
-    return not _all_on_torch(input, weight, bias, geometry, scale, relu)
+    return not _all_on_torch(input, weight, bias, geometry, scale, relu, asks=True)
 
 
 def conv_transpose2d_affine_relu(
@@ -222,15 +222,16 @@ def conv_transpose2d_affine_relu(
 
 
 def _all_on_torch(
-    input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Sequence[Any], scale: Tensor | None, relu: bool
-) -> bool:
+    input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Sequence[Any], scale: Tensor | None, relu: bool,
+    asks: bool = False,
+) -> bool:  # fmt: skip
     """Whether no direction of a call runs on the kernels; each that will be asked for is chosen for itself.
 
     Under torch.compile the operators choose when they run.
     """
     no = uncovered(input, weight, geometry[0], geometry[4])
     if no is not None or not input.is_cuda or dispatch.get_backend() != "auto":
-        return dispatch.choose(NAME, input, no).backend == "torch"
+        return dispatch.choose(NAME, input, no, asks=asks).backend == "torch"
     if torch.compiler.is_compiling():
         return False
     image, differentiated = input if input.dim() == 4 else input.unsqueeze(0), torch.is_grad_enabled()
@@ -242,7 +243,7 @@ def _all_on_torch(
     choices = [
         dispatch.choose(
             NAME if way == FORWARD else f"{NAME}, {way}", input, None,
-            preferred(way, image, weight, geometry, bias, scale, relu, _dtype(input)),
+            preferred(way, image, weight, geometry, bias, scale, relu, _dtype(input)), asks,
         )
         for way, need in asked.items() if need
     ]  # fmt: skip
