@@ -18,7 +18,7 @@ setup(
     # Device code lives in the top-level kernels/ and installs as fastseg.kernels.
     packages=[*find_packages(include=["fastseg", "fastseg.*"]), "fastseg.kernels"],
     package_dir={"fastseg.kernels": "kernels"},
-    package_data={"fastseg": ["py.typed"]},
+    package_data={"fastseg": ["py.typed", "recorded/*.json"]},
     install_requires=[
         "torch>=2.11,<2.14",
         "triton>=3.6,<3.8; platform_system == 'Linux'",

@@ -1,11 +1,8 @@
-"""Files that are either whole or absent, and the checkpoint that training writes and prediction reads."""
+"""The checkpoint that training writes and prediction reads."""
 
 from __future__ import annotations
 
-import contextlib
-import os
 import zipfile
-from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import UnionType
@@ -15,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .dispatch import BACKENDS
+from .files import atomic_write
 from .models import MODELS, PlainSegNet
 
 FORMAT = "fastseg-checkpoint-1"
@@ -99,25 +97,6 @@ def _is(value: Any, kind: Any) -> bool:
         kinds = get_args(kind)
         return isinstance(value, tuple) and len(value) == len(kinds) and all(map(_is, value, kinds))
     return type(value) is kind or (kind is float and type(value) is int)
-
-
-@contextlib.contextmanager
-def atomic_write(path: str | Path) -> Iterator[Path]:
-    """``with atomic_write(path) as temporary: ...`` puts what was written to `temporary` at `path` in one move.
-
-    Until then, and for ever if the body raises, `path` stays what it was. Its folder is made where it is missing.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # In the same folder, since a move is atomic only within one file system; same suffix, since writers go by it.
-    temporary = path.with_name(f"~{os.getpid()}-{path.name}")
-    try:
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:

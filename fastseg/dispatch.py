@@ -85,19 +85,26 @@ def interpret_kernels() -> None:
     warnings.filterwarnings("ignore", category=RuntimeWarning, module=r"triton\.runtime\.interpreter")
 
 
-def choose(operator: str, tensor: Tensor, uncovered: str | None = None, slower: str | None = None) -> Choice:
+Preference = tuple[str, str]  # backend, reason in words
+
+
+def choose(
+    operator: str, tensor: Tensor, uncovered: str | None = None, preferred: Preference | None = None, asks: bool = False
+) -> Choice:
     """The backend for a call of `operator` on `tensor`.
 
-    uncovered: why the kernels cannot run this call (None: they can); slower: why torch is the better choice
-    under "auto" although they can. Raises NotImplementedError or RuntimeError where "triton" is demanded in vain.
+    uncovered: why the kernels cannot run this call (None: they can); preferred: which of both is the better choice
+    under "auto" where they can, and why (None: the kernels); asks: the call may not follow, and explain does not list
+    it. Raises NotImplementedError or RuntimeError where
+    "triton" is demanded in vain.
     """
-    choice = _decide(operator, tensor.device.type, uncovered, slower)
-    if _watched is not None:
+    choice = _decide(operator, tensor.device.type, uncovered, preferred)
+    if _watched is not None and not asks:
         _watched.append(choice)
     return choice
 
 
-def _decide(operator: str, device: str, uncovered: str | None, slower: str | None) -> Choice:
+def _decide(operator: str, device: str, uncovered: str | None, preferred: Preference | None) -> Choice:
     setting = get_backend()
     if setting == "torch":
         return Choice(operator, "torch", "the backend is set to 'torch'")
@@ -122,8 +129,8 @@ def _decide(operator: str, device: str, uncovered: str | None, slower: str | Non
         return Choice(operator, "torch", "triton is not installed")
     if uncovered is not None:
         return Choice(operator, "torch", f"the kernels do not cover {uncovered}")
-    if slower is not None:
-        return Choice(operator, "torch", slower)
+    if preferred is not None:
+        return Choice(operator, *preferred)
     return Choice(operator, "triton", "a CUDA tensor, covered by the kernels")
 
 

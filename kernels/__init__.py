@@ -19,12 +19,16 @@ FAMILIES = (
     "batch_norm_unpool",
     "conv_transpose",
     "conv_transpose_bwd",
+    "conv_transpose_depthwise",
+    "conv_transpose_geometry",
+    "conv_transpose_tma",
     "cross_entropy",
     "norm",
     "overlap",
     "pool",
     "products",
     "unpool",
+    "unpool_conv",
     "windows",
 )
 

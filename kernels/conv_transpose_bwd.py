@@ -6,8 +6,11 @@
 
 In channels_last the window of grad_y under a pixel of x is KH runs of KW * K neighbours in memory, and a row (c) of
 the weight is KH * KW * K neighbours in the same order (i, j, k). So both products take whole runs, whatever K is, and
-where the padding cuts a window is one comparison along the run. grad_y in NCHW is copied to channels_last once (read
-and written once) for both.
+where the padding cuts a window is one comparison along the run. With groups, or dilation along the row, a run is the K
+channels of one tap.
+
+One pass over grad_y undoes the epilogue: it applies ReLU's mask, sums for the bias, and lays grad_y out in
+channels_last for both products; where it has nothing of that to do it is left out.
 
 The sums over pixels are split: each share is summed in float32 by one program, and the shares are added in order.
 """
@@ -21,20 +24,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .conv_transpose import Geometry
+from . import conv_transpose_depthwise, conv_transpose_tma
+from .conv_transpose_geometry import Geometry
 from .launch import INTERPRETED, launch, vector_width
 from .products import blocks, multiply, place, precision, programs, split, sum_shares, transposed, wide
 
-BIAS_BLOCK = 4096  # elements of grad_y that a program of the bias's gradient reads at a time
+EPILOGUE_BLOCK = 4096  # elements of grad_y that a program of that pass takes at a time
 
 
 @triton.jit
 def conv_transpose2d_bwd_input_kernel(
     grad_y, w, grad_x, PIXELS, H, W_RUNS, OH, OW, C_RUNS, K_RUNS,
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
-    C_VEC: tl.constexpr, K_VEC: tl.constexpr, W_VEC: tl.constexpr, CUT: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr,
+    DH: tl.constexpr, DW: tl.constexpr, GROUPS: tl.constexpr, C_VEC: tl.constexpr, K_VEC: tl.constexpr,
+    W_VEC: tl.constexpr, CUT: tl.constexpr, CHANNELS_LAST: tl.constexpr, PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """One program makes BLOCK_M pixels x BLOCK_N channels of grad_x, a strided convolution of grad_y.
 
@@ -46,35 +50,40 @@ def conv_transpose2d_bwd_input_kernel(
     if WIDE:
         C, K, program = tl.cast(C, tl.int64), tl.cast(K, tl.int64), program.to(tl.int64)
     tiles = tl.cdiv(C, BLOCK_N)
-    first = program // tiles * BLOCK_M
+    group = program // tiles % GROUPS
+    first = program // tiles // GROUPS * BLOCK_M
     m = first + tl.arange(0, BLOCK_M)
     n = program % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     live_m, live_n = tl.max_constancy(m < PIXELS, W_VEC), n < C
     image, h, v = place(first, H, W, BLOCK_M)
-    run, row = KW * K, OW * K
-    oh, start = h * SH - PH, (v * SW - PW) * K
-    o_grad = (image * OH + oh) * row + start
+    JOINED: tl.constexpr = KW if GROUPS == 1 and DW == 1 else 1  # taps of a run
+    run, row = JOINED * K, OW * (K * GROUPS)
+    oh, start = h * SH - PH, (v * SW - PW) * (K * GROUPS)
+    o_grad = (image * OH + oh) * row + group * K + start
+    o_w = (group * C + n) * (KH * KW * K)
     r = tl.arange(0, BLOCK_R)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    i, r0 = 0, 0
-    for _ in range(KH * tl.cdiv(run, BLOCK_R)):
+    i, j, r0 = 0, 0, 0
+    for _ in range(KH * (KW // JOINED) * tl.cdiv(run, BLOCK_R)):
         live_r = r < run - r0
         inside = live_m[:, None] & live_r[None, :]
         if CUT:
-            along = (start + r0)[:, None] + r[None, :]
-            inside = inside & ((oh + i >= 0) & (oh + i < OH))[:, None] & (along >= 0) & (along < row)
-        source = (o_grad + (i * row + r0))[:, None] + r[None, :]
+            along = (start + (j * DW * (K * GROUPS) + r0))[:, None] + r[None, :]
+            inside = inside & ((oh + i * DH >= 0) & (oh + i * DH < OH))[:, None] & (along >= 0) & (along < row)
+        source = (o_grad + (i * DH * row + j * DW * (K * GROUPS) + r0))[:, None] + r[None, :]
         grads = tl.load(grad_y + source, mask=inside, other=0.0)
-        source = (n * KH * run + (i * run + r0))[None, :] + r[:, None]
+        source = (o_w + ((i * KW + j) * K + r0))[None, :] + r[:, None]
         weights = tl.load(w + source, mask=live_r[:, None] & live_n[None, :], other=0.0)
         acc = multiply(grads, weights, acc, PRECISION, UPCAST)
         r0 += BLOCK_R
-        i = tl.where(r0 < run, i, i + 1)
+        j = tl.where(r0 < run, j, j + JOINED)
         r0 = tl.where(r0 < run, r0, 0)
+        i = tl.where(j < KW, i, i + 1)
+        j = tl.where(j < KW, j, 0)
     if CHANNELS_LAST:
-        out = (m * C)[:, None] + n[None, :]
+        out = ((m * GROUPS + group) * C)[:, None] + n[None, :]
     else:
-        pixel = tl.max_contiguous(tl.multiple_of((image * C * H + h) * W + v, W_VEC), W_VEC)
+        pixel = tl.max_contiguous(tl.multiple_of(((image * GROUPS + group) * C * H + h) * W + v, W_VEC), W_VEC)
         out = pixel[:, None] + (n * (H * W))[None, :]
     tl.store(grad_x + out, acc.to(grad_x.dtype.element_ty), mask=live_m[:, None] & live_n[None, :])
 
@@ -83,9 +92,10 @@ def conv_transpose2d_bwd_input_kernel(
 def conv_transpose2d_bwd_weight_kernel(
     x, grad_y, partials, STEPS, SHARE, TILES_H, TILES_W, H, W_RUNS, OH, OW, C_RUNS, K_RUNS,
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
-    C_VEC: tl.constexpr, K_VEC: tl.constexpr, W_VEC: tl.constexpr, CUT: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr,
+    DH: tl.constexpr, DW: tl.constexpr, GROUPS: tl.constexpr, C_VEC: tl.constexpr, K_VEC: tl.constexpr,
+    W_VEC: tl.constexpr, CUT: tl.constexpr, CHANNELS_LAST: tl.constexpr, PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     """One program sums BLOCK_M channels c x BLOCK_N columns (i, j, k) over SHARE blocks of BLOCK_R pixels of x.
 
@@ -97,14 +107,17 @@ def conv_transpose2d_bwd_weight_kernel(
     program = tl.program_id(0)
     if WIDE:
         C, K, program = tl.cast(C, tl.int64), tl.cast(K, tl.int64), program.to(tl.int64)
-    run, row = KW * K, OW * K
-    tiles_m, tiles_n = tl.cdiv(C, BLOCK_M), tl.cdiv(KH * run, BLOCK_N)
-    share = program // (tiles_m * tiles_n)
+    columns, pixel, row = KH * KW * K, K * GROUPS, OW * (K * GROUPS)
+    tiles_m, tiles_n = tl.cdiv(C, BLOCK_M), tl.cdiv(columns, BLOCK_N)
+    group = program // (tiles_m * tiles_n) % GROUPS
+    share = program // (tiles_m * tiles_n) // GROUPS
     tile = program % (tiles_m * tiles_n)
     c = tile // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tile % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    live_c, live_n = c < C, n < KH * run
-    i, along = n // run, n % run
+    live_c, live_n = c < C, n < columns
+    tap, k = n // K, n % K
+    i, j = tap // KW * DH, tap % KW * DW
+    o_tap = i * row + (n % (KW * K) if GROUPS == 1 and DW == 1 else j * pixel + k)  # a run, where there is one
     r = tl.arange(0, BLOCK_R)
     step = share * SHARE
     tile_w, tile_h = (step % TILES_W).to(tl.int32), (step // TILES_W % TILES_H).to(tl.int32)
@@ -114,16 +127,16 @@ def conv_transpose2d_bwd_weight_kernel(
         h, v = tile_h * (BLOCK_R // BLOCK_W) + r // BLOCK_W, tile_w * BLOCK_W + r % BLOCK_W
         live_r = (h < H) & (v < W)
         if CHANNELS_LAST:
-            source = (((image * H + h) * W + v) * C)[:, None] + c[None, :]
+            source = ((((image * H + h) * W + v) * GROUPS + group) * C)[:, None] + c[None, :]
         else:
-            source = (image * C * (H * W) + h * W + v)[:, None] + (c * (H * W))[None, :]
+            source = ((image * GROUPS + group) * C * (H * W) + h * W + v)[:, None] + (c * (H * W))[None, :]
         pixels = tl.load(x + source, mask=live_r[:, None] & live_c[None, :], other=0.0)
-        oh, start = h * SH - PH, (v * SW - PW) * K
+        oh, ow = h * SH - PH, v * SW - PW
         inside = live_r[:, None] & live_n[None, :]
         if CUT:
-            rows, columns = oh[:, None] + i[None, :], start[:, None] + along[None, :]
-            inside = inside & (rows >= 0) & (rows < OH) & (columns >= 0) & (columns < row)
-        source = ((image * OH + oh) * row + start)[:, None] + (i * row + along)[None, :]
+            y_h, y_w = oh[:, None] + i[None, :], ow[:, None] + j[None, :]
+            inside = inside & (y_h >= 0) & (y_h < OH) & (y_w >= 0) & (y_w < OW)
+        source = ((image * OH + oh) * row + ow * pixel + group * K)[:, None] + o_tap[None, :]
         grads = tl.load(grad_y + source, mask=inside, other=0.0)
         acc = multiply(tl.trans(pixels), grads, acc, PRECISION, UPCAST)
         tile_w += 1
@@ -131,16 +144,20 @@ def conv_transpose2d_bwd_weight_kernel(
         tile_w = tl.where(tile_w < TILES_W, tile_w, 0)
         image = tl.where(tile_h < TILES_H, image, image + 1)
         tile_h = tl.where(tile_h < TILES_H, tile_h, 0)
-    out = ((share * C + c) * (KH * run))[:, None] + n[None, :]
+    out = (((share * GROUPS + group) * C + c) * columns)[:, None] + n[None, :]
     tl.store(partials + out, acc.to(partials.dtype.element_ty), mask=live_c[:, None] & live_n[None, :])
 
 
 @triton.jit
-def conv_transpose2d_bwd_bias_kernel(
-    grad_y, partials, PIXELS, STEPS, SHARE, PLANE_RUNS, K_RUNS, PLANE_VEC: tl.constexpr, K_VEC: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
+def conv_transpose2d_bwd_epilogue_kernel(
+    grad_y, y, masked, partials, PIXELS, STEPS, SHARE, PLANE_RUNS, K_RUNS, PLANE_VEC: tl.constexpr, K_VEC: tl.constexpr,
+    RELU: tl.constexpr, WRITE: tl.constexpr, SUM: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One program sums BLOCK_K maps of grad_y over SHARE blocks of BLOCK_P pixels. Reads once; writes (shares, K)."""
+    """One program takes BLOCK_K maps of grad_y over SHARE blocks of BLOCK_P pixels: 0 where RELU and y is not above 0.
+
+    WRITE: to `masked`, which is channels_last; SUM: over its pixels to partials (shares, K). Reads and writes once.
+    """
     PLANE, K = PLANE_RUNS * PLANE_VEC, K_RUNS * K_VEC
     program = tl.program_id(0)
     if WIDE:
@@ -156,61 +173,85 @@ def conv_transpose2d_bwd_bias_kernel(
             source = (p * K)[:, None] + k[None, :]
         else:
             source = (p // PLANE * K * PLANE + p % PLANE)[:, None] + (k * PLANE)[None, :]
-        sums += tl.load(grad_y + source, mask=(p < PIXELS)[:, None] & (k < K)[None, :], other=0.0).to(tl.float32)
-    tl.store(partials + share * K + k, tl.sum(sums, axis=0), mask=k < K)
+        live = (p < PIXELS)[:, None] & (k < K)[None, :]
+        grads = tl.load(grad_y + source, mask=live, other=0.0)
+        if RELU:
+            grads = tl.where(tl.load(y + source, mask=live, other=0.0).to(tl.float32) <= 0, 0.0, grads.to(tl.float32))
+        if SUM:
+            sums += grads.to(tl.float32)
+        if WRITE:
+            tl.store(masked + ((p * K)[:, None] + k[None, :]), grads.to(masked.dtype.element_ty), mask=live)
+    if SUM:
+        tl.store(partials + share * K + k, tl.sum(sums, axis=0), mask=k < K)
 
 
 def conv_transpose2d_bwd(
-    grad_y: Tensor, x: Tensor, weight: Tensor, grad_x: Tensor | None, grad_weight: Tensor | None,
+    grad_y: Tensor, y: Tensor | None, x: Tensor, weight: Tensor, grad_x: Tensor | None, grad_weight: Tensor | None,
     grad_bias: Tensor | None, geometry: Geometry,
 ) -> None:  # fmt: skip
-    """Write the gradients that are not None.
+    """Write the gradients that are not None. y: the output where its ReLU masks grad_y, as which it lies.
 
     grad_x lies as the geometry says, every other tensor in NCHW or in channels_last.
     """
-    if grad_x is not None or grad_weight is not None:
-        grad_y = transposed(grad_y, torch.channels_last)
-    if grad_bias is not None:
-        _bwd_bias(grad_y, grad_bias)
-    ends = [(size - 1) * s - p + k for size, k, s, p in zip(x.shape[-2:], *geometry[:3], strict=True)]
+    products = grad_x is not None or grad_weight is not None
+    if y is not None or grad_bias is not None:
+        write = products and (y is not None or not grad_y.is_contiguous(memory_format=torch.channels_last))
+        grad_y = _bwd_epilogue(grad_y, y, grad_bias, write)
+    if not products:
+        return
+    grad_y = transposed(grad_y, torch.channels_last)
+    if geometry.depthwise(weight):
+        if grad_x is not None:
+            conv_transpose_depthwise.bwd_input(grad_y, weight, grad_x, geometry)
+        if grad_weight is not None:
+            conv_transpose_depthwise.bwd_weight(grad_y, x, grad_weight, geometry)
+        return
+    sizes = zip(x.shape[-2:], *geometry[:4], strict=True)
+    ends = [(size - 1) * s - p + d * (k - 1) + 1 for size, k, s, p, d in sizes]
     common: dict[str, Any] = {
         "CUT": any(geometry.padding) or ends[0] > grad_y.shape[-2] or ends[1] > grad_y.shape[-1],
         "PRECISION": precision(x), "UPCAST": INTERPRETED, "WIDE": wide(x, weight, grad_y),
         **geometry.constants(),
     }  # fmt: skip
     if grad_x is not None:
-        _bwd_input(grad_y, transposed(weight, torch.channels_last), grad_x, geometry, common)
+        weight = transposed(weight, torch.channels_last)
+        fetched = conv_transpose_tma.fetches(geometry, grad_x, grad_y, weight)
+        if not (fetched and conv_transpose_tma.bwd_input(grad_y, weight, grad_x, geometry)):
+            _bwd_input(grad_y, weight, grad_x, geometry, common)
     if grad_weight is not None:
-        _bwd_weight(grad_y, x, grad_weight, common)
+        fetched = x.is_contiguous(memory_format=torch.channels_last) and conv_transpose_tma.fetches(geometry, x, grad_y)
+        if not (fetched and conv_transpose_tma.bwd_weight(grad_y, x, grad_weight, geometry)):
+            _bwd_weight(grad_y, x, grad_weight, geometry, common)
 
 
 def _bwd_input(grad_y: Tensor, weight: Tensor, grad_x: Tensor, geometry: Geometry, common: dict[str, Any]) -> None:
-    (n, c, h, w), (k, oh, ow) = grad_x.shape, grad_y.shape[1:]
-    tiles = blocks(n * h * w, c, k * weight.shape[-1], grad_x)
+    (n, _, h, w), (oh, ow), (c, k) = grad_x.shape, grad_y.shape[-2:], geometry.channels(weight)
+    joined = geometry.groups == 1 and geometry.dilation[1] == 1
+    tiles = blocks(n * h * w, c, k * weight.shape[-1] if joined else k, grad_x)
     c_vec, k_vec, w_vec = (vector_width(grad_x.element_size(), size) for size in (c, k, w))
     launch(
-        conv_transpose2d_bwd_input_kernel, programs(n * h * w, c, tiles),
+        conv_transpose2d_bwd_input_kernel, geometry.groups * programs(n * h * w, c, tiles),
         grad_y, weight, grad_x, n * h * w, h, w // w_vec, oh, ow, c // c_vec, k // k_vec,
         C_VEC=c_vec, K_VEC=k_vec, W_VEC=w_vec, CHANNELS_LAST=geometry.channels_last, **common, **tiles,
     )  # fmt: skip
 
 
-def _bwd_weight(grad_y: Tensor, x: Tensor, grad_weight: Tensor, common: dict[str, Any]) -> None:
-    (n, c, h, w), (k, oh, ow) = x.shape, grad_y.shape[1:]
+def _bwd_weight(grad_y: Tensor, x: Tensor, grad_weight: Tensor, geometry: Geometry, common: dict[str, Any]) -> None:
+    (n, _, h, w), (oh, ow), (c, k) = x.shape, grad_y.shape[-2:], geometry.channels(grad_weight)
     c_vec, k_vec, w_vec = (vector_width(x.element_size(), size) for size in (c, k, w))
     channels_last = x.is_contiguous(memory_format=torch.channels_last)
     if not channels_last and w_vec * x.element_size() < 16:
         x, channels_last = transposed(x, torch.channels_last), True
-    columns = grad_weight[0].numel() if c else 0
+    columns = grad_weight[0].numel()
     tiles = blocks(c, columns, n * h * w, x, fill=False)
     block_w = min(tiles["BLOCK_R"], triton.next_power_of_2(w))
     tiles_h, tiles_w = triton.cdiv(h, tiles["BLOCK_R"] // block_w), triton.cdiv(w, block_w)
-    steps = n * tiles_h * tiles_w
-    each, shares = split(steps, programs(c, columns, tiles))
+    steps, products = n * tiles_h * tiles_w, geometry.groups * programs(c, columns, tiles)
+    each, shares = split(steps, products)
     in_place = shares == 1 and grad_weight.is_contiguous(memory_format=torch.channels_last)
-    partials = grad_weight if in_place else torch.empty(shares, c, columns, dtype=torch.float32, device=x.device)
+    partials = grad_weight if in_place else x.new_empty(shares, grad_weight.numel(), dtype=torch.float32)
     launch(
-        conv_transpose2d_bwd_weight_kernel, shares * programs(c, columns, tiles),
+        conv_transpose2d_bwd_weight_kernel, shares * products,
         x, grad_y, partials, steps, each, tiles_h, tiles_w, h, w // w_vec, oh, ow, c // c_vec, k // k_vec,
         C_VEC=c_vec, K_VEC=k_vec, W_VEC=w_vec, CHANNELS_LAST=channels_last, BLOCK_W=block_w, **common, **tiles,
     )  # fmt: skip
@@ -218,18 +259,24 @@ def _bwd_weight(grad_y: Tensor, x: Tensor, grad_weight: Tensor, common: dict[str
         sum_shares(partials, grad_weight, k)
 
 
-def _bwd_bias(grad_y: Tensor, grad_bias: Tensor) -> None:
+def _bwd_epilogue(grad_y: Tensor, y: Tensor | None, grad_bias: Tensor | None, write: bool) -> Tensor:
+    """grad_y with ReLU's mask, in channels_last, if `write`; else grad_y as it is. Fills grad_bias."""
     n, k, oh, ow = grad_y.shape
     k_vec, plane_vec = (vector_width(grad_y.element_size(), size) for size in (k, oh * ow))
     channels_last = grad_y.is_contiguous(memory_format=torch.channels_last)
-    block_k = min(128 if channels_last else 4, triton.next_power_of_2(k))
-    block_p = min(BIAS_BLOCK // block_k, max(16, triton.next_power_of_2(n * oh * ow)))
+    most = 128 if channels_last else 64 if write else 4
+    block_k = min(most, triton.next_power_of_2(k))
+    block_p = min(EPILOGUE_BLOCK // block_k, max(16, triton.next_power_of_2(n * oh * ow)))
     steps, tiles = triton.cdiv(n * oh * ow, block_p), triton.cdiv(k, block_k)
     each, shares = split(steps, tiles)
-    partials = torch.empty(shares, k, dtype=torch.float32, device=grad_y.device)
+    partials = grad_y.new_empty(shares, k, dtype=torch.float32) if grad_bias is not None else grad_y
+    masked = torch.empty_like(grad_y, memory_format=torch.channels_last) if write else grad_y
     launch(
-        conv_transpose2d_bwd_bias_kernel, shares * tiles,
-        grad_y, partials, n * oh * ow, steps, each, oh * ow // plane_vec, k // k_vec, PLANE_VEC=plane_vec, K_VEC=k_vec,
+        conv_transpose2d_bwd_epilogue_kernel, shares * tiles,
+        grad_y, grad_y if y is None else y, masked, partials, n * oh * ow, steps, each, oh * ow // plane_vec,
+        k // k_vec, PLANE_VEC=plane_vec, K_VEC=k_vec, RELU=y is not None, WRITE=write, SUM=grad_bias is not None,
         CHANNELS_LAST=channels_last, WIDE=wide(grad_y), BLOCK_P=block_p, BLOCK_K=block_k,
     )  # fmt: skip
-    sum_shares(partials, grad_bias, k)
+    if grad_bias is not None:
+        sum_shares(partials, grad_bias, k)
+    return masked

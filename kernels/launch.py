@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -48,6 +49,35 @@ def recording(recorder: Recorder) -> Iterator[None]:
         yield
     finally:
         _recorder = outer
+
+
+_target: int | None = None
+
+
+def capability(tensor: Tensor) -> int:
+    """Compute capability (90 for 9.0) of the tensor's GPU, asked once; of an H100 for kernels that are interpreted."""
+    if _target is not None:
+        return _target
+    return _capability(tensor.device.index) if tensor.is_cuda else 90
+
+
+@functools.cache
+def _capability(index: int) -> int:
+    if torch.version.hip is not None:
+        return 0
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
+
+
+@contextlib.contextmanager
+def targeting(sm: int) -> Iterator[None]:
+    """Launch as on a GPU of this compute capability, for those who record launches or interpret them."""
+    global _target
+    outer, _target = _target, sm
+    try:
+        yield
+    finally:
+        _target = outer
 
 
 def vector_width(element_size: int, *lengths: int) -> int:

@@ -111,6 +111,15 @@ def blocks(m: int, n: int, depth: int, x: Tensor, fill: bool = True) -> dict[str
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_R": block_r, "num_warps": warps, "num_stages": 3}
 
 
+def channel_block(k: int, most: int) -> int:
+    """The largest block that pads k channels by an eighth at most; else that which pads them least."""
+    if k <= 16:
+        return triton.next_power_of_2(k)
+    choices = [block for block in (128, 64, 32, 16) if block <= most]
+    padded = {block: triton.cdiv(k, block) * block for block in choices}
+    return next((block for block in choices if 8 * padded[block] <= 9 * k), min(choices, key=padded.__getitem__))
+
+
 def programs(m: int, n: int, tiles: dict[str, int]) -> int:
     """How many blocks cover an m x n product."""
     return triton.cdiv(m, tiles["BLOCK_M"]) * triton.cdiv(n, tiles["BLOCK_N"])

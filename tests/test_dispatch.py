@@ -73,22 +73,24 @@ def test_explain_names_each_operator_and_computes_nothing():
 
 
 @pytest.mark.parametrize(
-    "device, uncovered, slower, backend, reason",
+    "device, uncovered, preferred, backend, reason",
     [
         ("cuda", None, None, "triton", "covered"),
         ("cuda", "dilation 2", None, "torch", "dilation 2"),
-        ("cuda", None, "cuDNN is faster", "torch", "cuDNN"),
+        ("cuda", None, ("torch", "cuDNN is faster"), "torch", "cuDNN"),
+        ("cuda", None, ("triton", "faster than cuDNN"), "triton", "cuDNN"),
+        ("cuda", "dilation 2", ("triton", "faster than cuDNN"), "torch", "dilation 2"),
         ("cpu", None, None, "torch", "CPU"),
         ("mps", None, None, "torch", "mps"),
     ],
 )
-def test_auto(device, uncovered, slower, backend, reason):
-    choice = dispatch._decide("op", device, uncovered, slower)
+def test_auto(device, uncovered, preferred, backend, reason):
+    choice = dispatch._decide("op", device, uncovered, preferred)
     assert choice.backend == backend and reason in choice.reason
 
 
-def test_triton_overrules_slower_but_not_uncovered(triton_backend):
-    assert dispatch._decide("op", "cuda", None, "cuDNN is faster").backend == "triton"
+def test_triton_overrules_what_is_preferred_but_not_uncovered(triton_backend):
+    assert dispatch._decide("op", "cuda", None, ("torch", "cuDNN is faster")).backend == "triton"
     with pytest.raises(NotImplementedError, match=r"op: .*dilation 2"):
         dispatch._decide("op", "cuda", "dilation 2", None)
     with pytest.raises(RuntimeError, match="mps"):

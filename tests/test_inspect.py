@@ -205,14 +205,29 @@ def test_gate_rows_that_allow_it_are_read_and_written_16_bytes_wide(facts):
 
 @codegen
 def test_gate_products_run_on_the_tensor_cores(facts):
-    products = [row for row in facts if row["kernel"].startswith("conv_transpose2d") and "bias" not in row["kernel"]]
+    products = [row for row in facts if row["kernel"].startswith("conv_transpose2d")]
     assert products
     assert [row for row in products if not row["tensor core"] and not is_helper(row)] == []
     assert [row for row in products if row["sm"] == 90 and not row["wgmma"] and not is_helper(row)] == []
 
 
+@codegen
+def test_gate_products_are_fetched_by_the_copy_engine(facts):
+    """In channels_last on sm_90 and later, at the networks' sizes: all three products, and stored 16 bytes wide."""
+    products = [row for row in facts if row["kernel"].startswith("conv_transpose2d") and not is_helper(row)]
+    ours = [row for row in products if row["sm"] >= 90 and row["layout"] == "channels_last"]
+    assert {row["kernel"] for row in ours} == {
+        f"conv_transpose2d_{n}_tma_kernel" for n in ("fwd", "bwd_input", "bwd_weight")
+    }
+    for row in ours:
+        assert row["copy engine"] and row["wgmma"] and "16" in row["stores"] and not {"1", "2"} & set(row["stores"]), (
+            row
+        )
+    assert [row for row in products if row["sm"] == 80 and row["copy engine"]] == []
+
+
 def is_helper(row):
-    return any(word in row["kernel"] for word in ("sum", "reduce", "transpose_kernel"))
+    return any(word in row["kernel"] for word in ("sum", "reduce", "transpose_kernel", "epilogue"))
 
 
 def test_the_disassembly_is_printed():
@@ -223,7 +238,7 @@ def test_the_disassembly_is_printed():
 BAD = """
 import json, torch
 from fastseg.inspect.codegen import compile_for, record
-from fastseg.inspect.codegen_report import GLOBAL_ATOMICS
+from fastseg.inspect.codegen_report import GLOBAL_ATOMICS, _facts
 from fastseg.kernels.launch import launch
 import sys; sys.path.insert(0, "tests")
 import bad_kernels
@@ -233,15 +248,18 @@ found = record(lambda: (
     launch(bad_kernels.strided_copy_kernel, 4, x, x, 4096, BLOCK=1024),
     launch(bad_kernels.spilling_kernel, 1, x, x, x, BLOCK=128, num_warps=1),
     launch(bad_kernels.atomic_sum_kernel, 4, f, f, 4096, BLOCK=1024),
+    launch(bad_kernels.scalar_product_kernel, 1, x, x, x, 64, BLOCK=64),
 ))
-strided, spilling, atomic = (compile_for(launch, 90) for launch in found)
-print(json.dumps([strided.widths("LDG"), spilling.spills, atomic.count(*GLOBAL_ATOMICS)]))
+strided, spilling, atomic, product = (compile_for(launch, 90) for launch in found)
+facts = _facts(product)
+print(json.dumps([strided.widths("LDG"), spilling.spills, atomic.count(*GLOBAL_ATOMICS), facts["wgmma"],
+                  facts["copy engine"]]))
 """
 
 
 def test_the_gates_see_bad_kernels():
-    widths, spills, atomics = json.loads(compiled("-c", BAD))
-    assert list(widths) == ["2"] and spills > 0 and atomics > 0
+    widths, spills, atomics, wgmma, copies = json.loads(compiled("-c", BAD))
+    assert list(widths) == ["2"] and spills > 0 and atomics > 0 and wgmma == copies == 0
 
 
 @pytest.mark.parametrize(

@@ -220,6 +220,8 @@ def test_deconvnet_upwards_on_the_kernels(device, layout):
 @pytest.mark.parametrize("training", [False, True])
 def test_nothing_is_left_to_torch(device, triton_backend, training, model, counts):
     net = model(width=0.01).to(device).train(training)
+    if model is models.DeconvNet and not training:  # nine are folded into the convolutions before them
+        counts = counts | {NORM: 10}
     choices = fastseg.explain(net, torch.randn(2, 3, 193, 225, device=device))
     assert Counter(choice.operator for choice in choices) == counts
     assert {choice.backend for choice in choices} == {"triton"}

@@ -21,6 +21,7 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..kernels import launch
 
@@ -62,7 +63,9 @@ def record(function: Callable[[], Any]) -> list[Launch]:
                 signature[name] = "constexpr"
                 continue
             value = args[position]
-            if isinstance(value, Tensor):
+            if isinstance(value, TensorDescriptor):
+                signature[name] = f"tensordesc<{POINTERS[value.base.dtype][1:]}{list(value.block_shape)}>"
+            elif isinstance(value, Tensor):
                 signature[name] = POINTERS[value.dtype]
                 divisible.append(position)
             elif isinstance(value, float):

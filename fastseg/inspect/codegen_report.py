@@ -9,6 +9,7 @@ from typing import Any
 
 from .. import cases, dispatch
 from ..cases import Case, Placement
+from ..kernels.launch import targeting
 from ..ops.library import observing
 from .codegen import Compiled, Launch, compile_for, compile_for_amd, record
 
@@ -31,14 +32,14 @@ def network_cases(at: Placement) -> Iterator[Case]:
         yield from cases.cross_entropy(at, (8, classes, 360, 480), 255)
 
 
-def launches(args: argparse.Namespace) -> list[tuple[str, Launch]]:
-    """Distinct launches, forward and backward, of the asked operators: (layout, launch)."""
+def launches(args: argparse.Namespace, sm: int) -> list[tuple[str, Launch]]:
+    """Distinct launches, forward and backward, of the asked operators on GPUs of sm_<sm>: (layout, launch)."""
     found: dict[str, tuple[str, Launch]] = {}
     for layout in [args.layout] if args.layout else cases.LAYOUTS:
         for case in network_cases(Placement(cases.DTYPES[args.dtype], cases.LAYOUTS[layout], "meta")):
             if args.op and not case.operator.startswith(tuple(args.op)):
                 continue
-            with dispatch.backend("triton"), observing(lambda operator, call: None):
+            with dispatch.backend("triton"), targeting(sm), observing(lambda operator, call: None):
                 recorded = record(lambda case=case: case.step(case.ours, backward=True)())
             for launch in recorded:
                 key = (launch.name, launch.signature, launch.constants, launch.divisible, launch.options)
@@ -61,20 +62,26 @@ def _in_processes(jobs: list[Callable[[], Any]]) -> list[Any]:
 
 
 def rows(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """One row for each distinct launch and GPU generation; the AMD target as a reason, or none."""
-    found = launches(args)
-    sms = args.sm or SMS
-    jobs = [lambda recorded=recorded, sm=sm: _facts(compile_for(recorded, sm)) for _, recorded in found for sm in sms]
-    amd = [lambda recorded=recorded: compile_for_amd(recorded) for _, recorded in found]
+    """One row for each GPU generation and distinct launch there; the AMD target as a reason, or none."""
+    found = [(sm, layout, recorded) for sm in args.sm or SMS for layout, recorded in launches(args, sm)]
+    distinct = {repr(recorded): recorded for _, _, recorded in found}
+    jobs = [lambda recorded=recorded, sm=sm: _facts(compile_for(recorded, sm)) for sm, _, recorded in found]
+    amd = [lambda recorded=recorded: _elsewhere(recorded) for recorded in distinct.values()]
     results = _in_processes(jobs + amd)
+    elsewhere = dict(zip(distinct, results[len(jobs) :], strict=True))
     table = []
-    for place, (layout, recorded) in enumerate(found):
-        for number, sm in enumerate(sms):
-            row = {"kernel": recorded.name, "layout": layout, "sm": sm, "programs": recorded.programs}
-            row["constants"] = recorded.constants
-            row |= results[place * len(sms) + number]
-            table.append(row | {"gfx942": results[len(jobs) + place] or "compiles"})
+    for (sm, layout, recorded), facts in zip(found, results[: len(jobs)], strict=True):
+        row = {"kernel": recorded.name, "layout": layout, "sm": sm, "programs": recorded.programs}
+        row["constants"] = recorded.constants
+        table.append(row | facts | {"gfx942": elsewhere[repr(recorded)]})
     return table
+
+
+def _elsewhere(recorded: Launch) -> str:
+    """Whether AMD's compiler takes it; launches with tensor descriptors are made on NVIDIA's GPUs alone."""
+    if any(kind.startswith("tensordesc") for kind in recorded.signature.values()):
+        return "not launched"
+    return compile_for_amd(recorded) or "compiles"
 
 
 def _facts(compiled: Compiled) -> dict[str, Any]:
@@ -95,12 +102,13 @@ def _facts(compiled: Compiled) -> dict[str, Any]:
 
 def source(args: argparse.Namespace, kernel: str, form: str) -> str:
     """The disassembly ("sass") or PTX of the first launch of a kernel, for the first asked architecture."""
-    found = launches(args)
+    sm = (args.sm or [90])[0]
+    found = launches(args, sm)
     chosen = [launch for _, launch in found if launch.name == kernel]
     if not chosen:
         names = ", ".join(sorted({launch.name for _, launch in found}))
         raise ValueError(f"no kernel is named {kernel!r}; there are {names}")
-    return getattr(compile_for(chosen[0], (args.sm or [90])[0]), form)
+    return getattr(compile_for(chosen[0], sm), form)
 
 
 NOTE = (

@@ -3,7 +3,8 @@
 Each load, store and atomic of each program is seen with its addresses and mask; loads through tensor descriptors and
 scalar loads are loads like any others to the interpreter. *Requested* bytes are what the programs ask of the caches;
 *sectors* are the distinct 32-byte sectors a kernel touches in one launch, which is what device memory would serve to
-a perfect cache. Reading and writing one sector counts twice.
+a perfect cache. Reading and writing one sector counts twice. *FLOPs* are those of the products of blocks (tl.dot), of
+lanes that hold nothing too: what the tensor cores execute.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..kernels import launch
 
@@ -32,6 +34,7 @@ class KernelTraffic:
     touched: dict[str, list[np.ndarray]] = field(default_factory=lambda: {access: [] for access in ACCESSES})
     ranges: list[tuple[int, int]] = field(default_factory=list)
     outside: int = 0  # accesses to memory that belongs to no tensor of the launch
+    flops: int = 0  # multiplications and additions of tl.dot
 
     def sectors(self, access: str | None = None) -> int:
         """Bytes of the distinct sectors touched by one kind of access, or by all kinds."""
@@ -41,7 +44,8 @@ class KernelTraffic:
         return SECTOR * len(np.unique(np.concatenate(found))) if found else 0
 
     def count(self, access: str, pointers: Any, mask: Any) -> None:
-        live = pointers.data[np.broadcast_to(mask.data.astype(bool), pointers.data.shape)].ravel()
+        mask = np.asarray(mask.data, dtype=bool)  # of a descriptor no handle, but an array
+        live = pointers.data[np.broadcast_to(mask, pointers.data.shape)].ravel()
         size = max(pointers.get_element_ty().primitive_bitwidth // 8, 1)
         inside = np.zeros(live.shape, dtype=bool)
         for start, end in self.ranges:
@@ -64,7 +68,8 @@ def metering() -> Iterator[list[KernelTraffic]]:
     launches: list[KernelTraffic] = []
 
     def run(kernel: Any, programs: int, args: tuple[Any, ...], meta: dict[str, Any]) -> None:
-        tensors = [a for a in args if isinstance(a, Tensor)]
+        tensors = [a.base if isinstance(a, TensorDescriptor) else a for a in args]
+        tensors = [a for a in tensors if isinstance(a, Tensor)]
         ranges = [(t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in tensors]
         launches.append(KernelTraffic(kernel.__name__, programs, ranges=ranges))
         with _metered(launches[-1]):
@@ -79,8 +84,8 @@ def _metered(traffic: KernelTraffic) -> Iterator[None]:
     """Count the interpreter's memory accesses while this stands."""
     from triton.runtime.interpreter import InterpreterBuilder as Builder
 
-    names = ("create_masked_load", "create_masked_store", "create_atomic_rmw", "create_atomic_cas")
-    load, store, rmw, cas = originals = [getattr(Builder, name) for name in names]
+    names = ("create_masked_load", "create_masked_store", "create_atomic_rmw", "create_atomic_cas", "create_dot")
+    load, store, rmw, cas, dot = originals = [getattr(Builder, name) for name in names]
 
     def masked_load(self: Any, pointers: Any, mask: Any, *rest: Any, **named: Any) -> Any:
         traffic.count("load", pointers, mask)
@@ -98,7 +103,12 @@ def _metered(traffic: KernelTraffic) -> Iterator[None]:
         traffic.count("atomic", pointers, _All)
         return cas(self, pointers, *rest)
 
-    for name, replacement in zip(names, (masked_load, masked_store, atomic_rmw, atomic_cas), strict=True):
+    def counted_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        traffic.flops += 2 * a.data.size * b.data.shape[-1]
+        return dot(self, a, b, *rest)
+
+    replacements = (masked_load, masked_store, atomic_rmw, atomic_cas, counted_dot)
+    for name, replacement in zip(names, replacements, strict=True):
         setattr(Builder, name, replacement)
     try:
         yield

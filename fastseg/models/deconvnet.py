@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from ..nn import ConvTransposeBatchNormReLU2d
 from .blocks import (
     VGG16,
     Block,
@@ -55,7 +56,9 @@ class DeconvNet(nn.Module):
         def conv(inputs: int, outputs: int, norm: Norm) -> Block:
             return Block(Conv2d(inputs, outputs, 3, padding=1), norm(outputs))
 
-        def deconv(inputs: int, outputs: int, norm: Norm) -> Block:
+        def deconv(inputs: int, outputs: int, norm: Norm) -> nn.Sequential:
+            if norm is norms.plain:
+                return ConvTransposeBatchNormReLU2d(inputs, outputs, 3, padding=1, eps=bn_eps)
             return Block(ConvTranspose2d(inputs, outputs, 3, padding=1), norm(outputs))
 
         self.encoder = stages(in_channels, down, conv, norms, down=True)

@@ -1,12 +1,17 @@
-"""ConvTranspose2d."""
+"""ConvTranspose2d, and with the batch norm and the ReLU behind it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .. import functional as F
+from ..ops.conv_transpose import runs_on_kernels
+from ..ops.windows import IntOrPair
+from .batch_norm import BatchNormReLU2d
 
 
 class ConvTranspose2d(nn.ConvTranspose2d):
@@ -14,7 +19,14 @@ class ConvTranspose2d(nn.ConvTranspose2d):
 
     forward(input (N, C, H, W) or (C, H, W), output_size=None): output_size, of as many entries as input or of 2, picks
     one of the sizes that `stride` leaves open, in place of `output_padding`.
+
+    A weight that mixes no channels and is not being trained, such as FCN's bilinear interpolation, runs depthwise, 1/C
+    of the work, where the kernels take that. It is looked at once for each change that torch counts (an operation in
+    place, load_state_dict, another tensor), which makes the host wait, and never while a graph is traced or captured.
+    Values written off the diagonal through `weight.data` in place are no change to torch: write under torch.no_grad().
     """
+
+    _looked: tuple[tuple[object, ...], bool] | None = None
 
     def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         if self.padding_mode != "zeros":
@@ -22,6 +34,80 @@ class ConvTranspose2d(nn.ConvTranspose2d):
         output_padding = self._output_padding(
             input, output_size, self.stride, self.padding, self.kernel_size, 2, self.dilation
         )
-        return F.conv_transpose2d(
-            input, self.weight, self.bias, self.stride, self.padding, output_padding, self.groups, self.dilation
-        )
+        geometry = (self.stride, self.padding, output_padding)
+        if self._mixes_no_channels():
+            weight = self.weight.diagonal().permute(2, 0, 1).unsqueeze(1)
+            depthwise = (input, weight, self.bias, *geometry, self.in_channels, self.dilation)
+            if runs_on_kernels(*depthwise):
+                return F.conv_transpose2d(*depthwise)
+        return F.conv_transpose2d(input, self.weight, self.bias, *geometry, self.groups, self.dilation)
+
+    def _mixes_no_channels(self) -> bool:
+        """Whether all weights off the channels' diagonal are zero, as far as that is known or can be asked."""
+        weight = self.weight
+        if self.groups != 1 or not 1 < self.in_channels == self.out_channels:
+            return False
+        if (weight.requires_grad and torch.is_grad_enabled()) or weight.is_inference() or torch.compiler.is_compiling():
+            return False
+        if type(weight) not in (nn.Parameter, torch.Tensor) or weight.is_meta:
+            return False
+        state = (weight.data_ptr(), weight._version, weight.dtype, weight.shape)
+        if self._looked is None or self._looked[0] != state:
+            if weight.is_cuda and torch.cuda.is_current_stream_capturing():
+                return False
+            with torch.no_grad():
+                on_diagonal = weight.diagonal().count_nonzero()
+                self._looked = state, bool(weight.count_nonzero() == on_diagonal)
+        return self._looked[1]
+
+
+class ConvTransposeBatchNormReLU2d(nn.Sequential):
+    """ConvTranspose2d, batch norm and ReLU: state_dict keys `0.` and `1.`, as of those three in an nn.Sequential.
+
+    Arguments of nn.ConvTranspose2d up to dilation (with a bias), then eps, momentum, device and dtype. In training the
+    batch norm's kernels take the convolution's output, and its bias moves the running mean alone. In evaluation the
+    batch norm is folded into the convolution's epilogue, in float32, where the kernels run that
+    (fastseg.functional.conv_transpose2d_affine_relu); the gradients reach every parameter all the same.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: IntOrPair,
+        stride: IntOrPair = 1,
+        padding: IntOrPair = 0,
+        output_padding: IntOrPair = 0,
+        groups: int = 1,
+        dilation: IntOrPair = 1,
+        *,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        conv = ConvTranspose2d(
+            in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, True, dilation,
+            device=device, dtype=dtype,
+        )  # fmt: skip
+        super().__init__(conv, BatchNormReLU2d(out_channels, eps, momentum, device=device, dtype=dtype))
+
+    def forward(self, input: Tensor) -> Tensor:
+        conv, norm = self
+        geometry = (conv.stride, conv.padding, conv.output_padding, conv.groups, conv.dilation)
+        if not norm.training and norm.running_mean is not None and norm.relu:
+            scale, shift = self._folded()
+            if runs_on_kernels(input, conv.weight, shift, *geometry, scale, True):
+                return F.conv_transpose2d_affine_relu(input, conv.weight, scale, shift, *geometry)
+        return norm(F.conv_transpose2d(input, conv.weight, None, *geometry), input_bias=conv.bias)
+
+    def _folded(self) -> tuple[Tensor, Tensor]:
+        """(scale, shift) that the batch norm of evaluation and the convolution's bias come to, in float32 at least."""
+        conv, norm = self
+        mean, var = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (norm.running_mean, norm.running_var))
+        scale = (var + norm.eps).rsqrt()
+        if norm.weight is not None:
+            scale = scale * norm.weight
+        shift = -mean if conv.bias is None else conv.bias - mean
+        shift = shift * scale
+        return scale, shift if norm.bias is None else shift + norm.bias

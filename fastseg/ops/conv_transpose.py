@@ -1,4 +1,4 @@
-"""conv_transpose2d: what the operators mean, their torch reference, gradients and function."""
+"""conv_transpose2d and its fused form: arguments, gradients and functions."""
 
 from __future__ import annotations
 
@@ -9,21 +9,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import kernels
-from .library import Operator, dense, empty, memory_format, placed, wants_graph
-from .windows import KERNEL_DTYPES, IntOrPair, pair
+from .. import dispatch
+from .conv_transpose_operators import (
+    CONV_TRANSPOSE2D,
+    CONV_TRANSPOSE2D_BACKWARD,
+    FORWARD,
+    OF_INPUT,
+    OF_WEIGHT,
+    affine_relu,
+    output_size,
+    preferred,
+    torch_gradients,
+    uncovered,
+)
+from .library import double_backward, wants_graph
+from .windows import IntOrPair, pair
 
 NAME = "conv_transpose2d"
-UNMEASURED = "no measurement says that the kernels beat cuDNN for this shape"
-
-
-def output_size(
-    size: Sequence[int], kernel: Sequence[int], stride: list[int], padding: list[int], output_padding: list[int],
-    dilation: list[int],
-) -> list[int]:  # fmt: skip
-    """Height and width of the result."""
-    sizes = zip(size, kernel, stride, padding, output_padding, dilation, strict=True)
-    return [(length - 1) * s - 2 * p + d * (k - 1) + extra + 1 for length, k, s, p, extra, d in sizes]
 
 
 def _check_tensors(input: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> None:
@@ -81,162 +83,68 @@ def _dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def _uncovered(input: Tensor, weight: Tensor, groups: int, dilation: list[int]) -> str | None:
-    if input.dtype not in KERNEL_DTYPES:
-        return f"dtype {input.dtype}"
-    if groups != 1:
-        return f"groups {groups}"
-    if any(d != 1 for d in dilation):
-        return f"dilation {tuple(dilation)}"
-    return None
-
-
-# --- operators -------------------------------------------------------------------------------------------------------
-
-
-def _suggests_channels_last(x: Tensor) -> bool:
-    """torch's rule, from the strides alone: a slice of a channels_last tensor is channels_last still."""
-    least = 0
-    for dim in (1, 3, 2, 0):
-        stride, size = x.stride(dim), x.shape[dim]
-        if size == 0 or stride == 0 or stride < least or (dim == 0 and least == x.stride(1)):
-            return False
-        least = stride * size
-    return True
-
-
-def _layout(input: Tensor, weight: Tensor) -> torch.memory_format:
-    """The memory format of the result and of input's gradient: channels_last where input or weight is, as in torch."""
-    either = _suggests_channels_last(input) or _suggests_channels_last(weight)
-    return torch.channels_last if either else torch.contiguous_format
-
-
-def _empty_output(
-    input: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], padding: list[int],
-    output_padding: list[int], groups: int, dilation: list[int],
-) -> Tensor:  # fmt: skip
-    size = output_size(input.shape[-2:], weight.shape[-2:], stride, padding, output_padding, dilation)
-    return empty(input, [input.shape[0], weight.shape[1] * groups, *size], _layout(input, weight))
-
-
-def _as_it_lies(x: Tensor, layout: torch.memory_format) -> Tensor:
-    """x itself in either dense format; the kernels' launchers choose how each is read. Else a copy in `layout`."""
-    either = x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
-    return x if either else dense(x, layout)
-
-
-def _conv_transpose2d_kernel(
-    input: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], padding: list[int],
-    output_padding: list[int], groups: int, dilation: list[int],
-) -> Tensor:  # fmt: skip
-    output = _empty_output(input, weight, bias, stride, padding, output_padding, groups, dilation)
-    layout = _layout(input, weight)
-    geometry = kernels.conv_transpose.Geometry(list(weight.shape[-2:]), stride, padding, layout == torch.channels_last)
-    kernels.conv_transpose.conv_transpose2d_fwd(
-        _as_it_lies(input, layout),
-        _as_it_lies(weight, layout),
-        None if bias is None else bias.contiguous(),
-        output,
-        geometry,
-    )
-    return output
-
-
-def _conv_transpose2d_reference(input: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any) -> Tensor:
-    return placed(F.conv_transpose2d(input, weight, bias, *arguments), _layout(input, weight))
-
-
-CONV_TRANSPOSE2D = Operator(
-    "conv_transpose2d(Tensor input, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, "
-    "int[2] output_padding, int groups, int[2] dilation) -> Tensor",
-    kernel=_conv_transpose2d_kernel,
-    reference=_conv_transpose2d_reference,
-    fake=_empty_output,
-    uncovered=lambda input, weight, bias, *geometry: _uncovered(input, weight, *geometry[3:]),
-    slower=lambda *args: UNMEASURED,
-)
-
-
-def _empty_gradients(
-    grad: Tensor, input: Tensor, weight: Tensor, stride: list[int], padding: list[int], output_padding: list[int],
-    groups: int, dilation: list[int], output_mask: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of input, weight and bias, each an empty(0) where output_mask does not ask for it."""
-    return (
-        empty(input, input.shape, _layout(input, weight)) if output_mask[0] else input.new_empty(0),
-        empty(weight, weight.shape, memory_format(weight)) if output_mask[1] else input.new_empty(0),
-        input.new_empty(weight.shape[1] * groups if output_mask[2] else 0),
-    )
-
-
-def _conv_transpose2d_backward_kernel(
-    grad: Tensor, input: Tensor, weight: Tensor, stride: list[int], padding: list[int], output_padding: list[int],
-    groups: int, dilation: list[int], output_mask: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    gradients = _empty_gradients(grad, input, weight, stride, padding, output_padding, groups, dilation, output_mask)
-    layout = _layout(input, weight)
-    geometry = kernels.conv_transpose.Geometry(list(weight.shape[-2:]), stride, padding, layout == torch.channels_last)
-    operands = (_as_it_lies(x, layout) for x in (grad, input, weight))
-    wanted = (g if need else None for g, need in zip(gradients, output_mask, strict=True))
-    kernels.conv_transpose_bwd.conv_transpose2d_bwd(*operands, *wanted, geometry)
-    return gradients
-
-
-def _torch_gradients(
-    grad: Tensor, input: Tensor, weight: Tensor, stride: list[int], padding: list[int], output_padding: list[int],
-    groups: int, dilation: list[int], output_mask: list[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    return torch.ops.aten.convolution_backward(
-        grad, input, weight, [grad.shape[1]], stride, padding, dilation, True, output_padding, groups, output_mask
-    )
-
-
-def _conv_transpose2d_backward_reference(grad: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    results = _empty_gradients(grad, *arguments)
-    for result, found in zip(results, _torch_gradients(grad, *arguments), strict=True):
-        if found is not None:
-            result.copy_(found)
-    return results
-
-
-CONV_TRANSPOSE2D_BACKWARD = Operator(
-    "conv_transpose2d_backward(Tensor grad_output, Tensor input, Tensor weight, int[2] stride, int[2] padding, "
-    "int[2] output_padding, int groups, int[2] dilation, bool[3] output_mask) -> (Tensor, Tensor, Tensor)",
-    kernel=_conv_transpose2d_backward_kernel,
-    reference=_conv_transpose2d_backward_reference,
-    fake=_empty_gradients,
-    uncovered=lambda grad, input, weight, *geometry: _uncovered(grad, weight, *geometry[3:5]),
-    slower=lambda *args: UNMEASURED,
-)
-
-
-# --- functions -------------------------------------------------------------------------------------------------------
-
-
 class ConvTranspose2dFunction(torch.autograd.Function):
-    """(input, weight, bias, geometry) -> output, with gradients for the three tensors."""
+    """(input, weight, bias, geometry, scale, relu) -> output, with gradients for the four tensors.
+
+    With g the gradient behind ReLU's mask, the gradient of input is that of g and the weight times scale, and those of
+    weight and scale come from one product G of input and g: G * scale, and the sum of G * weight, since the output is
+    linear in the weight. So nothing is divided by scale, and the sum before the epilogue need not be kept.
+    """
 
     @staticmethod
     def forward(
         input: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], padding: list[int],
-        output_padding: list[int], groups: int, dilation: list[int],
+        output_padding: list[int], groups: int, dilation: list[int], scale: Tensor | None, relu: bool,
     ) -> Tensor:  # fmt: skip
-        return CONV_TRANSPOSE2D(input, weight, bias, stride, padding, output_padding, groups, dilation)
+        return CONV_TRANSPOSE2D(input, weight, bias, stride, padding, output_padding, groups, dilation, scale, relu)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        input, weight, _, *ctx.geometry = inputs
+        input, weight, bias, *rest = inputs
+        ctx.geometry, (scale, relu) = rest[:5], rest[5:]
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(input, weight)
+        ctx.save_for_backward(input, weight, bias, scale, output if relu else None)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        needed = list(ctx.needs_input_grad[:3])
         if grad is None:
-            return (None,) * 8
-        run = _torch_gradients if wants_graph() else CONV_TRANSPOSE2D_BACKWARD
-        gradients = run(grad, *ctx.saved_tensors, *ctx.geometry, needed)
-        return *(g if need else None for g, need in zip(gradients, needed, strict=True)), *(None,) * 5
+            return (None,) * 10
+        input, weight, bias, scale, output = ctx.saved_tensors
+        needed = [*ctx.needs_input_grad[:3], ctx.needs_input_grad[8]]
+        run = _differentiable_gradients if wants_graph() else _gradients
+        found = run(grad, input, weight, bias, scale, output, ctx.geometry, needed)
+        of_input, of_weight, of_bias, of_scale = (g if n else None for g, n in zip(found, needed, strict=True))
+        return of_input, of_weight, of_bias, *(None,) * 5, of_scale, None
+
+
+def _gradients(
+    grad: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, output: Tensor | None,
+    geometry: list[Any], needed: list[bool],
+) -> Sequence[Tensor]:  # fmt: skip
+    mask = [needed[0], needed[1] or needed[3], needed[2]]
+    if scale is None:
+        return *CONV_TRANSPOSE2D_BACKWARD(grad, input, weight, *geometry, mask, output), grad
+    groups = geometry[3]
+    by_row = scale.view(groups, 1, -1).expand(-1, weight.shape[0] // groups, -1).reshape(*weight.shape[:2], 1, 1)
+    scaled = (weight * by_row).to(weight.dtype)
+    of_input, product, of_bias = CONV_TRANSPOSE2D_BACKWARD(grad, input, scaled, *geometry, mask, output)
+    if not mask[1]:
+        return of_input, product, of_bias, product
+    of_scale = (product * weight).sum((2, 3)).view(groups, -1, weight.shape[1]).sum(1).flatten()
+    return of_input, product * by_row, of_bias, of_scale
+
+
+def _differentiable_gradients(
+    grad: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, output: Tensor | None,
+    geometry: list[Any], needed: list[bool],
+) -> Sequence[Tensor | None]:  # fmt: skip
+    if scale is None and output is None:
+        return *torch_gradients(grad, input, weight, *geometry, needed[:3]), None
+
+    def fused(input: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None) -> Tensor:
+        return affine_relu(F.conv_transpose2d(input, weight, None, *geometry), scale, bias, output is not None)
+
+    return double_backward(fused, (input, weight, bias, scale), needed, grad)
 
 
 def conv_transpose2d(
@@ -253,19 +161,96 @@ def conv_transpose2d(
 
     input: (N, C, H, W) or (C, H, W); weight: (C, K / groups, KH, KW); bias: (K,). The result is (N, K, OH, OW) with
     OH = (H - 1) * stride - 2 * padding + dilation * (KH - 1) + output_padding + 1, channels_last where input or
-    weight is, as in torch. float32, float16 and bfloat16 of one group without dilation run on the kernels, all else
-    on torch. Sums are in float32; float32 operands are rounded to TF32 where torch allows cuDNN's convolutions that
-    (torch.backends.cudnn.conv.fp32_precision). Under autocast the tensors are cast as torch casts them.
+    weight is, as in torch. float32, float16 and bfloat16 run on the kernels; float64, and dilation together with a
+    stride, on torch. Sums are in float32; float32 operands are rounded to TF32 where torch allows cuDNN's
+    convolutions that (torch.backends.cudnn.conv.fp32_precision). Under autocast tensors are cast as torch casts them.
 
     Deterministic, the gradients too, which have second derivatives through torch's. Under backend "auto" torch runs
     until a measurement says that the kernels beat cuDNN; backend "triton" runs them. Raises RuntimeError for shapes,
     dtypes and arguments that torch refuses, and for an output without pixels.
     """
     geometry = _arguments(input, weight, bias, stride, padding, output_padding, groups, dilation)
-    if CONV_TRANSPOSE2D.choose(input, weight, bias, *geometry).backend == "torch":
+    if _all_on_torch(input, weight, bias, geometry, None, False):
         return F.conv_transpose2d(input, weight, bias, *geometry)
-    tensors = [None if x is None else x.to(_dtype(x)) for x in (input, weight, bias)]
-    if input.dim() == 3:
-        tensors[0] = tensors[0].unsqueeze(0)
-    output = ConvTranspose2dFunction.apply(*tensors, *geometry)
-    return output.squeeze(0) if input.dim() == 3 else output
+    return _applied(input, weight, None if bias is None else bias.to(_dtype(bias)), *geometry, None, False)
+
+
+def runs_on_kernels(
+    input: Tensor, weight: Tensor, bias: Tensor | None, stride: IntOrPair, padding: IntOrPair,
+    output_padding: IntOrPair, groups: int, dilation: IntOrPair, scale: Tensor | None = None, relu: bool = False,
+) -> bool:  # fmt: skip
+    """Whether a call of conv_transpose2d, or with scale and relu of the fused form, would run on the kernels."""
+    checked = bias if scale is None and not relu else None
+    geometry = _arguments(input, weight, checked, stride, padding, output_padding, groups, dilation)
+    return not _all_on_torch(input, weight, bias, geometry, scale, relu, asks=True)
+
+
+def conv_transpose2d_affine_relu(
+    input: Tensor,
+    weight: Tensor,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    stride: IntOrPair = 1,
+    padding: IntOrPair = 0,
+    output_padding: IntOrPair = 0,
+    groups: int = 1,
+    dilation: IntOrPair = 1,
+) -> Tensor:
+    """relu(conv_transpose2d(input, weight) * scale + shift), the epilogue in float32 before the result is stored.
+
+    scale, shift: (K,), of float32 or of input's dtype, or None: a bias is a shift without scale, and a batch
+    normalisation in evaluation folds to scale = gamma / sqrt(var + eps), shift = beta + (bias - mean) * scale, best
+    kept in float32. Everything else, shapes, layouts, dtypes, determinism and errors, is as in conv_transpose2d, of
+    which this is one kernel where it runs on the kernels, forward, and in the backward one pass over the gradient,
+    with ReLU's mask, for what torch takes three for. Under autocast scale and shift are left as they are.
+    """
+    name = "conv_transpose2d_affine_relu"
+    geometry = _arguments(input, weight, None, stride, padding, output_padding, groups, dilation)
+    for what, value in (("scale", scale), ("shift", shift)):
+        if value is None:
+            continue
+        if value.shape != (weight.shape[1] * groups,):
+            expected = (weight.shape[1] * groups,)
+            raise RuntimeError(f"{name}: {what} must have shape {expected}, but has {tuple(value.shape)}")
+        if value.dtype not in (torch.float32, _dtype(input), input.dtype):
+            raise RuntimeError(f"{name}: {what} must be of float32 or {_dtype(input)}, but is of {value.dtype}")
+        if value.device != input.device:
+            raise RuntimeError(f"{name}: {what} must be on input's device {input.device}, but is on {value.device}")
+    if _all_on_torch(input, weight, shift, geometry, scale, True):
+        return affine_relu(F.conv_transpose2d(input, weight, None, *geometry), scale, shift, True)
+    return _applied(input, weight, shift, *geometry, scale, True)
+
+
+def _all_on_torch(
+    input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Sequence[Any], scale: Tensor | None, relu: bool,
+    asks: bool = False,
+) -> bool:  # fmt: skip
+    """Whether no direction of a call runs on the kernels; each that will be asked for is chosen for itself.
+
+    Under torch.compile the operators choose when they run.
+    """
+    no = uncovered(input, weight, geometry[0], geometry[4])
+    if no is not None or not input.is_cuda or dispatch.get_backend() != "auto":
+        return dispatch.choose(NAME, input, no, asks=asks).backend == "torch"
+    if torch.compiler.is_compiling():
+        return False
+    image, differentiated = input if input.dim() == 4 else input.unsqueeze(0), torch.is_grad_enabled()
+    asked = {
+        FORWARD: True,
+        OF_INPUT: differentiated and input.requires_grad,
+        OF_WEIGHT: differentiated and weight.requires_grad,
+    }
+    choices = [
+        dispatch.choose(
+            NAME if way == FORWARD else f"{NAME}, {way}", input, None,
+            preferred(way, image, weight, geometry, bias, scale, relu, _dtype(input)), asks,
+        )
+        for way, need in asked.items() if need
+    ]  # fmt: skip
+    return all(choice.backend == "torch" for choice in choices)
+
+
+def _applied(input: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    x, weight = input.to(_dtype(input)), weight.to(_dtype(weight))
+    output = ConvTranspose2dFunction.apply(x if input.dim() == 4 else x.unsqueeze(0), weight, *rest)
+    return output if input.dim() == 4 else output.squeeze(0)

@@ -21,8 +21,9 @@ class Operator:
 
     schema: torch's function schema. kernel, reference: the two implementations, called with the operator's
     arguments; the reference is written in torch alone and works in float64. fake: shapes, dtypes and strides of the
-    result, for tracing. uncovered: says in words what of a call the kernels do not cover, or None; slower: likewise
-    why torch is the better choice under "auto". backward: whether it is part of a gradient, and so begins with one.
+    result, for tracing. uncovered: says in words what of a call the kernels do not cover, or None; preferred: the
+    backend that is the better choice under "auto", and why, or None for the kernels. backward: whether it is part of a
+    gradient, and so begins with one.
     """
 
     def __init__(
@@ -33,11 +34,11 @@ class Operator:
         reference: Callable[..., Any],
         fake: Callable[..., Any],
         uncovered: Callable[..., str | None],
-        slower: Callable[..., str | None] = lambda *args: None,
+        preferred: Callable[..., dispatch.Preference | None] = lambda *args: None,
     ) -> None:
         self.name, _, arguments = schema.partition("(")
         self.fake, self.backward = fake, arguments.startswith("Tensor grad_output")
-        self.kernel, self.reference, self.uncovered, self.slower = kernel, reference, uncovered, slower
+        self.kernel, self.reference, self.uncovered, self.preferred = kernel, reference, uncovered, preferred
         LIB.define(schema, tags=TAGS)
         for key in ("CPU", "CUDA"):
             LIB.impl(self.name, self._run, key)
@@ -49,7 +50,9 @@ class Operator:
 
     def choose(self, *args: Any) -> dispatch.Choice:
         """The backend for these arguments, the first of which is a tensor."""
-        return dispatch.choose(self.name, args[0], self.uncovered(*args), self.slower(*args))
+        uncovered = self.uncovered(*args)
+        preferred = self.preferred(*args) if uncovered is None and dispatch.get_backend() == "auto" else None
+        return dispatch.choose(self.name, args[0], uncovered, preferred)
 
     def floor(self, *args: Any) -> int:
         """The fewest bytes a call can move: each tensor argument read once, each result written once."""

@@ -1,0 +1,114 @@
+"""What the kernels of transposed convolution share: the geometry of a call, its phases, and its epilogue."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def rectangle(
+    tile, tiles_k, KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, SHARE: tl.constexpr
+):
+    """(first tile, rh0, phases_h, taps_h, rw0, phases_w, taps_w) of the rectangle of phases that a tile belongs to.
+
+    Of a kernel KH = A * SH + B the first B phases have A + 1 taps, the others A: up to four rectangles with equal taps,
+    those with the most taps first. A tile is tiles_k blocks of channels of SHARE phases of one of them.
+    """  # fmt: skip
+    more_h: tl.constexpr = KH % SH
+    more_w: tl.constexpr = KW % SW
+    tiles_00 = (more_h * more_w + SHARE - 1) // SHARE * tiles_k
+    tiles_01 = (more_h * (SW - more_w) + SHARE - 1) // SHARE * tiles_k
+    tiles_10 = ((SH - more_h) * more_w + SHARE - 1) // SHARE * tiles_k
+    few_h = tile >= tiles_00 + tiles_01
+    first = tl.where(few_h, tiles_00 + tiles_01, 0)
+    before = tl.where(few_h, tiles_10, tiles_00)
+    few_w = tile - first >= before
+    first = tl.where(few_w, first + before, first)
+    rh0, taps_h = tl.where(few_h, more_h, 0), tl.where(few_h, KH // SH, KH // SH + 1)
+    rw0, taps_w = tl.where(few_w, more_w, 0), tl.where(few_w, KW // SW, KW // SW + 1)
+    phases_h, phases_w = tl.where(few_h, SH - more_h, more_h), tl.where(few_w, SW - more_w, more_w)
+    return first, rh0, phases_h, taps_h, rw0, phases_w, taps_w
+
+
+@triton.jit
+def epilogue(acc, scale, bias, k, live_k, SCALE: tl.constexpr, BIAS: tl.constexpr, RELU: tl.constexpr):
+    """relu(acc * scale[k] + bias[k]) in float32, of which SCALE, BIAS and RELU say what there is; k of the columns."""
+    if SCALE:
+        acc *= tl.load(scale + k, mask=live_k, other=0.0).to(tl.float32)[None, :]
+    if BIAS:
+        acc += tl.load(bias + k, mask=live_k, other=0.0).to(tl.float32)[None, :]
+    if RELU:
+        acc = tl.where(acc <= 0, 0.0, acc)  # NaN stays
+    return acc
+
+
+class Epilogue(NamedTuple):
+    """What follows the sum before its one rounding: relu(sum * scale + bias); scale and bias are (K,) or None."""
+
+    scale: Tensor | None
+    bias: Tensor | None
+    relu: bool
+
+    def pointers(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """(scale, bias) for a launch; y stands for what there is not, and is not read."""
+        return y if self.scale is None else self.scale, y if self.bias is None else self.bias
+
+    def constants(self) -> dict[str, bool]:
+        return {"SCALE": self.scale is not None, "BIAS": self.bias is not None, "RELU": self.relu}
+
+
+class Geometry(NamedTuple):
+    """(height, width) each of kernel, stride, padding and dilation, the groups, and the layout of the images.
+
+    Where the dilation is more than 1, the stride or the kernel is 1.
+    """
+
+    kernel: list[int]
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
+    groups: int
+    channels_last: bool
+
+    def tightened(self, image: Tensor, output: Tensor) -> Geometry:
+        """The same convolution, where the image is one pixel high or wide: one cell, and no tap past the image."""
+        sizes = zip((-2, -1), self.kernel, self.stride, self.padding, self.dilation, strict=True)
+        stride = [
+            s if image.shape[i] > 1 or d > 1 else max(k, output.shape[i] + p) for i, k, s, p, d in sizes
+        ]  # fmt: skip
+        return self._replace(stride=stride)
+
+    def cells(self, output: Sequence[int]) -> list[int]:
+        """Height and width of the map of cells that cover an output of this height and width."""
+        sizes = zip(output, self.stride, self.padding, strict=True)
+        return [triton.cdiv(size + p, s) - p // s for size, s, p in sizes]
+
+    def phases(self) -> list[int]:
+        """How many phases each rectangle with equal taps holds."""
+        rows, columns = ((taps % s, s - taps % s) for taps, s in zip(self.kernel, self.stride, strict=True))
+        return [a * b for a in rows for b in columns]
+
+    def depthwise(self, weight: Tensor) -> bool:
+        """Whether every group is one channel in and one out."""
+        return self.groups > 1 and self.channels(weight) == (1, 1)
+
+    def shuffles(self, x: Tensor, y: Tensor) -> bool:
+        """Whether each pixel of x makes a rectangle of its own in y, with sides that are powers of two."""
+        whole = list(y.shape[-2:]) == [size * s for size, s in zip(x.shape[-2:], self.stride, strict=True)]
+        powers_of_two = not any(s & (s - 1) for s in self.stride)
+        return whole and powers_of_two and self.kernel == self.stride and not any(self.padding)
+
+    def channels(self, weight: Tensor) -> tuple[int, int]:
+        """Of one group: (input's, output's)."""
+        return weight.shape[0] // self.groups, weight.shape[1]
+
+    def constants(self) -> dict[str, int]:
+        (kh, kw), (sh, sw), (ph, pw), (dh, dw) = self.kernel, self.stride, self.padding, self.dilation
+        return {
+            "KH": kh, "KW": kw, "SH": sh, "SW": sw, "PH": ph, "PW": pw, "DH": dh, "DW": dw, "GROUPS": self.groups,
+        }  # fmt: skip

@@ -1,0 +1,132 @@
+"""The kernels that fetch through tensor descriptors, which is what an H100 launches: they run, and they are right."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_conv_transpose import DTYPES, LAYOUTS, NAMES, tensors
+
+from fastseg import functional as FS
+from fastseg.inspect.traffic import metering
+from fastseg.kernels import conv_transpose_tma as tma
+from fastseg.kernels import launch
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="launches are counted where they are interpreted")
+FORWARD, INPUT, WEIGHT = (f"conv_transpose2d_{name}_tma_kernel" for name in ("fwd", "bwd_input", "bwd_weight"))
+
+# input, output channels, kernel, stride, padding, output_padding, dilation
+GEOMETRIES = [
+    ((2, 16, 4, 8), 24, 2, 2, 0, 0, 1),  # rows of windows side by side
+    ((1, 40, 4, 4), 16, 4, 4, 0, 0, 1),  # channels that are no whole block
+    ((1, 16, 8, 8), 16, 3, 2, 1, 1, 1),  # phases with different taps, cells past the image
+    ((2, 24, 8, 8), 80, 4, 2, 1, 0, 1),
+    ((4, 16, 4, 4), 16, 3, 1, 1, 0, 1),  # boxes over several images
+    ((1, 16, 16, 15), 16, 3, 1, (1, 2), 0, (1, 2)),
+    ((2, 16, 4, 8), 16, (3, 2), (1, 2), (1, 0), 0, 1),
+]
+
+
+def run(geometry, layout, dtype, device):
+    shape, channels, kernel, stride, padding, extra, dilation = geometry
+    inputs = tensors(shape, channels, kernel, dtype, layout, device)
+
+    def call(*inputs, function=FS.conv_transpose2d):
+        return function(*inputs, stride, padding, extra, 1, dilation)
+
+    return inputs, call, lambda *inputs: call(*inputs, function=F.conv_transpose2d)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("case", range(len(GEOMETRIES)))
+def test_output_and_gradients(case, layout, device, triton_backend, assert_right, monkeypatch):
+    """In channels_last all three products, in NCHW the input's gradient, whose grad_y is channels_last by then."""
+    dtype = DTYPES[1 + case % 2]
+    inputs, ours, theirs = run(GEOMETRIES[case], layout, dtype, device)
+    monkeypatch.setattr(tma, "SPARE", 4)  # as little as there is at sizes that an interpreter can do
+    with metering() as launches:
+        assert_right(ours, theirs, inputs, NAMES)
+    fetched = {traffic.kernel for traffic in launches if "tma" in traffic.kernel}
+    assert fetched == ({FORWARD, INPUT, WEIGHT} if layout == torch.channels_last else {INPUT})
+    assert not any(traffic.outside for traffic in launches)
+
+
+def test_float32(device, triton_backend, assert_right):
+    inputs, ours, theirs = run(GEOMETRIES[2], torch.channels_last, torch.float32, device)
+    with metering() as launches:
+        assert_right(ours, theirs, inputs, NAMES)
+    assert {traffic.kernel for traffic in launches if "tma" in traffic.kernel} == {FORWARD, INPUT}
+
+
+def test_sums_in_shares(device, triton_backend, assert_right, monkeypatch):
+    from fastseg.kernels import products
+
+    monkeypatch.setattr(products, "LEAST_STEPS", 1)
+    inputs, ours, theirs = run(((2, 16, 8, 16), 16, 2, 2, 0, 0, 1), torch.channels_last, torch.float16, device)
+    with metering() as launches:
+        assert_right(ours, theirs, inputs, NAMES)
+    assert {"sum_shares_kernel", WEIGHT} <= {traffic.kernel for traffic in launches}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_offsets_of_64_bits(layout, device, triton_backend, assert_right, monkeypatch):
+    from fastseg.kernels import products
+
+    monkeypatch.setattr(products, "INT32_MAX", 0)
+    inputs, ours, theirs = run(GEOMETRIES[2], layout, torch.float16, device)
+    assert_right(ours, theirs, inputs, NAMES)
+
+
+def kernels_of(device, sm, shape=(1, 16, 8, 8), channels=16, kernel=2, padding=0, groups=1, shift=0):
+    """Names of what is launched forward and backward in channels_last, on tensors that begin `shift` elements late."""
+    x, weight, _ = tensors(shape, channels, kernel, torch.float16, torch.channels_last, device)
+    if shift:
+        x = torch.cat([x.new_zeros(shift), x.permute(0, 2, 3, 1).flatten()])[shift:].view(1, 8, 8, 16)
+        x = x.permute(0, 3, 1, 2)
+    leaves = [x.requires_grad_(), weight.requires_grad_()]
+    with launch.targeting(sm):
+        y = FS.conv_transpose2d(*leaves, None, 2, padding, padding, groups)
+        with metering() as launches:
+            FS.conv_transpose2d(*leaves, None, 2, padding, padding, groups)
+            y.backward(torch.ones_like(y))
+    return {traffic.kernel for traffic in launches}
+
+
+def test_who_fetches(device, triton_backend):
+    """GPUs with a copy engine, tensors of whole 16 bytes, and images that boxes cover with little to spare."""
+    every = {FORWARD, INPUT, WEIGHT}
+    assert every <= kernels_of(device, 90) and every <= kernels_of(device, 100)
+    for no in (
+        {"sm": 80},
+        {"sm": 90, "shape": (1, 20, 8, 8)},
+        {"sm": 90, "channels": 12},
+        {"sm": 90, "groups": 2},
+        {"sm": 90, "shape": (1, 16, 5, 7)},
+    ):
+        assert not every & kernels_of(device, **no), no
+    assert kernels_of(device, 90, shift=1) & every == {INPUT}  # which does not read x
+    assert not {INPUT, WEIGHT} & kernels_of(device, 90, kernel=3)  # an odd grad_y is no whole number of steps
+
+
+@pytest.mark.parametrize("sm", [80, 90])
+@pytest.mark.parametrize("geometry", [(2, 2), (3, 2, 1, 1), (4, 2, 1)])
+def test_gate_flops_executed_over_flops_needed(geometry, sm, device, triton_backend):
+    """At stride 2: at most 1.10 forward, counted. Inserted zeros would make it 4, phases of one size 1.8 for 3x3."""
+    x, weight, _ = tensors((1, 16, 24, 32), 16, geometry[0], torch.float16, torch.channels_last, device)
+    with launch.targeting(sm), metering() as launches:
+        FS.conv_transpose2d(x, weight, None, *geometry[1:])
+    needed = 2 * x.numel() * weight.shape[1:].numel()
+    assert 1 <= sum(traffic.flops for traffic in launches) / needed <= 1.10
+
+
+def test_gate_flops_of_the_gradients(device, triton_backend):
+    leaves = tensors((1, 16, 16, 32), 16, 3, torch.float16, torch.channels_last, device)[:2]
+    y = FS.conv_transpose2d(*(t.requires_grad_() for t in leaves), None, 2, 1, 1)
+    with metering() as launches:
+        y.backward(torch.ones_like(y))
+    needed = 4 * leaves[0].numel() * leaves[1].shape[1:].numel()
+    assert 1 <= sum(traffic.flops for traffic in launches) / needed <= 1.10
+
+
+def test_boxes_cover_with_the_least_to_spare():
+    assert tma.best_box(8, 112, 112, 128) == (1, 8, 16) or tma.best_box(8, 112, 112, 128) == (1, 16, 8)
+    assert tma.best_box(16, 14, 14, 64).covered(16, 14, 14) == 16 * 14 * 14
+    assert tma.best_box(1, 1, 1, 1) == (1, 1, 1)
