@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import functional
+from .ops.library import memory_format
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -146,28 +147,38 @@ def max_unpool2d_anywhere(at: Placement, shape: Sequence[int]) -> Iterator[Case]
     )
 
 
-def batch_norm_relu(at: Placement, shape: Sequence[int], kernel: Any = 2, ceil_mode: bool = True) -> Iterator[Case]:
+def _apart(x: Tensor, kernel: int) -> Tensor:
+    """Values no two of which are near each other in any window: half precision must not choose another maximum."""
+    levels = (2 * x.float()).round() / 2
+    rows, columns = (torch.arange(size, device=x.device) % kernel for size in x.shape[-2:])
+    steps = (rows[:, None] * kernel + columns) * (0.5 / kernel**2)
+    return (levels + steps).to(x.dtype).contiguous(memory_format=memory_format(x))
+
+
+def batch_norm_relu(
+    at: Placement, shape: Sequence[int], kernel: int = 2, ceil_mode: bool = True, conv_bias: bool = True
+) -> Iterator[Case]:
     """Batch norm in training with the ReLU behind it; with pooling behind; with the unpooling that undoes it.
 
-    Behind a convolution whose bias torch adds and ours absorbs.
+    conv_bias: behind a convolution whose bias torch adds and ours absorbs.
     """
     channels = shape[1]
     running = [torch.zeros(channels, device=at.device), torch.ones(channels, device=at.device)]
 
     def inputs(image: Sequence[int]) -> dict[str, Any]:
         vectors = {name: at.parameters(channels) for name in ("weight", "bias", "conv bias")}
-        return {"input": at.tensor(*image), **vectors}
+        return {"input": _apart(at.tensor(*image), kernel), **(vectors if conv_bias else vectors | {"conv bias": None})}
 
     def ours(function: Callable[..., Any], **rest: Any) -> Callable[..., Any]:
-        def call(x: Tensor, weight: Tensor, bias: Tensor, added: Tensor, *offsets: Tensor) -> Any:
+        def call(x: Tensor, weight: Tensor, bias: Tensor, added: Tensor | None, *offsets: Tensor) -> Any:
             moved = [t.clone().to(weight.dtype) for t in running]
             return function(x, *offsets[1:], *moved, weight, bias, training=True, **rest, input_bias=added)
 
         return call
 
-    def theirs(x: Tensor, weight: Tensor, bias: Tensor, added: Tensor, *_: Tensor) -> Tensor:
+    def theirs(x: Tensor, weight: Tensor, bias: Tensor, added: Tensor | None, *_: Tensor) -> Tensor:
         moved = [t.clone().to(weight.dtype) for t in running]
-        y = x + added.to(x.dtype).view(1, -1, 1, 1)
+        y = x if added is None else x + added.to(x.dtype).view(1, -1, 1, 1)
         return F.relu(F.batch_norm(y, *moved, weight, bias, training=True))
 
     def pooled(*inputs: Tensor) -> Tensor:

@@ -71,10 +71,14 @@ def bn_relu_max_pool2d_fwd_kernel(
                 row = tl.load(x + offset, mask=inside, other=0.0).to(T)
                 left, right = tl.split(tl.reshape(row, (ROWS, LANES, 2)))
                 left = normalised((left - centre) + low, scale, beta, RELU, D)
-                best, at = keep_larger(best, at, left, i * KW, inside)
+                if PARTIAL:
+                    left = tl.where(inside, left, float("-inf"))
+                best, at = keep_larger(best, at, left, i * KW)
                 if KW == 2:
                     right = normalised((right - centre) + low, scale, beta, RELU, D)
-                    best, at = keep_larger(best, at, right, i * KW + 1, inside)
+                    if PARTIAL:
+                        right = tl.where(inside, right, float("-inf"))
+                    best, at = keep_larger(best, at, right, i * KW + 1)
             else:
                 for j in tl.static_range(KW):
                     w = w0 + j
@@ -84,7 +88,9 @@ def bn_relu_max_pool2d_fwd_kernel(
                     offset = pixel_offset(image, h, w, run, tile, c, C, H, W, RUNS, VEC, CHANNELS_LAST, False)
                     value = tl.load(x + offset, mask=inside, other=0.0).to(T)
                     value = normalised((value - centre) + low, scale, beta, RELU, D)
-                    best, at = keep_larger(best, at, value, i * KW + j, inside)
+                    if PARTIAL:
+                        value = tl.where(inside, value, float("-inf"))
+                    best, at = keep_larger(best, at, value, i * KW + j)
         out = pixel_offset(image, oh, ow, run, tile, c, C, OH, OW, RUNS, VEC, CHANNELS_LAST, True)
         tl.store(y + out, best.to(D), mask=live)
         if OFFSETS:

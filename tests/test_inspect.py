@@ -19,7 +19,11 @@ from fastseg.kernels.launch import launch
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled here, not interpreted")
 codegen = pytest.mark.xdist_group("codegen")  # one process compiles, once
 
+REDUCING = ("batch_norm_stats_kernel", "batch_norm_relu_sums_kernel", "bn_relu_max_pool2d_sums_kernel")
 MEMORY_BOUND = ("max_pool2d", "max_unpool2d", "cross_entropy")
+NORM, POOL, UNPOOL = "batch_norm_relu", "batch_norm_relu_max_pool2d", "batch_norm_relu_max_unpool2d"
+NORMS = {"batch_norm_stats", UNPOOL, f"{UNPOOL}_sums"}
+NORMS |= {f"{name}{suffix}" for name in (NORM, POOL) for suffix in ("", "_sums", "_backward")}
 
 
 # --- traffic ---------------------------------------------------------------------------------------------------------
@@ -46,12 +50,33 @@ def test_gate_every_memory_bound_operator_is_at_its_floor(layout):
     at = cases.Placement(torch.bfloat16, cases.LAYOUTS[layout], "cpu")
     seen = set()
     for case in traffic_report.sized_cases(at):
-        if case.operator.startswith(MEMORY_BOUND):
-            odd = any(odd in case.size for odd in ("38x54", "23x37", "9x13"))
+        if case.operator.startswith((*MEMORY_BOUND, NORM)):
+            odd = any(odd in case.size for odd in ("38x54", "23x37", "9x13", "19x27"))
             for traffic in traffic_report.operator_traffic(case):
                 seen.add(traffic.operator)
                 assert traffic.ratio <= (1.15 if odd else 1.05), f"{traffic.operator} {case.size}: {traffic.ratio:.3f}"
-    assert seen == {f"{name}{suffix}" for name in MEMORY_BOUND for suffix in ("", "_backward")}
+    assert seen == {f"{name}{suffix}" for name in MEMORY_BOUND for suffix in ("", "_backward")} | NORMS
+
+
+@pytest.mark.parametrize("layout", cases.LAYOUTS)
+def test_gate_float32_is_at_its_floor(layout):
+    at, shape = cases.Placement(torch.float32, cases.LAYOUTS[layout], "cpu"), (1, 16, 64, 32)
+    for make in (cases.max_pool2d, cases.max_unpool2d, cases.batch_norm_relu):
+        for case in make(at, shape):
+            for traffic in traffic_report.operator_traffic(case):
+                assert traffic.ratio <= 1.05, f"{traffic.operator}: {traffic.ratio:.3f}"
+
+
+@pytest.mark.parametrize("layout", cases.LAYOUTS)
+def test_gate_batch_norm_against_eager(layout):
+    """Forward and backward, without and with the bias of a convolution before, which eager adds and sums up."""
+    places = [cases.Placement(torch.bfloat16, cases.LAYOUTS[layout], d) for d in ("cpu", "meta")]
+    for biased, most in ((False, (0.63, 0.36)), (True, (0.52, 0.31))):
+        both = (list(cases.batch_norm_relu(at, (1, 32, 32, 32), conv_bias=biased)) for at in places)
+        for case, bare, share in zip(*(found[:2] for found in both), most, strict=True):
+            ours = sum(t.moved for t in traffic_report.operator_traffic(case))
+            eager = sum(least for least, _ in traffic_report.eager_bytes(bare).values())
+            assert ours <= share * eager, f"{case.operator} {biased}: {ours / eager:.3f}"
 
 
 @pytest.mark.parametrize("layout", cases.LAYOUTS)
@@ -100,6 +125,12 @@ def test_the_floors_are_the_published_ones():
         [18 * elements / 4, 18 * elements / 4],
         [11 * elements / 4, 11 * elements / 4],
     ]
+    norms = [
+        traffic_report.by_mode(traffic_report.operator_traffic(c)) for c in cases.batch_norm_relu(at, (2, 64, 16, 32))
+    ]
+    floors = [[t.floor / elements for t in modes.values()] for modes in norms]
+    assert floors[0] == pytest.approx([6, 10], rel=0.01) and floors[1] == pytest.approx([4.75, 7.5], rel=0.01)
+    assert floors[2][0] == pytest.approx(13 / 4, rel=0.02)
     (case,) = cases.cross_entropy(at, (2, 19, 16, 32))
     assert sum(t.floor for t in traffic_report.operator_traffic(case)) == pytest.approx(
         (6 * 19 + 24) * pixels, rel=1e-3
@@ -193,13 +224,17 @@ def test_gate_rows_that_allow_it_are_read_and_written_16_bytes_wide(facts):
     ]
     seen = {(row["kernel"], row["layout"]) for row in wide}
     names = ("max_pool2d_fwd", "max_unpool2d_fwd", "max_unpool2d_bwd", "window_gather")
-    kernels = {f"{name}_kernel" for name in names}
+    norms = [f"batch_norm_{name}" for name in ("stats", "relu_fwd", "relu_sums", "relu_bwd")]
+    norms += [
+        f"bn_relu_max_{name}" for name in ("pool2d_fwd", "pool2d_sums", "pool2d_bwd", "unpool2d_fwd", "unpool2d_sums")
+    ]
+    kernels = {f"{name}_kernel" for name in (*names, *norms)}
     assert {(kernel, layout) for kernel in kernels for layout in cases.LAYOUTS} <= seen
     assert {("cross_entropy_bwd_kernel", "nchw"), ("cross_entropy_bwd_rows_kernel", "channels_last")} <= seen
     for row in wide:
         assert "16" in row["loads"], row
         assert not {"1", "2"} & set(row["stores"]), row  # offsets of eight elements are 8 bytes, a report 4
-        if row["kernel"] != "cross_entropy_fwd_kernel":  # which stores one float a pixel
+        if row["kernel"] not in ("cross_entropy_fwd_kernel", *REDUCING):  # which store a float a pixel or a channel
             assert "16" in row["stores"], row
 
 

@@ -57,6 +57,9 @@ def _encoder(net: str, batch: int, maps: Sequence[tuple[int, int, int]]) -> list
         Site(f"{net} stage {number}", make, (batch, *shape), geometry, headline=number == 1)
         for number, shape in enumerate(maps, 1)
         for make in (cases.max_pool2d, cases.max_unpool2d)
+    ] + [
+        Site(f"{net} stage {number}", cases.batch_norm_relu, (batch, *shape), headline=number == 1)
+        for number, shape in enumerate(maps, 1)
     ]
 
 
@@ -94,6 +97,7 @@ SITES = [
 TINY = [
     Site("tiny", cases.max_pool2d, (1, 8, 4, 4), (2, 2, 0, False)),
     Site("tiny", cases.max_unpool2d, (1, 8, 4, 4), (2, 2, 0, False)),
+    Site("tiny", cases.batch_norm_relu, (1, 8, 4, 4)),
     Site("tiny", cases.conv_transpose2d, (1, 16, 4, 4), (16, 2, 2)),
     Site("tiny", cases.cross_entropy, (1, 8, 4, 4), (255,)),
 ]
