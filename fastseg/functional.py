@@ -1,5 +1,6 @@
 """The functions, with torch.nn.functional's names, arguments and errors."""
 
+from .ops.batch_norm_relu import batch_norm_relu, batch_norm_relu_max_pool2d, batch_norm_relu_max_unpool2d
 from .ops.conv_transpose import conv_transpose2d
 from .ops.cross_entropy import cross_entropy
 from .ops.pool import max_pool2d, max_pool2d_with_offsets
@@ -7,6 +8,9 @@ from .ops.unpool import max_unpool2d, max_unpool2d_with_offsets
 from .ops.windows import indices_to_offsets, offsets_to_indices
 
 __all__ = [
+    "batch_norm_relu",
+    "batch_norm_relu_max_pool2d",
+    "batch_norm_relu_max_unpool2d",
     "conv_transpose2d",
     "cross_entropy",
     "indices_to_offsets",

@@ -13,7 +13,20 @@ from types import ModuleType
 if __name__ == "kernels":
     raise ImportError("fastseg's device code is imported as fastseg.kernels: put the folder above on sys.path")
 
-FAMILIES = ("conv_transpose", "conv_transpose_bwd", "cross_entropy", "overlap", "pool", "products", "unpool", "windows")
+FAMILIES = (
+    "batch_norm",
+    "batch_norm_pool",
+    "batch_norm_unpool",
+    "conv_transpose",
+    "conv_transpose_bwd",
+    "cross_entropy",
+    "norm",
+    "overlap",
+    "pool",
+    "products",
+    "unpool",
+    "windows",
+)
 
 
 def __getattr__(name: str) -> ModuleType:

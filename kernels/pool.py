@@ -13,7 +13,7 @@ from .windows import BLOCK, UNROLLED, Windows, group, image_offset, kind, run_of
 
 
 @triton.jit
-def _keep_larger(best, at, value, tap):
+def keep_larger(best, at, value, tap):
     """torch's rule: a strictly larger value wins, so the first of equals stays; NaN always wins.
 
     Taps outside the image are -inf, which never wins.
@@ -35,7 +35,7 @@ def _see_tap(
         inside = live & (h >= 0) & (h < H) & (w >= 0) & (w < W)
     offset = image_offset(plane, h, w, run, H, W, RUNS, VEC, CHANNELS_LAST)
     value = tl.load(x + offset, mask=inside, other=float("-inf")).to(best.dtype)
-    return _keep_larger(best, at, value, tap)
+    return keep_larger(best, at, value, tap)
 
 
 @triton.jit
@@ -73,9 +73,9 @@ def max_pool2d_fwd_kernel(
                 row = tl.load(x + run_offset(plane, h, run, H, RUNS, VEC) + 2 * q, mask=inside, other=float("-inf"))
                 left, right = tl.split(tl.reshape(row.to(best.dtype), (BLOCK, VEC, 2)))
                 if 2 * q + PW >= 0:
-                    best, at = _keep_larger(best, at, left, i * KW + 2 * q + PW)
+                    best, at = keep_larger(best, at, left, i * KW + 2 * q + PW)
                 if 2 * q + PW + 1 < KW:
-                    best, at = _keep_larger(best, at, right, i * KW + 2 * q + PW + 1)
+                    best, at = keep_larger(best, at, right, i * KW + 2 * q + PW + 1)
     elif KH * KW <= UNROLLED:
         for tap in tl.static_range(KH * KW):
             best, at = _see_tap(

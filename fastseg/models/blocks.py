@@ -1,15 +1,19 @@
-"""What the encoder-decoder networks share: convolution blocks, stages of blocks, pooling that can be undone."""
+"""What the encoder-decoder networks share: convolution blocks, stages of blocks, the way down and up again."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .. import functional as F
+from .. import nn as fused
+from ..nn import BatchNormReLU2d, BatchNormReLUMaxPool2d, BatchNormReLUMaxUnpool2d
 
 VGG16 = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))  # output channels, stage by stage
 
@@ -31,25 +35,90 @@ def scaled(plan: Plan, width: float) -> list[list[int]]:
     return [[max(8, round(channels * width / 8) * 8) for channels in row] for row in plan]
 
 
-def block(conv: nn.Conv2d | nn.ConvTranspose2d, bn_eps: float, relu: bool = True) -> nn.Sequential:
-    """conv + BN (+ ReLU): keys `0.` and `1.` in a state_dict."""
-    layers = [conv, nn.BatchNorm2d(conv.out_channels, eps=bn_eps)]
-    return nn.Sequential(*layers, nn.ReLU(inplace=True)) if relu else nn.Sequential(*layers)
+class Conv2d(nn.Conv2d):
+    """A convolution that leaves its bias to the batch norm behind it, which takes it out again or folds it in."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._conv_forward(input, self.weight, None)
 
 
-def stages(in_channels: int, plan: Plan, layer: Callable[[int, int], nn.Module]) -> nn.ModuleList:
-    """One nn.Sequential for each row of the plan, of ``layer(in_channels, out_channels)`` for each entry of the row."""
+class ConvTranspose2d(fused.ConvTranspose2d):
+    """A transposed convolution that leaves its bias to the batch norm behind it."""
+
+    def forward(self, input: Tensor) -> Tensor:  # no output_size: stride 1 leaves nothing open
+        return F.conv_transpose2d(input, self.weight, None, self.stride, self.padding)
+
+
+class Block(nn.Sequential):
+    """Convolution, then batch norm with what is fused behind it: keys `0.` and `1.` in a state_dict."""
+
+    def forward(self, x: Tensor, *places: Any) -> Any:
+        conv, norm = self
+        return norm(conv(x), *places, input_bias=conv.bias)
+
+
+class Stage(nn.Sequential):
+    """Blocks one behind the other; what an unpooling at the end needs is handed to the last."""
+
+    def forward(self, x: Tensor, *places: Any) -> Any:
+        *blocks, last = self
+        for block in blocks:
+            x = block(x)
+        return last(x, *places)
+
+
+Norm = Callable[[int], BatchNormReLU2d]
+
+
+class Norms(NamedTuple):
+    """Makers of batch norms, by what follows: nothing, a pooling that keeps its places, an unpooling."""
+
+    plain: Norm
+    pooled: Norm
+    unpooled: Norm
+
+    @classmethod
+    def of(cls, eps: float, relu: bool = True) -> Norms:
+        """Pooling is 2x2 with Caffe's output size (ceil)."""
+        return cls(
+            partial(BatchNormReLU2d, eps=eps, relu=relu),
+            partial(BatchNormReLUMaxPool2d, eps=eps, relu=relu, ceil_mode=True, return_offsets=True),
+            partial(BatchNormReLUMaxUnpool2d, eps=eps, relu=relu),
+        )
+
+
+def stages(
+    in_channels: int, plan: Plan, layer: Callable[[int, int, Norm], nn.Module], norms: Norms, down: bool
+) -> nn.ModuleList:
+    """A Stage for each row of the plan, of ``layer(in_channels, out_channels, norm)`` for each entry of the row.
+
+    Downwards every stage ends in a pooling, upwards all but the last in the unpooling before the next.
+    """
     built = nn.ModuleList()
-    for row in plan:
-        built.append(nn.Sequential(*(layer(i, o) for i, o in pairwise([in_channels, *row]))))
+    for number, row in enumerate(plan, 1):
+        upwards = norms.unpooled if number < len(plan) else norms.plain
+        makers = [*[norms.plain] * (len(row) - 1), norms.pooled if down else upwards]
+        pairs = zip(pairwise([in_channels, *row]), makers, strict=True)
+        built.append(Stage(*(layer(i, o, norm) for (i, o), norm in pairs)))
         in_channels = row[-1]
     return built
 
 
-def pool(x: Tensor) -> tuple[Tensor, Kept]:
-    """2x2 max-pooling with Caffe's output size (ceil), and what `unpool` needs to undo it."""
-    pooled, offsets = F.max_pool2d_with_offsets(x, 2, ceil_mode=True)
-    return pooled, (offsets, x.shape[-2:])
+def encode(encoder: nn.ModuleList, x: Tensor) -> tuple[Tensor, list[Kept]]:
+    """The map behind the last pooling, and what each unpooling needs, the last pooling's last."""
+    kept = []
+    for stage in encoder:
+        size = x.shape[-2:]  # which the stage's convolutions keep
+        x, offsets = stage(x)
+        kept.append((offsets, size))
+    return x, kept
+
+
+def decode(decoder: nn.ModuleList, x: Tensor, kept: list[Kept]) -> Tensor:
+    """The map behind the last stage, from the unpooled one before the first."""
+    for stage in decoder:
+        x = stage(x, *kept.pop()) if kept else stage(x)
+    return x
 
 
 def unpool(x: Tensor, kept: Kept) -> Tensor:

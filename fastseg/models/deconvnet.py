@@ -8,8 +8,20 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..nn import ConvTranspose2d
-from .blocks import VGG16, block, check_arguments, initialise, pool, scaled, stages, unpool
+from .blocks import (
+    VGG16,
+    Block,
+    Conv2d,
+    ConvTranspose2d,
+    Norm,
+    Norms,
+    check_arguments,
+    decode,
+    encode,
+    initialise,
+    scaled,
+    stages,
+)
 
 HIDDEN = 4096
 DECODER = ((512, 512, 512), (512, 512, 256), (256, 256, 128), (128, 64), (64, 64))
@@ -38,17 +50,19 @@ class DeconvNet(nn.Module):
         down, up = scaled(VGG16, width), scaled(DECODER, width)
         bottom, ((hidden,),) = down[-1][-1], scaled([[HIDDEN]], width)
 
-        def conv(inputs: int, outputs: int) -> nn.Sequential:
-            return block(nn.Conv2d(inputs, outputs, 3, padding=1), bn_eps)
+        norms = Norms.of(bn_eps)
 
-        def deconv(inputs: int, outputs: int) -> nn.Sequential:
-            return block(ConvTranspose2d(inputs, outputs, 3, padding=1), bn_eps)
+        def conv(inputs: int, outputs: int, norm: Norm) -> Block:
+            return Block(Conv2d(inputs, outputs, 3, padding=1), norm(outputs))
 
-        self.encoder = stages(in_channels, down, conv)
-        self.fc6 = block(nn.Conv2d(bottom, hidden, 7), bn_eps)
-        self.fc7 = block(nn.Conv2d(hidden, hidden, 1), bn_eps)
-        self.fc6_deconv = block(ConvTranspose2d(hidden, bottom, 7), bn_eps)
-        self.decoder = stages(bottom, up, deconv)
+        def deconv(inputs: int, outputs: int, norm: Norm) -> Block:
+            return Block(ConvTranspose2d(inputs, outputs, 3, padding=1), norm(outputs))
+
+        self.encoder = stages(in_channels, down, conv, norms, down=True)
+        self.fc6 = Block(Conv2d(bottom, hidden, 7), norms.plain(hidden))
+        self.fc7 = Block(Conv2d(hidden, hidden, 1), norms.plain(hidden))
+        self.fc6_deconv = Block(ConvTranspose2d(hidden, bottom, 7), norms.unpooled(bottom))
+        self.decoder = stages(bottom, up, deconv, norms, down=False)
         self.classifier = nn.Conv2d(up[-1][-1], num_classes, 1)
         initialise(self)
         for module in self.modules():
@@ -62,11 +76,6 @@ class DeconvNet(nn.Module):
                 f"DeconvNet: input must be at least {self.LEAST}x{self.LEAST}, so that five pools leave the 7x7 map "
                 f"that fc6 needs, but is {x.shape[-2]}x{x.shape[-1]}"
             )
-        places = []
-        for stage in self.encoder:
-            x, kept = pool(stage(x))
-            places.append(kept)
-        x = self.fc6_deconv(self.fc7(self.fc6(x)))
-        for stage in self.decoder:
-            x = stage(unpool(x, places.pop()))
-        return self.classifier(x)
+        x, kept = encode(self.encoder, x)
+        x = self.fc6_deconv(self.fc7(self.fc6(x)), *kept.pop())
+        return self.classifier(decode(self.decoder, x, kept))

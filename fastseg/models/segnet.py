@@ -10,7 +10,20 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .blocks import VGG16, block, check_arguments, initialise, pool, scaled, stages, unpool
+from .blocks import (
+    VGG16,
+    Block,
+    Conv2d,
+    Norm,
+    Norms,
+    check_arguments,
+    decode,
+    encode,
+    initialise,
+    scaled,
+    stages,
+    unpool,
+)
 
 DECODER = ((512, 512, 512), (512, 512, 256), (256, 256, 128), (128, 64), (64,))
 BASIC = ((64,),) * 4
@@ -33,22 +46,18 @@ class SegNet(nn.Module):
         check_arguments(num_classes, in_channels, width)
         down, up = scaled(VGG16, width), scaled(DECODER, width)
 
-        def layer(inputs: int, outputs: int) -> nn.Sequential:
-            return block(nn.Conv2d(inputs, outputs, 3, padding=1), bn_eps)
+        def layer(inputs: int, outputs: int, norm: Norm) -> Block:
+            return Block(Conv2d(inputs, outputs, 3, padding=1), norm(outputs))
 
-        self.encoder = stages(in_channels, down, layer)
-        self.decoder = stages(down[-1][-1], up, layer)
+        norms = Norms.of(bn_eps)
+        self.encoder = stages(in_channels, down, layer, norms, down=True)
+        self.decoder = stages(down[-1][-1], up, layer, norms, down=False)
         self.classifier = nn.Conv2d(up[-1][-1], num_classes, 3, padding=1)
         initialise(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        places = []
-        for stage in self.encoder:
-            x, kept = pool(stage(x))
-            places.append(kept)
-        for stage in self.decoder:
-            x = stage(unpool(x, places.pop()))
-        return self.classifier(x)
+        x, kept = encode(self.encoder, x)
+        return self.classifier(decode(self.decoder, unpool(x, kept.pop()), kept))
 
 
 class SegNetBasic(nn.Module):
@@ -64,20 +73,15 @@ class SegNetBasic(nn.Module):
         check_arguments(num_classes, in_channels, width)
         plan = scaled(BASIC, width)
 
-        def layer(relu: bool):
-            return lambda inputs, outputs: block(nn.Conv2d(inputs, outputs, 7, padding=3), bn_eps, relu)
+        def layer(inputs: int, outputs: int, norm: Norm) -> Block:
+            return Block(Conv2d(inputs, outputs, 7, padding=3), norm(outputs))
 
         self.norm = nn.LocalResponseNorm(5, alpha=1e-4, beta=0.75)
-        self.encoder = stages(in_channels, plan, layer(relu=True))
-        self.decoder = stages(plan[-1][-1], plan, layer(relu=False))
+        self.encoder = stages(in_channels, plan, layer, Norms.of(bn_eps), down=True)
+        self.decoder = stages(plan[-1][-1], plan, layer, Norms.of(bn_eps, relu=False), down=False)
         self.classifier = nn.Conv2d(plan[-1][-1], num_classes, 1)
         initialise(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        x, places = self.norm(x), []
-        for stage in self.encoder:
-            x, kept = pool(stage(x))
-            places.append(kept)
-        for stage in self.decoder:
-            x = stage(unpool(x, places.pop()))
-        return self.classifier(x)
+        x, kept = encode(self.encoder, self.norm(x))
+        return self.classifier(decode(self.decoder, unpool(x, kept.pop()), kept))

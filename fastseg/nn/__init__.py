@@ -1,7 +1,17 @@
 """Modules: torch.nn's names, constructor arguments and state_dict keys, on fastseg.functional."""
 
+from .batch_norm import BatchNormReLU2d, BatchNormReLUMaxPool2d, BatchNormReLUMaxUnpool2d, convert_sync_batchnorm
 from .conv import ConvTranspose2d
 from .loss import CrossEntropyLoss
 from .pool import MaxPool2d, MaxUnpool2d
 
-__all__ = ["ConvTranspose2d", "CrossEntropyLoss", "MaxPool2d", "MaxUnpool2d"]
+__all__ = [
+    "BatchNormReLU2d",
+    "BatchNormReLUMaxPool2d",
+    "BatchNormReLUMaxUnpool2d",
+    "ConvTranspose2d",
+    "CrossEntropyLoss",
+    "MaxPool2d",
+    "MaxUnpool2d",
+    "convert_sync_batchnorm",
+]

@@ -22,7 +22,7 @@ class Operator:
     schema: torch's function schema. kernel, reference: the two implementations, called with the operator's
     arguments; the reference is written in torch alone and works in float64. fake: shapes, dtypes and strides of the
     result, for tracing. uncovered: says in words what of a call the kernels do not cover, or None; slower: likewise
-    why torch is the better choice under "auto".
+    why torch is the better choice under "auto". backward: whether it is part of a gradient, and so begins with one.
     """
 
     def __init__(
@@ -35,7 +35,8 @@ class Operator:
         uncovered: Callable[..., str | None],
         slower: Callable[..., str | None] = lambda *args: None,
     ) -> None:
-        self.name, self.fake = schema.partition("(")[0], fake
+        self.name, _, arguments = schema.partition("(")
+        self.fake, self.backward = fake, arguments.startswith("Tensor grad_output")
         self.kernel, self.reference, self.uncovered, self.slower = kernel, reference, uncovered, slower
         LIB.define(schema, tags=TAGS)
         for key in ("CPU", "CUDA"):

@@ -43,7 +43,7 @@ def _check_pool(function: str, input: Tensor, geometry: tuple[list[int], ...], c
         )
 
 
-def _pool_arguments(
+def pool_arguments(
     function: str, input: Tensor, kernel_size: IntOrPair, stride: IntOrPair | None, padding: IntOrPair,
     dilation: IntOrPair, ceil_mode: bool,
 ) -> tuple[list[int], list[int], list[int], list[int]]:  # fmt: skip
@@ -211,7 +211,7 @@ def max_pool2d(
     its windows give in row-major order, in float32 (float64 for float64). Raises RuntimeError for arguments that torch
     refuses, NotImplementedError for forward-mode derivatives of the kernels.
     """
-    arguments = _pool_arguments("max_pool2d", input, kernel_size, stride, padding, dilation, ceil_mode)
+    arguments = pool_arguments("max_pool2d", input, kernel_size, stride, padding, dilation, ceil_mode)
     positions = INDICES if return_indices else _kept(input, arguments[0])
     if MAX_POOL2D.choose(input, *arguments, ceil_mode, positions).backend == "torch":
         return F.max_pool2d(input, *arguments, ceil_mode=ceil_mode, return_indices=return_indices)
@@ -233,7 +233,7 @@ def max_pool2d_with_offsets(
     (RuntimeError beyond), counted without the gaps of a dilation. max_unpool2d_with_offsets takes them (of dilation 1),
     offsets_to_indices converts them; everything else is as in max_pool2d.
     """
-    arguments = _pool_arguments("max_pool2d_with_offsets", input, kernel_size, stride, padding, dilation, ceil_mode)
+    arguments = pool_arguments("max_pool2d_with_offsets", input, kernel_size, stride, padding, dilation, ceil_mode)
     require_offsets("max_pool2d_with_offsets", arguments[0])
     MAX_POOL2D.choose(input, *arguments, ceil_mode, OFFSETS)  # for explain: the operator itself asks when it runs
     return MaxPool2dFunction.apply(input, *arguments, ceil_mode, OFFSETS)

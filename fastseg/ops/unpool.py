@@ -24,7 +24,7 @@ from .windows import (
 )
 
 
-def _check_unpool(function: str, input: Tensor, positions: Tensor, name: str, dtype: torch.dtype) -> None:
+def check_unpool(function: str, input: Tensor, positions: Tensor, name: str, dtype: torch.dtype) -> None:
     require_tensor(function, "input", input)
     require_tensor(function, name, positions)
     if input.dim() not in (3, 4):
@@ -70,9 +70,7 @@ def _indices(positions: Tensor, kernel: list[int], stride: list[int], padding: l
     return positions
 
 
-def _refuse_strays(
-    positions: Tensor, kernel: list[int], stride: list[int], padding: list[int], size: list[int]
-) -> None:
+def refuse_strays(positions: Tensor, kernel: list[int], stride: list[int], padding: list[int], size: list[int]) -> None:
     """RuntimeError for a position outside the plane or its window. On a GPU a device-side assertion says it."""
     if positions.device.type != "cpu" or positions.numel() == 0:
         return
@@ -103,7 +101,7 @@ def _empty_unpooled(
 def _max_unpool2d_kernel(
     input: Tensor, positions: Tensor, kernel: list[int], stride: list[int], padding: list[int], size: list[int]
 ) -> Tensor:
-    _refuse_strays(positions, kernel, stride, padding, size)
+    refuse_strays(positions, kernel, stride, padding, size)
     layout = memory_format(input)
     output = _empty_unpooled(input, positions, kernel, stride, padding, size)
     windows = kernels.windows.Windows(kernel, stride, padding, layout == torch.channels_last)
@@ -116,7 +114,7 @@ def _max_unpool2d_kernel(
 def _max_unpool2d_reference(
     input: Tensor, positions: Tensor, kernel: list[int], stride: list[int], padding: list[int], size: list[int]
 ) -> Tensor:
-    _refuse_strays(positions, kernel, stride, padding, size)
+    refuse_strays(positions, kernel, stride, padding, size)
     indices = _indices(positions, kernel, stride, padding, size[1]).flatten(-2)
     zeros = input.new_zeros(*input.shape[:-2], size[0] * size[1])
     if input.device.type == "cpu":
@@ -226,15 +224,15 @@ def max_unpool2d(
     device-side assertion), ValueError for an impossible output_size.
     """
     name = "max_unpool2d"
-    _check_unpool(name, input, indices, "indices", torch.int64)
-    arguments = _unpool_arguments(name, input, kernel_size, stride, padding, output_size)
+    check_unpool(name, input, indices, "indices", torch.int64)
+    arguments = unpool_arguments(name, input, kernel_size, stride, padding, output_size)
     backend = MAX_UNPOOL2D.choose(input, indices, *arguments).backend
     if backend == "torch" and not torch.are_deterministic_algorithms_enabled():  # which torch's own refuses
         *geometry, size = arguments
         try:
             return F.max_unpool2d(input, indices, *geometry, output_size=size)
         except RuntimeError:
-            _refuse_strays(indices, *arguments)  # torch's own message does not say where
+            refuse_strays(indices, *arguments)  # torch's own message does not say where
             raise
     return MaxUnpool2dFunction.apply(input, indices, *arguments)
 
@@ -255,14 +253,14 @@ def max_unpool2d_with_offsets(
     assertion on a GPU.
     """
     name = "max_unpool2d_with_offsets"
-    _check_unpool(name, input, offsets, "offsets", torch.uint8)
-    arguments = _unpool_arguments(name, input, kernel_size, stride, padding, output_size)
+    check_unpool(name, input, offsets, "offsets", torch.uint8)
+    arguments = unpool_arguments(name, input, kernel_size, stride, padding, output_size)
     require_offsets(name, arguments[0])
     MAX_UNPOOL2D.choose(input, offsets, *arguments)  # for explain: the operator itself asks when it runs
     return MaxUnpool2dFunction.apply(input, offsets, *arguments)
 
 
-def _unpool_arguments(
+def unpool_arguments(
     function: str, input: Tensor, kernel_size: IntOrPair, stride: IntOrPair | None, padding: IntOrPair,
     output_size: Sequence[int] | None,
 ) -> tuple[list[int], list[int], list[int], list[int]]:  # fmt: skip
