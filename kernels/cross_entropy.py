@@ -193,7 +193,7 @@ class Tiles(NamedTuple):
             tiles = triton.cdiv(n * h * w, block)
             return cls(h * w, tiles, tiles, 16 // logits.element_size(), block, warps)
         vec = vector_width(logits.element_size(), h * w)
-        lane = max(vec, 4)  # pixels of a lane: one access, or 4 where that is narrow
+        lane = max(vec, 4 if logits.element_size() < 8 else 2)  # pixels of a lane: one access, or some narrow ones
         if n * triton.cdiv(h * w, 32 * warps * lane) < FEW_PROGRAMS:
             warps = 1
         block = 32 * warps * lane

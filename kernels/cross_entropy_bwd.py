@@ -11,7 +11,16 @@ import triton.language as tl
 from torch import Tensor
 
 from .cross_entropy import Tiles
-from .cross_entropy_parts import class_shares, constants, gradient, label_weight, read_target, read_tile, smoothed_mass
+from .cross_entropy_parts import (
+    class_shares,
+    constants,
+    exponential,
+    gradient,
+    label_weight,
+    read_target,
+    read_tile,
+    smoothed_mass,
+)
 from .launch import launch
 
 CLASSES = 2  # that a program writes at a time in NCHW: what its registers hold
@@ -39,17 +48,16 @@ def read_lse(lse, PIXELS, o, live, SPLIT: tl.constexpr):
 
 @triton.jit
 def pixel_factors(
-    scale, label, highest, above, mass, weight, PROBABILITIES: tl.constexpr, WEIGHTED: tl.constexpr,
-    SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr,
+    scale, label, factor, highest, above, mass, PROBABILITIES: tl.constexpr, SMOOTHING: tl.constexpr,
+    Z_LOSS: tl.constexpr,
 ):  # fmt: skip
-    """(gain, spread), scaled. mass: of the shares that are not the label's own."""
-    gain = scale * label_weight(weight, label, highest.dtype, WEIGHTED and not PROBABILITIES) * (1.0 - SMOOTHING)
+    """(gain, spread), scaled. factor: the label's weight; mass: of the shares that are not the label's own."""
     spread = tl.zeros_like(highest)
     if PROBABILITIES or SMOOTHING != 0:
         spread += mass
     if Z_LOSS != 0:
         spread += 2.0 * Z_LOSS * (highest + above)
-    return gain, tl.where(label >= 0, spread, 0.0) * scale
+    return scale * factor * (1.0 - SMOOTHING), tl.where(label >= 0, spread, 0.0) * scale
 
 
 @triton.jit
@@ -65,7 +73,8 @@ def read_pixels(
     mass = smoothed + tl.zeros_like(highest)
     if PROBABILITIES:
         mass = tl.load(lse + (2 if SPLIT else 1) * PIXELS + o, mask=live, other=0.0)
-    gain, spread = pixel_factors(scale, label, highest, above, mass, weight, PROBABILITIES, WEIGHTED, SMOOTHING, Z_LOSS)
+    factor = label_weight(weight, label, lse.dtype.element_ty, WEIGHTED and not PROBABILITIES)
+    gain, spread = pixel_factors(scale, label, factor, highest, above, mass, PROBABILITIES, SMOOTHING, Z_LOSS)
     return label, scale, highest, above, gain, spread
 
 
@@ -107,8 +116,9 @@ def cross_entropy_bwd_kernel(
                 targets, weight, o, c, inside, inside, inside, DTYPE, C, PROBABILITIES, WEIGHTED, SMOOTHING, False
             )
         grad = gradient(
-            value, share, lane == (label - step * WIDTH)[:, None], label[:, None], gain[:, None], spread[:, None],
-            highest[:, None], above[:, None], scale[:, None], PROBABILITIES, SHARED, SHARED or Z_LOSS != 0,
+            exponential((value - highest[:, None]) - above[:, None]), share, lane == (label - step * WIDTH)[:, None],
+            label[:, None], gain[:, None], spread[:, None], scale[:, None],
+            PROBABILITIES, SHARED, SHARED or Z_LOSS != 0,
         )  # fmt: skip
         tl.store(grad_logits + o, grad.to(grad_logits.dtype.element_ty), mask=inside)
 
@@ -183,8 +193,8 @@ def write_chunks(
             targets, weight, o, c, c >= 0, whole, rest, DTYPE, C, PROBABILITIES, WEIGHTED, SMOOTHING, RAGGED
         )
     grad = gradient(
-        value, share, c == label, label, gain, spread, highest, above, scale, PROBABILITIES, SHARED,
-        SHARED or Z_LOSS != 0,
+        exponential((value - highest) - above), share, c == label, label, gain, spread, scale,
+        PROBABILITIES, SHARED, SHARED or Z_LOSS != 0,
     ).to(grad_logits.dtype.element_ty)  # fmt: skip
     tl.store(grad_logits + o, grad, mask=whole)
     if RAGGED:

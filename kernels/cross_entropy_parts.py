@@ -170,13 +170,13 @@ def smoothed_mass(weight, DTYPE: tl.constexpr, C: tl.constexpr, WEIGHTED: tl.con
 
 
 @triton.jit
-def gradient(value, share, hit, label, gain, spread, highest, above, scale, PROBABILITIES: tl.constexpr,
-             SHARED: tl.constexpr, SPREAD: tl.constexpr):  # fmt: skip
+def gradient(
+    p, share, hit, label, gain, spread, scale, PROBABILITIES: tl.constexpr, SHARED: tl.constexpr, SPREAD: tl.constexpr
+):
     """scale * dloss/dx of a tile, exactly 0 where there is no label, also where the logits are not finite.
 
     gain and spread are scaled already, share is not.
     """
-    p = exponential((value - highest) - above)
     if PROBABILITIES:
         grad = spread * p - scale * share
     else:

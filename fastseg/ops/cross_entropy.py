@@ -1,300 +1,44 @@
-"""cross_entropy: what the operators mean, their torch reference, gradients and functions.
-
-The operators take logits (N, C, H, W); the functions bring any other rank into that shape by views.
-"""
+"""cross_entropy: gradients and functions. Any rank of logits is brought into the operators' (N, C, H, W) by views."""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .. import dispatch, kernels
+from .. import dispatch
 from .cross_entropy_checks import (
-    LABEL_DTYPES,
-    LOGITS_DTYPES,
     check_normalization,
     check_number,
     check_target,
     check_types,
     check_weight,
     checked_reduction,
-    computed,
     divided,
     pixels_shape,
     refuse_strays,
 )
-from .library import Operator, dense, double_backward, empty, memory_format, placed, wants_graph
-
-HALVES = (torch.float16, torch.bfloat16)
-SUMMED = ("weights", "valid")  # reductions whose denominator is a sum over the pixels
-
-
-class Arguments(NamedTuple):
-    """What the operators take besides tensors. reduction, count: of cross_entropy_checks.divided."""
-
-    reduction: str
-    count: int
-    ignore_index: int
-    label_smoothing: float
-    z_loss: float
-
-
-SCHEMA = "str reduction, SymInt count, int ignore_index, float label_smoothing, float z_loss"
-
-
-def uncovered(input: Tensor, target: Tensor, weight: Tensor | None = None) -> str | None:
-    """Why the kernels cannot run a call, in words, or None."""
-    if input.dtype not in LOGITS_DTYPES:
-        return f"dtype {input.dtype}"
-    if input.shape[0 if input.dim() == 1 else 1] == 0:
-        return "input without classes"
-    if not target.is_floating_point():
-        return None if target.dtype in LABEL_DTYPES else f"a target of dtype {target.dtype}"
-    if target.dtype not in LOGITS_DTYPES or computed(target.dtype) != computed(input.dtype):
-        return f"class probabilities of dtype {target.dtype} for logits of {input.dtype}"
-    if torch.is_grad_enabled() and (target.requires_grad or (weight is not None and weight.requires_grad)):
-        return "a gradient of class probabilities or of weight"
-    return None
-
-
-# --- in torch --------------------------------------------------------------------------------------------------------
-
-
-def pixel_weights(input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
-    """The weight of each pixel, 0 where it is ignored."""
-    dtype = computed(input.dtype)
-    if target.is_floating_point():
-        return torch.ones(pixels_shape(input), dtype=dtype, device=input.device)
-    valid = target.long() != ignore_index
-    if weight is None:
-        return valid.to(dtype)
-    safe = target.long().masked_fill(~valid, 0)
-    return weight.to(dtype).flatten()[safe].masked_fill(~valid, 0.0)
-
-
-def denominator_of(
-    input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, count: int, ignore_index: int
-) -> Tensor:
-    """What a mean divides the sum by."""
-    if reduction == "count":
-        return torch.full((), count, dtype=computed(input.dtype), device=input.device)
-    return pixel_weights(input, target, weight if reduction == "weights" else None, ignore_index).sum()
-
-
-def differentiable(
-    input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, count: int, ignore_index: int,
-    label_smoothing: float, z_loss: float,
-) -> Tensor:  # fmt: skip
-    """torch's function on what torch's function takes: labels int64, the rest of the computed dtype."""
-    dtype, probabilities = computed(input.dtype), target.is_floating_point()
-    labels = target.to(torch.promote_types(target.dtype, dtype)) if probabilities else target.long()
-    logits = input.to(dtype)
-    options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
-    weights = None if weight is None else weight.to(dtype)
-    if z_loss == 0:
-        direct = {"weights": "mean", "sum": "sum", "none": "none"}.get(reduction)
-        if direct is not None:
-            return F.cross_entropy(logits, labels, weights, reduction=direct, **options)
-        total = F.cross_entropy(logits, labels, weights, reduction="sum", **options)
-    else:
-        loss = F.cross_entropy(logits, labels, weights, reduction="none", **options)
-        squared = z_loss * logits.logsumexp(min(1, input.dim() - 1)).square()
-        loss = loss + (squared if probabilities else squared.where(labels != ignore_index, 0.0).view_as(loss))
-        if reduction == "none":
-            return loss
-        total = loss.sum()
-    if reduction == "sum":
-        return total
-    return total / denominator_of(input, target, weight, reduction, count, ignore_index)
-
-
-# --- operators -------------------------------------------------------------------------------------------------------
-
-
-def _pixels(input: Tensor) -> tuple[int, ...]:
-    return (input.shape[0], *input.shape[2:])
-
-
-def _empty_loss(input: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
-    """(loss, denominator): the latter of no elements where nothing is divided."""
-    dtype, dense_format = computed(input.dtype), torch.contiguous_format
-    loss = empty(input, _pixels(input) if reduction == "none" else (), dense_format, dtype)
-    return loss, empty(input, (0,) if reduction in ("none", "sum") else (), dense_format, dtype)
-
-
-def _empty_predictions(input: Tensor, predicted: torch.dtype | None) -> tuple[Tensor, Tensor]:
-    """(classes of the pixels, numbers of right and of valid ones), empty where they are not asked for."""
-    dense_format = torch.contiguous_format
-    if predicted is None:
-        return empty(input, (0,), dense_format, torch.uint8), empty(input, (0,), dense_format, torch.int64)
-    return empty(input, _pixels(input), dense_format, predicted), empty(input, (2,), dense_format, torch.int64)
-
-
-def _empty_lse(input: Tensor, target: Tensor) -> Tensor:
-    """(the maximum, what is above it), whose sum would lose digits; one term for halves; a probability's mass."""
-    terms = (1 if input.dtype in HALVES else 2) + target.is_floating_point()
-    return empty(input, (terms, *_pixels(input)), torch.contiguous_format, computed(input.dtype))
-
-
-def _empty_results(
-    input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, count: int, ignore_index: int,
-    label_smoothing: float, z_loss: float, predicted: torch.dtype | None,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    loss, denominator = _empty_loss(input, reduction)
-    return loss, _empty_lse(input, target), denominator, *_empty_predictions(input, predicted)
-
-
-def _prepared(
-    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int
-) -> tuple[Tensor, Tensor, Tensor | None, bool]:
-    """Dense logits, targets and weight, and whether they are channels_last."""
-    layout = memory_format(input)
-    refuse_strays("cross_entropy", input.shape[1], target, ignore_index)
-    target = dense(target, layout if target.is_floating_point() else torch.contiguous_format)
-    return (
-        dense(input, layout),
-        target,
-        weight if weight is None else weight.contiguous(),
-        layout != torch.contiguous_format,
-    )
-
-
-def _cross_entropy_kernel(
-    input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, count: int, ignore_index: int,
-    label_smoothing: float, z_loss: float, predicted: torch.dtype | None,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    loss, lse, denominator, *predictions = results = _empty_results(
-        input, target, weight, reduction, count, ignore_index, label_smoothing, z_loss, predicted
-    )
-    if reduction == "count":
-        denominator.fill_(count)
-    *tensors, channels_last = _prepared(input, target, weight, ignore_index)
-    kernels.cross_entropy.cross_entropy_fwd(
-        *tensors, reduction, ignore_index, label_smoothing, z_loss, channels_last, loss, lse, denominator, *predictions
-    )
-    return results
-
-
-def _shares(
-    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, label_smoothing: float
-) -> tuple[Tensor, Tensor]:
-    """(q_c, whether the pixel counts): of kernels/cross_entropy_parts.py, q 0 where it does not."""
-    dtype, classes = computed(input.dtype), input.shape[1]
-    if target.is_floating_point():
-        valid, own = torch.ones_like(target[:, :1], dtype=torch.bool), target.to(dtype)
-    else:
-        valid = (target.long() != ignore_index).unsqueeze(1)
-        own = (torch.arange(classes, device=input.device).view(-1, 1, 1) == target.unsqueeze(1)).to(dtype)
-    shares = own * (1 - label_smoothing) + label_smoothing / classes
-    if weight is not None:
-        shares = shares * weight.to(dtype).view(-1, 1, 1)
-    return shares.where(valid, 0.0), valid
-
-
-def _predictions(
-    input: Tensor, target: Tensor, ignore_index: int, predicted: torch.dtype | None
-) -> tuple[Tensor, Tensor]:
-    prediction, counts = _empty_predictions(input, predicted)
-    if predicted is not None:
-        best, valid = input.argmax(1), target.long() != ignore_index
-        prediction.copy_(best)
-        counts.copy_(torch.stack((((best == target) & valid).sum(), valid.sum())))
-    return prediction, counts
-
-
-def _cross_entropy_reference(
-    input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, count: int, ignore_index: int,
-    label_smoothing: float, z_loss: float, predicted: torch.dtype | None,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    refuse_strays("cross_entropy", input.shape[1], target, ignore_index)
-    loss, denominator = _empty_loss(input, reduction)
-    lse = _empty_lse(input, target)
-    loss.copy_(differentiable(input, target, weight, reduction, count, ignore_index, label_smoothing, z_loss))
-    logits = input.to(loss.dtype)
-    highest = logits.amax(1)
-    above = (logits - highest.unsqueeze(1)).exp().sum(1).log()  # NaN where torch's softmax is
-    terms = [highest + above] if input.dtype in HALVES else [highest, above]
-    if target.is_floating_point():
-        terms.append(_shares(input, target, weight, ignore_index, label_smoothing)[0].sum(1))
-    lse.copy_(torch.stack(terms))
-    if reduction not in ("none", "sum"):
-        denominator.copy_(denominator_of(input, target, weight, reduction, count, ignore_index))
-    return loss, lse, denominator, *_predictions(input, target, ignore_index, predicted)
-
-
-CROSS_ENTROPY = Operator(
-    f"cross_entropy(Tensor input, Tensor target, Tensor? weight, {SCHEMA}, ScalarType? predicted) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    kernel=_cross_entropy_kernel,
-    reference=_cross_entropy_reference,
-    fake=_empty_results,
-    uncovered=lambda input, target, weight, *rest: uncovered(input, target, weight),
+from .cross_entropy_operators import (
+    CROSS_ENTROPY,
+    CROSS_ENTROPY_BACKWARD,
+    CROSS_ENTROPY_ONE_PASS,
+    CROSS_ENTROPY_ONE_PASS_BACKWARD,
+    ONE_PASS_CLASSES,
+    Arguments,
+    packed_labels,
+    uncovered,
 )
+from .cross_entropy_reference import differentiable, right_ones
+from .library import dense, double_backward, memory_format, wants_graph
+
+NOTHING = (None,) * (3 + len(Arguments._fields))  # the gradients of all but input
 
 
-def _empty_gradient(
-    grad: Tensor, input: Tensor, target: Tensor, weight: Tensor | None, lse: Tensor, denominator: Tensor,
-    reduction: str, count: int, ignore_index: int, label_smoothing: float, z_loss: float,
-) -> Tensor:  # fmt: skip
-    return empty(input, input.shape, memory_format(input))
-
-
-def _cross_entropy_backward_kernel(
-    grad: Tensor, input: Tensor, target: Tensor, weight: Tensor | None, lse: Tensor, denominator: Tensor,
-    reduction: str, count: int, ignore_index: int, label_smoothing: float, z_loss: float,
-) -> Tensor:  # fmt: skip
-    grad_input = empty(input, input.shape, memory_format(input))
-    layout = memory_format(input)
-    target = dense(target, layout if target.is_floating_point() else torch.contiguous_format)
-    kernels.cross_entropy_bwd.cross_entropy_bwd(
-        grad.contiguous(), dense(input, layout), target, None if weight is None else weight.contiguous(),
-        lse.contiguous(), denominator, reduction, ignore_index, label_smoothing, z_loss,
-        layout == torch.channels_last, grad_input,
-    )  # fmt: skip
-    return grad_input
-
-
-def gradient(
-    grad: Tensor, input: Tensor, target: Tensor, weight: Tensor | None, denominator: Tensor, reduction: str,
-    ignore_index: int, label_smoothing: float, z_loss: float,
-) -> Tensor:  # fmt: skip
-    """dloss/dinput, written in torch: 0 where a pixel is ignored, whatever its logits."""
-    shares, valid = _shares(input, target, weight, ignore_index, label_smoothing)
-    logits = input.to(shares.dtype)
-    if reduction not in ("none", "sum"):
-        grad = grad / denominator
-    mass = shares.sum(1, keepdim=True)
-    if target.is_floating_point() or label_smoothing or z_loss:
-        if z_loss:
-            mass = mass + 2 * z_loss * logits.logsumexp(1, keepdim=True)
-        grad_input = mass * logits.softmax(1) - shares
-    else:
-        grad_input = mass * (logits.softmax(1) - (shares != 0).to(shares.dtype))
-    grad_input = torch.where(valid, grad_input * (grad.unsqueeze(1) if reduction == "none" else grad), 0.0)
-    return placed(grad_input.to(input.dtype), memory_format(input))
-
-
-def _cross_entropy_backward_reference(
-    grad: Tensor, input: Tensor, target: Tensor, weight: Tensor | None, lse: Tensor, denominator: Tensor,
-    reduction: str, count: int, ignore_index: int, label_smoothing: float, z_loss: float,
-) -> Tensor:  # fmt: skip
-    return gradient(grad, input, target, weight, denominator, reduction, ignore_index, label_smoothing, z_loss)
-
-
-CROSS_ENTROPY_BACKWARD = Operator(
-    "cross_entropy_backward(Tensor grad_output, Tensor input, Tensor target, Tensor? weight, Tensor lse, "
-    f"Tensor denominator, {SCHEMA}) -> Tensor",
-    kernel=_cross_entropy_backward_kernel,
-    reference=_cross_entropy_backward_reference,
-    fake=_empty_gradient,
-    uncovered=lambda grad, input, target, *rest: uncovered(input, target),
-)
-
-
-# --- functions -------------------------------------------------------------------------------------------------------
+def _second(input: Tensor, target: Tensor, weight: Tensor | None, arguments: Arguments, grad: Tensor) -> Tensor | None:
+    """The gradient of input, by torch's formulas, that can be differentiated again."""
+    inputs = (input, target, weight, *arguments)
+    return double_backward(differentiable, inputs, (True, *(False,) * (len(inputs) - 1)), grad)[0]
 
 
 class CrossEntropyFunction(torch.autograd.Function):
@@ -311,22 +55,60 @@ class CrossEntropyFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        input, target, weight, _, *ctx.arguments = inputs
+        input, target, weight, _, *arguments = inputs
         _, lse, denominator, *rest = output
+        ctx.arguments = Arguments(*arguments)
         ctx.mark_non_differentiable(lse, denominator, *rest)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(input, target, weight, lse, denominator)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        nothing = (None,) * (3 + len(ctx.arguments))
         if grad is None:
-            return None, *nothing
+            return None, *NOTHING
         input, target, weight, *rest = ctx.saved_tensors
         if wants_graph():
-            inputs, needed = (input, target, weight, *ctx.arguments), (True, *(False,) * (2 + len(ctx.arguments)))
-            return double_backward(differentiable, inputs, needed, grad)[0], *nothing
-        return CROSS_ENTROPY_BACKWARD(grad, input, target, weight, *rest, *ctx.arguments), *nothing
+            return _second(input, target, weight, ctx.arguments, grad), *NOTHING
+        return CROSS_ENTROPY_BACKWARD(grad, input, target, weight, *rest, *ctx.arguments), *NOTHING
+
+
+class CrossEntropyOnePassFunction(torch.autograd.Function):
+    """(input, target, weight, predicted, *Arguments) -> (loss, grad_input, packed, denominator, prediction, counts).
+
+    The first backward hands out the gradient that the forward made, for a grad_output of 1 as it is; a later one has
+    another made, since what was handed out may have been written to.
+    """
+
+    @staticmethod
+    def forward(
+        input: Tensor, target: Tensor, weight: Tensor | None, predicted: torch.dtype | None, *arguments: Any
+    ) -> tuple[Tensor, ...]:
+        return CROSS_ENTROPY_ONE_PASS(input, target, weight, *arguments, predicted)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        input, target, weight, _, *arguments = inputs
+        _, grad_input, packed, denominator, *_ = output
+        ctx.arguments = Arguments(*arguments)
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(input, target, weight, packed, denominator)
+        ctx.grad_input = grad_input
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return None, *NOTHING
+        input, target, weight, packed, denominator = ctx.saved_tensors
+        if wants_graph():
+            return _second(input, target, weight, ctx.arguments, grad), *NOTHING
+        grad_input, ctx.grad_input = ctx.grad_input, None
+        if grad_input is None:
+            grad_input = CROSS_ENTROPY_ONE_PASS(input, target, weight, *ctx.arguments, None)[1]
+        labels, ignore_index = packed_labels(target, packed, ctx.arguments.ignore_index)
+        arguments = ctx.arguments._replace(ignore_index=ignore_index)
+        CROSS_ENTROPY_ONE_PASS_BACKWARD(grad_input, grad, input, labels, weight, denominator, *arguments)
+        return grad_input, *NOTHING
 
 
 def as_images(x: Tensor) -> Tensor:
@@ -363,7 +145,7 @@ class CrossEntropyOutput(NamedTuple):
 
 def _call(
     name: str, input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, ignore_index: int,
-    label_smoothing: float, normalization: str, z_loss: float, predicted: torch.dtype | None,
+    label_smoothing: float, normalization: str, z_loss: float, one_pass: bool | None, predicted: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(loss, prediction, counts) of checked reduction, on the backend that the call takes."""
     check_types(name, input, target, weight, ignore_index, label_smoothing)
@@ -374,13 +156,31 @@ def _call(
     arguments = Arguments(
         *divided(input, target, reduction, normalization), int(ignore_index), float(label_smoothing), float(z_loss)
     )
+    if one_pass and reduction == "none":
+        raise ValueError(f"{name}: one_pass must be left out for reduction 'none', which takes two, but is {one_pass}")
     chosen = dispatch.choose("cross_entropy", input, uncovered(input, target, weight)).backend
+    classes = input.shape[0 if input.dim() == 1 else 1]
     try:
-        return (_in_torch if chosen == "torch" else _in_operators)(input, target, weight, predicted, arguments)
+        if chosen == "torch":
+            return _in_torch(input, target, weight, predicted, arguments)
+        function = CrossEntropyFunction
+        if _takes_one_pass(input, classes, reduction, one_pass):
+            function = CrossEntropyOnePassFunction
+        return _in_operators(function, input, target, weight, predicted, arguments)
     except IndexError:
-        classes = input.shape[0 if input.dim() == 1 else 1]
         refuse_strays(name, classes, target, ignore_index)  # neither torch's message nor the operators' says where
         raise
+
+
+def _takes_one_pass(input: Tensor, classes: int, reduction: str, one_pass: bool | None) -> bool:
+    """Whether the forward makes the gradient, which pays where the loss's own gradient is going to be 1.
+
+    Not for float16, whose losses are scaled; nor in a compiled graph, which cannot hand out a saved tensor.
+    """
+    if one_pass is None:
+        one_pass = input.dtype != torch.float16
+    wanted = input.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return one_pass and wanted and reduction != "none" and classes <= ONE_PASS_CLASSES
 
 
 def _in_torch(
@@ -390,21 +190,27 @@ def _in_torch(
     if predicted is None:
         return loss, None, None
     with torch.no_grad():
-        return loss, *_predictions(as_images(input), labels_as_images(target), arguments.ignore_index, predicted)
+        best, counts = right_ones(as_images(input), labels_as_images(target), arguments.ignore_index)
+    return loss, best.to(predicted), counts
 
 
 def _in_operators(
-    input: Tensor, target: Tensor, weight: Tensor | None, predicted: torch.dtype | None, arguments: Arguments
+    function: type[torch.autograd.Function],
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    predicted: torch.dtype | None,
+    arguments: Arguments,
 ) -> tuple[Tensor, Tensor, Tensor]:
     logits = as_images(input)
     if target.is_floating_point():
         targets = dense(as_images(target), memory_format(logits))
     else:
         targets = labels_as_images(target)
-    loss, _, _, *predictions = CrossEntropyFunction.apply(logits, targets, weight, predicted, *arguments)
+    loss, *_, prediction, counts = function.apply(logits, targets, weight, predicted, *arguments)
     if arguments.reduction == "none":
         loss = loss.reshape(pixels_shape(input))
-    return loss, *predictions
+    return loss, prediction, counts
 
 
 def cross_entropy(
@@ -419,6 +225,7 @@ def cross_entropy(
     *,
     normalization: str = "weights",
     z_loss: float = 0.0,
+    one_pass: bool | None = None,
 ) -> Tensor:
     """torch.nn.functional.cross_entropy: deterministic, one read of the logits forward and one backward.
 
@@ -451,7 +258,7 @@ def cross_entropy(
     name = "cross_entropy"
     reduction = checked_reduction(name, size_average, reduce, reduction)
     return _call(
-        name, input, target, weight, reduction, ignore_index, label_smoothing, normalization, z_loss, None
+        name, input, target, weight, reduction, ignore_index, label_smoothing, normalization, z_loss, one_pass, None
     )[0]  # fmt: skip
 
 
@@ -465,6 +272,7 @@ def cross_entropy_with_predictions(
     label_smoothing: float = 0.0,
     normalization: str = "weights",
     z_loss: float = 0.0,
+    one_pass: bool | None = None,
     dtype: torch.dtype = torch.int64,
 ) -> CrossEntropyOutput:
     """cross_entropy of class indices, and what the same read of the logits tells: argmax and number of right pixels.
@@ -488,6 +296,6 @@ def cross_entropy_with_predictions(
     if dtype == torch.uint8 and classes > 256:
         raise ValueError(f"{name}: dtype must be torch.int64 for {classes} classes, of which torch.uint8 holds 256")
     loss, prediction, counts = _call(
-        name, input, target, weight, reduction, ignore_index, label_smoothing, normalization, z_loss, dtype
+        name, input, target, weight, reduction, ignore_index, label_smoothing, normalization, z_loss, one_pass, dtype
     )
     return CrossEntropyOutput(loss, prediction.reshape(pixels_shape(input)), counts[0], counts[1])
