@@ -92,7 +92,8 @@ def cross_entropy_one_pass_kernel(
     image = program // TILES
     pixel = image * SIZE + p
     label, stray = read_target(targets, pixel, live, C, IGNORE, PROBABILITIES)
-    tl.device_assert(stray == 0, "cross_entropy: a target is neither a class nor ignore_index")
+    if not AGAIN:
+        tl.device_assert(stray == 0, "cross_entropy: a target is neither a class nor ignore_index")
     c = tl.arange(0, WIDTH)[None, :]
     o = (image * C + c) * SIZE + p[:, None]
     inside = live[:, None] & (c < C)
@@ -109,7 +110,9 @@ def cross_entropy_one_pass_kernel(
     )
     factor = label_weight(weight, label, DTYPE, WEIGHTED and not PROBABILITIES)
     if not AGAIN:
-        picked = tl.sum(tl.where(hit, value, 0.0), axis=1)
+        picked = zeros
+        if not PROBABILITIES:  # of the tile that was just read
+            picked = tl.load(logits + (image * C + label) * SIZE + p, mask=label >= 0, other=0.0).to(DTYPE)
         loss = pixel_loss(label, factor, picked, highest, total, mass, short, PROBABILITIES, SMOOTHING, Z_LOSS)
         tl.store(partials + program, tl.sum(loss, axis=0))
         if PREDICT:
@@ -158,7 +161,8 @@ def cross_entropy_one_pass_rows_kernel(
     pixel = start + tl.arange(0, BLOCK)
     live = pixel < PIXELS
     label, stray = read_target(targets, pixel, live, C, IGNORE, PROBABILITIES)
-    tl.device_assert(stray == 0, "cross_entropy: a target is neither a class nor ignore_index")
+    if not AGAIN:
+        tl.device_assert(stray == 0, "cross_entropy: a target is neither a class nor ignore_index")
     highest = tl.full((BLOCK,), float("-inf"), DTYPE)
     total = tl.zeros((BLOCK,), DTYPE)
     mass = tl.zeros((BLOCK,), DTYPE)
@@ -245,8 +249,9 @@ def _launch(
     block = LONG_ROWS if long_rows(logits) else ROWS
     programs = triton.cdiv(pixels, block)
     if not channels_last:
-        block = TILE * 4 // max(logits.element_size(), 4) // width  # float64 takes two registers
-        block = min(max(block, 64 if width < 256 else 32), 1024, max(32, triton.next_power_of_2(h * w)))
+        tile = TILE * 4 // max(logits.element_size(), 4)  # float64 takes two registers
+        line = 128 // logits.element_size()  # pixels of a whole line of the cache
+        block = min(max(tile // width, line), 1024, max(line, triton.next_power_of_2(h * w)))
         programs = n * triton.cdiv(h * w, block)
     partials = denominator.new_empty((programs,))
     predicted = Predicted(prediction, counts, programs, partials)
@@ -269,7 +274,7 @@ def _launch(
         launch(
             cross_entropy_one_pass_kernel, programs,
             *tensors, h * w // vec, triton.cdiv(h * w, block), programs, ignore_index,
-            **shared, VEC=vec, WIDTH=width, num_warps=8 if block * width > TILE else 4,
+            **shared, VEC=vec, WIDTH=width, num_warps=max(4, block * width // tile * 8),
         )  # fmt: skip
     predicted.total()
     return partials, programs
@@ -286,7 +291,7 @@ def cross_entropy_one_pass(
     reductions "weights" and "valid" uint8 (int16 from 256 classes on) like the labels: it receives them, with 255
     (-1) where there is none.
     """
-    if packed.numel():
+    if reduction in ("weights", "valid"):
         programs, none = triton.cdiv(packed.numel(), LABELS), NO_LABEL[packed.dtype]
         partials = denominator.new_empty((programs,))
         launch(

@@ -108,6 +108,7 @@ def check_target(name: str, input: Tensor, target: Tensor, ignore_index: int) ->
     wanted = pixels_shape(input)
     if target.shape != wanted and not (input.dim() == 1 and target.shape == (1,)):
         other_batch = target.shape[:1] != input.shape[:1] if input.dim() > 1 else target.dim() == 1
+        other_batch = other_batch and target.shape != input.shape  # that would be probabilities
         raise (ValueError if other_batch else RuntimeError)(
             f"{name}: target must have shape {wanted} for input of shape {tuple(input.shape)}, but has "
             f"{tuple(target.shape)}" + (": another batch size" if other_batch else "")
