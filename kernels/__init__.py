@@ -19,6 +19,8 @@ FAMILIES = (
     "cross_entropy",
     "cross_entropy_bwd",
     "cross_entropy_one_pass",
+    "cross_entropy_parts",
+    "dice_cross_entropy",
     "pool",
     "products",
     "unpool",

@@ -25,7 +25,8 @@ def network_cases(at: Placement) -> Iterator[Case]:
     yield from cases.conv_transpose2d(at, (16, 512, 14, 14), 512, 3, 1, 1)
     yield from cases.conv_transpose2d(at, (8, 128, 90, 120), 64, 3, 2, 1, 1)
     for classes in (11, 19, 150):
-        yield from cases.cross_entropy(at, (8, classes, 360, 480), 255)
+        for one_pass in (None, False):
+            yield from cases.cross_entropy(at, (8, classes, 360, 480), 255, one_pass=one_pass)
 
 
 def launches(args: argparse.Namespace) -> list[tuple[str, Launch]]:
