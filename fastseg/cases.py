@@ -196,3 +196,30 @@ def cross_entropy(
     words += [f"smoothing {label_smoothing}"] * bool(label_smoothing) + ["two passes"] * (one_pass is False)
     plain = not label_smoothing and not probabilities
     yield Case("cross_entropy", _words(shape, *words), ours, theirs, inputs, eager if plain else None)
+
+
+def dice_cross_entropy(
+    at: Placement, shape: Sequence[int], ignore_index: int = -100, batch: bool = False
+) -> Iterator[Case]:
+    """Soft Dice and cross-entropy of (N, C, H, W) logits with int64 labels, a tenth of them ignored."""
+    labels = at.labels(shape[1], shape[0], *shape[2:])
+    inputs = {
+        "logits": at.tensor(*shape),
+        "labels": labels.masked_fill(at.labels(10, *labels.shape) == 0, ignore_index),
+    }
+
+    def ours(logits: Tensor, labels: Tensor) -> Tensor:
+        return functional.dice_cross_entropy(logits, labels, ignore_index=ignore_index, batch=batch)
+
+    def theirs(logits: Tensor, labels: Tensor) -> Tensor:
+        """As it is commonly written: softmax, one-hot labels, and sums of their products."""
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        valid = (labels != ignore_index).unsqueeze(1)
+        softmax = logits.softmax(1) * valid
+        hit = F.one_hot(labels.where(valid[:, 0], 0), shape[1]).movedim(-1, 1) * valid
+        over = (0, 2, 3) if batch else (2, 3)
+        dice = (2 * (softmax * hit).sum(over) + 1e-5) / (softmax.sum(over) + hit.sum(over) + 1e-5)
+        return F.cross_entropy(logits, labels, ignore_index=ignore_index) + 1 - dice.mean()
+
+    size = _words(shape, f"ignore {ignore_index}", *["batch"] * batch)
+    yield Case("dice_cross_entropy", size, ours, theirs, inputs)

@@ -167,6 +167,10 @@ SIZES: dict[str, list[tuple[Callable[..., Iterator[Case]], tuple[Any, ...]]]] = 
             ((1, 6, 2, 3, 4), -100, True, "mean"),
         ]
     ],
+    "dice_cross_entropy": [  # shape, ignore_index, batch
+        (cases.dice_cross_entropy, size)
+        for size in [((2, 4, 6, 8), 255), ((2, 19, 5, 7), -100, True), ((1, 150, 3, 5), 0)]
+    ],
 }
 
 

@@ -23,9 +23,9 @@ from torch import Tensor
 from .cross_entropy_parts import exponential, label_weight, read_label
 from .launch import INT32_MAX, launch
 
-TILE = 8192  # logits of a step, which the registers of 8 warps hold
+TILE = 4096  # logits of a step, which the registers of 8 warps hold
 FEW_PROGRAMS = 512  # too few to fill a GPU: each takes fewer steps then
-STEPS = 16  # of a program, which write their sums once
+STEPS = 64  # at most of a program, which writes its sums once
 
 
 @triton.jit
@@ -74,8 +74,9 @@ def dice_cross_entropy_fwd_kernel(
             logits, labels, image, p, SIZE, IGNORE, DTYPE, C, CHANNELS_LAST, WIDTH
         )
         tl.device_assert(stray == 0, "dice_cross_entropy: a target is neither a class nor ignore_index")
+        softmax = tl.where(label[:, None] >= 0, softmax, 0.0)
+        predicted += tl.sum(softmax, axis=0)
         overlap += tl.sum(tl.where(hit, softmax, 0.0), axis=0)
-        predicted += tl.sum(tl.where(label[:, None] >= 0, softmax, 0.0), axis=0)
         labelled += tl.sum(tl.where(hit, 1.0, 0.0).to(DTYPE), axis=0)
         factor = label_weight(weight, label, DTYPE, WEIGHTED)
         losses += tl.where(label >= 0, factor * loss, 0.0)
@@ -121,7 +122,7 @@ def _tiles(logits: Tensor) -> tuple[int, dict[str, int]]:
     _, classes, h, w = logits.shape
     width = triton.next_power_of_2(classes)
     tile = TILE * 4 // max(logits.element_size(), 4)  # float64 takes two registers
-    line = 128 // logits.element_size()  # pixels of a whole line of the cache, in NCHW
+    line = 32 // logits.element_size()  # pixels of a sector, in NCHW
     block = min(max(tile // width, line), 1024, max(line, triton.next_power_of_2(h * w)))
     # An offset, also of a lane that is masked, can pass int32.
     wide = logits.numel() > INT32_MAX - 2 * STEPS * block * width

@@ -27,6 +27,8 @@ def network_cases(at: Placement) -> Iterator[Case]:
     for classes in (11, 19, 150):
         for one_pass in (None, False):
             yield from cases.cross_entropy(at, (8, classes, 360, 480), 255, one_pass=one_pass)
+    for classes in (4, 150):
+        yield from cases.dice_cross_entropy(at, (8, classes, 360, 480), 255)
 
 
 def launches(args: argparse.Namespace) -> list[tuple[str, Launch]]:

@@ -36,28 +36,32 @@ def _uncovered(input: Tensor) -> str | None:
     return None if 0 < classes <= CLASSES else f"{classes} classes"
 
 
+def _parts(input: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(softmax, whether a class is the pixel's label, whether the pixel counts): of the computed dtype."""
+    valid = (target.long() != ignore_index).unsqueeze(1)
+    classes = torch.arange(input.shape[1], device=input.device).view(-1, 1, 1)
+    return input.to(computed(input.dtype)).softmax(1), (classes == target.unsqueeze(1)) & valid, valid
+
+
 def _statistics(input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> tuple[Tensor, Tensor]:
     """(loss (2,): summed losses and weights of the pixels, sums (N, 3, C): overlap, predicted, labelled), in torch."""
-    dtype, classes = computed(input.dtype), input.shape[1]
-    logits, labels = input.to(dtype), target.long()
-    weights = None if weight is None else weight.to(dtype)
+    softmax, hit, valid = _parts(input, target, ignore_index)
+    weights = None if weight is None else weight.to(softmax.dtype)
+    logits, labels = input.to(softmax.dtype), target.long()
     loss = F.cross_entropy(logits, labels, weights, ignore_index=ignore_index, reduction="sum")
-    valid = (labels != ignore_index).unsqueeze(1)
-    hit = (torch.arange(classes, device=input.device).view(-1, 1, 1) == labels.unsqueeze(1)) & valid
-    predicted = torch.where(valid, logits.softmax(1), 0.0)
-    terms = (torch.where(hit, predicted, 0.0), predicted, hit.to(dtype))
+    predicted = torch.where(valid, softmax, 0.0)
+    terms = (torch.where(hit, predicted, 0.0), predicted, hit.to(softmax.dtype))
     sums = torch.stack([term.sum((2, 3)) for term in terms], 1)
     return torch.stack((loss, pixel_weights(input, target, weight, ignore_index).sum())), sums
 
 
-def _gradient(
+def _second(
     grad_loss: Tensor, grad_sums: Tensor, input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int
 ) -> Tensor:
-    """By torch's formulas; it can be differentiated again."""
+    """The gradient of input, by torch's formulas, that can be differentiated again."""
     with torch.enable_grad():
-        leaf = input if input.requires_grad else input.detach().requires_grad_()
-        results = _statistics(leaf, target, weight, ignore_index)
-        return torch.autograd.grad(results, leaf, (grad_loss, grad_sums), create_graph=wants_graph())[0]
+        results = _statistics(input, target, weight, ignore_index)
+        return torch.autograd.grad(results, input, (grad_loss, grad_sums), create_graph=True)[0]
 
 
 def _empty(input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> tuple[Tensor, Tensor]:
@@ -109,7 +113,12 @@ def _backward_kernel(
 def _backward_reference(
     grad_loss: Tensor, grad_sums: Tensor, input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int
 ) -> Tensor:
-    return placed(_gradient(grad_loss, grad_sums, input, target, weight, ignore_index), memory_format(input))
+    softmax, hit, valid = _parts(input, target, ignore_index)
+    overlap, predicted, _ = (grad[:, :, None, None] for grad in grad_sums.unbind(1))
+    wanted = torch.where(hit, overlap, 0.0) + predicted
+    scale = (grad_loss[0] * pixel_weights(input, target, weight, ignore_index)).unsqueeze(1)
+    grad = softmax * (wanted - (softmax * wanted).sum(1, keepdim=True)) + scale * (softmax - hit.to(softmax.dtype))
+    return placed(torch.where(valid, grad, 0.0).to(input.dtype), memory_format(input))
 
 
 DICE_CROSS_ENTROPY_BACKWARD = Operator(
@@ -136,7 +145,7 @@ class DiceCrossEntropyFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, grad_sums: Tensor) -> tuple[Tensor | None, ...]:
-        function = _gradient if wants_graph() else DICE_CROSS_ENTROPY_BACKWARD
+        function = _second if wants_graph() else DICE_CROSS_ENTROPY_BACKWARD
         return function(grad_loss, grad_sums, *ctx.saved_tensors, ctx.ignore_index), None, None, None
 
 
