@@ -204,3 +204,16 @@ def test_reclassed_instance_and_later_edits(device, triton_backend):
     loss.ignore_index, loss.reduction = 1, "sum"
     want = nn.functional.cross_entropy(x, target, ignore_index=1, reduction="sum")
     torch.testing.assert_close(loss(x, target), want)
+
+
+def test_cross_entropy_loss_takes_what_the_function_takes(device):
+    x, target = torch.randn(2, 5, 3, 4, device=device), torch.randint(5, (2, 3, 4), device=device)
+    target[0, 0] = 3
+    options = {"ignore_index": 3, "normalization": "pixels", "z_loss": 0.1, "one_pass": False}
+    module = fastseg.nn.CrossEntropyLoss(torch.rand(5), **options).to(device)
+    want = fastseg.functional.cross_entropy(x, target, module.weight, **options)
+    assert torch.equal(module(x, target), want)
+    assert not torch.equal(want, fastseg.nn.CrossEntropyLoss(module.weight, ignore_index=3)(x, target))
+    dice = fastseg.nn.DiceCrossEntropyLoss(module.weight, ignore_index=3, include_background=False, smooth=1.0)
+    options = {"ignore_index": 3, "include_background": False, "smooth": 1.0}
+    assert torch.equal(dice(x, target), fastseg.functional.dice_cross_entropy(x, target, module.weight, **options))
