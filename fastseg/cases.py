@@ -45,9 +45,13 @@ class Case:
         if not backward:
             return lambda: function(*leaves)
         wanted = [x for x in leaves if isinstance(x, Tensor) and x.requires_grad]
-        differentiable = _differentiable(function(*leaves))
-        grads = [torch.randn_like(y) for y in differentiable]
+        grads = random_gradients(_differentiable(function(*leaves)))
         return lambda: torch.autograd.grad(_differentiable(function(*leaves)), wanted, grads)
+
+
+def random_gradients(outputs: Sequence[Tensor]) -> list[Tensor]:
+    """For the backward of these outputs; of a loss 1, as loss.backward() has it."""
+    return [torch.randn_like(y) if y.dim() else torch.ones_like(y) for y in outputs]
 
 
 def _differentiable(result: Any) -> list[Tensor]:
@@ -226,25 +230,59 @@ def conv_transpose2d(
 
 
 def cross_entropy(
-    at: Placement, shape: Sequence[int], ignore_index: int = -100, weighted: bool = False, reduction: str = "mean"
-) -> Iterator[Case]:
-    """Cross-entropy of (N, C, H, W) logits with int64 labels, a tenth of them ignored."""
+    at: Placement, shape: Sequence[int], ignore_index: int = -100, weighted: bool = False, reduction: str = "mean",
+    label_smoothing: float = 0.0, probabilities: bool = False, one_pass: bool | None = None,
+) -> Iterator[Case]:  # fmt: skip
+    """Cross-entropy of (N, C, H, W) logits with int64 labels, a tenth of them ignored, or with class probabilities."""
     labels = at.labels(shape[1], shape[0], *shape[2:])
     labels = labels.masked_fill(at.labels(10, *labels.shape) == 0, ignore_index)
     weight = torch.rand(shape[1]).add(0.5).to(at.device) if weighted else None
+    shares = at.tensor(*shape).softmax(1) if probabilities else None
     inputs = {"logits": at.tensor(*shape), "labels": labels}
+    options = {"ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing}
 
     def ours(logits: Tensor, labels: Tensor) -> Tensor:
-        return functional.cross_entropy(logits, labels, weight, ignore_index=ignore_index, reduction=reduction)
+        target = labels if shares is None else shares
+        return functional.cross_entropy(logits, target, weight, **options, one_pass=one_pass)
 
     def theirs(logits: Tensor, labels: Tensor) -> Tensor:
         own = None if weight is None else weight.to(logits.dtype)
-        return F.cross_entropy(logits, labels, own, ignore_index=ignore_index, reduction=reduction)
+        target = labels if shares is None else shares.to(logits.dtype)
+        return F.cross_entropy(logits, target, own, **options)
 
     def eager(logits: Tensor, labels: Tensor) -> Tensor:
         """Autocast runs log_softmax in the logits' dtype, and the loss in float32."""
         scores = torch.log_softmax(logits, 1).float()
         return F.nll_loss(scores, labels, weight, ignore_index=ignore_index, reduction=reduction)
 
-    size = _words(shape, f"ignore {ignore_index} {reduction}", *["weighted"] * weighted)
-    yield Case("cross_entropy", size, ours, theirs, inputs, eager)
+    words = [f"ignore {ignore_index} {reduction}", *["weighted"] * weighted, *["probabilities"] * probabilities]
+    words += [f"smoothing {label_smoothing}"] * bool(label_smoothing) + ["two passes"] * (one_pass is False)
+    plain = not label_smoothing and not probabilities
+    yield Case("cross_entropy", _words(shape, *words), ours, theirs, inputs, eager if plain else None)
+
+
+def dice_cross_entropy(
+    at: Placement, shape: Sequence[int], ignore_index: int = -100, batch: bool = False
+) -> Iterator[Case]:
+    """Soft Dice and cross-entropy of (N, C, H, W) logits with int64 labels, a tenth of them ignored."""
+    labels = at.labels(shape[1], shape[0], *shape[2:])
+    inputs = {
+        "logits": at.tensor(*shape),
+        "labels": labels.masked_fill(at.labels(10, *labels.shape) == 0, ignore_index),
+    }
+
+    def ours(logits: Tensor, labels: Tensor) -> Tensor:
+        return functional.dice_cross_entropy(logits, labels, ignore_index=ignore_index, batch=batch)
+
+    def theirs(logits: Tensor, labels: Tensor) -> Tensor:
+        """As it is commonly written: softmax, one-hot labels, and sums of their products."""
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        valid = (labels != ignore_index).unsqueeze(1)
+        softmax = logits.softmax(1) * valid
+        hit = F.one_hot(labels.where(valid[:, 0], 0), shape[1]).movedim(-1, 1) * valid
+        over = (0, 2, 3) if batch else (2, 3)
+        dice = (2 * (softmax * hit).sum(over) + 1e-5) / (softmax.sum(over) + hit.sum(over) + 1e-5)
+        return F.cross_entropy(logits, labels, ignore_index=ignore_index) + 1 - dice.mean()
+
+    size = _words(shape, f"ignore {ignore_index}", *["batch"] * batch)
+    yield Case("dice_cross_entropy", size, ours, theirs, inputs)

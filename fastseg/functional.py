@@ -2,7 +2,8 @@
 
 from .ops.batch_norm_relu import batch_norm_relu, batch_norm_relu_max_pool2d, batch_norm_relu_max_unpool2d
 from .ops.conv_transpose import conv_transpose2d, conv_transpose2d_affine_relu
-from .ops.cross_entropy import cross_entropy
+from .ops.cross_entropy import cross_entropy, cross_entropy_with_predictions
+from .ops.dice_cross_entropy import dice_cross_entropy
 from .ops.pool import max_pool2d, max_pool2d_with_offsets
 from .ops.unpool import max_unpool2d, max_unpool2d_with_offsets
 from .ops.unpool_conv import max_unpool2d_conv2d
@@ -15,6 +16,8 @@ __all__ = [
     "conv_transpose2d",
     "conv_transpose2d_affine_relu",
     "cross_entropy",
+    "cross_entropy_with_predictions",
+    "dice_cross_entropy",
     "indices_to_offsets",
     "max_pool2d",
     "max_pool2d_with_offsets",

@@ -166,7 +166,7 @@ SIZES: dict[str, list[tuple[Callable[..., Iterator[Case]], tuple[Any, ...]]]] = 
             ((1, 3, 1, 1), 7, 2, 3, 0, 1),
         ]
     ],
-    "cross_entropy": [  # shape, ignore_index, weighted, reduction
+    "cross_entropy": [  # shape, ignore_index, weighted, reduction, label_smoothing, probabilities, one_pass
         (cases.cross_entropy, size)
         for size in [
             ((2, 11, 6, 8), 255, True, "mean"),
@@ -174,7 +174,15 @@ SIZES: dict[str, list[tuple[Callable[..., Iterator[Case]], tuple[Any, ...]]]] = 
             ((1, 21, 9, 4), 3, True, "sum"),
             ((1, 150, 3, 5), 255, False, "none"),
             ((2, 1, 4, 4), -100, False, "mean"),
+            ((2, 19, 3, 5), 255, True, "mean", 0.1, False, False),
+            ((7, 11), -100, True, "mean", 0.1, True, True),
+            ((1, 5, 7), -100, False, "sum", 0.0, True, False),
+            ((1, 6, 2, 3, 4), -100, True, "mean"),
         ]
+    ],
+    "dice_cross_entropy": [  # shape, ignore_index, batch
+        (cases.dice_cross_entropy, size)
+        for size in [((2, 4, 6, 8), 255), ((2, 19, 5, 7), -100, True), ((1, 150, 3, 5), 0)]
     ],
 }
 

@@ -40,7 +40,11 @@ def operators(module, *args):
 def test_class_is_its_namesakes(name):
     theirs, ours = getattr(nn, name), getattr(fastseg.nn, name)
     assert ours.__bases__ == (theirs,) and ours.__name__ == theirs.__name__
-    assert ours.__init__ is theirs.__init__
+    added = [
+        p for p in inspect.signature(ours).parameters.values() if p.name not in inspect.signature(theirs).parameters
+    ]
+    assert ours.__init__ is theirs.__init__ or added
+    assert all(p.kind is p.KEYWORD_ONLY and getattr(ours, p.name) == p.default for p in added)
     parameters = inspect.signature(ours.forward).parameters.values()
     expected = inspect.signature(theirs.forward).parameters.values()
     assert [(p.name, p.kind, p.default) for p in parameters] == [(p.name, p.kind, p.default) for p in expected]
@@ -49,7 +53,8 @@ def test_class_is_its_namesakes(name):
 @pytest.mark.parametrize(("name", "args", "kwargs"), CONSTRUCTIONS)
 def test_construction_adds_nothing(name, args, kwargs):
     theirs, ours = twins(name, *args, **kwargs)
-    assert vars(ours).keys() == vars(theirs).keys()
+    added = inspect.signature(type(ours)).parameters.keys() - inspect.signature(type(theirs)).parameters.keys()
+    assert vars(ours).keys() == vars(theirs).keys() | added
     assert list(ours.state_dict()) == list(theirs.state_dict())
     assert repr(ours) == repr(theirs)
 
@@ -204,3 +209,16 @@ def test_reclassed_instance_and_later_edits(device, triton_backend):
     loss.ignore_index, loss.reduction = 1, "sum"
     want = nn.functional.cross_entropy(x, target, ignore_index=1, reduction="sum")
     torch.testing.assert_close(loss(x, target), want)
+
+
+def test_cross_entropy_loss_takes_what_the_function_takes(device):
+    x, target = torch.randn(2, 5, 3, 4, device=device), torch.randint(5, (2, 3, 4), device=device)
+    target[0, 0] = 3
+    options = {"ignore_index": 3, "normalization": "pixels", "z_loss": 0.1, "one_pass": False}
+    module = fastseg.nn.CrossEntropyLoss(torch.rand(5), **options).to(device)
+    want = fastseg.functional.cross_entropy(x, target, module.weight, **options)
+    assert torch.equal(module(x, target), want)
+    assert not torch.equal(want, fastseg.nn.CrossEntropyLoss(module.weight, ignore_index=3)(x, target))
+    dice = fastseg.nn.DiceCrossEntropyLoss(module.weight, ignore_index=3, include_background=False, smooth=1.0)
+    options = {"ignore_index": 3, "include_background": False, "smooth": 1.0}
+    assert torch.equal(dice(x, target), fastseg.functional.dice_cross_entropy(x, target, module.weight, **options))

@@ -31,7 +31,7 @@ def step(case: Case, function: Function, mode: str) -> Callable[[], Any]:
     leaves = [x.detach().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs]
     result = function(*leaves)
     outputs = [y for y in (result if isinstance(result, (tuple, list)) else [result]) if y.requires_grad]
-    grads = [torch.randn_like(y) for y in outputs]
+    grads = cases.random_gradients(outputs)
     wanted = [x for x in leaves if isinstance(x, Tensor) and x.requires_grad]
     return lambda: torch.autograd.grad(outputs, wanted, grads, retain_graph=True)
 

@@ -28,8 +28,10 @@ def network_cases(at: Placement) -> Iterator[Case]:
     yield from cases.conv_transpose2d(at, (8, 64, 180, 240), 32, 2, 2)
     yield from cases.conv_transpose2d(at, (16, 512, 14, 14), 512, 3, 1, 1)
     yield from cases.conv_transpose2d(at, (8, 128, 90, 120), 64, 3, 2, 1, 1)
-    for classes in (11, 19, 150):
-        yield from cases.cross_entropy(at, (8, classes, 360, 480), 255)
+    for classes, one_pass in ((11, False), (19, False), (19, None), (150, False), (150, None)):
+        yield from cases.cross_entropy(at, (8, classes, 360, 480), 255, one_pass=one_pass)
+    for classes in (4, 150):
+        yield from cases.dice_cross_entropy(at, (8, classes, 360, 480), 255)
 
 
 def launches(args: argparse.Namespace, sm: int) -> list[tuple[str, Launch]]:

@@ -40,6 +40,9 @@ def sized_cases(at: Placement) -> Iterator[Case]:
     for classes in LOGITS:
         yield from cases.cross_entropy(at, (1, classes, 32, 64), 255)
     yield from cases.cross_entropy(at, (1, 19, 23, 37), 255)
+    for size in ((32, 64), (23, 37)):
+        yield from cases.cross_entropy(at, (1, 19, *size), 255, one_pass=False)
+    yield from cases.dice_cross_entropy(at, (1, 4, 64, 128), 255)
     yield from cases.conv_transpose2d(at, (1, 64, 32, 32), 32, 2, 2)
     yield from cases.conv_transpose2d(at, (1, 32, 17, 23), 32, 4, 2, 1)
 

@@ -2,7 +2,7 @@
 
 from .batch_norm import BatchNormReLU2d, BatchNormReLUMaxPool2d, BatchNormReLUMaxUnpool2d, convert_sync_batchnorm
 from .conv import ConvTranspose2d, ConvTransposeBatchNormReLU2d
-from .loss import CrossEntropyLoss
+from .loss import CrossEntropyLoss, DiceCrossEntropyLoss
 from .pool import MaxPool2d, MaxUnpool2d
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "ConvTranspose2d",
     "ConvTransposeBatchNormReLU2d",
     "CrossEntropyLoss",
+    "DiceCrossEntropyLoss",
     "MaxPool2d",
     "MaxUnpool2d",
     "convert_sync_batchnorm",

@@ -23,7 +23,7 @@ class Operator:
     arguments; the reference is written in torch alone and works in float64. fake: shapes, dtypes and strides of the
     result, for tracing. uncovered: says in words what of a call the kernels do not cover, or None; preferred: the
     backend that is the better choice under "auto", and why, or None for the kernels. backward: whether it is part of a
-    gradient, and so begins with one.
+    gradient, and so takes a grad_output.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class Operator:
         preferred: Callable[..., dispatch.Preference | None] = lambda *args: None,
     ) -> None:
         self.name, _, arguments = schema.partition("(")
-        self.fake, self.backward = fake, arguments.startswith("Tensor grad_output")
+        self.fake, self.backward = fake, "grad_output" in arguments
         self.kernel, self.reference, self.uncovered, self.preferred = kernel, reference, uncovered, preferred
         LIB.define(schema, tags=TAGS)
         for key in ("CPU", "CUDA"):

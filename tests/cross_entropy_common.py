@@ -1,0 +1,30 @@
+"""What the tests of cross_entropy share."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+LAYOUTS = pytest.mark.parametrize(
+    "layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels_last"]
+)
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
+INTERPRETED = pytest.mark.skipif(torch.cuda.is_available(), reason="runs kernels on CPU tensors")
+REDUCTIONS = pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+QUIET = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy, where a GPU gives NaN
+NAN, INF = float("nan"), float("inf")
+
+
+def make(shape, device="cpu", dtype=torch.float32, layout=torch.contiguous_format, ignore=None):
+    """Logits, and labels of which a fifth is `ignore`."""
+    x = torch.randn(shape, device=device).mul(3).to(dtype).contiguous(memory_format=layout)
+    target = torch.randint(shape[1], (shape[0], *shape[2:]), device=device)
+    if ignore is not None:
+        target[torch.rand(target.shape, device=device) < 0.2] = ignore
+    return x, target
+
+
+def exact(x, target, weight=None, **kwargs):
+    """torch's loss in float64, and its gradient of the logits for `grad`."""
+    x = x.detach().double().requires_grad_()
+    loss = F.cross_entropy(x, target.long(), None if weight is None else weight.double(), **kwargs)
+    return loss, lambda grad: torch.autograd.grad(loss, x, grad.double())[0]
