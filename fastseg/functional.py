@@ -4,6 +4,8 @@ from .ops.conv_transpose import conv_transpose2d
 from .ops.cross_entropy import cross_entropy
 from .ops.pool import max_pool2d, max_pool2d_with_offsets
 from .ops.unpool import max_unpool2d, max_unpool2d_with_offsets
+from .ops.upsample import upsample_argmax
+from .ops.upsample_cross_entropy import upsample_cross_entropy
 from .ops.windows import indices_to_offsets, offsets_to_indices
 
 __all__ = [
@@ -15,4 +17,6 @@ __all__ = [
     "max_unpool2d",
     "max_unpool2d_with_offsets",
     "offsets_to_indices",
+    "upsample_argmax",
+    "upsample_cross_entropy",
 ]

@@ -13,7 +13,17 @@ from types import ModuleType
 if __name__ == "kernels":
     raise ImportError("fastseg's device code is imported as fastseg.kernels: put the folder above on sys.path")
 
-FAMILIES = ("conv_transpose", "conv_transpose_bwd", "cross_entropy", "pool", "products", "unpool", "windows")
+FAMILIES = (
+    "conv_transpose",
+    "conv_transpose_bwd",
+    "cross_entropy",
+    "pool",
+    "products",
+    "unpool",
+    "upsample",
+    "upsample_cross_entropy",
+    "windows",
+)
 
 
 def __getattr__(name: str) -> ModuleType:
