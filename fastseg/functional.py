@@ -1,5 +1,6 @@
 """The functions, with torch.nn.functional's names, arguments and errors."""
 
+from .ops.confusion import confusion_matrix
 from .ops.conv_transpose import conv_transpose2d
 from .ops.cross_entropy import cross_entropy
 from .ops.pool import max_pool2d, max_pool2d_with_offsets
@@ -9,6 +10,7 @@ from .ops.upsample_cross_entropy import upsample_cross_entropy
 from .ops.windows import indices_to_offsets, offsets_to_indices
 
 __all__ = [
+    "confusion_matrix",
     "conv_transpose2d",
     "cross_entropy",
     "indices_to_offsets",

@@ -14,6 +14,7 @@ if __name__ == "kernels":
     raise ImportError("fastseg's device code is imported as fastseg.kernels: put the folder above on sys.path")
 
 FAMILIES = (
+    "confusion",
     "conv_transpose",
     "conv_transpose_bwd",
     "cross_entropy",

@@ -27,7 +27,6 @@ POINT = tl.constexpr(40)  # binary digits behind the point of a source coordinat
 HALF = tl.constexpr(2**39)  # one half, so written
 LONGEST_SIDE = 2**20  # whose coordinates fit 64 bits
 COLUMNS = 32  # of a tile: the lanes of its one warp
-CLASSES = 4  # that a tile holds at a time
 
 
 @triton.jit
@@ -63,7 +62,7 @@ def _first(tap, STEP, IN, OUT, NEAREST: tl.constexpr, CORNERS: tl.constexpr):
 
 @triton.jit
 def _row(low, o, column, behind, weight, inside, NEAREST: tl.constexpr):
-    """One row of the small map at the tile's columns, interpolated along x. o: of the row's classes."""
+    """A row of the small map at offset o, interpolated along x: at `column` and `behind` it, with behind's weight."""
     value = tl.load(low + o + column, mask=inside, other=0.0).to(tl.float32)
     if NEAREST:
         return value
@@ -72,24 +71,45 @@ def _row(low, o, column, behind, weight, inside, NEAREST: tl.constexpr):
 
 
 @triton.jit
-def _values(
-    low, o, top, y_tap, y_weight, x_tap, x_weight, inside, IN_H, IN_W, STRIDE_H, STRIDE_W,
-    NEAREST: tl.constexpr, TAPS: tl.constexpr,
+def _tile(
+    program, TILES_X, TILES_Y, STEP_H, STEP_W, IN_H, IN_W, OUT_H, OUT_W, STRIDE_W,
+    NEAREST: tl.constexpr, CORNERS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """The tile's values [classes, ROWS, COLUMNS]. o: offset of each class in the image; top: its topmost tap."""
-    column = (x_tap * STRIDE_W)[None, None, :]
-    behind = (tl.minimum(x_tap + 1, IN_W - 1) * STRIDE_W)[None, None, :]
-    along = x_weight[None, None, :]
-    tap, down = (y_tap - top)[None, :, None], y_weight[None, :, None]
+    """A program's tile: image, pixels [ROWS, COLUMNS] and which exist, topmost tap, taps and weights along y and x."""
+    image = program // (TILES_X * TILES_Y)
+    if WIDE:
+        image = image.to(tl.int64)
+    above = program // TILES_X % TILES_Y * ROWS
+    y = above + tl.arange(0, ROWS)
+    x = program % TILES_X * COLUMNS + tl.arange(0, COLUMNS)
+    live = (y < OUT_H)[:, None] & (x < OUT_W)[None, :]
+    pixel = (image * OUT_H + y[:, None]) * OUT_W + x[None, :]
+    top, _ = _source(above, STEP_H, IN_H, NEAREST, CORNERS)
+    y_tap, y_weight = _source(y, STEP_H, IN_H, NEAREST, CORNERS)
+    x_tap, x_weight = _source(x, STEP_W, IN_W, NEAREST, CORNERS)
+    behind = tl.minimum(x_tap + 1, IN_W - 1) * STRIDE_W
+    return image, pixel, live, top, (y_tap - top)[:, None], y_weight[:, None], x_tap * STRIDE_W, behind, x_weight, (
+        x < OUT_W
+    )
+
+
+@triton.jit
+def _class(
+    low, o, c, top, tap, down, column, behind, along, inside, IN_H, STRIDE_C, STRIDE_H,
+    C: tl.constexpr, NEAREST: tl.constexpr, TAPS: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """A class's values [ROWS, COLUMNS] of a tile whose image begins at o; -inf for one past the last."""
+    o += (c.to(tl.int64) if WIDE else c) * STRIDE_C
+    inside = inside & (c < C)
     for k in tl.static_range(TAPS):
-        row = _row(low, o + tl.minimum(top + k, IN_H - 1) * STRIDE_H, column, behind, along, inside, NEAREST)
+        row = _row(low, o + tl.minimum(top + k, IN_H - 1) * STRIDE_H, column, behind, along, inside, NEAREST)[None, :]
         if k == 0:
-            values = row * tl.where(tap == 0, 1 - down, 0.0) if not NEAREST else row + tl.zeros_like(down)
+            values = row + tl.zeros_like(down) if NEAREST else row * tl.where(tap == 0, 1 - down, 0.0)
         elif NEAREST:
             values = tl.where(tap == k, row, values)
         else:
             values += row * (tl.where(tap == k, 1 - down, 0.0) + tl.where(tap == k - 1, down, 0.0))
-    return values
+    return tl.where(c < C, values, float("-inf"))
 
 
 @triton.jit
@@ -97,47 +117,32 @@ def upsample_argmax_kernel(
     low, labels, probability, TILES_X, TILES_Y, STEP_H, STEP_W, IN_H, IN_W, OUT_H, OUT_W,
     STRIDE_N, STRIDE_C, STRIDE_H, STRIDE_W,
     C: tl.constexpr, PROBABILITY: tl.constexpr, NEAREST: tl.constexpr, CORNERS: tl.constexpr, TAPS: tl.constexpr,
-    CLASSES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDE: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One program labels a tile: the first class of the largest value, NaN above all, as torch.argmax has it.
 
     Reads the small map's taps, and writes each pixel's label once, and its softmax probability.
     """
-    program = tl.program_id(0)
-    image = program // (TILES_X * TILES_Y)
-    if WIDE:
-        image = image.to(tl.int64)
-    y = program // TILES_X % TILES_Y * ROWS + tl.arange(0, ROWS)
-    x = program % TILES_X * COLUMNS + tl.arange(0, COLUMNS)
-    y_tap, y_weight = _source(y, STEP_H, IN_H, NEAREST, CORNERS)
-    x_tap, x_weight = _source(x, STEP_W, IN_W, NEAREST, CORNERS)
-    top, _ = _source(program // TILES_X % TILES_Y * ROWS, STEP_H, IN_H, NEAREST, CORNERS)
-    lane = tl.arange(0, CLASSES)[:, None, None]
+    image, pixel, live, top, tap, down, column, behind, along, inside = _tile(
+        tl.program_id(0), TILES_X, TILES_Y, STEP_H, STEP_W, IN_H, IN_W, OUT_H, OUT_W, STRIDE_W,
+        NEAREST, CORNERS, ROWS, COLUMNS, WIDE,
+    )  # fmt: skip
     highest = tl.full((ROWS, COLUMNS), float("-inf"), tl.float32)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     best = tl.zeros((ROWS, COLUMNS), tl.int32)
-    for start in range(0, C, CLASSES):
-        c = start + lane
-        inside = (c < C) & (x < OUT_W)[None, None, :]
-        o = image * STRIDE_N + (c.to(tl.int64) if WIDE else c) * STRIDE_C
-        values = _values(
-            low, o, top, y_tap, y_weight, x_tap, x_weight, inside, IN_H, IN_W, STRIDE_H, STRIDE_W, NEAREST, TAPS
-        )
-        values = tl.where(c < C, values, float("-inf"))
-        strange = tl.min(tl.where(values != values, c, C), axis=0)  # the first NaN
-        number = tl.where(values != values, float("-inf"), values)
-        peak = tl.max(number, axis=0)
-        first = tl.min(tl.where(number == peak[None, :, :], c, C), axis=0)
-        first = tl.where(strange < C, strange, first)
-        calm = highest == highest
-        best = tl.where(calm & ((strange < C) | (peak > highest)), first, best)
-        peak = tl.where(strange < C, float("nan"), tl.where(calm, tl.maximum(peak, highest), highest))
+    for step in range(0, C):
+        c = step + image * 0  # a tensor, in the interpreter too
+        values = _class(
+            low, image * STRIDE_N, c, top, tap, down, column, behind, along, inside, IN_H, STRIDE_C, STRIDE_H,
+            C, NEAREST, TAPS, WIDE,
+        )  # fmt: skip
+        higher = (values > highest) | ((values != values) & (highest == highest))
+        best = tl.where(higher, c.to(tl.int32), best)
+        peak = tl.where(higher, values, highest)
         if PROBABILITY:
             shift = tl.where(peak == float("-inf"), 0.0, peak)
-            total = total * tl.exp(highest - shift) + tl.sum(tl.exp(values - shift[None, :, :]), axis=0)
+            total = total * tl.exp(highest - shift) + tl.exp(values - shift)
         highest = peak
-    live = (y < OUT_H)[:, None] & (x < OUT_W)[None, :]
-    pixel = (image * OUT_H + y[:, None]) * OUT_W + x[None, :]
     tl.store(labels + pixel, best.to(labels.dtype.element_ty), mask=live)
     if PROBABILITY:
         tl.store(probability + pixel, tl.where(highest == float("-inf"), float("nan"), 1 / total), mask=live)
@@ -184,11 +189,10 @@ class Resizing(NamedTuple):
         return {"NEAREST": self.nearest, "CORNERS": self.corners}
 
     def tile(self) -> dict[str, int]:
-        """Rows of a tile: about as many as lie between two rows of the small map, up to 8."""
+        """Rows of a tile: no more than share few rows of the small map."""
         ratio = self.ratio[0]
-        rows = 8 if ratio <= Fraction(1, 4) else 4 if ratio <= Fraction(1, 2) else 2 if ratio <= 1 else 1
-        taps = math.ceil((rows - 1) * ratio) + 2
-        return {"ROWS": rows, "TAPS": taps, "COLUMNS": COLUMNS, "CLASSES": CLASSES}
+        rows = 4 if ratio <= Fraction(1, 2) else 2 if ratio <= 1 else 1
+        return {"ROWS": rows, "TAPS": math.ceil((rows - 1) * ratio) + 2, "COLUMNS": COLUMNS}
 
     def tiles(self) -> tuple[int, int]:
         """Tiles along x and y."""

@@ -18,7 +18,6 @@ added up in memory.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from fractions import Fraction
 
 import torch
 import triton
@@ -27,9 +26,10 @@ from torch import Tensor
 
 from .cross_entropy import TOTAL_BLOCK, _exp, _label, _scale, _weight, cross_entropy_total_kernel
 from .launch import launch
-from .upsample import Resizing, _first, _row, _source, _values, is_wide
+from .upsample import Resizing, _class, _first, _row, _source, _tile, is_wide
 
 BACKWARD_CLASSES = 16  # of a program: the least that a product takes
+BACKWARD_COLUMNS = 64  # output columns that it holds at a time
 PATCH_ROWS = 8  # of the small map, below one row of which it needs the output too
 LEAST_PATCH, LARGEST_PATCH = 16, 32  # columns of the small map in a product
 
@@ -39,49 +39,47 @@ def upsample_cross_entropy_fwd_kernel(
     low, target, weight, loss, lse, partials, PIXELS, PROGRAMS, TILES_X, TILES_Y, IGNORE, SMOOTH, STEP_H, STEP_W,
     IN_H, IN_W, OUT_H, OUT_W, STRIDE_N, STRIDE_C, STRIDE_H, STRIDE_W,
     C: tl.constexpr, REDUCTION: tl.constexpr, WEIGHTED: tl.constexpr, SPLIT: tl.constexpr, SMOOTHED: tl.constexpr,
-    NEAREST: tl.constexpr, CORNERS: tl.constexpr, TAPS: tl.constexpr, CLASSES: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, WIDE: tl.constexpr,
+    NEAREST: tl.constexpr, CORNERS: tl.constexpr, TAPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
-    """One program takes a tile of pixels through all classes, CLASSES at a time.
+    """One program takes a tile of pixels through all classes, two at a time.
 
     Reads the taps of the small map and the labels; writes lse, and the losses (REDUCTION "none") or the sums of the
     tile's losses and weights. SMOOTH: label_smoothing.
     """
     program = tl.program_id(0)
-    image = program // (TILES_X * TILES_Y)
-    if WIDE:
-        image = image.to(tl.int64)
-    y = program // TILES_X % TILES_Y * ROWS + tl.arange(0, ROWS)
-    x = program % TILES_X * COLUMNS + tl.arange(0, COLUMNS)
-    live = (y < OUT_H)[:, None] & (x < OUT_W)[None, :]
-    pixel = (image * OUT_H + y[:, None]) * OUT_W + x[None, :]
+    image, pixel, live, top, tap, down, column, behind, along, inside = _tile(
+        program, TILES_X, TILES_Y, STEP_H, STEP_W, IN_H, IN_W, OUT_H, OUT_W, STRIDE_W,
+        NEAREST, CORNERS, ROWS, COLUMNS, WIDE,
+    )  # fmt: skip
     label, stray = _label(target, pixel, live, C, IGNORE)
     tl.device_assert(stray == 0, "upsample_cross_entropy: a target is neither a class nor ignore_index")
-    y_tap, y_weight = _source(y, STEP_H, IN_H, NEAREST, CORNERS)
-    x_tap, x_weight = _source(x, STEP_W, IN_W, NEAREST, CORNERS)
-    top, _ = _source(program // TILES_X % TILES_Y * ROWS, STEP_H, IN_H, NEAREST, CORNERS)
-    lane = tl.arange(0, CLASSES)[:, None, None]
     highest = tl.full((ROWS, COLUMNS), float("-inf"), tl.float32)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     picked = tl.zeros((ROWS, COLUMNS), tl.float32)
     mixed = tl.zeros((ROWS, COLUMNS), tl.float32)  # sum of w_c * x_c
     weights = 0.0
-    for start in range(0, C, CLASSES):
-        c = start + lane
-        inside = (c < C) & (x < OUT_W)[None, None, :]
-        o = image * STRIDE_N + (c.to(tl.int64) if WIDE else c) * STRIDE_C
-        values = _values(
-            low, o, top, y_tap, y_weight, x_tap, x_weight, inside, IN_H, IN_W, STRIDE_H, STRIDE_W, NEAREST, TAPS
-        )
-        picked += tl.sum(tl.where(c == label[None, :, :], values, 0.0), axis=0)
+    for step in range(0, C, 2):
+        c = step + image * 0  # a tensor, in the interpreter too
+        one = _class(
+            low, image * STRIDE_N, c, top, tap, down, column, behind, along, inside, IN_H, STRIDE_C, STRIDE_H,
+            C, NEAREST, TAPS, WIDE,
+        )  # fmt: skip
+        two = _class(
+            low, image * STRIDE_N, c + 1, top, tap, down, column, behind, along, inside, IN_H, STRIDE_C, STRIDE_H,
+            C, NEAREST, TAPS, WIDE,
+        )  # fmt: skip
+        picked = tl.where(label == c, one, tl.where(label == c + 1, two, picked))
         if SMOOTHED:
-            of_class = tl.load(weight + c, mask=c < C, other=0.0).to(tl.float32) if WEIGHTED else tl.where(c < C, 1.0, 0)
-            mixed += tl.sum(tl.where(c < C, of_class * values, 0.0), axis=0)
-            weights += tl.sum(of_class)
-        values = tl.where(c < C, values, float("-inf"))
-        peak = tl.maximum(highest, tl.max(values, axis=0))
+            first = tl.load(weight + c).to(tl.float32) if WEIGHTED else 1.0
+            second = tl.where(c + 1 < C, 1.0, 0.0)
+            if WEIGHTED:
+                second = tl.load(weight + c + 1, mask=c + 1 < C, other=0.0).to(tl.float32)
+            mixed += first * one + tl.where(c + 1 < C, second * two, 0.0)
+            weights += first + second
+        peak = tl.maximum(highest, tl.maximum(one, two))
         shift = tl.where(peak == float("-inf"), 0.0, peak)
-        total = total * _exp(highest - shift) + tl.sum(_exp(values - shift[None, :, :]), axis=0)
+        total = total * _exp(highest - shift) + (_exp(one - shift) + _exp(two - shift))
         highest = peak
     above = tl.log(total)
     if SPLIT:
@@ -235,8 +233,7 @@ def upsample_cross_entropy_bwd(
     by = Resizing.of(low, target.shape[1:], scales, mode, align_corners)
     n, classes, h, w = low.shape
     # As many columns of the small map as one block of output columns reaches, without the one before them.
-    columns = 128 if by.ratio[1] <= Fraction(1, 4) else 64 if by.ratio[1] <= Fraction(1, 2) else 32
-    patch = min(max(int(columns * by.ratio[1]) - 1, LEAST_PATCH - 1), LARGEST_PATCH)
+    patch = min(max(int(BACKWARD_COLUMNS * by.ratio[1]) - 1, LEAST_PATCH - 1), LARGEST_PATCH)
     across, down = triton.cdiv(w, patch), triton.cdiv(h, PATCH_ROWS)
     smoothed = smoothing != 0 and weight is not None
     launch(
@@ -246,6 +243,6 @@ def upsample_cross_entropy_bwd(
         across, down, patch, ignore_index, float(smoothing), *by.steps(), *by.sizes, *low.stride(),
         *grad_low.stride(),
         **_constants(low, weight, reduction, lse, smoothing, by), CLASSES=BACKWARD_CLASSES,
-        COLUMNS=columns, ROWS=PATCH_ROWS, LOW_COLUMNS=triton.next_power_of_2(patch),
-        PRECISION="ieee" if low.dtype == torch.float32 else "tf32", num_warps=columns // 32,
+        COLUMNS=BACKWARD_COLUMNS, ROWS=PATCH_ROWS, LOW_COLUMNS=triton.next_power_of_2(patch),
+        PRECISION="ieee" if low.dtype == torch.float32 else "tf32", num_warps=8,
     )  # fmt: skip

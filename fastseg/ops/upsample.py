@@ -17,7 +17,9 @@ from .library import Operator, empty
 MODES = ("nearest", "bilinear")
 LOGITS_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LABELS = (torch.uint8, torch.int16, torch.int32, torch.int64)
-BAND = 2**19  # elements of the large map that the reference holds at a time, if a row has no more
+BAND = 2**19  # elements of the large map that the reference holds at a time for each thread, if a row has no more
+MOST_THREADS = 16
+FEW_CLASSES = 16  # below which the reference computes in NCHW, from which on in channels_last
 LONGEST_SIDE = 2**20  # that the kernels count in
 
 
@@ -101,7 +103,7 @@ def uncovered(input: Tensor, size: Sequence[int]) -> str | None:
 
 @dataclass(frozen=True)
 class Bands:
-    """The large map of one picture, a band of rows at a time, in (rows, W, C) and the dtype it is computed in.
+    """The large map of one picture, a band of rows at a time: (1, C, rows, W) in the dtype it is computed in.
 
     torch's own operator resizes along x. Along y each of a band's rows is the mean of two rows of the small map.
     """
@@ -142,14 +144,19 @@ class Bands:
 
     def __iter__(self) -> Iterator[slice]:
         """The bands, from above."""
-        rows = max(1, BAND // (self.size[1] * self.shape[0]))
+        elements = BAND * min(torch.get_num_threads(), MOST_THREADS)
+        rows = max(1, elements // (self.size[1] * self.shape[0]))
         for start in range(0, self.size[0], rows):
             yield slice(start, min(start + rows, self.size[0]))
 
-    def buffer(self, like: Tensor) -> Tensor:
+    def empty(self, rows: int, columns: int) -> Tensor:
+        layout = torch.contiguous_format if self.shape[0] < FEW_CLASSES else torch.channels_last
+        shape = (1, self.shape[0], rows, columns)
+        return torch.empty(shape, dtype=self.dtype, device=self.taps.device, memory_format=layout)
+
+    def buffer(self) -> Tensor:
         """Memory for a band, to be used again for each: fresh memory of this size is costly."""
-        rows = next(iter(self))
-        return torch.empty((rows.stop, self.size[1], self.shape[0]), dtype=self.dtype, device=like.device)
+        return self.empty(next(iter(self)).stop, self.size[1])
 
     def reach(self, rows: slice) -> tuple[int, int]:
         """The rows of the small map that a band is made of. Found from the size, since looking would be a wait."""
@@ -159,29 +166,29 @@ class Bands:
 
     def values(self, picture: Tensor, rows: slice, buffer: Tensor) -> Tensor:
         """The band of a picture (C, h, w), written into the buffer."""
-        start, stop = self.reach(rows)
-        small = picture[:, start:stop].permute(1, 2, 0).to(self.dtype).contiguous()
-        taps, weights = self.taps[:, rows] - start, self.weights[:, rows, None, None]
-        band = small[taps[0]]
+        taps, (first, behind) = self.taps[:, rows], self.weights[:, rows, None]
+        small = self.empty(rows.stop - rows.start, self.shape[2])
+        small[0] = picture.index_select(1, taps[0])
         if self.mode == "bilinear":
-            band = band.mul_(weights[0]).addcmul_(small[taps[1]], weights[1])
-        out = buffer[: rows.stop - rows.start]
-        arguments = ([*out.shape[:2]], *self._along_x())
-        self._operator("")(_nchw(band), *arguments, out=_nchw(out))
-        return out
+            small.mul_(first).addcmul_(picture.index_select(1, taps[1])[None].to(self.dtype), behind)
+        out = buffer[:, :, : small.shape[2]]
+        return self._operator("")(small, [*out.shape[2:]], *self._along_x(), out=out)
 
     def add_back(self, change: Tensor, rows: slice, small: Tensor) -> None:
-        """Add what the gradient of a band (rows, W, C) makes of the small map's, (h, w, C)."""
+        """Add what the gradient of a band makes of the small map's, a tensor that `empty` gave."""
         start, stop = self.reach(rows)
         near = torch.arange(start, stop, device=change.device)[:, None]
-        taps, weights = self.taps[:, rows], self.weights[:, rows]
-        matrix = sum((near == tap) * weight for tap, weight in zip(taps, weights, strict=True))
+        matrix = sum((near == tap) * weight for tap, weight in zip(self.taps[:, rows], self.weights[:, rows], strict=True))
         c, _, w = self.shape
-        high = torch.matmul(matrix, change.flatten(1)).view(stop - start, self.size[1], c)
-        back = torch.empty((stop - start, w, c), dtype=self.dtype, device=change.device)
+        high = self.empty(stop - start, self.size[1])
+        if high.is_contiguous():
+            torch.matmul(matrix, change, out=high)
+        else:
+            torch.matmul(matrix, change.permute(0, 2, 3, 1).flatten(2), out=high.permute(0, 2, 3, 1).flatten(2))
         sizes = ([stop - start, self.size[1]], [1, c, stop - start, w])
-        self._operator("_backward")(_nchw(high), *sizes, *self._along_x(), grad_input=_nchw(back))
-        small[start:stop] += back
+        back = self.empty(stop - start, w)
+        self._operator("_backward")(high, *sizes, *self._along_x(), grad_input=back)
+        small[:, :, start:stop] += back
 
     def _along_x(self) -> tuple[Any, ...]:
         corners = () if self.mode == "nearest" else (self.align_corners,)
@@ -190,11 +197,6 @@ class Bands:
     def _operator(self, direction: str) -> Any:
         packet = getattr(torch.ops.aten, f"upsample_{self.mode}2d{direction}")
         return packet.grad_input if direction else packet.out
-
-
-def _nchw(rows: Tensor) -> Tensor:
-    """(rows, columns, C) as one picture (1, C, rows, columns) in channels_last."""
-    return rows[None].permute(0, 3, 1, 2)
 
 
 # --- upsample_argmax -------------------------------------------------------------------------------------------------
@@ -225,14 +227,14 @@ def _upsample_argmax_reference(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     labels, share = _empty_labels(input, size, scales, mode, align_corners, dtype, probability)
     bands = Bands.of(input, size, scales, mode, align_corners)
-    buffer = bands.buffer(input)
+    buffer = bands.buffer()
     for n, picture in enumerate(input):
         for rows in bands:
             values = bands.values(picture, rows, buffer)
-            highest, best = values.max(-1)
-            labels[n, rows] = best
+            highest, best = values.max(1, keepdim=True)
+            labels[n, rows] = best[0, 0]
             if probability:
-                share[n, rows] = values.sub_(highest.unsqueeze(-1)).exp_().sum(-1).reciprocal()
+                share[n, rows] = values.sub_(highest).exp_().sum((0, 1)).reciprocal()
     return labels, share
 
 

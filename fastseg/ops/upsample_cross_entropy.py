@@ -83,29 +83,26 @@ def _reference(
     _refuse_strays(_large(input, target.shape[1:]), target, ignore_index)
     loss, lse, denominator = _empty_losses(input, target, weight, reduction, ignore_index)
     bands = Bands.of(input, target.shape[1:], scales, mode, align_corners)
-    buffer = bands.buffer(input)
+    buffer = bands.buffer()
     of_class = loss.new_ones(input.shape[1]) if weight is None else weight.flatten().to(loss.dtype)
-    sums, weights = [loss.new_zeros(2)], None
+    sums = [loss.new_zeros(2)]
     for n, picture in enumerate(input):
         for rows in bands:
-            labels = target[n, rows]
+            labels = target[n, rows].long()
+            valid = labels != ignore_index
             weights = _weights(input, labels, weight, ignore_index)
             values = bands.values(picture, rows, buffer)
-            valid = labels.long() != ignore_index
-            label = labels.long().masked_fill(~valid, 0).unsqueeze(-1)
-            picked = values.gather(-1, label).squeeze(-1)
-            mixed = values @ of_class if label_smoothing else None
-            highest = values.amax(-1)
-            above = values.sub_(highest.unsqueeze(-1)).exp_().sum(-1).log_()
+            picked = values.gather(1, labels.masked_fill(~valid, 0)[None, None])[0, 0]
+            mixed = torch.tensordot(of_class, values[0], 1) if label_smoothing else None
+            highest = values.amax(1, keepdim=True)
+            above = values.sub_(highest).exp_().sum((0, 1)).log_()
+            highest = highest[0, 0]
             losses = weights * ((highest - picked) + above)
             if label_smoothing:
                 even = of_class.sum() * (highest + above) - mixed
                 losses = (1 - label_smoothing) * losses + label_smoothing / input.shape[1] * even
             losses = losses.masked_fill_(~valid, 0.0)
-            if len(lse) == 2:
-                lse[0, n, rows], lse[1, n, rows] = highest, above
-            else:
-                lse[0, n, rows] = highest + above
+            lse[:, n, rows] = torch.stack((highest, above)) if len(lse) == 2 else highest + above
             if reduction == "none":
                 loss[n, rows] = losses
             else:
@@ -151,10 +148,10 @@ def _backward_reference(
     label_smoothing: float,
 ) -> Tensor:  # fmt: skip
     bands = Bands.of(input, target.shape[1:], scales, mode, align_corners)
-    buffer = bands.buffer(input)
+    buffer = bands.buffer()
     c, h, w = bands.shape
     of_class = lse.new_ones(c) if weight is None else weight.flatten().to(lse.dtype)
-    small = lse.new_empty((h, w, c))
+    small = bands.empty(h, w)
     grad_input = _empty_gradient(grad, input)
     if reduction == "mean":
         grad = grad / denominator
@@ -162,21 +159,20 @@ def _backward_reference(
     for n, picture in enumerate(input):
         small.zero_()
         for rows in bands:
-            labels = target[n, rows]
-            valid = labels.long() != ignore_index
+            labels = target[n, rows].long()
+            valid = labels != ignore_index
             own = (1 - label_smoothing) * grad[n, rows] * _weights(input, labels, weight, ignore_index)
             even = label_smoothing / c * grad[n, rows] * valid
             change = bands.values(picture, rows, buffer)
             for term in lse[:, n, rows]:
-                change.sub_(term.unsqueeze(-1))
-            change.exp_().mul_((own + even * of_class.sum()).unsqueeze(-1))
-            label = labels.long().masked_fill(~valid, 0).unsqueeze(-1)
-            change.scatter_add_(-1, label, -own.unsqueeze(-1))
+                change.sub_(term)
+            change.exp_().mul_(own + even * of_class.sum())
+            change.scatter_add_(1, labels.masked_fill(~valid, 0)[None, None], -own[None, None])
             if label_smoothing:
-                change.sub_(even.unsqueeze(-1) * of_class)
-            change.masked_fill_(~valid.unsqueeze(-1), 0.0)  # also where logits are not finite
+                change.sub_(even * of_class[:, None, None])
+            change.masked_fill_(~valid, 0.0)  # also where logits are not finite
             bands.add_back(change, rows, small)
-        grad_input[n] = small.permute(2, 0, 1)
+        grad_input[n] = small[0]
     return grad_input
 
 
