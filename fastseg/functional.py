@@ -2,7 +2,7 @@
 
 from .ops.confusion import confusion_matrix
 from .ops.conv_transpose import conv_transpose2d
-from .ops.cross_entropy import cross_entropy
+from .ops.cross_entropy import cross_entropy, cross_entropy_with_predictions
 from .ops.pool import max_pool2d, max_pool2d_with_offsets
 from .ops.unpool import max_unpool2d, max_unpool2d_with_offsets
 from .ops.upsample import upsample_argmax
@@ -13,6 +13,7 @@ __all__ = [
     "confusion_matrix",
     "conv_transpose2d",
     "cross_entropy",
+    "cross_entropy_with_predictions",
     "indices_to_offsets",
     "max_pool2d",
     "max_pool2d_with_offsets",

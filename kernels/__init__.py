@@ -18,6 +18,8 @@ FAMILIES = (
     "conv_transpose",
     "conv_transpose_bwd",
     "cross_entropy",
+    "cross_entropy_bwd",
+    "cross_entropy_one_pass",
     "pool",
     "products",
     "unpool",

@@ -1,272 +1,177 @@
-"""Cross-entropy of (N, C, H, W) logits with index labels, in NCHW and in channels_last.
+"""Cross-entropy of (N, C, H, W) logits in two passes, in NCHW and in channels_last: the formulas stand in
+cross_entropy_parts.py, the form of one pass in cross_entropy_one_pass.py.
 
-    lse = log(sum_c exp(x_c)),   loss = w_t * (lse - x_t),   dloss / dx_c = w_t * (exp(x_c - lse) - [c = t])
-
-Two passes. The forward reads the logits once and keeps lse, 4 bytes a pixel; the backward reads logits, labels and lse
-once and writes the gradient once. For bf16 logits and int64 labels that is 6 * C + 24 bytes a pixel in all. Whatever
-the logits' dtype, everything is computed and summed in fp32. For fp32 logits lse is kept in two terms, the maximum and
-what is above it, 4 bytes more: as one number it loses the digits that the gradient of a confident pixel is made of.
+The forward reads the logits once and keeps lse, 4 bytes a pixel; the backward (cross_entropy_bwd.py) reads logits,
+labels and lse once and writes the gradient once. For bf16 logits and int64 labels that is 6 * C + 24 bytes a pixel in
+all, and for float32 logits, whose lse has two terms, 8 more. Class probabilities are read once in each pass.
 
 A label picks its logit by comparison with the class numbers; only a valid label is ever part of an address. Sums over
 pixels are partial sums of programs, added up in a fixed order: no atomics.
 
 In NCHW a program's pixels lie side by side in each class's plane, and it walks over the classes. In channels_last a
 pixel's classes lie side by side, C of them and seldom a multiple of 16 bytes: the forward reads the whole aligned
-chunks of VEC elements that a pixel's row touches, the backward treats the tensor as one run of chunks, each of which
-holds classes of one pixel, or of one and the next. Where the run ends inside a chunk (RAGGED), that chunk is read and
-written element by element.
+chunks of VEC elements that a pixel's row touches. Where the tensor ends inside a chunk (RAGGED), that chunk is read
+element by element.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import INT32_MAX, launch, vector_width
+from .cross_entropy_parts import (
+    accumulate,
+    class_shares,
+    constants,
+    first_maximum,
+    label_weight,
+    long_rows,
+    pixel_loss,
+    read_target,
+    read_tile,
+    row_tile,
+)
+from .launch import launch, vector_width
 
 FEW_PROGRAMS = 512  # too few to fill a GPU: smaller ones are taken then
-CLASSES = 4  # that a program reads at a time in NCHW, forward and backward: what its registers hold
-BACKWARD_CLASSES = 2
-LONG_ROW = 128  # bytes of a pixel's classes in channels_last, from which on four lanes share a row
-ROWS = 256  # pixels of a forward program in channels_last, and where their rows are long
+CLASSES = 4  # that a program reads at a time in NCHW: what its registers hold
+ROWS = 256  # pixels of a program in channels_last, and where their rows are long
 LONG_ROWS = 128
-CHUNKS = 256  # of a backward program in channels_last
 TOTAL_BLOCK = 1024
-LOG2_E = tl.constexpr(1.4426950408889634)
-
-
-@triton.jit
-def _exp(x):
-    """exp of x <= 0 by the hardware's power of two; a result too small for a normal number is 0."""
-    return tl.exp2(x * LOG2_E)
-
-
-@triton.jit
-def _label(labels, o, live, C: tl.constexpr, IGNORE):
-    """(the class or -1 where there is none, whether the label is neither a class nor to be ignored)."""
-    label = tl.load(labels + o, mask=live, other=0).to(tl.int64)
-    kept = live & (label != IGNORE)
-    inside = (label >= 0) & (label < C)
-    return tl.where(kept & inside, label, -1).to(tl.int32), kept & (inside == 0)
-
-
-@triton.jit
-def _weight(weight, label, WEIGHTED: tl.constexpr):
-    """The label's weight, 0 where there is none."""
-    if WEIGHTED:
-        return tl.load(weight + tl.maximum(label, 0), mask=label >= 0, other=0.0).to(tl.float32)
-    else:
-        return tl.where(label >= 0, 1.0, 0.0)
-
-
-@triton.jit
-def _scale(grad_loss, denominator, weight, o, label, REDUCTION: tl.constexpr, WEIGHTED: tl.constexpr):
-    """The gradient of the pixel's lse - x_t, 0 where the label is none."""
-    if REDUCTION == "none":
-        grad = tl.load(grad_loss + o, mask=label >= 0, other=0.0)
-    else:
-        grad = tl.load(grad_loss)
-        if REDUCTION == "mean":
-            grad = grad / tl.load(denominator)
-    return grad * _weight(weight, label, WEIGHTED)
-
-
-@triton.jit
-def _lse(lse, PIXELS, o, live, SPLIT: tl.constexpr):
-    """The two terms of lse, the second 0 where it is kept as one."""
-    first = tl.load(lse + o, mask=live, other=0.0)
-    second = tl.load(lse + PIXELS + o, mask=live, other=0.0) if SPLIT else tl.zeros_like(first)
-    return first, second
-
-
-@triton.jit
-def _row_tile(
-    logits, pixel, live, step, ELEMENTS, C: tl.constexpr, RAGGED: tl.constexpr, VEC: tl.constexpr, WIDTH: tl.constexpr
-):
-    """channels_last: the step's WIDTH elements from the first chunk of each pixel's row on, -inf outside the row."""
-    lane = tl.arange(0, WIDTH)[None, :]
-    start = (pixel * C)[:, None]
-    behind = start % VEC  # elements of earlier pixels in the row's first chunk
-    chunk = (start // VEC + step * (WIDTH // VEC)) * VEC + lane // VEC * VEC
-    o = (start // VEC + step * (WIDTH // VEC)) * VEC + lane
-    touched = live[:, None] & (step * WIDTH + lane // VEC * VEC < behind + C)
-    if RAGGED:
-        whole = touched & (chunk + VEC <= ELEMENTS)
-        rest = touched & (chunk + VEC > ELEMENTS) & (o < ELEMENTS)
-        value = tl.load(logits + o, mask=whole, other=0.0).to(tl.float32)
-        value = tl.where(rest, tl.load(logits + o, mask=rest, other=0.0).to(tl.float32), value)
-    else:
-        value = tl.load(logits + o, mask=touched, other=0.0).to(tl.float32)
-    c = step * WIDTH + lane - behind
-    return tl.where((c >= 0) & (c < C), value, float("-inf"))
 
 
 @triton.jit
 def cross_entropy_fwd_kernel(
-    logits, labels, weight, loss, lse, partials, ELEMENTS, PIXELS, RUNS, TILES, PROGRAMS, IGNORE,
-    C: tl.constexpr, REDUCTION: tl.constexpr, WEIGHTED: tl.constexpr, SPLIT: tl.constexpr,
+    logits, targets, weight, loss, lse, partials, prediction, counts, ELEMENTS, PIXELS, RUNS, TILES, PROGRAMS, IGNORE,
+    C: tl.constexpr, REDUCTION: tl.constexpr, PROBABILITIES: tl.constexpr, WEIGHTED: tl.constexpr,
+    SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr, SPLIT: tl.constexpr, PREDICT: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, RAGGED: tl.constexpr, VEC: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr,
     UNROLL: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One program takes BLOCK pixels: of one image in NCHW, of the batch in channels_last.
 
-    Reads their logits once, WIDTH classes at a time, and their labels; writes lse, and the losses (REDUCTION "none")
-    or the sums of the program's losses and weights. The maximum so far starts at -inf, so that no finite logit is out
-    of its reach; as long as it is -inf, 0 stands in for it, so that -inf - -inf does not spoil the classes to come.
+    Reads their logits once, WIDTH classes at a time, and their targets; writes lse, and the losses (REDUCTION "none")
+    or the sums of the program's losses and of what they are divided by. PREDICT: also the class of each pixel's
+    largest logit, and how many pixels are right and how many count.
     """
     program = tl.program_id(0)
     if WIDE:
         program = program.to(tl.int64)
+    DTYPE: tl.constexpr = lse.dtype.element_ty
+    SHARED: tl.constexpr = PROBABILITIES or SMOOTHING != 0
     SIZE = PIXELS if CHANNELS_LAST else RUNS * VEC
     p = (program % TILES) * BLOCK + tl.arange(0, BLOCK)
     live = p < SIZE
     image = program // TILES
     pixel = image * SIZE + p
-    label, stray = _label(labels, pixel, live, C, IGNORE)
+    label, stray = read_target(targets, pixel, live, C, IGNORE, PROBABILITIES)
     tl.device_assert(stray == 0, "cross_entropy: a target is neither a class nor ignore_index")
-    highest = tl.full((BLOCK,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK,), tl.float32)
-    picked = tl.zeros((BLOCK,), tl.float32)
+    highest = tl.full((BLOCK,), float("-inf"), DTYPE)
+    total = tl.zeros((BLOCK,), DTYPE)
+    mass = tl.zeros((BLOCK,), DTYPE)
+    short = tl.zeros((BLOCK,), DTYPE)
+    picked = tl.zeros((BLOCK,), DTYPE)
+    best = tl.zeros((BLOCK,), tl.int32)
+    best_score = tl.full((BLOCK,), float("-inf"), DTYPE)
+    first_nan = tl.full((BLOCK,), C, tl.int32)
     lane = tl.arange(0, WIDTH)[None, :]
     for step in tl.range(0, STEPS, loop_unroll_factor=UNROLL):
         if CHANNELS_LAST:
-            value = _row_tile(logits, pixel, live, step, ELEMENTS, C, RAGGED, VEC, WIDTH)
+            o, c, inside, whole, rest = row_tile(pixel, live, step, ELEMENTS, C, RAGGED, VEC, WIDTH)
+            value = read_tile(logits, o, whole, rest, RAGGED, 0.0).to(DTYPE)
+            value = tl.where(inside, value, float("-inf"))
         else:
             c = step * WIDTH + lane
             o = (image * C + c) * SIZE + p[:, None]
-            value = tl.load(logits + o, mask=live[:, None] & (c < C), other=float("-inf")).to(tl.float32)
-            # A gather of these would cost a sector for each pixel.
-            picked += tl.sum(tl.where(lane == (label - step * WIDTH)[:, None], value, 0.0), axis=1)
-        peak = tl.maximum(highest, tl.max(value, axis=1))
-        shift = tl.where(peak == float("-inf"), 0.0, peak)
-        total = total * _exp(highest - shift) + tl.sum(_exp(value - shift[:, None]), axis=1)
-        highest = peak
-    if CHANNELS_LAST:
-        picked = tl.load(logits + pixel * C + label, mask=label >= 0, other=0.0).to(tl.float32)
+            inside = live[:, None] & (c < C)
+            whole = inside
+            rest = inside
+            value = tl.load(logits + o, mask=inside, other=float("-inf")).to(DTYPE)
+            if not PROBABILITIES:  # a gather of these would cost a sector for each pixel
+                picked += tl.sum(tl.where(lane == (label - step * WIDTH)[:, None], value, 0.0), axis=1)
+        share = value
+        if SHARED:
+            share = class_shares(
+                targets, weight, o, c, inside, whole, rest, DTYPE, C, PROBABILITIES, WEIGHTED, SMOOTHING, RAGGED
+            )
+        highest, total, mass, short = accumulate(value, share, inside, highest, total, mass, short, SHARED)
+        if PREDICT:
+            best, best_score, first_nan = first_maximum(value, c, inside, best, best_score, first_nan, C)
+    if CHANNELS_LAST and not PROBABILITIES:
+        picked = tl.load(logits + pixel * C + label, mask=label >= 0, other=0.0).to(DTYPE)
     above = tl.log(total)
     if SPLIT:
         tl.store(lse + pixel, highest, mask=live)
         tl.store(lse + PIXELS + pixel, above, mask=live)
     else:
         tl.store(lse + pixel, highest + above, mask=live)
-    factor = _weight(weight, label, WEIGHTED)
-    value = tl.where(label >= 0, factor * ((highest - picked) + above), 0.0)
+    if PROBABILITIES:
+        tl.store(lse + (2 if SPLIT else 1) * PIXELS + pixel, mass, mask=live)
+    factor = label_weight(weight, label, DTYPE, WEIGHTED and not PROBABILITIES)
+    value = pixel_loss(label, factor, picked, highest, total, mass, short, PROBABILITIES, SMOOTHING, Z_LOSS)
     if REDUCTION == "none":
         tl.store(loss + pixel, value, mask=live)
     else:
         tl.store(partials + program, tl.sum(value, axis=0))
-        if REDUCTION == "mean":
+        if REDUCTION == "weights":
             tl.store(partials + PROGRAMS + program, tl.sum(factor, axis=0))
+        elif REDUCTION == "valid":
+            tl.store(partials + PROGRAMS + program, tl.sum(tl.where(label >= 0, 1.0, 0.0).to(DTYPE), axis=0))
+    if PREDICT:
+        store_predictions(prediction, counts, pixel, live, label, best, first_nan, program, PROGRAMS, C)
 
 
 @triton.jit
-def cross_entropy_total_kernel(partials, loss, denominator, PARTIALS, REDUCTION: tl.constexpr, BLOCK: tl.constexpr):
+def store_predictions(prediction, counts, pixel, live, label, best, first_nan, program, PROGRAMS, C: tl.constexpr):
+    """The predicted classes, and the program's numbers of right pixels and of labelled ones."""
+    best = tl.where(first_nan < C, first_nan, best)
+    tl.store(prediction + pixel, best.to(prediction.dtype.element_ty), mask=live)
+    tl.store(counts + program, tl.sum(((label == best) & live).to(tl.int32), axis=0))
+    tl.store(counts + PROGRAMS + program, tl.sum((label >= 0).to(tl.int32), axis=0))
+
+
+@triton.jit
+def cross_entropy_total_kernel(
+    partials, loss, denominator, PARTIALS, DIVIDED: tl.constexpr, SUMMED: tl.constexpr, BLOCK: tl.constexpr
+):
     """One program adds up the partial sums, in an order that depends on their number alone, and divides for the mean.
 
-    A batch with nothing valid has mean 0 / 0 = NaN and sum 0, as in torch.
+    SUMMED: the denominator is a sum of partials too, and written; else it is read. A batch with nothing valid has
+    mean 0 / 0 = NaN and sum 0, as in torch.
     """
-    losses = tl.zeros((BLOCK,), tl.float32)
-    weights = tl.zeros((BLOCK,), tl.float32)
+    losses = tl.zeros((BLOCK,), partials.dtype.element_ty)
+    divisors = tl.zeros((BLOCK,), partials.dtype.element_ty)
     for start in range(0, PARTIALS, BLOCK):
         o = start + tl.arange(0, BLOCK)
         losses += tl.load(partials + o, mask=o < PARTIALS, other=0.0)
-        if REDUCTION == "mean":
-            weights += tl.load(partials + PARTIALS + o, mask=o < PARTIALS, other=0.0)
+        if SUMMED:
+            divisors += tl.load(partials + PARTIALS + o, mask=o < PARTIALS, other=0.0)
     total = tl.sum(losses, axis=0)
-    if REDUCTION == "mean":
-        divisor = tl.sum(weights, axis=0)
+    if SUMMED:
+        divisor = tl.sum(divisors, axis=0)
         tl.store(denominator, divisor)
         total = total / divisor
+    elif DIVIDED:
+        total = total / tl.load(denominator)
     tl.store(loss, total)
 
 
 @triton.jit
-def cross_entropy_bwd_kernel(
-    grad_loss, logits, labels, weight, lse, denominator, grad_logits, PIXELS, RUNS, TILES, IGNORE,
-    C: tl.constexpr, REDUCTION: tl.constexpr, WEIGHTED: tl.constexpr, SPLIT: tl.constexpr, VEC: tl.constexpr,
-    WIDTH: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """NCHW: one program writes the gradient of BLOCK pixels of one image, WIDTH classes at a time.
-
-    Reads their logits, labels and lse once. What is ignored gets exactly 0, also where its logits are not finite.
-    """
-    program = tl.program_id(0)
-    if WIDE:
-        program = program.to(tl.int64)
-    SIZE = RUNS * VEC
-    p = (program % TILES) * BLOCK + tl.arange(0, BLOCK)
-    live = p < SIZE
-    image = program // TILES
-    pixel = image * SIZE + p
-    label, _ = _label(labels, pixel, live, C, IGNORE)
-    scale = _scale(grad_loss, denominator, weight, pixel, label, REDUCTION, WEIGHTED)[:, None]
-    highest, above = _lse(lse, PIXELS, pixel, live, SPLIT)
-    lane = tl.arange(0, WIDTH)[None, :]
-    for step in range(STEPS):
-        c = step * WIDTH + lane
-        o = (image * C + c) * SIZE + p[:, None]
-        inside = live[:, None] & (c < C)
-        value = tl.load(logits + o, mask=inside, other=0.0).to(tl.float32)
-        hit = lane == (label - step * WIDTH)[:, None]
-        grad = scale * (_exp((value - highest[:, None]) - above[:, None]) - tl.where(hit, 1.0, 0.0))
-        grad = tl.where(label[:, None] >= 0, grad, 0.0)
-        tl.store(grad_logits + o, grad.to(grad_logits.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def cross_entropy_bwd_rows_kernel(
-    grad_loss, logits, labels, weight, lse, denominator, grad_logits, PIXELS, ELEMENTS, IGNORE,
-    C: tl.constexpr, REDUCTION: tl.constexpr, WEIGHTED: tl.constexpr, SPLIT: tl.constexpr, VEC: tl.constexpr,
-    RAGGED: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """channels_last: one program writes BLOCK chunks of VEC <= C elements of the gradient.
-
-    Reads the same chunks of the logits, and the labels and lse of the pixels in them: a chunk's first `split` elements
-    belong to one pixel, the others to the next. What is ignored gets exactly 0, as in NCHW.
-    """
-    program = tl.program_id(0)
-    if WIDE:
-        program = program.to(tl.int64)
-    first = (program * BLOCK + tl.arange(0, BLOCK)) * VEC
-    pixel = first // C
-    live = pixel < PIXELS
-    label, _ = _label(labels, pixel, live, C, IGNORE)
-    scale = _scale(grad_loss, denominator, weight, pixel, label, REDUCTION, WEIGHTED)[:, None]
-    highest, above = _lse(lse, PIXELS, pixel, live, SPLIT)
-    label, highest, above = label[:, None], highest[:, None], above[:, None]
-    lane = tl.arange(0, VEC)[None, :]
-    c = lane + (first - pixel * C)[:, None]
-    if C % VEC != 0:
-        split = (pixel + 1) * C - first
-        straddles = (split < VEC) & (pixel + 1 < PIXELS)
-        label_2, _ = _label(labels, pixel + 1, straddles, C, IGNORE)
-        scale_2 = _scale(grad_loss, denominator, weight, pixel + 1, label_2, REDUCTION, WEIGHTED)
-        highest_2, above_2 = _lse(lse, PIXELS, pixel + 1, straddles, SPLIT)
-        later = lane >= split[:, None]
-        c = tl.where(later, c - C, c)
-        label = tl.where(later, label_2[:, None], label)
-        scale = tl.where(later, scale_2[:, None], scale)
-        highest = tl.where(later, highest_2[:, None], highest)
-        above = tl.where(later, above_2[:, None], above)
-    o = first[:, None] + lane
-    whole = live[:, None]
-    if RAGGED:
-        rest = whole & (first[:, None] + VEC > ELEMENTS) & (o < ELEMENTS)
-        whole = whole & (first[:, None] + VEC <= ELEMENTS)
-        value = tl.load(logits + o, mask=whole, other=0.0).to(tl.float32)
-        value = tl.where(rest, tl.load(logits + o, mask=rest, other=0.0).to(tl.float32), value)
-    else:
-        value = tl.load(logits + o, mask=whole, other=0.0).to(tl.float32)
-    grad = scale * (_exp((value - highest) - above) - tl.where(c == label, 1.0, 0.0))
-    grad = tl.where(label >= 0, grad, 0.0).to(grad_logits.dtype.element_ty)
-    tl.store(grad_logits + o, grad, mask=whole)
-    if RAGGED:
-        tl.store(grad_logits + o, grad, mask=rest)
+def cross_entropy_counts_kernel(partials, counts, PARTIALS, BLOCK: tl.constexpr):
+    """One program adds up the programs' numbers of right pixels, and of labelled ones."""
+    right = tl.zeros((BLOCK,), tl.int64)
+    valid = tl.zeros((BLOCK,), tl.int64)
+    for start in range(0, PARTIALS, BLOCK):
+        o = start + tl.arange(0, BLOCK)
+        right += tl.load(partials + o, mask=o < PARTIALS, other=0)
+        valid += tl.load(partials + PARTIALS + o, mask=o < PARTIALS, other=0)
+    tl.store(counts, tl.sum(right, axis=0))
+    tl.store(counts + 1, tl.sum(valid, axis=0))
 
 
 class Tiles(NamedTuple):
@@ -284,11 +189,11 @@ class Tiles(NamedTuple):
         n, _, h, w = logits.shape
         warps = 4
         if channels_last:
-            block = LONG_ROWS if _long_rows(logits) else ROWS
+            block = LONG_ROWS if long_rows(logits) else ROWS
             tiles = triton.cdiv(n * h * w, block)
             return cls(h * w, tiles, tiles, 16 // logits.element_size(), block, warps)
         vec = vector_width(logits.element_size(), h * w)
-        lane = max(vec, 4)  # pixels of a lane: one access, or 4 where that is narrow
+        lane = max(vec, 4 if logits.element_size() < 8 else 2)  # pixels of a lane: one access, or some narrow ones
         if n * triton.cdiv(h * w, 32 * warps * lane) < FEW_PROGRAMS:
             warps = 1
         block = 32 * warps * lane
@@ -296,78 +201,65 @@ class Tiles(NamedTuple):
         return cls(h * w // vec, tiles, n * tiles, vec, block, warps)
 
 
-def _long_rows(logits: Tensor) -> bool:
-    return logits.shape[1] * logits.element_size() >= LONG_ROW
-
-
-def _steps(logits: Tensor, vec: int, channels_last: bool) -> dict[str, int]:
-    """The forward's WIDTH, classes that it reads at a time, STEPS, and UNROLL, steps that are in flight together."""
+def row_steps(logits: Tensor, vec: int) -> dict[str, int]:
+    """channels_last: WIDTH, classes that are read at a time, STEPS, and UNROLL, steps that are in flight together."""
     classes = logits.shape[1]
-    if not channels_last:
-        return {"WIDTH": CLASSES, "STEPS": triton.cdiv(classes, CLASSES), "UNROLL": 1}
-    width = 4 * vec if _long_rows(logits) else vec
+    width = 4 * vec if long_rows(logits) else vec
     # A row begins anywhere in its first chunk, at a multiple of gcd(classes, vec).
     steps = triton.cdiv(classes + vec - math.gcd(classes, vec), width)
-    return {"WIDTH": width, "STEPS": steps, "UNROLL": 1 if _long_rows(logits) else min(steps, 4)}
+    return {"WIDTH": width, "STEPS": steps, "UNROLL": 1 if long_rows(logits) else min(steps, 4)}
 
 
-def _constants(logits: Tensor, weight: Tensor | None, reduction: str, lse: Tensor) -> dict[str, Any]:
-    """The compile-time arguments that forward and backward share."""
-    # WIDE: an offset, also of a lane that is masked, can pass int32.
-    wide = logits.numel() > INT32_MAX - (logits.shape[1] + 16) * 1024
-    return {
-        "C": logits.shape[1], "REDUCTION": reduction, "WEIGHTED": weight is not None, "SPLIT": lse.shape[0] == 2,
-        "WIDE": wide,
-    }  # fmt: skip
+class Predicted:
+    """Where a forward writes its predictions and counts, if any; partial counts of the programs on the way."""
+
+    def __init__(self, prediction: Tensor, counts: Tensor, programs: int, stand_in: Tensor) -> None:
+        self.wanted, self.programs, self.counts = counts.numel() > 0, programs, counts
+        self.partials = counts.new_empty((2, programs), dtype=torch.int32) if self.wanted else stand_in
+        self.arguments = (prediction if self.wanted else stand_in, self.partials)
+
+    def total(self) -> None:
+        if self.wanted:
+            launch(cross_entropy_counts_kernel, 1, self.partials, self.counts, self.programs, BLOCK=TOTAL_BLOCK)
 
 
 def cross_entropy_fwd(
-    logits: Tensor, labels: Tensor, weight: Tensor | None, reduction: str, ignore_index: int, channels_last: bool,
-    loss: Tensor, lse: Tensor, denominator: Tensor,
+    logits: Tensor, targets: Tensor, weight: Tensor | None, reduction: str, ignore_index: int, label_smoothing: float,
+    z_loss: float, channels_last: bool, loss: Tensor, lse: Tensor, denominator: Tensor, prediction: Tensor,
+    counts: Tensor,
 ) -> None:  # fmt: skip
-    """Write loss, lse and, for the mean, the denominator of logits (N, C, H, W) and labels (N, H, W), all dense.
+    """Write loss, lse and, where they are asked for, denominator, predictions and counts. All tensors are dense.
 
-    loss: (N, H, W) for reduction "none", else of no dimension; lse: (1, N, H, W), or (2, N, H, W) for its two terms.
+    logits: (N, C, H, W); targets: labels (N, H, W) or class probabilities like logits. reduction: "none", "sum", or
+    what the sum is divided by: "weights" of the valid pixels, number of "valid" ones (both are written into
+    denominator), "count", which stands in denominator already. loss: (N, H, W) for "none", else of no dimension. lse:
+    (terms, N, H, W), one or two terms, and for class probabilities their mass behind. prediction (N, H, W) and counts
+    (right, valid) may be empty.
     """
     tiles = Tiles.of(logits, channels_last)
+    pixels = lse[0].numel()
     summed = reduction != "none"
-    partials = torch.empty((2, tiles.programs), dtype=torch.float32, device=logits.device) if summed else loss
+    partials = loss.new_empty((2, tiles.programs)) if summed else loss
+    predicted = Predicted(prediction, counts, tiles.programs, loss)
+    steps = {"WIDTH": CLASSES, "STEPS": triton.cdiv(logits.shape[1], CLASSES), "UNROLL": 1}
     launch(
         cross_entropy_fwd_kernel, tiles.programs,
-        logits, labels, logits if weight is None else weight, loss, lse, partials,
-        logits.numel(), labels.numel(), tiles.runs, tiles.tiles, tiles.programs, ignore_index,
-        **_constants(logits, weight, reduction, lse), CHANNELS_LAST=channels_last,
-        RAGGED=channels_last and logits.numel() % tiles.vec != 0, VEC=tiles.vec,
-        **_steps(logits, tiles.vec, channels_last), BLOCK=tiles.block,
+        logits, targets, logits if weight is None else weight, loss, lse, partials, *predicted.arguments,
+        logits.numel(), pixels, tiles.runs, tiles.tiles, tiles.programs, ignore_index,
+        **constants(logits, targets, weight, reduction, label_smoothing, z_loss), PREDICT=predicted.wanted,
+        CHANNELS_LAST=channels_last, RAGGED=channels_last and logits.numel() % tiles.vec != 0, VEC=tiles.vec,
+        **(row_steps(logits, tiles.vec) if channels_last else steps), BLOCK=tiles.block,
         num_warps=tiles.warps, debug=True, sanitize_overflow=False,
     )  # fmt: skip
+    predicted.total()
     if summed:
-        launch(
-            cross_entropy_total_kernel, 1,
-            partials, loss, denominator, tiles.programs, REDUCTION=reduction, BLOCK=TOTAL_BLOCK,
-        )  # fmt: skip
+        total(partials, loss, denominator, tiles.programs, reduction)
 
 
-def cross_entropy_bwd(
-    grad_loss: Tensor, logits: Tensor, labels: Tensor, weight: Tensor | None, lse: Tensor, denominator: Tensor,
-    reduction: str, ignore_index: int, channels_last: bool, grad_logits: Tensor,
-) -> None:  # fmt: skip
-    """Write the gradient of the logits; grad_loss, lse and denominator are shaped as cross_entropy_fwd's."""
-    tensors = (grad_loss, logits, labels, logits if weight is None else weight, lse, denominator, grad_logits)
-    constants = _constants(logits, weight, reduction, lse)
-    classes = logits.shape[1]
-    if channels_last:
-        vec = min(16 // logits.element_size(), 1 << (classes.bit_length() - 1))
-        launch(
-            cross_entropy_bwd_rows_kernel, triton.cdiv(logits.numel(), vec * CHUNKS),
-            *tensors, labels.numel(), logits.numel(), ignore_index,
-            **constants, VEC=vec, RAGGED=logits.numel() % vec != 0, BLOCK=CHUNKS,
-        )  # fmt: skip
-    else:
-        tiles = Tiles.of(logits, channels_last)
-        launch(
-            cross_entropy_bwd_kernel, tiles.programs,
-            *tensors, labels.numel(), tiles.runs, tiles.tiles, ignore_index,
-            **constants, VEC=tiles.vec, WIDTH=BACKWARD_CLASSES, STEPS=triton.cdiv(classes, BACKWARD_CLASSES),
-            BLOCK=tiles.block, num_warps=tiles.warps,
-        )  # fmt: skip
+def total(partials: Tensor, loss: Tensor, denominator: Tensor, programs: int, reduction: str) -> None:
+    """Add up the programs' losses, and their denominators where the reduction is a sum of them."""
+    launch(
+        cross_entropy_total_kernel, 1,
+        partials, loss, denominator, programs,
+        DIVIDED=reduction != "sum", SUMMED=reduction in ("weights", "valid"), BLOCK=TOTAL_BLOCK,
+    )  # fmt: skip

@@ -1,9 +1,6 @@
 """Cross-entropy of logits (N, C, h, w) resized to the labels' H x W, without the large logits ever in memory.
 
-    x = resized logits,   lse = log(sum_c exp(x_c)),   s = label_smoothing,   v = sum_c w_c
-    loss      = (1 - s) * w_t * (lse - x_t) + s / C * sum_c w_c * (lse - x_c)
-    dloss/dx_c = ((1 - s) * w_t + s / C * v) * exp(x_c - lse) - (1 - s) * w_t * [c = t] - s / C * w_c
-
+The loss of each pixel and its gradient are cross_entropy_parts.py's, of logits that are means of the small map's.
 Two passes, each of which makes the large logits anew from the small ones, in float32. The forward's tile is that of
 kernels/upsample.py; it reads labels and writes lse, 4 bytes a pixel (8 for float32 logits, as in cross_entropy).
 
@@ -18,13 +15,24 @@ added up in memory.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .cross_entropy import TOTAL_BLOCK, _exp, _label, _scale, _weight, cross_entropy_total_kernel
+from .cross_entropy import total as add_up
+from .cross_entropy_bwd import read_pixels
+from .cross_entropy_parts import (
+    constants,
+    exponential,
+    gradient,
+    label_weight,
+    pixel_loss,
+    read_label,
+    smoothed_mass,
+)
 from .launch import launch
 from .upsample import Resizing, _class, _first, _row, _source, _tile, is_wide
 
@@ -36,29 +44,29 @@ LEAST_PATCH, LARGEST_PATCH = 16, 32  # columns of the small map in a product
 
 @triton.jit
 def upsample_cross_entropy_fwd_kernel(
-    low, target, weight, loss, lse, partials, PIXELS, PROGRAMS, TILES_X, TILES_Y, IGNORE, SMOOTH, STEP_H, STEP_W,
+    low, target, weight, loss, lse, partials, PIXELS, PROGRAMS, TILES_X, TILES_Y, IGNORE, STEP_H, STEP_W,
     IN_H, IN_W, OUT_H, OUT_W, STRIDE_N, STRIDE_C, STRIDE_H, STRIDE_W,
-    C: tl.constexpr, REDUCTION: tl.constexpr, WEIGHTED: tl.constexpr, SPLIT: tl.constexpr, SMOOTHED: tl.constexpr,
-    NEAREST: tl.constexpr, CORNERS: tl.constexpr, TAPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    WIDE: tl.constexpr,
+    C: tl.constexpr, REDUCTION: tl.constexpr, WEIGHTED: tl.constexpr, SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr,
+    SPLIT: tl.constexpr, NEAREST: tl.constexpr, CORNERS: tl.constexpr, TAPS: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One program takes a tile of pixels through all classes, two at a time.
 
     Reads the taps of the small map and the labels; writes lse, and the losses (REDUCTION "none") or the sums of the
-    tile's losses and weights. SMOOTH: label_smoothing.
+    tile's losses and of what they are divided by. The sums over the classes are cross_entropy_parts.accumulate's.
     """
     program = tl.program_id(0)
     image, pixel, live, top, tap, down, column, behind, along, inside = _tile(
         program, TILES_X, TILES_Y, STEP_H, STEP_W, IN_H, IN_W, OUT_H, OUT_W, STRIDE_W,
         NEAREST, CORNERS, ROWS, COLUMNS, WIDE,
     )  # fmt: skip
-    label, stray = _label(target, pixel, live, C, IGNORE)
+    label, stray = read_label(target, pixel, live, C, IGNORE)
     tl.device_assert(stray == 0, "upsample_cross_entropy: a target is neither a class nor ignore_index")
     highest = tl.full((ROWS, COLUMNS), float("-inf"), tl.float32)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     picked = tl.zeros((ROWS, COLUMNS), tl.float32)
-    mixed = tl.zeros((ROWS, COLUMNS), tl.float32)  # sum of w_c * x_c
-    weights = 0.0
+    short = tl.zeros((ROWS, COLUMNS), tl.float32)
+    mass = 0.0
     for step in range(0, C, 2):
         c = step + image * 0  # a tensor, in the interpreter too
         one = _class(
@@ -70,16 +78,18 @@ def upsample_cross_entropy_fwd_kernel(
             C, NEAREST, TAPS, WIDE,
         )  # fmt: skip
         picked = tl.where(label == c, one, tl.where(label == c + 1, two, picked))
-        if SMOOTHED:
-            first = tl.load(weight + c).to(tl.float32) if WEIGHTED else 1.0
-            second = tl.where(c + 1 < C, 1.0, 0.0)
-            if WEIGHTED:
-                second = tl.load(weight + c + 1, mask=c + 1 < C, other=0.0).to(tl.float32)
-            mixed += first * one + tl.where(c + 1 < C, second * two, 0.0)
-            weights += first + second
         peak = tl.maximum(highest, tl.maximum(one, two))
         shift = tl.where(peak == float("-inf"), 0.0, peak)
-        total = total * _exp(highest - shift) + (_exp(one - shift) + _exp(two - shift))
+        total = total * exponential(highest - shift) + (exponential(one - shift) + exponential(two - shift))
+        if SMOOTHING != 0:
+            first = SMOOTHING / C
+            second = tl.where(c + 1 < C, SMOOTHING / C, 0.0)
+            if WEIGHTED:
+                first *= tl.load(weight + c).to(tl.float32)
+                second *= tl.load(weight + c + 1, mask=c + 1 < C, other=0.0).to(tl.float32)
+            short += mass * (shift - tl.where(highest == float("-inf"), 0.0, highest)) + first * (shift - one)
+            short += tl.where(c + 1 < C, second * (shift - two), 0.0)
+            mass += first + second
         highest = peak
     above = tl.log(total)
     if SPLIT:
@@ -87,32 +97,31 @@ def upsample_cross_entropy_fwd_kernel(
         tl.store(lse + PIXELS + pixel, above, mask=live)
     else:
         tl.store(lse + pixel, highest + above, mask=live)
-    factor = _weight(weight, label, WEIGHTED)
-    value = factor * ((highest - picked) + above)
-    if SMOOTHED:
-        value = (1 - SMOOTH) * value + SMOOTH / C * (weights * (highest + above) - mixed)
-    value = tl.where(label >= 0, value, 0.0)
+    factor = label_weight(weight, label, tl.float32, WEIGHTED)
+    value = pixel_loss(label, factor, picked, highest, total, mass, short, False, SMOOTHING, Z_LOSS)
     if REDUCTION == "none":
         tl.store(loss + pixel, value, mask=live)
     else:
         tl.store(partials + program, tl.sum(tl.sum(value, axis=1), axis=0))
-        if REDUCTION == "mean":
+        if REDUCTION == "valid":
+            factor = tl.where(label >= 0, 1.0, 0.0)
+        if REDUCTION == "weights" or REDUCTION == "valid":
             tl.store(partials + PROGRAMS + program, tl.sum(tl.sum(factor, axis=1), axis=0))
 
 
 @triton.jit
 def upsample_cross_entropy_bwd_kernel(
-    grad_loss, low, target, weight, weights, lse, denominator, grad_low, PIXELS, PATCHES_X, PATCHES_Y, PATCH, IGNORE,
-    SMOOTH, STEP_H, STEP_W, IN_H, IN_W, OUT_H, OUT_W, STRIDE_N, STRIDE_C, STRIDE_H, STRIDE_W,
+    grad_loss, low, target, weight, lse, denominator, grad_low, PIXELS, PATCHES_X, PATCHES_Y, PATCH, IGNORE,
+    STEP_H, STEP_W, IN_H, IN_W, OUT_H, OUT_W, STRIDE_N, STRIDE_C, STRIDE_H, STRIDE_W,
     GRAD_N, GRAD_C, GRAD_H, GRAD_W,
-    C: tl.constexpr, REDUCTION: tl.constexpr, WEIGHTED: tl.constexpr, SPLIT: tl.constexpr, SMOOTHED: tl.constexpr,
-    NEAREST: tl.constexpr, CORNERS: tl.constexpr, CLASSES: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
-    LOW_COLUMNS: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    C: tl.constexpr, REDUCTION: tl.constexpr, WEIGHTED: tl.constexpr, SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr,
+    SPLIT: tl.constexpr, NEAREST: tl.constexpr, CORNERS: tl.constexpr, PADDED: tl.constexpr, CLASSES: tl.constexpr,
+    COLUMNS: tl.constexpr, ROWS: tl.constexpr, LOW_COLUMNS: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One program writes the gradient of CLASSES classes in a patch of ROWS x PATCH <= LOW_COLUMNS of the small map.
 
     Reads, for each output pixel whose taps lie in the patch, label and lse once, and the small map once for each of its
-    rows. weights: the sum of weight, for label_smoothing.
+    rows.
     """
     program = tl.program_id(0)
     groups = tl.cdiv(C, CLASSES)
@@ -127,9 +136,10 @@ def upsample_cross_entropy_bwd_kernel(
     x_start = _first(left - 1, STEP_W, IN_W, OUT_W, NEAREST, CORNERS)
     x_end = _first(left + PATCH, STEP_W, IN_W, OUT_W, NEAREST, CORNERS)
     low_column = tl.arange(0, LOW_COLUMNS)[None, :]
-    if SMOOTHED:
-        of_class = tl.load(weight + c, mask=c < C, other=0.0).to(tl.float32) if WEIGHTED else 1.0
-        all_weights = tl.load(weights) if WEIGHTED else 1.0 * C
+    smoothed = smoothed_mass(weight, tl.float32, C, WEIGHTED, SMOOTHING, PADDED)
+    share = tl.zeros((CLASSES, 1), tl.float32) + SMOOTHING / C
+    if WEIGHTED and SMOOTHING != 0:
+        share *= tl.load(weight + c, mask=c < C, other=0.0).to(tl.float32)
     carried = tl.zeros((CLASSES, LOW_COLUMNS), tl.float32)
     for step in range(0, ROWS + 1):
         row = top - 1 + step
@@ -156,18 +166,16 @@ def upsample_cross_entropy_bwd_kernel(
                 y = y_start + down
                 _, y_weight = _source(y, STEP_H, IN_H, NEAREST, CORNERS)
                 pixel = (image * OUT_H + y) * OUT_W + x
-                label, _ = _label(target, pixel, live, C, IGNORE)
-                first = tl.load(lse + pixel, mask=live, other=0.0)
-                second = tl.load(lse + PIXELS + pixel, mask=live, other=0.0) if SPLIT else tl.zeros_like(first)
-                own = _scale(grad_loss, denominator, weight, pixel, label, REDUCTION, WEIGHTED)
+                label, scale, highest, rest, gain, spread = read_pixels(
+                    grad_loss, target, weight, lse, denominator, pixel, live, PIXELS, IGNORE, smoothed,
+                    C, REDUCTION, False, WEIGHTED, SMOOTHING, Z_LOSS, SPLIT,
+                )  # fmt: skip
                 values = above if NEAREST else (1 - y_weight) * above + y_weight * below
-                share = _exp((values - first[None, :]) - second[None, :])
-                hit = tl.where(c == label[None, :], 1.0, 0.0)
-                change = own[None, :] * (share - hit)
-                if SMOOTHED:
-                    even = SMOOTH / C * _scale(grad_loss, denominator, weight, pixel, label, REDUCTION, False)
-                    change = (1 - SMOOTH) * change + even[None, :] * (all_weights * share - of_class)
-                change = tl.where((label >= 0)[None, :], change, 0.0)  # exactly, also where logits are not finite
+                change = gradient(
+                    exponential((values - highest[None, :]) - rest[None, :]), share, c == label[None, :],
+                    label[None, :], gain[None, :], spread[None, :], scale[None, :],
+                    False, SMOOTHING != 0, SMOOTHING != 0 or Z_LOSS != 0,
+                )  # fmt: skip
                 if NEAREST:
                     for_above += change
                 else:
@@ -187,23 +195,25 @@ def upsample_cross_entropy_bwd_kernel(
 
 
 def _constants(
-    low: Tensor, weight: Tensor | None, reduction: str, lse: Tensor, smoothing: float, by: Resizing
-) -> dict[str, object]:
-    """The compile-time arguments that forward and backward share."""
-    return {
-        "C": low.shape[1], "REDUCTION": reduction, "WEIGHTED": weight is not None, "SPLIT": lse.shape[0] == 2,
-        "SMOOTHED": smoothing != 0, **by.modes(), "WIDE": is_wide(low, lse[0].numel()),
-    }  # fmt: skip
+    low: Tensor, target: Tensor, weight: Tensor | None, reduction: str, label_smoothing: float, z_loss: float,
+    by: Resizing,
+) -> dict[str, Any]:  # fmt: skip
+    """The compile-time arguments that forward and backward share: cross_entropy_parts.constants', and the resizing's."""
+    shared = constants(low, target, weight, reduction, label_smoothing, z_loss)
+    del shared["PROBABILITIES"]
+    return shared | by.modes() | {"WIDE": is_wide(low, target.numel())}
 
 
 def upsample_cross_entropy_fwd(
     low: Tensor, target: Tensor, weight: Tensor | None, scales: Sequence[float] | None, mode: str,
-    align_corners: bool, reduction: str, ignore_index: int, smoothing: float, loss: Tensor, lse: Tensor,
-    denominator: Tensor,
+    align_corners: bool, reduction: str, ignore_index: int, label_smoothing: float, z_loss: float, loss: Tensor,
+    lse: Tensor, denominator: Tensor,
 ) -> None:  # fmt: skip
-    """Write loss, lse and, for the mean, the denominator of `low` (N, C, h, w), of any strides, and `target` (N, H, W).
+    """Write loss, lse and, where it is a sum over the pixels, denominator of `low` (N, C, h, w), of any strides.
 
-    loss: (N, H, W) for reduction "none", else of no dimension; lse: (1, N, H, W), or (2, N, H, W) for its two terms.
+    target: (N, H, W). reduction: "none", "sum", or what the sum is divided by: "weights", "valid", or "count", which
+    the denominator holds already. loss: (N, H, W) for "none", else of no dimension; lse: (1, N, H, W), or
+    (2, N, H, W) for its two terms.
     """
     by = Resizing.of(low, target.shape[1:], scales, mode, align_corners)
     across, down = by.tiles()
@@ -213,36 +223,31 @@ def upsample_cross_entropy_fwd(
     launch(
         upsample_cross_entropy_fwd_kernel, programs,
         low, target, low if weight is None else weight, loss, lse, partials, target.numel(), programs, across, down,
-        ignore_index, float(smoothing), *by.steps(), *by.sizes, *low.stride(),
-        **_constants(low, weight, reduction, lse, smoothing, by), **by.tile(),
+        ignore_index, *by.steps(), *by.sizes, *low.stride(),
+        **_constants(low, target, weight, reduction, label_smoothing, z_loss, by), **by.tile(),
         num_warps=1, debug=True, sanitize_overflow=False,
     )  # fmt: skip
     if summed:
-        launch(
-            cross_entropy_total_kernel, 1,
-            partials, loss, denominator, programs, REDUCTION=reduction, BLOCK=TOTAL_BLOCK,
-        )  # fmt: skip
+        add_up(partials, loss, denominator, programs, reduction)
 
 
 def upsample_cross_entropy_bwd(
     grad_loss: Tensor, low: Tensor, target: Tensor, weight: Tensor | None, lse: Tensor, denominator: Tensor,
     scales: Sequence[float] | None, mode: str, align_corners: bool, reduction: str, ignore_index: int,
-    smoothing: float, grad_low: Tensor,
+    label_smoothing: float, z_loss: float, grad_low: Tensor,
 ) -> None:  # fmt: skip
-    """Write the gradient of `low`, of any strides; grad_loss, lse and denominator as the forward's."""
+    """Write the gradient of `low`, of any strides; the arguments are upsample_cross_entropy_fwd's."""
     by = Resizing.of(low, target.shape[1:], scales, mode, align_corners)
     n, classes, h, w = low.shape
     # As many columns of the small map as one block of output columns reaches, without the one before them.
     patch = min(max(int(BACKWARD_COLUMNS * by.ratio[1]) - 1, LEAST_PATCH - 1), LARGEST_PATCH)
     across, down = triton.cdiv(w, patch), triton.cdiv(h, PATCH_ROWS)
-    smoothed = smoothing != 0 and weight is not None
     launch(
         upsample_cross_entropy_bwd_kernel, n * across * down * triton.cdiv(classes, BACKWARD_CLASSES),
-        grad_loss, low, target, low if weight is None else weight,
-        weight.sum(dtype=torch.float32) if smoothed else lse, lse, denominator, grad_low, target.numel(),
-        across, down, patch, ignore_index, float(smoothing), *by.steps(), *by.sizes, *low.stride(),
-        *grad_low.stride(),
-        **_constants(low, weight, reduction, lse, smoothing, by), CLASSES=BACKWARD_CLASSES,
-        COLUMNS=BACKWARD_COLUMNS, ROWS=PATCH_ROWS, LOW_COLUMNS=triton.next_power_of_2(patch),
-        PRECISION="ieee" if low.dtype == torch.float32 else "tf32", num_warps=8,
+        grad_loss, low, target, low if weight is None else weight, lse, denominator, grad_low, target.numel(),
+        across, down, patch, ignore_index, *by.steps(), *by.sizes, *low.stride(), *grad_low.stride(),
+        **_constants(low, target, weight, reduction, label_smoothing, z_loss, by),
+        PADDED=triton.next_power_of_2(classes), CLASSES=BACKWARD_CLASSES, COLUMNS=BACKWARD_COLUMNS, ROWS=PATCH_ROWS,
+        LOW_COLUMNS=triton.next_power_of_2(patch), PRECISION="ieee" if low.dtype == torch.float32 else "tf32",
+        num_warps=8,
     )  # fmt: skip

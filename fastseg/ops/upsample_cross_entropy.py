@@ -3,26 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import dispatch, kernels
-from .cross_entropy import (
-    _check_target,
-    _check_types,
-    _check_weight,
-    _empty_losses,
-    _reduction,
-    _refuse_strays,
-    _weights,
+from .cross_entropy_checks import (
+    check_normalization,
+    check_number,
+    check_target,
+    check_types,
+    check_weight,
+    checked_reduction,
+    divided,
+    refuse_strays,
 )
-from .library import Operator, double_backward, empty, memory_format, placed, wants_graph
+from .cross_entropy_operators import SCHEMA, _empty_loss, _empty_lse
+from .cross_entropy_reference import differentiable, pixel_weights
+from .library import Operator, double_backward, empty, memory_format, wants_graph
 from .upsample import Bands, check_map, check_resizing, uncovered
 
-SCHEMA = "float[]? scales, str mode, bool align_corners, str reduction, int ignore_index, float label_smoothing"
+NAME = "upsample_cross_entropy"
+
+
+class Arguments(NamedTuple):
+    """What the operators take besides tensors: of check_resizing, and cross_entropy_operators.Arguments."""
+
+    scales: Sequence[float] | None
+    mode: str
+    align_corners: bool
+    reduction: str
+    count: int
+    ignore_index: int
+    label_smoothing: float
+    z_loss: float
+
+
+RESIZING = "float[]? scales, str mode, bool align_corners"
+NOTHING = (None,) * (2 + len(Arguments._fields))  # the gradients of all but input
 
 
 def _large(input: Tensor, size: Sequence[int]) -> Tensor:
@@ -36,87 +55,88 @@ def _uncovered(input: Tensor, target: Tensor) -> str | None:
     return uncovered(input, target.shape[1:])
 
 
-def _differentiable(
-    input: Tensor, target: Tensor, weight: Tensor | None, scales: Sequence[float] | None, mode: str,
-    align_corners: bool, reduction: str, ignore_index: int, label_smoothing: float,
-) -> Tensor:  # fmt: skip
+def _differentiable(input: Tensor, target: Tensor, weight: Tensor | None, *rest: Any) -> Tensor:
     """torch's two functions, in the computed dtype: they store the large logits."""
-    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
-    operator = getattr(torch.ops.aten, f"upsample_{mode}2d").default  # F.interpolate takes a size or scales, not both
-    size = list(target.shape[-2:])
+    scales, mode, align_corners, *arguments = rest
     corners = () if mode == "nearest" else (align_corners,)
-    large = operator(input.to(dtype), size, *corners, *(scales or (None, None)))
-    target = target if target.is_floating_point() else target.long()
-    return F.cross_entropy(
-        large, target, None if weight is None else weight.to(dtype), ignore_index=ignore_index, reduction=reduction,
-        label_smoothing=label_smoothing,
-    )  # fmt: skip
+    # F.interpolate takes a size or scales; the operator below it both.
+    resize = getattr(torch.ops.aten, f"upsample_{mode}2d").default
+    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+    large = resize(input.to(dtype), list(target.shape[-2:]), *corners, *(scales or (None, None)))
+    return differentiable(large, target, weight, *arguments)
 
 
 # --- operators -------------------------------------------------------------------------------------------------------
 
 
-def _empty_results(
-    input: Tensor, target: Tensor, weight: Tensor | None, scales: Sequence[float] | None, mode: str,
-    align_corners: bool, reduction: str, ignore_index: int, label_smoothing: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return _empty_losses(input, target, weight, reduction, ignore_index)
+def _empty_results(input: Tensor, target: Tensor, weight: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    large, arguments = _large(input, target.shape[1:]), Arguments(*rest)
+    loss, denominator = _empty_loss(large, arguments.reduction)
+    return loss, _empty_lse(large, target), denominator
 
 
-def _kernel(
-    input: Tensor, target: Tensor, weight: Tensor | None, scales: Sequence[float] | None, mode: str,
-    align_corners: bool, reduction: str, ignore_index: int, label_smoothing: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    _refuse_strays(_large(input, target.shape[1:]), target, ignore_index)
-    losses = _empty_losses(input, target, weight, reduction, ignore_index)
+def _kernel(input: Tensor, target: Tensor, weight: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    scales, mode, align_corners, reduction, count, *others = rest
+    refuse_strays(NAME, input.shape[1], target, others[0])
+    loss, lse, denominator = _empty_results(input, target, weight, *rest)
+    if reduction == "count":
+        denominator.fill_(count)
     kernels.upsample_cross_entropy.upsample_cross_entropy_fwd(
         input, target.contiguous(), None if weight is None else weight.contiguous(), scales, mode, align_corners,
-        reduction, ignore_index, label_smoothing, *losses,
+        reduction, *others, loss, lse, denominator,
     )  # fmt: skip
-    return losses
+    return loss, lse, denominator
 
 
-def _reference(
-    input: Tensor, target: Tensor, weight: Tensor | None, scales: Sequence[float] | None, mode: str,
-    align_corners: bool, reduction: str, ignore_index: int, label_smoothing: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    _refuse_strays(_large(input, target.shape[1:]), target, ignore_index)
-    loss, lse, denominator = _empty_losses(input, target, weight, reduction, ignore_index)
-    bands = Bands.of(input, target.shape[1:], scales, mode, align_corners)
+def _reference(input: Tensor, target: Tensor, weight: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    a = Arguments(*rest)
+    refuse_strays(NAME, input.shape[1], target, a.ignore_index)
+    loss, lse, denominator = _empty_results(input, target, weight, *rest)
+    bands = Bands.of(input, target.shape[1:], a.scales, a.mode, a.align_corners)
     buffer = bands.buffer()
-    of_class = loss.new_ones(input.shape[1]) if weight is None else weight.flatten().to(loss.dtype)
+    shares = _even_shares(input, weight, a.label_smoothing, loss.dtype)
     sums = [loss.new_zeros(2)]
     for n, picture in enumerate(input):
         for rows in bands:
             labels = target[n, rows].long()
-            valid = labels != ignore_index
-            weights = _weights(input, labels, weight, ignore_index)
+            valid = labels != a.ignore_index
+            weights = pixel_weights(input, labels, weight, a.ignore_index)
             values = bands.values(picture, rows, buffer)
-            picked = values.gather(1, labels.masked_fill(~valid, 0)[None, None])[0, 0]
-            mixed = torch.tensordot(of_class, values[0], 1) if label_smoothing else None
             highest = values.amax(1, keepdim=True)
-            above = values.sub_(highest).exp_().sum((0, 1)).log_()
+            values.sub_(highest)
+            picked = values.gather(1, labels.masked_fill(~valid, 0)[None, None])[0, 0]
+            short = torch.tensordot(shares, values[0], 1) if a.label_smoothing else 0.0
+            above = values.exp_().sum((0, 1)).log_()
             highest = highest[0, 0]
-            losses = weights * ((highest - picked) + above)
-            if label_smoothing:
-                even = of_class.sum() * (highest + above) - mixed
-                losses = (1 - label_smoothing) * losses + label_smoothing / input.shape[1] * even
+            losses = (1 - a.label_smoothing) * weights * (above - picked)
+            if a.label_smoothing:
+                losses += shares.sum() * above - short
+            if a.z_loss:
+                losses += a.z_loss * (highest + above).square()
             losses = losses.masked_fill_(~valid, 0.0)
             lse[:, n, rows] = torch.stack((highest, above)) if len(lse) == 2 else highest + above
-            if reduction == "none":
+            if a.reduction == "none":
                 loss[n, rows] = losses
             else:
-                sums.append(torch.stack((losses.sum(), weights.sum())))
-    if reduction != "none":
+                sums.append(torch.stack((losses.sum(), (valid if a.reduction == "valid" else weights).sum())))
+    if a.reduction != "none":
         total, divisor = torch.stack(sums).sum(0)
-        loss.copy_(total / divisor if reduction == "mean" else total)
-        if reduction == "mean":
-            denominator.copy_(divisor)
+        if a.reduction != "sum":
+            denominator.copy_(divisor) if a.reduction != "count" else denominator.fill_(a.count)
+            total = total / denominator
+        loss.copy_(total)
     return loss, lse, denominator
 
 
+def _even_shares(input: Tensor, weight: Tensor | None, label_smoothing: float, dtype: torch.dtype) -> Tensor:
+    """What label smoothing gives each class of every labelled pixel."""
+    even = torch.full((input.shape[1],), label_smoothing / input.shape[1], dtype=dtype, device=input.device)
+    return even if weight is None else even * weight.flatten()
+
+
 UPSAMPLE_CROSS_ENTROPY = Operator(
-    f"upsample_cross_entropy(Tensor input, Tensor target, Tensor? weight, {SCHEMA}) -> (Tensor, Tensor, Tensor)",
+    f"upsample_cross_entropy(Tensor input, Tensor target, Tensor? weight, {RESIZING}, {SCHEMA}) "
+    "-> (Tensor, Tensor, Tensor)",
     kernel=_kernel,
     reference=_reference,
     fake=_empty_results,
@@ -129,47 +149,42 @@ def _empty_gradient(grad: Tensor, input: Tensor, *rest: Any) -> Tensor:
 
 
 def _backward_kernel(
-    grad: Tensor, input: Tensor, target: Tensor, weight: Tensor | None, lse: Tensor, denominator: Tensor,
-    scales: Sequence[float] | None, mode: str, align_corners: bool, reduction: str, ignore_index: int,
-    label_smoothing: float,
-) -> Tensor:  # fmt: skip
+    grad: Tensor, input: Tensor, target: Tensor, weight: Tensor | None, lse: Tensor, denominator: Tensor, *rest: Any
+) -> Tensor:
+    scales, mode, align_corners, reduction, _, *others = rest
     grad_input = _empty_gradient(grad, input)
     kernels.upsample_cross_entropy.upsample_cross_entropy_bwd(
         grad.contiguous(), input, target.contiguous(), None if weight is None else weight.contiguous(),
-        lse.contiguous(), denominator, scales, mode, align_corners, reduction, ignore_index, label_smoothing,
-        grad_input,
+        lse.contiguous(), denominator, scales, mode, align_corners, reduction, *others, grad_input,
     )  # fmt: skip
     return grad_input
 
 
 def _backward_reference(
-    grad: Tensor, input: Tensor, target: Tensor, weight: Tensor | None, lse: Tensor, denominator: Tensor,
-    scales: Sequence[float] | None, mode: str, align_corners: bool, reduction: str, ignore_index: int,
-    label_smoothing: float,
-) -> Tensor:  # fmt: skip
-    bands = Bands.of(input, target.shape[1:], scales, mode, align_corners)
-    buffer = bands.buffer()
-    c, h, w = bands.shape
-    of_class = lse.new_ones(c) if weight is None else weight.flatten().to(lse.dtype)
-    small = bands.empty(h, w)
+    grad: Tensor, input: Tensor, target: Tensor, weight: Tensor | None, lse: Tensor, denominator: Tensor, *rest: Any
+) -> Tensor:
+    a = Arguments(*rest)
+    bands = Bands.of(input, target.shape[1:], a.scales, a.mode, a.align_corners)
+    buffer, small = bands.buffer(), bands.empty(*input.shape[2:])
+    shares = _even_shares(input, weight, a.label_smoothing, lse.dtype)
     grad_input = _empty_gradient(grad, input)
-    if reduction == "mean":
+    if a.reduction not in ("none", "sum"):
         grad = grad / denominator
     grad = grad.expand(target.shape)
     for n, picture in enumerate(input):
         small.zero_()
         for rows in bands:
-            labels = target[n, rows].long()
-            valid = labels != ignore_index
-            own = (1 - label_smoothing) * grad[n, rows] * _weights(input, labels, weight, ignore_index)
-            even = label_smoothing / c * grad[n, rows] * valid
+            labels, scale, terms = target[n, rows].long(), grad[n, rows], lse[:, n, rows]
+            valid = labels != a.ignore_index
+            own = (1 - a.label_smoothing) * scale * pixel_weights(input, labels, weight, a.ignore_index)
+            mass = own + scale * (shares.sum() + 2 * a.z_loss * terms.sum(0))
             change = bands.values(picture, rows, buffer)
-            for term in lse[:, n, rows]:
+            for term in terms:
                 change.sub_(term)
-            change.exp_().mul_(own + even * of_class.sum())
+            change.exp_().mul_(mass)
             change.scatter_add_(1, labels.masked_fill(~valid, 0)[None, None], -own[None, None])
-            if label_smoothing:
-                change.sub_(even * of_class[:, None, None])
+            if a.label_smoothing:
+                change.sub_(scale * shares[:, None, None])
             change.masked_fill_(~valid, 0.0)  # also where logits are not finite
             bands.add_back(change, rows, small)
         grad_input[n] = small[0]
@@ -178,7 +193,7 @@ def _backward_reference(
 
 UPSAMPLE_CROSS_ENTROPY_BACKWARD = Operator(
     "upsample_cross_entropy_backward(Tensor grad_output, Tensor input, Tensor target, Tensor? weight, Tensor lse, "
-    f"Tensor denominator, {SCHEMA}) -> Tensor",
+    f"Tensor denominator, {RESIZING}, {SCHEMA}) -> Tensor",
     kernel=_backward_kernel,
     reference=_backward_reference,
     fake=_empty_gradient,
@@ -190,7 +205,7 @@ UPSAMPLE_CROSS_ENTROPY_BACKWARD = Operator(
 
 
 class UpsampleCrossEntropyFunction(torch.autograd.Function):
-    """The operator's arguments -> (loss, lse, denominator); the gradient is the loss's."""
+    """(input, target, weight, *Arguments) -> (loss, lse, denominator); the gradient is the loss's, of input alone."""
 
     @staticmethod
     def forward(input: Tensor, target: Tensor, weight: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -207,13 +222,13 @@ class UpsampleCrossEntropyFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad is None:
-            return (None,) * 9
+            return None, *NOTHING
         input, target, weight, *rest = ctx.saved_tensors
         if wants_graph():
             inputs = (input, target, weight, *ctx.arguments)
-            return tuple(double_backward(_differentiable, inputs, (True, *(False,) * 8), grad))
-        gradient = UPSAMPLE_CROSS_ENTROPY_BACKWARD(grad, input, target, weight, *rest, *ctx.arguments)
-        return gradient, *(None,) * 8
+            needed = (True, *(False,) * len(NOTHING))
+            return double_backward(_differentiable, inputs, needed, grad)[0], *NOTHING
+        return UPSAMPLE_CROSS_ENTROPY_BACKWARD(grad, input, target, weight, *rest, *ctx.arguments), *NOTHING
 
 
 def upsample_cross_entropy(
@@ -228,6 +243,9 @@ def upsample_cross_entropy(
     ignore_index: int = -100,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
+    *,
+    normalization: str = "weights",
+    z_loss: float = 0.0,
 ) -> Tensor:
     """F.cross_entropy(F.interpolate(input, size, scale_factor, mode, align_corners), target, ...) in one.
 
@@ -238,7 +256,7 @@ def upsample_cross_entropy(
     target: class indices (N, H, W) of dtype uint8, int16, int32 or int64, or class probabilities (N, C, H, W), for
     which torch's two functions run and do store the resized logits. size, scale_factor, align_corners,
     recompute_scale_factor: torch.nn.functional.interpolate's; with neither size nor scale_factor the size is target's.
-    mode: "bilinear" or "nearest". weight, ignore_index, reduction, label_smoothing: cross_entropy's.
+    mode: "bilinear" or "nearest". The other arguments are fastseg.functional.cross_entropy's.
 
     Computed, summed and returned in float32 also for half-precision logits (float64 for float64), under autocast too.
     The gradient has input's dtype and memory format. Deterministic, no atomics: the backward gathers. An ignored pixel
@@ -250,18 +268,21 @@ def upsample_cross_entropy(
     RuntimeError for a target that has not the output's size, for other shapes, dtypes and devices; and on a CPU
     IndexError for a target that is neither a class nor ignore_index (on a GPU a device-side assertion).
     """
-    name = "upsample_cross_entropy"
-    reduction = _reduction(name, None, None, reduction)
-    check_map(name, input)
-    _check_types(name, input, target, weight, ignore_index, label_smoothing)
+    reduction = checked_reduction(NAME, None, None, reduction)
+    check_map(NAME, input)
+    check_types(NAME, input, target, weight, ignore_index, label_smoothing)
+    check_normalization(NAME, reduction, normalization)
+    check_number(NAME, "z_loss", z_loss)
     default = target.shape[-2:] if target.dim() >= 2 else None
-    out, scales = check_resizing(name, input, size, scale_factor, mode, align_corners, recompute_scale_factor, default)
+    out, scales = check_resizing(NAME, input, size, scale_factor, mode, align_corners, recompute_scale_factor, default)
     large = _large(input, out)
-    _check_target(name, large, target)
-    if weight is not None:
-        _check_weight(name, large, target, weight)
-    arguments = (weight, scales, mode, bool(align_corners), reduction, int(ignore_index), float(label_smoothing))
+    check_target(NAME, large, target, ignore_index)
+    check_weight(NAME, large, target, weight)
+    arguments = Arguments(
+        scales, mode, bool(align_corners), *divided(large, target, reduction, normalization), int(ignore_index),
+        float(label_smoothing), float(z_loss),
+    )  # fmt: skip
     if target.is_floating_point():
-        dispatch.choose(name, input, _uncovered(input, target))
-        return _differentiable(input, target, *arguments)
-    return UpsampleCrossEntropyFunction.apply(input, target.contiguous(), *arguments)[0]
+        dispatch.choose(NAME, input, _uncovered(input, target))
+        return _differentiable(input, target, weight, *arguments)
+    return UpsampleCrossEntropyFunction.apply(input, target.contiguous(), weight, *arguments)[0]
