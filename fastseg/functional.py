@@ -3,6 +3,7 @@
 from .ops.confusion import confusion_matrix
 from .ops.conv_transpose import conv_transpose2d
 from .ops.cross_entropy import cross_entropy, cross_entropy_with_predictions
+from .ops.linear_cross_entropy import linear_cross_entropy
 from .ops.pool import max_pool2d, max_pool2d_with_offsets
 from .ops.unpool import max_unpool2d, max_unpool2d_with_offsets
 from .ops.upsample import upsample_argmax
@@ -15,6 +16,7 @@ __all__ = [
     "cross_entropy",
     "cross_entropy_with_predictions",
     "indices_to_offsets",
+    "linear_cross_entropy",
     "max_pool2d",
     "max_pool2d_with_offsets",
     "max_unpool2d",

@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from .. import kernels
+from .chunks import elements
 from .library import Operator, empty
 
 MODES = ("nearest", "bilinear")
 LOGITS_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LABELS = (torch.uint8, torch.int16, torch.int32, torch.int64)
-BAND = 2**19  # elements of the large map that the reference holds at a time for each thread, if a row has no more
-MOST_THREADS = 16
 FEW_CLASSES = 16  # below which the reference computes in NCHW, from which on in channels_last
 LONGEST_SIDE = 2**20  # that the kernels count in
 
@@ -144,8 +143,7 @@ class Bands:
 
     def __iter__(self) -> Iterator[slice]:
         """The bands, from above."""
-        elements = BAND * min(torch.get_num_threads(), MOST_THREADS)
-        rows = max(1, elements // (self.size[1] * self.shape[0]))
+        rows = max(1, elements() // (self.size[1] * self.shape[0]))
         for start in range(0, self.size[0], rows):
             yield slice(start, min(start + rows, self.size[0]))
 

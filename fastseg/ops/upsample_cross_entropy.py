@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch, kernels
+from .chunks import chunk_gradient, chunk_losses, even_shares, reduced
 from .cross_entropy_checks import (
     check_normalization,
     check_number,
@@ -20,7 +21,7 @@ from .cross_entropy_checks import (
     refuse_strays,
 )
 from .cross_entropy_operators import SCHEMA, _empty_loss, _empty_lse
-from .cross_entropy_reference import differentiable, pixel_weights
+from .cross_entropy_reference import differentiable
 from .library import Operator, double_backward, empty, memory_format, wants_graph
 from .upsample import Bands, check_map, check_resizing, uncovered
 
@@ -94,44 +95,21 @@ def _reference(input: Tensor, target: Tensor, weight: Tensor | None, *rest: Any)
     loss, lse, denominator = _empty_results(input, target, weight, *rest)
     bands = Bands.of(input, target.shape[1:], a.scales, a.mode, a.align_corners)
     buffer = bands.buffer()
-    shares = _even_shares(input, weight, a.label_smoothing, loss.dtype)
-    sums = [loss.new_zeros(2)]
+    shares = even_shares(weight, a.label_smoothing, buffer)
+    options = (a.reduction, a.ignore_index, a.label_smoothing, a.z_loss)
+    parts = []
     for n, picture in enumerate(input):
         for rows in bands:
-            labels = target[n, rows].long()
-            valid = labels != a.ignore_index
-            weights = pixel_weights(input, labels, weight, a.ignore_index)
             values = bands.values(picture, rows, buffer)
-            highest = values.amax(1, keepdim=True)
-            values.sub_(highest)
-            picked = values.gather(1, labels.masked_fill(~valid, 0)[None, None])[0, 0]
-            short = torch.tensordot(shares, values[0], 1) if a.label_smoothing else 0.0
-            above = values.exp_().sum((0, 1)).log_()
-            highest = highest[0, 0]
-            losses = (1 - a.label_smoothing) * weights * (above - picked)
-            if a.label_smoothing:
-                losses += shares.sum() * above - short
-            if a.z_loss:
-                losses += a.z_loss * (highest + above).square()
-            losses = losses.masked_fill_(~valid, 0.0)
-            lse[:, n, rows] = torch.stack((highest, above)) if len(lse) == 2 else highest + above
+            losses, divisor, *terms = chunk_losses(values, target[n, rows].long(), weight, shares, *options)
+            lse[:, n, rows] = torch.stack(terms) if len(lse) == 2 else sum(terms)
             if a.reduction == "none":
                 loss[n, rows] = losses
             else:
-                sums.append(torch.stack((losses.sum(), (valid if a.reduction == "valid" else weights).sum())))
+                parts.append((losses.sum(), divisor.sum(dtype=losses.dtype)))
     if a.reduction != "none":
-        total, divisor = torch.stack(sums).sum(0)
-        if a.reduction != "sum":
-            denominator.copy_(divisor) if a.reduction != "count" else denominator.fill_(a.count)
-            total = total / denominator
-        loss.copy_(total)
+        reduced(parts, a.reduction, a.count, loss, denominator)
     return loss, lse, denominator
-
-
-def _even_shares(input: Tensor, weight: Tensor | None, label_smoothing: float, dtype: torch.dtype) -> Tensor:
-    """What label smoothing gives each class of every labelled pixel."""
-    even = torch.full((input.shape[1],), label_smoothing / input.shape[1], dtype=dtype, device=input.device)
-    return even if weight is None else even * weight.flatten()
 
 
 UPSAMPLE_CROSS_ENTROPY = Operator(
@@ -166,7 +144,8 @@ def _backward_reference(
     a = Arguments(*rest)
     bands = Bands.of(input, target.shape[1:], a.scales, a.mode, a.align_corners)
     buffer, small = bands.buffer(), bands.empty(*input.shape[2:])
-    shares = _even_shares(input, weight, a.label_smoothing, lse.dtype)
+    shares = even_shares(weight, a.label_smoothing, buffer)
+    options = (a.ignore_index, a.label_smoothing, a.z_loss)
     grad_input = _empty_gradient(grad, input)
     if a.reduction not in ("none", "sum"):
         grad = grad / denominator
@@ -174,18 +153,9 @@ def _backward_reference(
     for n, picture in enumerate(input):
         small.zero_()
         for rows in bands:
-            labels, scale, terms = target[n, rows].long(), grad[n, rows], lse[:, n, rows]
-            valid = labels != a.ignore_index
-            own = (1 - a.label_smoothing) * scale * pixel_weights(input, labels, weight, a.ignore_index)
-            mass = own + scale * (shares.sum() + 2 * a.z_loss * terms.sum(0))
-            change = bands.values(picture, rows, buffer)
-            for term in terms:
-                change.sub_(term)
-            change.exp_().mul_(mass)
-            change.scatter_add_(1, labels.masked_fill(~valid, 0)[None, None], -own[None, None])
-            if a.label_smoothing:
-                change.sub_(scale * shares[:, None, None])
-            change.masked_fill_(~valid, 0.0)  # also where logits are not finite
+            values = bands.values(picture, rows, buffer)
+            labels = target[n, rows].long()
+            change = chunk_gradient(values, labels, weight, shares, lse[:, n, rows], grad[n, rows], *options)
             bands.add_back(change, rows, small)
         grad_input[n] = small[0]
     return grad_input
