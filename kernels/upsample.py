@@ -25,7 +25,6 @@ from .launch import INT32_MAX, launch
 
 POINT = tl.constexpr(40)  # binary digits behind the point of a source coordinate
 HALF = tl.constexpr(2**39)  # one half, so written
-LONGEST_SIDE = 2**20  # whose coordinates fit 64 bits
 COLUMNS = 32  # of a tile: the lanes of its one warp
 
 
@@ -88,8 +87,17 @@ def _tile(
     y_tap, y_weight = _source(y, STEP_H, IN_H, NEAREST, CORNERS)
     x_tap, x_weight = _source(x, STEP_W, IN_W, NEAREST, CORNERS)
     behind = tl.minimum(x_tap + 1, IN_W - 1) * STRIDE_W
-    return image, pixel, live, top, (y_tap - top)[:, None], y_weight[:, None], x_tap * STRIDE_W, behind, x_weight, (
-        x < OUT_W
+    return (
+        image,
+        pixel,
+        live,
+        top,
+        (y_tap - top)[:, None],
+        y_weight[:, None],
+        x_tap * STRIDE_W,
+        behind,
+        x_weight,
+        (x < OUT_W),
     )
 
 
@@ -200,7 +208,7 @@ class Resizing(NamedTuple):
 
 
 def is_wide(low: Tensor, pixels: int) -> bool:
-    """Whether an offset can pass int32, in the small map or among the output's pixels, also of a lane that is masked."""
+    """Whether an offset can pass int32, in the small map or among the output's pixels, of a masked lane too."""
     reach = 1 + sum((n - 1) * stride for n, stride in zip(low.shape, low.stride(), strict=True))
     return max(reach + 64 * low.stride(1), pixels + 2**20) > INT32_MAX
 
@@ -219,5 +227,3 @@ def upsample_argmax(
         C=low.shape[1], PROBABILITY=probability is not None, **by.modes(), **by.tile(),
         WIDE=is_wide(low, labels.numel()), num_warps=1,
     )  # fmt: skip
-
-

@@ -198,7 +198,7 @@ def _constants(
     low: Tensor, target: Tensor, weight: Tensor | None, reduction: str, label_smoothing: float, z_loss: float,
     by: Resizing,
 ) -> dict[str, Any]:  # fmt: skip
-    """The compile-time arguments that forward and backward share: cross_entropy_parts.constants', and the resizing's."""
+    """The compile-time arguments that forward and backward share.""" ""
     shared = constants(low, target, weight, reduction, label_smoothing, z_loss)
     del shared["PROBABILITIES"]
     return shared | by.modes() | {"WIDE": is_wide(low, target.numel())}

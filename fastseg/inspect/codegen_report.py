@@ -26,6 +26,11 @@ def network_cases(at: Placement) -> Iterator[Case]:
     yield from cases.conv_transpose2d(at, (8, 128, 90, 120), 64, 3, 2, 1, 1)
     for classes in (11, 19, 150):
         yield from cases.cross_entropy(at, (8, classes, 360, 480), 255)
+        yield from cases.confusion_matrix(at, (8, 360, 480), classes)
+    yield from cases.upsample_cross_entropy(at, (16, 150, 64, 64), (512, 512))
+    yield from cases.upsample_cross_entropy(at, (8, 19, 128, 256), (512, 1024), "bilinear", True, True, "none", 0.1)
+    yield from cases.upsample_cross_entropy(at, (8, 21, 33, 33), (67, 67), "nearest", None, True)
+    yield from cases.upsample_argmax(at, (16, 150, 128, 128), (512, 512))
 
 
 def launches(args: argparse.Namespace) -> list[tuple[str, Launch]]:

@@ -32,6 +32,10 @@ def sized_cases(at: Placement) -> Iterator[Case]:
     for classes in LOGITS:
         yield from cases.cross_entropy(at, (1, classes, 32, 64), 255)
     yield from cases.cross_entropy(at, (1, 19, 23, 37), 255)
+    yield from cases.upsample_cross_entropy(at, (1, 19, 8, 16), (64, 128))
+    yield from cases.upsample_cross_entropy(at, (1, 19, 9, 11), (23, 37), align_corners=True)
+    yield from cases.upsample_argmax(at, (1, 19, 8, 16), (32, 64))
+    yield from cases.confusion_matrix(at, (1, 64, 128), 19)
     yield from cases.conv_transpose2d(at, (1, 64, 32, 32), 32, 2, 2)
     yield from cases.conv_transpose2d(at, (1, 32, 17, 23), 32, 4, 2, 1)
 

@@ -65,9 +65,7 @@ def chunk_gradient(
     return logits.masked_fill_(~valid, 0.0)
 
 
-def reduced(
-    parts: list[tuple[Tensor, Tensor]], reduction: str, count: int, loss: Tensor, denominator: Tensor
-) -> None:
+def reduced(parts: list[tuple[Tensor, Tensor]], reduction: str, count: int, loss: Tensor, denominator: Tensor) -> None:
     """Write loss and denominator from the chunks' sums of losses and of what they are divided by."""
     total, divisor = torch.stack([torch.stack(part) for part in parts] or [loss.new_zeros(2)]).sum(0)
     if reduction == "count":

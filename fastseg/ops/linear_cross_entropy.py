@@ -354,8 +354,8 @@ def linear_cross_entropy(
     the logits. chunk: pixels; None: as many as stay in a CPU's caches or fill a GPU.
 
     Under autocast features, weight and bias are cast as for a convolution; torch.mm's products have a float32 result.
-    Logits, loss and all sums over pixels are float32 (float64 for float64). Deterministic where torch.mm is: the chunks are added
-    up in their order. Second derivatives are torch's own.
+    Logits, loss and all sums over pixels are float32 (float64 for float64). Deterministic where torch.mm is: the
+    chunks are added up in their order. Second derivatives are torch's own.
 
     Raises RuntimeError for shapes, dtypes and devices that do not fit, ValueError for a chunk below 1, and what
     cross_entropy raises.

@@ -158,7 +158,7 @@ class Bands:
 
     def reach(self, rows: slice) -> tuple[int, int]:
         """The rows of the small map that a band is made of. Found from the size, since looking would be a wait."""
-        c, h, w = self.shape
+        h = self.shape[1]
         ratio = h / self.size[0] if self.scales is None or self.align_corners else 1 / self.scales[0]
         return max(0, min(h - 1, math.floor(rows.start * ratio) - 1)), min(h, math.ceil(rows.stop * ratio) + 2)
 
@@ -176,7 +176,9 @@ class Bands:
         """Add what the gradient of a band makes of the small map's, a tensor that `empty` gave."""
         start, stop = self.reach(rows)
         near = torch.arange(start, stop, device=change.device)[:, None]
-        matrix = sum((near == tap) * weight for tap, weight in zip(self.taps[:, rows], self.weights[:, rows], strict=True))
+        matrix = sum(
+            (near == tap) * weight for tap, weight in zip(self.taps[:, rows], self.weights[:, rows], strict=True)
+        )
         c, _, w = self.shape
         high = self.empty(stop - start, self.size[1])
         if high.is_contiguous():
