@@ -111,12 +111,14 @@ def _class(
     inside = inside & (c < C)
     for k in tl.static_range(TAPS):
         row = _row(low, o + tl.minimum(top + k, IN_H - 1) * STRIDE_H, column, behind, along, inside, NEAREST)[None, :]
+        # Chosen, not weighted with 0: what is not finite stays with the pixels that it belongs to.
         if k == 0:
-            values = row + tl.zeros_like(down) if NEAREST else row * tl.where(tap == 0, 1 - down, 0.0)
-        elif NEAREST:
-            values = tl.where(tap == k, row, values)
+            above = row + tl.zeros_like(down)
+            below = above
         else:
-            values += row * (tl.where(tap == k, 1 - down, 0.0) + tl.where(tap == k - 1, down, 0.0))
+            above = tl.where(tap == k, row, above)
+            below = tl.where(tap == k - 1, row, below)
+    values = above if NEAREST else (1 - down) * above + down * below
     return tl.where(c < C, values, float("-inf"))
 
 

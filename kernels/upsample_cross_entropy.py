@@ -37,8 +37,9 @@ from .launch import launch
 from .upsample import Resizing, _class, _first, _row, _source, _tile, is_wide
 
 BACKWARD_CLASSES = 16  # of a program: the least that a product takes
-BACKWARD_COLUMNS = 64  # output columns that it holds at a time
+BACKWARD_COLUMNS = 32  # output columns that it holds at a time
 PATCH_ROWS = 8  # of the small map, below one row of which it needs the output too
+REGISTERS = 168  # at most: left to itself the assembler spills some in order to have fewer
 LEAST_PATCH, LARGEST_PATCH = 16, 32  # columns of the small map in a product
 
 
@@ -155,7 +156,8 @@ def upsample_cross_entropy_bwd_kernel(
             column = (x_tap * STRIDE_W)[None, :]
             behind = (tl.minimum(x_tap + 1, IN_W - 1) * STRIDE_W)[None, :]
             along = x_weight[None, :]
-            above = _row(low, o + tl.maximum(row, 0) * STRIDE_H, column, behind, along, inside, NEAREST)
+            o_above = o + tl.minimum(tl.maximum(row, 0), IN_H - 1) * STRIDE_H
+            above = _row(low, o_above, column, behind, along, inside, NEAREST)
             below = above
             if not NEAREST:
                 o_below = o + tl.minimum(row + 1, IN_H - 1) * STRIDE_H
@@ -249,5 +251,5 @@ def upsample_cross_entropy_bwd(
         **_constants(low, target, weight, reduction, label_smoothing, z_loss, by),
         PADDED=triton.next_power_of_2(classes), CLASSES=BACKWARD_CLASSES, COLUMNS=BACKWARD_COLUMNS, ROWS=PATCH_ROWS,
         LOW_COLUMNS=triton.next_power_of_2(patch), PRECISION="ieee" if low.dtype == torch.float32 else "tf32",
-        num_warps=8,
+        num_warps=4, maxnreg=REGISTERS,
     )  # fmt: skip

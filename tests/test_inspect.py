@@ -19,7 +19,7 @@ from fastseg.kernels.launch import launch
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled here, not interpreted")
 codegen = pytest.mark.xdist_group("codegen")  # one process compiles, once
 
-MEMORY_BOUND = ("max_pool2d", "max_unpool2d", "cross_entropy")
+MEMORY_BOUND = ("max_pool2d", "max_unpool2d", "cross_entropy", "upsample_cross_entropy")
 
 
 # --- traffic ---------------------------------------------------------------------------------------------------------

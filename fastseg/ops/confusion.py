@@ -87,4 +87,7 @@ def confusion_matrix(
         raise ValueError(f"pred and target must have one shape, not {tuple(pred.shape)} and {tuple(target.shape)}")
     if num_classes is None or num_classes < 1:
         raise ValueError(f"num_classes must be the number of classes, not {num_classes}")
+    if pred.device != target.device:
+        raise ValueError(f"pred and target must be on one device, not on {pred.device} and {target.device}")
+    CONFUSION_MATRIX.choose(pred, target, num_classes, ignore_index)
     return CONFUSION_MATRIX(pred, target, num_classes, ignore_index)

@@ -379,8 +379,9 @@ def linear_cross_entropy(
         _chunk_pixels(chunk, input, classes),
     )  # fmt: skip
     features = as_images(input)
-    if target.is_floating_point():
-        dispatch.choose(NAME, input, "a target of class probabilities")
+    probabilities = target.is_floating_point()
+    dispatch.choose(NAME, input, "a target of class probabilities" if probabilities else uncovered(logits, target))
+    if probabilities:
         loss = _differentiable(features, linear_weight, linear_bias, as_images(target), weight, *arguments)
     else:
         labels = labels_as_images(target)

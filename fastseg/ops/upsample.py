@@ -278,7 +278,7 @@ def upsample_argmax(
             f"{name}: dtype must be one of {', '.join(str(label) for label in LABELS)} and hold {input.shape[1]} "
             f"classes, but is {dtype}"
         )
-    labels, share = UPSAMPLE_ARGMAX(
-        input.detach(), out, scales, mode, bool(align_corners), dtype, bool(return_probability)
-    )
+    call = (input.detach(), out, scales, mode, bool(align_corners), dtype, bool(return_probability))
+    UPSAMPLE_ARGMAX.choose(*call)
+    labels, share = UPSAMPLE_ARGMAX(*call)
     return (labels, share) if return_probability else labels

@@ -252,7 +252,7 @@ def upsample_cross_entropy(
         scales, mode, bool(align_corners), *divided(large, target, reduction, normalization), int(ignore_index),
         float(label_smoothing), float(z_loss),
     )  # fmt: skip
+    dispatch.choose(NAME, input, _uncovered(input, target))
     if target.is_floating_point():
-        dispatch.choose(NAME, input, _uncovered(input, target))
         return _differentiable(input, target, weight, *arguments)
     return UpsampleCrossEntropyFunction.apply(input, target.contiguous(), weight, *arguments)[0]
