@@ -41,7 +41,7 @@ GPU_ELEMENTS = 2**24  # logits of a chunk on a GPU: enough to fill it
 
 
 class Arguments(NamedTuple):
-    """What the operators take besides tensors: cross_entropy_operators.Arguments, and the pixels of a chunk."""
+    """What the operators take besides tensors: cross_entropy_operators.Arguments, and the pixels of a chunk or 0."""
 
     reduction: str
     count: int
@@ -59,10 +59,8 @@ def _logits_like(input: Tensor, classes: int) -> Tensor:
     return input.new_empty((), dtype=computed(input.dtype)).expand(input.shape[0], classes, *input.shape[2:])
 
 
-def _chunk_pixels(chunk: int | None, input: Tensor, classes: int) -> int:
-    if chunk is not None:
-        return chunk
-    return max(1, (GPU_ELEMENTS if input.is_cuda else elements()) // max(1, classes))
+def _chunk_pixels(chunk: int, input: Tensor, classes: int) -> int:
+    return chunk or max(1, (GPU_ELEMENTS if input.is_cuda else elements()) // max(1, classes))
 
 
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -148,7 +146,7 @@ def _forward(losses: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> Callable[.
         refuse_strays(NAME, linear_weight.shape[0], target, a.ignore_index)
         loss, lse, denominator = _empty_results(input, linear_weight, linear_bias, target, weight, *rest)
         parts = []
-        for chunk in _chunks(input, a.chunk):
+        for chunk in _chunks(input, _chunk_pixels(a.chunk, input, linear_weight.shape[0])):
             logits = chunk.logits(chunk.features(input), linear_weight, linear_bias)
             labels = chunk.pixels(target)
             part, divisor, terms = losses(logits, labels, weight, a)
@@ -222,7 +220,7 @@ def _backward(change: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tens
         scale = grad.contiguous() if a.reduction == "none" else grad
         dtype = computed(input.dtype)  # of the sums over chunks
         weight_sum, bias_sum = (x.new_zeros(x.shape, dtype=dtype) for x in (grad_weight, grad_bias))
-        for chunk in _chunks(input, a.chunk):
+        for chunk in _chunks(input, _chunk_pixels(a.chunk, input, linear_weight.shape[0])):
             features = chunk.features(input)
             logits = chunk.logits(features, linear_weight, linear_bias)
             own = chunk.pixels(scale) if a.reduction == "none" else scale
@@ -281,8 +279,11 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return LINEAR_CROSS_ENTROPY(*arguments)
+    def forward(
+        input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Tensor, weight: Tensor | None,
+        *arguments: Any,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        return LINEAR_CROSS_ENTROPY(input, linear_weight, linear_bias, target, weight, *arguments)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -376,7 +377,7 @@ def linear_cross_entropy(
     check_weight(NAME, logits, target, weight)
     shape, arguments = pixels_shape(logits), (
         *divided(logits, target, reduction, normalization), int(ignore_index), float(label_smoothing), float(z_loss),
-        _chunk_pixels(chunk, input, classes),
+        chunk or 0,
     )  # fmt: skip
     features = as_images(input)
     probabilities = target.is_floating_point()

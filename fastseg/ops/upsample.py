@@ -18,6 +18,7 @@ from .library import Operator, empty
 MODES = ("nearest", "bilinear")
 LOGITS_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LABELS = (torch.uint8, torch.int16, torch.int32, torch.int64)
+LEAST_CLASSES = 8  # that a band is counted for: what the labels need besides is that of some classes
 FEW_CLASSES = 16  # below which the reference computes in NCHW, from which on in channels_last
 LONGEST_SIDE = 2**20  # that the kernels count in
 
@@ -143,7 +144,7 @@ class Bands:
 
     def __iter__(self) -> Iterator[slice]:
         """The bands, from above."""
-        rows = max(1, elements() // (self.size[1] * self.shape[0]))
+        rows = max(1, elements() // (self.size[1] * max(self.shape[0], LEAST_CLASSES)))
         for start in range(0, self.size[0], rows):
             yield slice(start, min(start + rows, self.size[0]))
 
