@@ -45,7 +45,10 @@ class Case:
         if not backward:
             return lambda: function(*leaves)
         wanted = [x for x in leaves if isinstance(x, Tensor) and x.requires_grad]
-        grads = random_gradients(_differentiable(function(*leaves)))
+        differentiable = _differentiable(function(*leaves))
+        if not differentiable:
+            return lambda: function(*leaves)
+        grads = random_gradients(differentiable)
         return lambda: torch.autograd.grad(_differentiable(function(*leaves)), wanted, grads)
 
 
@@ -286,3 +289,92 @@ def dice_cross_entropy(
 
     size = _words(shape, f"ignore {ignore_index}", *["batch"] * batch)
     yield Case("dice_cross_entropy", size, ours, theirs, inputs)
+
+
+def upsample_cross_entropy(
+    at: Placement, shape: Sequence[int], size: Sequence[int], mode: str = "bilinear", align_corners: bool | None = None,
+    weighted: bool = False, reduction: str = "mean", label_smoothing: float = 0.0,
+) -> Iterator[Case]:  # fmt: skip
+    """Cross-entropy of logits resized to their labels, a tenth of which are ignored."""
+    labels = at.labels(shape[1], shape[0], *size)
+    labels = labels.masked_fill(at.labels(10, *labels.shape) == 0, 255)
+    weight = torch.rand(shape[1]).add(0.5).to(at.device) if weighted else None
+    inputs = {"logits": at.tensor(*shape), "labels": labels}
+    options = {"ignore_index": 255, "reduction": reduction, "label_smoothing": label_smoothing}
+    resizing = {"size": list(size), "mode": mode, "align_corners": align_corners}
+
+    def ours(logits: Tensor, labels: Tensor) -> Tensor:
+        return functional.upsample_cross_entropy(logits, labels, weight, **resizing, **options)
+
+    def theirs(logits: Tensor, labels: Tensor) -> Tensor:
+        own = None if weight is None else weight.to(logits.dtype)
+        return F.cross_entropy(F.interpolate(logits, **resizing), labels, own, **options)
+
+    def eager(logits: Tensor, labels: Tensor) -> Tensor:
+        """Autocast runs interpolate and log_softmax in the logits' dtype, and the loss in float32."""
+        scores = torch.log_softmax(F.interpolate(logits, **resizing), 1).float()
+        return F.nll_loss(scores, labels, weight, ignore_index=255, reduction=reduction)
+
+    corners = ["align_corners"] * bool(align_corners)
+    smoothed = [f"smoothing {label_smoothing}"] * bool(label_smoothing)
+    words = (f"to {size[0]}x{size[1]} {mode}", *corners, reduction, *["weighted"] * weighted, *smoothed)
+    yield Case("upsample_cross_entropy", _words(shape, *words), ours, theirs, inputs, None if smoothed else eager)
+
+
+def upsample_argmax(at: Placement, shape: Sequence[int], size: Sequence[int], mode: str = "bilinear") -> Iterator[Case]:
+    """The class of each pixel of logits that are resized, and its probability."""
+
+    def ours(logits: Tensor) -> tuple[Tensor, Tensor]:
+        return functional.upsample_argmax(logits, size, mode=mode, return_probability=True)
+
+    def theirs(logits: Tensor) -> tuple[Tensor, Tensor]:
+        large = F.interpolate(logits.detach().double(), size, mode=mode)  # halves would tie where float32 does not
+        return large.argmax(1).to(torch.uint8), large.softmax(1).amax(1)
+
+    def eager(logits: Tensor) -> tuple[Tensor, Tensor]:
+        share, best = F.interpolate(logits, size, mode=mode).float().softmax(1).max(1)
+        return best, share
+
+    inputs = {"logits": at.tensor(*shape)}
+    yield Case("upsample_argmax", _words(shape, f"to {size[0]}x{size[1]} {mode}"), ours, theirs, inputs, eager)
+
+
+def confusion_matrix(at: Placement, shape: Sequence[int], classes: int) -> Iterator[Case]:
+    """Counts of a map of predictions and one of labels, a tenth of which are ignored."""
+    labels = at.labels(classes, *shape)
+    labels = labels.masked_fill(at.labels(10, *shape) == 0, 255)
+    inputs = {"pred": at.labels(classes, *shape).to(torch.uint8), "labels": labels}
+
+    def ours(pred: Tensor, labels: Tensor) -> Tensor:
+        return functional.confusion_matrix(pred, labels, classes, 255)
+
+    def theirs(pred: Tensor, labels: Tensor) -> Tensor:
+        cell = (labels * classes + pred).masked_fill(labels == 255, classes**2)
+        return torch.bincount(cell.flatten(), minlength=classes**2 + 1)[:-1].view(classes, classes)
+
+    yield Case("confusion_matrix", _words(shape, f"{classes} classes"), ours, theirs, inputs)
+
+
+def linear_cross_entropy(
+    at: Placement, shape: Sequence[int], classes: int, chunk: int | None = None, reduction: str = "mean"
+) -> Iterator[Case]:
+    """A 1x1 classifier with a bias and its cross-entropy, a tenth of the labels ignored."""
+    labels = at.labels(classes, shape[0], *shape[2:])
+    labels = labels.masked_fill(at.labels(10, *labels.shape) == 0, 255)
+    inputs = {
+        "features": at.tensor(*shape),
+        "linear_weight": at.tensor(classes, shape[1]) / shape[1] ** 0.5,
+        "linear_bias": at.tensor(classes),
+        "labels": labels,
+    }
+
+    def ours(features: Tensor, linear_weight: Tensor, linear_bias: Tensor, labels: Tensor) -> Tensor:
+        options = {"ignore_index": 255, "reduction": reduction, "chunk": chunk}
+        return functional.linear_cross_entropy(features, linear_weight, labels, linear_bias=linear_bias, **options)
+
+    def theirs(features: Tensor, linear_weight: Tensor, linear_bias: Tensor, labels: Tensor) -> Tensor:
+        logits = F.conv2d(features, linear_weight[:, :, None, None], linear_bias)
+        return F.cross_entropy(logits, labels, ignore_index=255, reduction=reduction)
+
+    size = _words(shape, f"{classes} classes {reduction}", *[f"chunk {chunk}"] * bool(chunk))
+    yield Case("linear_cross_entropy", size, ours, theirs, inputs)

@@ -4,30 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
+from .functional import confusion_matrix
 
-def confusion_matrix(pred: Tensor, target: Tensor, num_classes: int, ignore_index: int | None = None) -> Tensor:
-    """Counts of pixels by (truth, prediction): int64 [num_classes, num_classes] on the inputs' device.
-
-    pred and target are integer tensors of one shape; pixels whose target is `ignore_index` are left out. Matrices of
-    several batches add up. Raises ValueError for other shapes or dtypes and for a label outside 0..num_classes-1.
-    """
-    if pred.shape != target.shape:
-        raise ValueError(f"pred and target must have one shape, not {tuple(pred.shape)} and {tuple(target.shape)}")
-    for name, labels in (("pred", pred), ("target", target)):
-        if labels.is_floating_point() or labels.is_complex():
-            raise ValueError(f"{name} must hold integer labels, not {labels.dtype}")
-    pred, target = pred.flatten().long(), target.flatten().long()
-    if ignore_index is not None:
-        valid = target != ignore_index
-        pred, target = pred[valid], target[valid]
-    for name, labels in (("pred", pred), ("target", target)):
-        if labels.numel() and not 0 <= labels.min() <= labels.max() < num_classes:
-            raise ValueError(f"{name} holds labels outside 0..{num_classes - 1}")
-    counts = torch.bincount(target * num_classes + pred, minlength=num_classes * num_classes)
-    return counts.view(num_classes, num_classes)
+__all__ = ["Scores", "confusion_matrix", "scores"]
 
 
 @dataclass(frozen=True)

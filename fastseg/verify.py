@@ -89,7 +89,7 @@ def _run(function: Function, inputs: Sequence[Any], grads: Sequence[Tensor] | No
         generator = torch.Generator(device="cpu").manual_seed(0)
         grads = [torch.randn(y.shape, generator=generator).to(y.dtype).to(y.device) for y in differentiable]
     wanted = [x for x in leaves if isinstance(x, Tensor) and x.requires_grad]
-    if [g.shape for g in grads] != [y.shape for y in differentiable]:
+    if not differentiable or [g.shape for g in grads] != [y.shape for y in differentiable]:
         return outputs, [None] * len(wanted), grads
     found = torch.autograd.grad(
         differentiable, wanted, [g.to(y.dtype) for g, y in zip(grads, differentiable, strict=True)], allow_unused=True
@@ -183,6 +183,30 @@ SIZES: dict[str, list[tuple[Callable[..., Iterator[Case]], tuple[Any, ...]]]] = 
     "dice_cross_entropy": [  # shape, ignore_index, batch
         (cases.dice_cross_entropy, size)
         for size in [((2, 4, 6, 8), 255), ((2, 19, 5, 7), -100, True), ((1, 150, 3, 5), 0)]
+    ],
+    "upsample_cross_entropy": [  # shape, size, mode, align_corners, weighted, reduction, label_smoothing
+        (cases.upsample_cross_entropy, size)
+        for size in [
+            ((2, 19, 3, 5), (12, 20), "bilinear", None, True, "mean", 0.0),
+            ((1, 5, 9, 4), (13, 7), "bilinear", True, False, "none", 0.1),
+            ((1, 11, 5, 6), (3, 4), "bilinear", False, True, "sum", 0.1),
+            ((2, 3, 4, 3), (7, 9), "nearest", None, True, "mean", 0.0),
+        ]
+    ],
+    "upsample_argmax": [  # shape, size, mode
+        (cases.upsample_argmax, size)
+        for size in [
+            ((2, 19, 3, 5), (12, 20)),
+            ((1, 6, 7, 4), (5, 9)),
+            ((1, 1, 2, 3), (5, 4), "nearest"),
+        ]
+    ],
+    "linear_cross_entropy": [  # shape, classes, chunk, reduction
+        (cases.linear_cross_entropy, size)
+        for size in [((2, 8, 5, 6), 19, 16), ((1, 5, 7, 3), 4, None, "none"), ((2, 3, 4, 4), 11, 7, "sum")]
+    ],
+    "confusion_matrix": [  # shape, classes
+        (cases.confusion_matrix, size) for size in [((2, 9, 31), 19), ((1, 13, 11), 70), ((3, 4, 5), 2)]
     ],
 }
 

@@ -17,6 +17,7 @@ FAMILIES = (
     "batch_norm",
     "batch_norm_pool",
     "batch_norm_unpool",
+    "confusion",
     "conv_transpose",
     "conv_transpose_bwd",
     "conv_transpose_depthwise",
@@ -33,6 +34,8 @@ FAMILIES = (
     "products",
     "unpool",
     "unpool_conv",
+    "upsample",
+    "upsample_cross_entropy",
     "windows",
 )
 

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are c
 codegen = pytest.mark.xdist_group("codegen")  # one process compiles, once
 
 REDUCING = ("batch_norm_stats_kernel", "batch_norm_relu_sums_kernel", "bn_relu_max_pool2d_sums_kernel")
-MEMORY_BOUND = ("max_pool2d", "max_unpool2d", "cross_entropy")
+MEMORY_BOUND = ("max_pool2d", "max_unpool2d", "cross_entropy", "upsample_cross_entropy")
 NORM, POOL, UNPOOL = "batch_norm_relu", "batch_norm_relu_max_pool2d", "batch_norm_relu_max_unpool2d"
 NORMS = {"batch_norm_stats", UNPOOL, f"{UNPOOL}_sums"}
 NORMS |= {f"{name}{suffix}" for name in (NORM, POOL) for suffix in ("", "_sums", "_backward")}

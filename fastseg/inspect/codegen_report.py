@@ -32,6 +32,12 @@ def network_cases(at: Placement) -> Iterator[Case]:
         yield from cases.cross_entropy(at, (8, classes, 360, 480), 255, one_pass=one_pass)
     for classes in (4, 150):
         yield from cases.dice_cross_entropy(at, (8, classes, 360, 480), 255)
+    for classes in (11, 19, 150):
+        yield from cases.confusion_matrix(at, (8, 360, 480), classes)
+    yield from cases.upsample_cross_entropy(at, (16, 150, 64, 64), (512, 512))
+    yield from cases.upsample_cross_entropy(at, (8, 19, 128, 256), (512, 1024), "bilinear", True, True, "none", 0.1)
+    yield from cases.upsample_cross_entropy(at, (8, 21, 33, 33), (67, 67), "nearest", None, True)
+    yield from cases.upsample_argmax(at, (16, 150, 128, 128), (512, 512))
 
 
 def launches(args: argparse.Namespace, sm: int) -> list[tuple[str, Launch]]:

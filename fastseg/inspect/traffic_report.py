@@ -43,6 +43,9 @@ def sized_cases(at: Placement) -> Iterator[Case]:
     for size in ((32, 64), (23, 37)):
         yield from cases.cross_entropy(at, (1, 19, *size), 255, one_pass=False)
     yield from cases.dice_cross_entropy(at, (1, 4, 64, 128), 255)
+    yield from cases.upsample_cross_entropy(at, (1, 11, 4, 8), (32, 64))
+    yield from cases.upsample_cross_entropy(at, (1, 11, 7, 9), (23, 37), align_corners=True)
+    yield from cases.upsample_argmax(at, (1, 11, 8, 16), (32, 64))
     yield from cases.conv_transpose2d(at, (1, 64, 32, 32), 32, 2, 2)
     yield from cases.conv_transpose2d(at, (1, 32, 17, 23), 32, 4, 2, 1)
 
@@ -91,6 +94,8 @@ def by_mode(traffic: list[OperatorTraffic]) -> dict[str, OperatorTraffic]:
     modes = {}
     for mode, backward in (("forward", False), ("backward", True)):
         own = [t for t in traffic if t.backward == backward]
+        if not own:
+            continue
         kernels = [kernel for t in own for kernel in t.kernels]
         name = " + ".join(t.operator for t in own)
         modes[mode] = OperatorTraffic(name, backward, kernels, sum(t.around for t in own), sum(t.floor for t in own))

@@ -2,6 +2,7 @@
 
 from .batch_norm import BatchNormReLU2d, BatchNormReLUMaxPool2d, BatchNormReLUMaxUnpool2d, convert_sync_batchnorm
 from .conv import ConvTranspose2d, ConvTransposeBatchNormReLU2d
+from .head_loss import LinearCrossEntropyLoss, UpsampleCrossEntropyLoss
 from .loss import CrossEntropyLoss, DiceCrossEntropyLoss
 from .pool import MaxPool2d, MaxUnpool2d
 
@@ -13,7 +14,9 @@ __all__ = [
     "ConvTransposeBatchNormReLU2d",
     "CrossEntropyLoss",
     "DiceCrossEntropyLoss",
+    "LinearCrossEntropyLoss",
     "MaxPool2d",
     "MaxUnpool2d",
+    "UpsampleCrossEntropyLoss",
     "convert_sync_batchnorm",
 ]

@@ -60,7 +60,7 @@ class Operator:
         return sum(x.numel() * x.element_size() for x in tensors)
 
     def _run(self, *args: Any) -> Any:
-        with torch.no_grad():
+        with torch.no_grad(), _no_autocast(args[0].device.type):
             result = (self.kernel if self.choose(*args).backend == "triton" else self.reference)(*args)
         if _observer is not None:
             _observer(self, args)
@@ -72,6 +72,13 @@ class Operator:
         result = self.kernel(*args)  # its launches are recorded, not run
         _observer(self, args)
         return result
+
+
+def _no_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
+    """An implementation chooses its dtypes itself, also where it calls torch's functions."""
+    if torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()
 
 
 _observer: Callable[[Operator, tuple[Any, ...]], None] | None = None

@@ -1,0 +1,258 @@
+"""upsample_cross_entropy: what the operators mean, their torch reference, gradients and function."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import dispatch, kernels
+from .chunks import chunk_gradient, chunk_losses, even_shares, reduced
+from .cross_entropy_checks import (
+    check_normalization,
+    check_number,
+    check_target,
+    check_types,
+    check_weight,
+    checked_reduction,
+    divided,
+    refuse_strays,
+)
+from .cross_entropy_operators import SCHEMA, _empty_loss, _empty_lse
+from .cross_entropy_reference import differentiable
+from .library import Operator, double_backward, empty, memory_format, wants_graph
+from .upsample import Bands, check_map, check_resizing, uncovered
+
+NAME = "upsample_cross_entropy"
+
+
+class Arguments(NamedTuple):
+    """What the operators take besides tensors: of check_resizing, and cross_entropy_operators.Arguments."""
+
+    scales: Sequence[float] | None
+    mode: str
+    align_corners: bool
+    reduction: str
+    count: int
+    ignore_index: int
+    label_smoothing: float
+    z_loss: float
+
+
+RESIZING = "float[]? scales, str mode, bool align_corners"
+NOTHING = (None,) * (2 + len(Arguments._fields))  # the gradients of all but input
+
+
+def _large(input: Tensor, size: Sequence[int]) -> Tensor:
+    """A tensor of the resized logits' shape that has no memory of its own, for what looks at shapes alone."""
+    return input[:, :, :1, :1].expand(-1, -1, *size)
+
+
+def _uncovered(input: Tensor, target: Tensor) -> str | None:
+    if target.is_floating_point():
+        return "a target of class probabilities"
+    return uncovered(input, target.shape[1:])
+
+
+def _differentiable(input: Tensor, target: Tensor, weight: Tensor | None, *rest: Any) -> Tensor:
+    """torch's two functions, in the computed dtype: they store the large logits."""
+    scales, mode, align_corners, *arguments = rest
+    corners = () if mode == "nearest" else (align_corners,)
+    # F.interpolate takes a size or scales; the operator below it both.
+    resize = getattr(torch.ops.aten, f"upsample_{mode}2d").default
+    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+    large = resize(input.to(dtype), list(target.shape[-2:]), *corners, *(scales or (None, None)))
+    return differentiable(large, target, weight, *arguments)
+
+
+# --- operators -------------------------------------------------------------------------------------------------------
+
+
+def _empty_results(input: Tensor, target: Tensor, weight: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    large, arguments = _large(input, target.shape[1:]), Arguments(*rest)
+    loss, denominator = _empty_loss(large, arguments.reduction)
+    return loss, _empty_lse(large, target), denominator
+
+
+def _kernel(input: Tensor, target: Tensor, weight: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    scales, mode, align_corners, reduction, count, *others = rest
+    refuse_strays(NAME, input.shape[1], target, others[0])
+    loss, lse, denominator = _empty_results(input, target, weight, *rest)
+    if reduction == "count":
+        denominator.fill_(count)
+    kernels.upsample_cross_entropy.upsample_cross_entropy_fwd(
+        input, target.contiguous(), None if weight is None else weight.contiguous(), scales, mode, align_corners,
+        reduction, *others, loss, lse, denominator,
+    )  # fmt: skip
+    return loss, lse, denominator
+
+
+def _reference(input: Tensor, target: Tensor, weight: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    a = Arguments(*rest)
+    refuse_strays(NAME, input.shape[1], target, a.ignore_index)
+    loss, lse, denominator = _empty_results(input, target, weight, *rest)
+    bands = Bands.of(input, target.shape[1:], a.scales, a.mode, a.align_corners)
+    buffer = bands.buffer()
+    shares = even_shares(weight, a.label_smoothing, buffer)
+    options = (a.reduction, a.ignore_index, a.label_smoothing, a.z_loss)
+    parts = []
+    for n, picture in enumerate(input):
+        for rows in bands:
+            values = bands.values(picture, rows, buffer)
+            losses, divisor, *terms = chunk_losses(values, target[n, rows].long(), weight, shares, *options)
+            lse[:, n, rows] = torch.stack(terms) if len(lse) == 2 else sum(terms)
+            if a.reduction == "none":
+                loss[n, rows] = losses
+            else:
+                parts.append((losses.sum(), divisor.sum(dtype=losses.dtype)))
+    if a.reduction != "none":
+        reduced(parts, a.reduction, a.count, loss, denominator)
+    return loss, lse, denominator
+
+
+UPSAMPLE_CROSS_ENTROPY = Operator(
+    f"upsample_cross_entropy(Tensor input, Tensor target, Tensor? weight, {RESIZING}, {SCHEMA}) "
+    "-> (Tensor, Tensor, Tensor)",
+    kernel=_kernel,
+    reference=_reference,
+    fake=_empty_results,
+    uncovered=lambda input, target, *rest: _uncovered(input, target),
+)
+
+
+def _empty_gradient(grad: Tensor, input: Tensor, *rest: Any) -> Tensor:
+    return empty(input, input.shape, memory_format(input))
+
+
+def _backward_kernel(
+    grad: Tensor, input: Tensor, target: Tensor, weight: Tensor | None, lse: Tensor, denominator: Tensor, *rest: Any
+) -> Tensor:
+    scales, mode, align_corners, reduction, _, *others = rest
+    grad_input = _empty_gradient(grad, input)
+    kernels.upsample_cross_entropy.upsample_cross_entropy_bwd(
+        grad.contiguous(), input, target.contiguous(), None if weight is None else weight.contiguous(),
+        lse.contiguous(), denominator, scales, mode, align_corners, reduction, *others, grad_input,
+    )  # fmt: skip
+    return grad_input
+
+
+def _backward_reference(
+    grad: Tensor, input: Tensor, target: Tensor, weight: Tensor | None, lse: Tensor, denominator: Tensor, *rest: Any
+) -> Tensor:
+    a = Arguments(*rest)
+    bands = Bands.of(input, target.shape[1:], a.scales, a.mode, a.align_corners)
+    buffer, small = bands.buffer(), bands.empty(*input.shape[2:])
+    shares = even_shares(weight, a.label_smoothing, buffer)
+    options = (a.ignore_index, a.label_smoothing, a.z_loss)
+    grad_input = _empty_gradient(grad, input)
+    if a.reduction not in ("none", "sum"):
+        grad = grad / denominator
+    grad = grad.expand(target.shape)
+    for n, picture in enumerate(input):
+        small.zero_()
+        for rows in bands:
+            values = bands.values(picture, rows, buffer)
+            labels = target[n, rows].long()
+            change = chunk_gradient(values, labels, weight, shares, lse[:, n, rows], grad[n, rows], *options)
+            bands.add_back(change, rows, small)
+        grad_input[n] = small[0]
+    return grad_input
+
+
+UPSAMPLE_CROSS_ENTROPY_BACKWARD = Operator(
+    "upsample_cross_entropy_backward(Tensor grad_output, Tensor input, Tensor target, Tensor? weight, Tensor lse, "
+    f"Tensor denominator, {RESIZING}, {SCHEMA}) -> Tensor",
+    kernel=_backward_kernel,
+    reference=_backward_reference,
+    fake=_empty_gradient,
+    uncovered=lambda grad, input, target, *rest: _uncovered(input, target),
+)
+
+
+# --- function --------------------------------------------------------------------------------------------------------
+
+
+class UpsampleCrossEntropyFunction(torch.autograd.Function):
+    """(input, target, weight, *Arguments) -> (loss, lse, denominator); the gradient is the loss's, of input alone."""
+
+    @staticmethod
+    def forward(input: Tensor, target: Tensor, weight: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return UPSAMPLE_CROSS_ENTROPY(input, target, weight, *arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        input, target, weight, *ctx.arguments = inputs
+        _, lse, denominator = output
+        ctx.mark_non_differentiable(lse, denominator)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(input, target, weight, lse, denominator)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return None, *NOTHING
+        input, target, weight, *rest = ctx.saved_tensors
+        if wants_graph():
+            inputs = (input, target, weight, *ctx.arguments)
+            needed = (True, *(False,) * len(NOTHING))
+            return double_backward(_differentiable, inputs, needed, grad)[0], *NOTHING
+        return UPSAMPLE_CROSS_ENTROPY_BACKWARD(grad, input, target, weight, *rest, *ctx.arguments), *NOTHING
+
+
+def upsample_cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size: int | Sequence[int] | None = None,
+    scale_factor: float | Sequence[float] | None = None,
+    mode: str = "bilinear",
+    align_corners: bool | None = None,
+    recompute_scale_factor: bool | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    normalization: str = "weights",
+    z_loss: float = 0.0,
+) -> Tensor:
+    """F.cross_entropy(F.interpolate(input, size, scale_factor, mode, align_corners), target, ...) in one.
+
+    The resized logits are never in memory: on the kernels a call needs the losses or their partial sums, 4 bytes a
+    pixel for the backward (8 for float32 logits) and the gradient of `input`; on torch a band of rows besides.
+
+    input: logits (N, C, h, w) of any strides; float32, float16 and bfloat16 run on the kernels, float64 on torch.
+    target: class indices (N, H, W) of dtype uint8, int16, int32 or int64, or class probabilities (N, C, H, W), for
+    which torch's two functions run and do store the resized logits. size, scale_factor, align_corners,
+    recompute_scale_factor: torch.nn.functional.interpolate's; with neither size nor scale_factor the size is target's.
+    mode: "bilinear" or "nearest". The other arguments are fastseg.functional.cross_entropy's.
+
+    Computed, summed and returned in float32 also for half-precision logits (float64 for float64), under autocast too.
+    The gradient has input's dtype and memory format. Deterministic, no atomics: the backward gathers. An ignored pixel
+    adds exactly 0 to it, whatever its logits. A logit that is infinite or NaN may make NaN of pixels nearby that
+    torch's bilinear mode leaves alone. A second derivative is torch's own.
+
+    Raises what the two functions raise: ValueError for both size and scale_factor, another batch size, an unknown
+    reduction, align_corners in mode "nearest"; NotImplementedError for other modes, integer or not 4-D logits;
+    RuntimeError for a target that has not the output's size, for other shapes, dtypes and devices; and on a CPU
+    IndexError for a target that is neither a class nor ignore_index (on a GPU a device-side assertion).
+    """
+    reduction = checked_reduction(NAME, None, None, reduction)
+    check_map(NAME, input)
+    check_types(NAME, input, target, weight, ignore_index, label_smoothing)
+    check_normalization(NAME, reduction, normalization)
+    check_number(NAME, "z_loss", z_loss)
+    default = target.shape[-2:] if target.dim() >= 2 else None
+    out, scales = check_resizing(NAME, input, size, scale_factor, mode, align_corners, recompute_scale_factor, default)
+    large = _large(input, out)
+    check_target(NAME, large, target, ignore_index)
+    check_weight(NAME, large, target, weight)
+    arguments = Arguments(
+        scales, mode, bool(align_corners), *divided(large, target, reduction, normalization), int(ignore_index),
+        float(label_smoothing), float(z_loss),
+    )  # fmt: skip
+    dispatch.choose(NAME, input, _uncovered(input, target))
+    if target.is_floating_point():
+        return _differentiable(input, target, weight, *arguments)
+    return UpsampleCrossEntropyFunction.apply(input, target.contiguous(), weight, *arguments)[0]
