@@ -143,6 +143,9 @@ def test_compiles_in_one_graph(dynamic, device):
 
     compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     torch.testing.assert_close(compiled(x, weight), function(x, weight))
+    x.requires_grad_()
+    got, want = (torch.autograd.grad(f(x, weight), x)[0] for f in (compiled, function))
+    torch.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize(

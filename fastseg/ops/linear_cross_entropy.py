@@ -281,8 +281,10 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Tensor, weight: Tensor | None,
-        *arguments: Any,
+        reduction: str, count: int, ignore_index: int, label_smoothing: float, z_loss: float, chunk: int,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        # By name, not as *arguments: by their number torch.compile tells that there is no ctx.
+        arguments = (reduction, count, ignore_index, label_smoothing, z_loss, chunk)
         return LINEAR_CROSS_ENTROPY(input, linear_weight, linear_bias, target, weight, *arguments)
 
     @staticmethod

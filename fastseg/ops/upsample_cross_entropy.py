@@ -178,7 +178,12 @@ class UpsampleCrossEntropyFunction(torch.autograd.Function):
     """(input, target, weight, *Arguments) -> (loss, lse, denominator); the gradient is the loss's, of input alone."""
 
     @staticmethod
-    def forward(input: Tensor, target: Tensor, weight: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        input: Tensor, target: Tensor, weight: Tensor | None, scales: Sequence[float] | None, mode: str,
+        align_corners: bool, reduction: str, count: int, ignore_index: int, label_smoothing: float, z_loss: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        # By name, not as *arguments: by their number torch.compile tells that there is no ctx.
+        arguments = (scales, mode, align_corners, reduction, count, ignore_index, label_smoothing, z_loss)
         return UPSAMPLE_CROSS_ENTROPY(input, target, weight, *arguments)
 
     @staticmethod
