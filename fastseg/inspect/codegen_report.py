@@ -24,9 +24,10 @@ def network_cases(at: Placement) -> Iterator[Case]:
         yield from cases.max_unpool2d(at, shape, ceil_mode=True)
     yield from cases.max_pool2d(at, (8, 64, 112, 112), 3, 2, 1)
     yield from cases.max_unpool2d(at, (8, 64, 112, 112), 3, 2, 1)
-    yield from cases.conv_transpose2d(at, (8, 64, 180, 240), 32, 2, 2)
+    yield from cases.conv_transpose2d_affine_relu(at, (8, 64, 180, 240), 32, 2, 2)
     yield from cases.conv_transpose2d(at, (16, 512, 14, 14), 512, 3, 1, 1)
     yield from cases.conv_transpose2d(at, (8, 128, 90, 120), 64, 3, 2, 1, 1)
+    yield from cases.conv_transpose2d(at, (8, 32, 64, 64), 32, 4, 2, 1, 0, 32)
     for classes in (11, 19, 150):
         yield from cases.cross_entropy(at, (8, classes, 360, 480), 255)
 

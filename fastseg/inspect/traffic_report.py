@@ -36,7 +36,7 @@ def sized_cases(at: Placement) -> Iterator[Case]:
         yield from cases.cross_entropy(at, (1, classes, 32, 64), 255)
     yield from cases.cross_entropy(at, (1, 19, 23, 37), 255)
     yield from cases.conv_transpose2d(at, (1, 64, 32, 32), 32, 2, 2)
-    yield from cases.conv_transpose2d(at, (1, 32, 17, 23), 32, 4, 2, 1)
+    yield from cases.conv_transpose2d_affine_relu(at, (1, 32, 17, 23), 32, 4, 2, 1)
 
 
 @dataclass(frozen=True)
