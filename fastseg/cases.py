@@ -65,6 +65,11 @@ class Placement:
         made = torch.randn(shape, device="meta" if self.device == "meta" else "cpu").to(self.device, self.dtype)
         return made.contiguous(memory_format=self.layout) if made.dim() == 4 else made
 
+    def parameters(self, channels: int) -> Tensor:
+        """A value for each channel, between 0.5 and 1.5, in float32 where the tensors are in half precision."""
+        made = torch.rand(channels, device="meta" if self.device == "meta" else "cpu").add(0.5).to(self.device)
+        return made.to(torch.float64) if self.dtype == torch.float64 else made
+
     def labels(self, classes: int, *shape: int) -> Tensor:
         return torch.randint(classes, shape, device="meta" if self.device == "meta" else "cpu").to(self.device)
 
@@ -139,6 +144,53 @@ def max_unpool2d_anywhere(at: Placement, shape: Sequence[int]) -> Iterator[Case]
         lambda x, indices: F.max_unpool2d(x, indices, 2),
         inputs,
     )
+
+
+def batch_norm_relu(at: Placement, shape: Sequence[int], kernel: Any = 2, ceil_mode: bool = True) -> Iterator[Case]:
+    """Batch norm in training with the ReLU behind it; with pooling behind; with the unpooling that undoes it.
+
+    Behind a convolution whose bias torch adds and ours absorbs.
+    """
+    channels = shape[1]
+    running = [torch.zeros(channels, device=at.device), torch.ones(channels, device=at.device)]
+
+    def inputs(image: Sequence[int]) -> dict[str, Any]:
+        vectors = {name: at.parameters(channels) for name in ("weight", "bias", "conv bias")}
+        return {"input": at.tensor(*image), **vectors}
+
+    def ours(function: Callable[..., Any], **rest: Any) -> Callable[..., Any]:
+        def call(x: Tensor, weight: Tensor, bias: Tensor, added: Tensor, *offsets: Tensor) -> Any:
+            moved = [t.clone().to(weight.dtype) for t in running]
+            return function(x, *offsets[1:], *moved, weight, bias, training=True, **rest, input_bias=added)
+
+        return call
+
+    def theirs(x: Tensor, weight: Tensor, bias: Tensor, added: Tensor, *_: Tensor) -> Tensor:
+        moved = [t.clone().to(weight.dtype) for t in running]
+        y = x + added.to(x.dtype).view(1, -1, 1, 1)
+        return F.relu(F.batch_norm(y, *moved, weight, bias, training=True))
+
+    def pooled(*inputs: Tensor) -> Tensor:
+        return F.max_pool2d(theirs(*inputs), kernel, ceil_mode=ceil_mode, return_indices=True)[0]
+
+    yield Case("batch_norm_relu", _words(shape), ours(functional.batch_norm_relu), theirs, inputs(shape))
+    size = _words(shape, f"k{kernel}", *["ceil"] * ceil_mode)
+    fused = ours(functional.batch_norm_relu_max_pool2d, kernel_size=kernel, ceil_mode=ceil_mode)
+    yield Case("batch_norm_relu_max_pool2d", size, fused, pooled, inputs(shape))
+    plane = torch.randn(shape, device="meta" if at.device == "meta" else "cpu")
+    small, indices = F.max_pool2d(plane, kernel, ceil_mode=ceil_mode, return_indices=True)
+    indices = indices.to(at.device).contiguous(memory_format=at.layout)
+    offsets = functional.indices_to_offsets(indices, kernel, kernel, 0, width=shape[-1])
+
+    def unpooled(*inputs: Tensor) -> Tensor:
+        return F.max_unpool2d(theirs(*inputs), inputs[-2], kernel, output_size=shape[-2:])
+
+    def eager(*inputs: Tensor) -> Tensor:
+        return unpooled(*inputs).contiguous(memory_format=at.layout)
+
+    fused = ours(functional.batch_norm_relu_max_unpool2d, kernel_size=kernel, output_size=shape[-2:])
+    places = {"indices": indices, "offsets": offsets}
+    yield Case("batch_norm_relu_max_unpool2d", size, fused, unpooled, inputs(small.shape) | places, eager)
 
 
 def conv_transpose2d(

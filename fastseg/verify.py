@@ -137,8 +137,12 @@ POOLS = [  # shape, kernel, stride, padding, ceil_mode
     ((1, 1, 1, 1), 1, 1, 0, False),
     ((0, 4, 6, 6), 2, 2, 0, False),
 ]
+OVERLAPPING = [  # for pooling: of indices that repeat torch keeps any on a GPU, and in channels_last
+    ((1, 6, 9, 16), 3, 2, 1, False),
+    ((2, 4, 6, 5), (2, 3), 1, (0, 1), True),
+]
 SIZES: dict[str, list[tuple[Callable[..., Iterator[Case]], tuple[Any, ...]]]] = {
-    "max_pool2d": [(cases.max_pool2d, size) for size in POOLS],
+    "max_pool2d": [(cases.max_pool2d, size) for size in POOLS + OVERLAPPING],
     "max_unpool2d": [
         *((cases.max_unpool2d, size) for size in POOLS),
         (cases.max_unpool2d_anywhere, ((2, 3, 4, 5),)),

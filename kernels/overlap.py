@@ -40,6 +40,34 @@ def _see_window(
 
 
 @triton.jit
+def _see_run(
+    left, right, x, positions, plane, h, run, oh, live, W, OH, OW, RUNS, q: tl.constexpr,
+    KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
+    POSITIONS: tl.constexpr, ADD: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    """Window column / 2 + q of window row oh, for VEC even columns (left) and the odd ones behind them (right)."""
+    pair = run * VEC + tl.arange(0, VEC)[None, :]
+    ow, i = pair + q, h + PH - oh * SH
+    held = live & (oh >= 0) & (oh < OH) & (i < KH)
+    if q != 0:
+        held = held & (ow >= 0) & (ow < OW)
+    # OW is RUNS * VEC, which says to the compiler that the loads are aligned where q is 0.
+    source = ((plane * OH + oh) * RUNS + run) * VEC + tl.arange(0, VEC)[None, :] + q
+    position = tl.load(positions + source, mask=held, other=0)
+    value = tl.load(x + source, mask=held, other=0.0).to(left.dtype)
+    tap: tl.constexpr = PW - 2 * q  # of the even column; the odd one's is the next
+    if POSITIONS == "offsets":
+        ahead = position.to(tl.int32) - (i * KW + tap)
+    else:
+        ahead = position - (h.to(tl.int64) * W + 2 * pair)
+    if tap >= 0 and tap < KW:
+        left = tl.where(held & (ahead == 0), left + value if ADD else value, left)
+    if tap + 1 >= 0 and tap + 1 < KW:
+        right = tl.where(held & (ahead == 1), right + value if ADD else value, right)
+    return left, right
+
+
+@triton.jit
 def _report_strays(
     positions, foreign, o, POOLED, RUNS, H, W, OH, OW,
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
@@ -66,14 +94,15 @@ def window_gather_kernel(
     x, positions, y, foreign, GROUPS, RUNS, POOLED, POOLED_RUNS, H, W, OH, OW,
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
     DH: tl.constexpr, DW: tl.constexpr, DOWN: tl.constexpr, ACROSS: tl.constexpr, POSITIONS: tl.constexpr,
-    ADD: tl.constexpr, REPORT: tl.constexpr, CHANNELS_LAST: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr,
-    WIDE: tl.constexpr,
+    ADD: tl.constexpr, REPORT: tl.constexpr, WHOLE_ROWS: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    VEC: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """One program writes BLOCK groups of VEC pixels of y: what the windows whose maximum stood there hold in x.
+    """One program writes BLOCK groups of VEC pixels of y, with WHOLE_ROWS of VEC pairs of pixels.
 
-    ADD takes the sum over them (the gradient of a pool), else the last in row-major order stays (unpooling). y is
-    written once; values and positions are read by each pixel that their window holds, through the cache. REPORT: the
-    programs also look over the positions, BLOCK * VEC each, since a window may hold no pixel at all.
+    Each is what the windows whose maximum stood there hold in x: with ADD the sum (the gradient of a pool), else the
+    last in row-major order (unpooling). y is written once; values and positions are read for each pixel that their
+    window holds, through the cache. REPORT: the programs also look over the positions, BLOCK * VEC each, since a
+    window may hold no pixel at all.
     """
     program = tl.program_id(0)
     if WIDE:
@@ -82,20 +111,32 @@ def window_gather_kernel(
     live = (o < GROUPS)[:, None]
     plane, h, w, run = group(o, H, RUNS, W, VEC, CHANNELS_LAST)
     found = tl.zeros((BLOCK, VEC), tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32)
-    if DOWN * ACROSS <= UNROLLED:
-        for step in tl.static_range(DOWN * ACROSS):
-            found = _see_window(
-                found, x, positions, step, plane, h, w, run, live, W, OH, OW, RUNS,
-                KH, KW, SH, SW, PH, PW, DH, DW, DOWN, ACROSS, POSITIONS, ADD, CHANNELS_LAST, VEC,
-            )  # fmt: skip
+    if WHOLE_ROWS:
+        right = found
+        for step in tl.static_range(DOWN):
+            oh = (h + PH) // SH - (DOWN - 1) + step
+            for q in tl.static_range(-((KW - 1 - PW) // 2), (PW + 1) // 2 + 1):
+                found, right = _see_run(
+                    found, right, x, positions, plane, h, run, oh, live, W, OH, OW, RUNS, q,
+                    KH, KW, SH, PH, PW, POSITIONS, ADD, VEC,
+                )  # fmt: skip
+        row = tl.reshape(tl.join(found, right), (BLOCK, 2 * VEC)).to(y.dtype.element_ty)
+        tl.store(y + o[:, None] * (2 * VEC) + tl.arange(0, 2 * VEC)[None, :], row, mask=live)
     else:
-        for step in range(DOWN * ACROSS):
-            found = _see_window(
-                found, x, positions, step, plane, h, w, run, live, W, OH, OW, RUNS,
-                KH, KW, SH, SW, PH, PW, DH, DW, DOWN, ACROSS, POSITIONS, ADD, CHANNELS_LAST, VEC,
-            )  # fmt: skip
-    out = o[:, None] * VEC + tl.arange(0, VEC)[None, :]
-    tl.store(y + out, found.to(y.dtype.element_ty), mask=live)
+        if DOWN * ACROSS <= UNROLLED:
+            for step in tl.static_range(DOWN * ACROSS):
+                found = _see_window(
+                    found, x, positions, step, plane, h, w, run, live, W, OH, OW, RUNS,
+                    KH, KW, SH, SW, PH, PW, DH, DW, DOWN, ACROSS, POSITIONS, ADD, CHANNELS_LAST, VEC,
+                )  # fmt: skip
+        else:
+            for step in range(DOWN * ACROSS):
+                found = _see_window(
+                    found, x, positions, step, plane, h, w, run, live, W, OH, OW, RUNS,
+                    KH, KW, SH, SW, PH, PW, DH, DW, DOWN, ACROSS, POSITIONS, ADD, CHANNELS_LAST, VEC,
+                )  # fmt: skip
+        out = o[:, None] * VEC + tl.arange(0, VEC)[None, :]
+        tl.store(y + out, found.to(y.dtype.element_ty), mask=live)
     if REPORT:
         pooled = program * (BLOCK * VEC) + tl.arange(0, BLOCK * VEC)
         _report_strays(
@@ -114,15 +155,17 @@ def window_gather(
     """
     c, h, w = y.shape[1:]
     oh, ow = x.shape[-2:]
-    lanes, pooled_lanes = (c, c) if windows.channels_last else (w, ow)
-    vec = vector_width(y.element_size(), lanes)
-    groups, pooled = y.numel() // vec, x.numel()
     down, across = (triton.cdiv(e, s) for e, s in zip(windows.extent, windows.stride, strict=True))
+    whole_rows = windows.runs(y, x) and windows.dilation[0] == 1 and down * across <= UNROLLED.value
+    pixels = 2 if whole_rows else 1
+    lanes, pooled_lanes = (c, c) if windows.channels_last else (w // pixels, ow)
+    vec = vector_width(y.element_size(), lanes)
+    units = y.numel() // pixels
     launch(
-        window_gather_kernel, triton.cdiv(max(y.numel(), pooled if report else 0), BLOCK),
+        window_gather_kernel, triton.cdiv(max(units, x.numel() if report else 0), BLOCK),
         x, positions, y, y if foreign is None else foreign,
-        groups, lanes // vec, pooled, pooled_lanes, h, w, oh, ow,
+        units // vec, lanes // vec, x.numel(), pooled_lanes, h, w, oh, ow,
         **windows.taps(), **windows.gaps(), DOWN=down, ACROSS=across, POSITIONS=kind(positions), ADD=add,
-        REPORT=report, CHANNELS_LAST=windows.channels_last, VEC=vec, BLOCK=BLOCK // vec, WIDE=wide(x, y),
-        debug=report, sanitize_overflow=False,
+        REPORT=report, WHOLE_ROWS=whole_rows, CHANNELS_LAST=windows.channels_last, VEC=vec, BLOCK=BLOCK // vec,
+        WIDE=wide(x, y), debug=report, sanitize_overflow=False,
     )  # fmt: skip

@@ -13,9 +13,12 @@ from .windows import BLOCK, UNROLLED, Windows, group, image_offset, kind, run_of
 
 
 @triton.jit
-def keep_larger(best, at, value, tap, inside):
-    """torch's rule: a strictly larger value wins, so the first of equals stays; NaN always wins."""
-    wins = inside & ((value > best) | (value != value))
+def keep_larger(best, at, value, tap):
+    """torch's rule: a strictly larger value wins, so the first of equals stays; NaN always wins.
+
+    Taps outside the image are -inf, which never wins.
+    """
+    wins = (value > best) | (value != value)
     return tl.where(wins, value, best), tl.where(wins, tap, at)
 
 
@@ -32,7 +35,7 @@ def _see_tap(
         inside = live & (h >= 0) & (h < H) & (w >= 0) & (w < W)
     offset = image_offset(plane, h, w, run, H, W, RUNS, VEC, CHANNELS_LAST)
     value = tl.load(x + offset, mask=inside, other=float("-inf")).to(best.dtype)
-    return keep_larger(best, at, value, tap, inside)
+    return keep_larger(best, at, value, tap)
 
 
 @triton.jit
@@ -60,14 +63,19 @@ def max_pool2d_fwd_kernel(
     if WHOLE_ROWS:
         for i in tl.static_range(KH):
             h = h0 + i * DH
-            inside = live
-            if PARTIAL:
-                inside = live & (h >= 0) & (h < H)
-            row = tl.load(x + run_offset(plane, h, run, H, RUNS, VEC), mask=inside, other=float("-inf"))
-            left, right = tl.split(tl.reshape(row.to(best.dtype), (BLOCK, VEC, 2)))
-            best, at = keep_larger(best, at, left, i * KW, inside)
-            if KW == 2:
-                best, at = keep_larger(best, at, right, i * KW + 1, inside)
+            for q in tl.static_range(-((PW + 1) // 2), (KW - 1 - PW) // 2 + 1):  # taps 2q + PW and the next
+                inside = live
+                if PARTIAL:
+                    inside = live & (h >= 0) & (h < H)
+                if q != 0:
+                    w = run * (2 * VEC) + 2 * q + tl.arange(0, 2 * VEC)[None, :]
+                    inside = inside & (w >= 0) & (w < W)
+                row = tl.load(x + run_offset(plane, h, run, H, RUNS, VEC) + 2 * q, mask=inside, other=float("-inf"))
+                left, right = tl.split(tl.reshape(row.to(best.dtype), (BLOCK, VEC, 2)))
+                if 2 * q + PW >= 0:
+                    best, at = keep_larger(best, at, left, i * KW + 2 * q + PW)
+                if 2 * q + PW + 1 < KW:
+                    best, at = keep_larger(best, at, right, i * KW + 2 * q + PW + 1)
     elif KH * KW <= UNROLLED:
         for tap in tl.static_range(KH * KW):
             best, at = _see_tap(
@@ -92,10 +100,12 @@ def max_pool2d_fwd(x: Tensor, y: Tensor, positions: Tensor | None, windows: Wind
     (h, w), (oh, ow) = x.shape[-2:], y.shape[-2:]
     vec, runs = windows.groups(y.shape[1], ow, x.element_size())
     groups = y.numel() // vec
+    whole_rows = windows.runs(x, y) and windows.kernel[0] * windows.kernel[1] <= UNROLLED.value
     launch(
         max_pool2d_fwd_kernel, triton.cdiv(groups, BLOCK // vec),
         x, y, y if positions is None else positions, groups, runs, h, w, oh, ow,
-        **windows.constants(x, y, vec), **windows.gaps(), POSITIONS=kind(positions), PARTIAL=not windows.inside(x, y),
+        **windows.constants(x, y, vec) | {"WHOLE_ROWS": whole_rows}, **windows.gaps(),
+        POSITIONS=kind(positions), PARTIAL=not windows.inside(x, y),
     )  # fmt: skip
 
 

@@ -4,8 +4,9 @@ Every kernel works on groups: VEC neighbouring elements of the pooled map (along
 so that one access is 16 bytes wide. A group never crosses a row or a pixel. The position of a maximum is kept either
 as `offsets`, the tap inside the window (row-major, uint8), or as `indices`, torch's flat h * W + w (int64).
 
-In NCHW a group's VEC windows of width 2 lie in one run of 2 * VEC elements of the image's row: where windows tile
-the row (WHOLE_ROWS) the run is loaded or stored in one piece and split or joined in registers.
+In NCHW with stride 2 a group's VEC windows start in one run of 2 * VEC elements of the image's row: where such runs
+tile the row (WHOLE_ROWS) a run is loaded or stored in one piece and split or joined in registers. Taps before and
+behind it lie in the run shifted by two elements.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from torch import Tensor
 from .launch import INT32_MAX, vector_width
 
 BLOCK = 1024  # elements of the pooled map a program owns
-UNROLLED = tl.constexpr(64)  # taps that are written out one by one; more run in a loop
+UNROLLED = tl.constexpr(16)  # taps or windows that are written out one by one; more run in a loop, for the registers
+CELL = 64  # pixels of a window and the gap behind it that are written out one by one
 
 
 @triton.jit
@@ -70,14 +72,19 @@ class Windows(NamedTuple):
 
     @property
     def tile(self) -> bool:
-        """Whether no two windows overlap, and a window with the gap behind it is small enough to be unrolled."""
+        """Whether no two windows overlap, and a window with the gap behind it is of CELL pixels at most."""
         apart = all(extent <= s for extent, s in zip(self.extent, self.stride, strict=True))
-        return apart and self.stride[0] * self.stride[1] <= UNROLLED.value and tuple(self.dilation) == (1, 1)
+        return apart and self.stride[0] * self.stride[1] <= CELL and tuple(self.dilation) == (1, 1)
 
     def inside(self, image: Tensor, pooled: Tensor) -> bool:
         """Whether every window of the pooled map lies in the image as a whole."""
         ends = [(o - 1) * s + e for o, s, e in zip(pooled.shape[-2:], self.stride, self.extent, strict=True)]
         return not any(self.padding) and ends[0] <= image.shape[-2] and ends[1] <= image.shape[-1]
+
+    def runs(self, image: Tensor, pooled: Tensor) -> bool:
+        """Whether the image's rows are runs of two elements for each window, in NCHW."""
+        two = self.stride[1] == 2 and self.dilation[1] == 1 and image.shape[-1] == 2 * pooled.shape[-1]
+        return two and not self.channels_last
 
     def groups(self, channels: int, columns: int, element_size: int) -> tuple[int, int]:
         """(VEC, RUNS): elements of a group, and groups of one row (NCHW) or of one pixel (channels_last)."""
@@ -87,10 +94,9 @@ class Windows(NamedTuple):
 
     def constants(self, image: Tensor, pooled: Tensor, vec: int) -> dict[str, Any]:
         """The compile-time arguments that every kernel takes."""
-        kw, sw, pw, dw = self.kernel[1], self.stride[1], self.padding[1], self.dilation[1]
-        whole_rows = sw == 2 and kw <= 2 and pw == 0 and dw == 1 and image.shape[-1] == 2 * pooled.shape[-1]
+        whole_rows = self.runs(image, pooled) and self.kernel[1] <= 2 and self.padding[1] == 0
         return {
-            **self.taps(), "WHOLE_ROWS": whole_rows and not self.channels_last,
+            **self.taps(), "WHOLE_ROWS": whole_rows,
             "CHANNELS_LAST": self.channels_last, "VEC": vec, "BLOCK": BLOCK // vec,
             "WIDE": wide(image, pooled),
         }  # fmt: skip

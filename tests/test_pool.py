@@ -186,6 +186,8 @@ def test_what_is_not_covered_falls_back_with_a_reason(triton_backend):
 def test_offsets_of_large_windows_are_refused():
     with pytest.raises(RuntimeError, match="kernel_size"):
         FS.max_pool2d_with_offsets(torch.zeros(1, 1, 40, 40), 17)
+    with pytest.raises(RuntimeError, match="kernel_size"):
+        FS.max_unpool2d_with_offsets(torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 2, 2, dtype=torch.uint8), 17)
 
 
 def test_strided_views_are_read_where_they_lie(device, triton_backend):

@@ -7,8 +7,9 @@ import torch.nn.functional as F
 import fastseg
 from fastseg import functional as FS
 from fastseg import kernels, verify
+from fastseg.kernels.launch import recording
 from fastseg.kernels.windows import Windows
-from fastseg.ops.library import memory_format
+from fastseg.ops.library import memory_format, observing
 from fastseg.ops.windows import pooled_size
 
 LAYOUTS = ("nchw", "channels_last", "unbatched")
@@ -42,30 +43,60 @@ def image(geometry, dtype, layout):
     return x.contiguous(memory_format=torch.channels_last) if layout == "channels_last" else x
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("trial", range(4))
-def test_pools_of_random_arguments(trial, dtype, layout, device, triton_backend):
-    arguments = geometry()
-    kernel, stride, padding, dilation, ceil_mode = arguments
-    x = image(arguments, dtype, layout).to(device)
+def assert_pools(x, arguments):
+    """Values, indices and offsets to the bit; gradients as exact as torch's."""
     print(tuple(x.shape), *arguments)
+    kernel, stride, padding, dilation, _ = arguments
     y, indices = FS.max_pool2d(x, *arguments, return_indices=True)
     want, want_indices = F.max_pool2d(x, *arguments, return_indices=True)
     assert torch.equal(y, want) and torch.equal(indices, want_indices)
     assert list(y.shape[-2:]) == pooled_size(x.shape[-2:], *arguments)
-    if x.numel():
-        assert y.stride() == want.stride() and indices.stride() == want.stride()
+    assert x.numel() == 0 or (y.stride() == want.stride() and indices.stride() == want.stride())
     offsets = FS.max_pool2d_with_offsets(x, *arguments)[1]
     windows = (kernel, stride, padding, x.shape[-1], dilation)
     assert torch.equal(FS.offsets_to_indices(offsets, *windows), want_indices)
     assert torch.equal(FS.indices_to_offsets(want_indices, *windows), offsets)
-    for ours in (
-        lambda x: FS.max_pool2d(x, *arguments),
-        lambda x: FS.max_pool2d(x, *arguments, return_indices=True)[0],
-    ):
+    for keep_indices in (False, True):
+
+        def ours(x, keep_indices=keep_indices):
+            y = FS.max_pool2d(x, *arguments, return_indices=keep_indices)
+            return y[0] if keep_indices else y
+
         for c in verify.compare(ours, lambda x: F.max_pool2d(x, *arguments), [x]):
             assert c.passed, c
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("trial", range(3))
+def test_pools_of_random_arguments(trial, dtype, layout, device, triton_backend):
+    arguments = geometry()
+    assert_pools(image(arguments, dtype, layout).to(device), arguments)
+
+
+@pytest.mark.parametrize("dilation", [1, 2, (3, 2)])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_first_tap_inside_an_image_of_minus_infinity(layout, dilation, device, triton_backend):
+    """With a dilation the first tap behind the padding is not the first pixel."""
+    x = torch.full((2, 9, 10) if layout == "unbatched" else (1, 2, 9, 10), -float("inf"), device=device)
+    x = x.contiguous(memory_format=torch.channels_last) if layout == "channels_last" else x
+    (y, ours), (want, theirs) = (f.max_pool2d(x, 3, 1, 1, dilation, return_indices=True) for f in (FS, F))
+    assert torch.equal(y, want) and torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("kernel, padding", [(3, 1), (4, 1), (5, 2), (1, 0), ((3, 2), (0, 0)), ((1, 6), (0, 2))])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_rows_of_whole_runs(dtype, kernel, padding, device, triton_backend):
+    """Stride 2 and two pixels of each row for a window: runs are loaded whole and split, whatever the windows."""
+    kernel, padding = ([n, n] if isinstance(n, int) else list(n) for n in (kernel, padding))
+    assert_pools(
+        torch.randn(2, 2, 7, 24, device=device).mul(2).round().to(dtype), (kernel, [2, 2], padding, [1, 1], False)
+    )
+
+
+def in_order(x, indices, *geometry):
+    """torch's unpooling where it goes through a plane in order: on a CPU, in NCHW."""
+    return F.max_unpool2d(x.cpu().contiguous(), indices.cpu().contiguous(), *geometry).to(x.device)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -86,21 +117,23 @@ def test_unpools_of_random_arguments(trial, dtype, layout, device, triton_backen
         x = x.contiguous(memory_format=torch.channels_last)
     print(tuple(x.shape), *arguments, size)
 
-    def ours(x):
-        return FS.max_unpool2d(x, indices, kernel, stride, padding, size)
-
-    y, want = ours(x), F.max_unpool2d(x, indices, kernel, stride, padding, size)
-    assert torch.equal(y, want)
-    assert x.numel() == 0 or y.is_contiguous(memory_format=memory_format(x))
-    for c in verify.compare(ours, lambda x: F.max_unpool2d(x, indices, kernel, stride, padding, size), [x]):
+    for c in verify.compare(
+        lambda x: FS.max_unpool2d(x, indices, kernel, stride, padding, size),
+        lambda x: in_order(x, indices, kernel, stride, padding, size),
+        [x],
+    ):
         assert c.error == 0, c
+    y = FS.max_unpool2d(x, indices, kernel, stride, padding, size)
+    assert x.numel() == 0 or y.is_contiguous(memory_format=memory_format(x))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("kernel, stride, padding", [(3, 2, 1), (3, 1, 1), ((2, 4), (1, 3), (1, 2)), (9, 9, 0)])
+@pytest.mark.parametrize(
+    "kernel, stride, padding", [(3, 2, 1), (3, 1, 1), ((2, 4), (1, 3), (1, 2)), (5, (1, 2), 2), (9, 9, 0)]
+)
 def test_unpools_from_offsets_of_any_window(kernel, stride, padding, layout, device, triton_backend):
     """The offsets that a pool made; of windows that overlap on one maximum the last in row-major order stays."""
-    x = torch.randn((3, 20, 21) if layout == "unbatched" else (2, 3, 20, 21), device=device)
+    x = torch.randn((3, 12, 20) if layout == "unbatched" else (2, 3, 12, 20), device=device)
     if layout == "channels_last":
         x = x.contiguous(memory_format=torch.channels_last)
     pooled, offsets = FS.max_pool2d_with_offsets(x, kernel, stride, padding)
@@ -108,14 +141,13 @@ def test_unpools_from_offsets_of_any_window(kernel, stride, padding, layout, dev
     values, size = torch.randn_like(pooled), x.shape[-2:]
     for c in verify.compare(
         lambda v: FS.max_unpool2d_with_offsets(v, offsets, kernel, stride, padding, size),
-        lambda v: F.max_unpool2d(v, indices, kernel, stride, padding, size),
+        lambda v: in_order(v, indices, kernel, stride, padding, size),
         [values],
     ):
         assert c.error == 0, c
 
 
-@pytest.mark.parametrize("shape", [(1, 2, 18, 15), (2, 18, 15)])
-@pytest.mark.parametrize("kernel, stride", [((18, 15), 15), (9, 1)])
+@pytest.mark.parametrize("kernel, stride, shape", [((18, 15), 15, (1, 2, 18, 15)), (9, 1, (2, 12, 13))])
 def test_large_windows_run_in_a_loop(kernel, stride, shape, device, triton_backend):
     """More than 256 taps keep int64 indices; 81 taps, and 81 windows over each pixel, are not unrolled."""
     ours, theirs = (torch.randn(shape, device=device).round().requires_grad_() for _ in range(2))
@@ -125,6 +157,43 @@ def test_large_windows_run_in_a_loop(kernel, stride, shape, device, triton_backe
     assert y.grad_fn.saved_tensors[0].dtype == (torch.uint8 if kernel == 9 else torch.int64)
     grad = torch.randn_like(y)
     torch.testing.assert_close(*(torch.autograd.grad(v, x, grad)[0] for v, x in ((y, ours), (want, theirs))))
+
+
+def test_strays_are_not_written_anywhere():
+    """The kernels themselves, past the check that a CPU tensor gets, where windows overlap."""
+    guard = torch.full((3, 1, 1, 8, 8), 7.0)
+    indices = torch.tensor([0, -70, 2**32 + 3, 200], dtype=torch.int64).repeat(4).view(1, 1, 4, 4)
+    windows = Windows([3, 3], [2, 2], [1, 1], False)
+    kernels.unpool.max_unpool2d_fwd(torch.ones(1, 1, 4, 4), indices, guard[1], windows, trusted=False)
+    assert (guard[0] == 7).all() and (guard[2] == 7).all()
+    assert guard[1].sum() == 1 and guard[1, 0, 0, 0, 0] == 1
+    offsets = torch.tensor([[4, 9, 255, 8], [0, 4, 4, 4], [4, 4, 4, 4], [4, 4, 4, 4]]).byte().view(1, 1, 4, 4)
+    inside = torch.tensor([[1, 0, 0, 1], [0, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1]]).view(1, 1, 4, 4)
+    for positions, valid in ((indices, indices == 0), (offsets, inside)):
+        grad = torch.full((1, 1, 4, 4), float("nan"))
+        kernels.unpool.max_unpool2d_bwd(torch.ones(1, 1, 8, 8), positions, grad, windows)
+        assert torch.equal(grad, valid.float())
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 7, 8), (3, 7, 8)])
+@pytest.mark.parametrize("positions", ["offsets", "indices"])
+def test_opcheck(positions, shape, device, triton_backend):
+    x, windows = torch.randn(shape, device=device), ([3, 2], [2, 1], [1, 1])
+    torch.library.opcheck(torch.ops.fastseg.max_pool2d.default, (x, *windows, [2, 1], True, positions))
+    y, kept = torch.ops.fastseg.max_pool2d(x, *windows, [2, 1], True, positions)
+    torch.library.opcheck(torch.ops.fastseg.max_pool2d_backward.default, (y, kept, *windows, [2, 1], [7, 8]))
+    y, kept = torch.ops.fastseg.max_pool2d(x, *windows, [1, 1], False, positions)
+    torch.library.opcheck(torch.ops.fastseg.max_unpool2d.default, (y, kept, *windows, [7, 8]))
+    torch.library.opcheck(torch.ops.fastseg.max_unpool2d_backward.default, (x, kept, *windows))
+
+
+def test_positions_that_cannot_be_converted():
+    offsets, indices = torch.zeros(1, 1, 4, 4, dtype=torch.uint8), torch.zeros(1, 1, 4, 4, dtype=torch.int64)
+    for convert, positions in ((FS.offsets_to_indices, offsets), (FS.indices_to_offsets, indices)):
+        with pytest.raises(RuntimeError, match="more than 256"):
+            convert(positions, 17, None, 0, width=68)
+        with pytest.raises(RuntimeError, match="dilation"):
+            convert(positions, 2, (), 0, width=8, dilation=0)
 
 
 # --- addresses past 2^31 elements ------------------------------------------------------------------------------------
@@ -198,7 +267,8 @@ def touched(kind, layout, kernel, padding):
     from addresses import addresses, recorded
 
     windows, image, pooled, offsets, seen, holders = huge(layout, kernel, padding)
-    last_pooled, last_pixels = (set(range(t.numel() - 1024, t.numel())) for t in (pooled, image))
+    pixels = 2048 if layout == "nchw" else 1024  # of a program that gathers: pairs of pixels in NCHW
+    last_pooled, last_pixels = (set(range(t.numel() - n, t.numel())) for t, n in ((pooled, 1024), (image, pixels)))
     run, loads, stores = {
         "pool forward": (
             lambda: kernels.pool.max_pool2d_fwd(image, pooled, offsets, windows), seen(last_pooled), last_pooled
@@ -244,7 +314,8 @@ def test_addresses_of_32_bits_would_be_seen(monkeypatch):
 
 def pools(x, F_):
     y, indices = F_.max_pool2d(x, 3, 2, 1, return_indices=True)
-    return F_.max_unpool2d(y * y, indices, 3, 2, 1, output_size=x.shape[-2:]) + F_.max_pool2d(x, 3, 1, 1)
+    unpool = in_order if F_ is F else F_.max_unpool2d
+    return unpool(y * y, indices, 3, 2, 1, x.shape[-2:]) + F_.max_pool2d(x, 3, 1, 1)
 
 
 @pytest.mark.parametrize("shape", [(3, 2, 2, 6, 7), (3, 2, 6, 7)])
@@ -353,20 +424,17 @@ def test_deterministic_algorithms_are_no_obstacle(backend, poison, device):
         FS.max_pool2d(x, 3, 1, 1).sum().backward()
 
 
-def test_nothing_waits_for_the_gpu():
-    """On tensors without data anything that looked at a value on the host would raise: graphs can be captured."""
-    for dim in (4, 3):
-        x = torch.empty((2, 8, 12, 12)[-dim:], device="meta", dtype=torch.bfloat16, requires_grad=True)
-        from fastseg.kernels.launch import recording
-        from fastseg.ops.library import observing
-
-        launches = []
-        with fastseg.backend("triton"), observing(lambda *call: None), recording(lambda *call: launches.append(call)):
-            y, indices = FS.max_pool2d(x, 3, 2, 1, return_indices=True)
-            z, offsets = FS.max_pool2d_with_offsets(x, 3, 1, 1, 2)
-            u = FS.max_unpool2d(y, indices, 3, 2, 1).sum() + FS.max_unpool2d_with_offsets(z, offsets, 3, 1).sum()
-            torch.autograd.grad(u, x)
-        assert len(launches) == 2 + 3 + 4
+@pytest.mark.parametrize("shape", [(2, 8, 12, 12), (8, 12, 12)])
+def test_nothing_waits_for_the_gpu(shape):
+    """On tensors without data whatever looked at a value on the host would raise: CUDA graphs can capture this."""
+    x = torch.empty(shape, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    launches = []
+    with fastseg.backend("triton"), observing(lambda *call: None), recording(lambda *call: launches.append(call[0])):
+        y, indices = FS.max_pool2d(x, 3, 2, 1, return_indices=True)
+        z, offsets = FS.max_pool2d_with_offsets(x, 3, 1, 1, 2)
+        u = FS.max_unpool2d(y, indices, 3, 2, 1).sum() + FS.max_unpool2d_with_offsets(z, offsets, 3, 1).sum()
+        torch.autograd.grad(u, x)
+    assert len(launches) == 2 + 3 + 4
 
 
 @pytest.mark.gpu

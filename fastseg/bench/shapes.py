@@ -88,6 +88,7 @@ _LOGITS = [
 SITES = [
     *_encoder("SegNet", 8, [(64, 360, 480), (128, 180, 240), (256, 90, 120), (512, 45, 60), (512, 23, 30)]),
     *_encoder("DeconvNet", 16, [(64, 224, 224), (128, 112, 112), (256, 56, 56), (512, 28, 28), (512, 14, 14)]),
+    Site("ResNet stem", cases.max_pool2d, (8, 64, 256, 512), (3, 2, 1, False)),
     Site("odd", cases.max_pool2d, (3, 37, 53, 91), (3, 3, 1, False)),
     Site("odd", cases.max_unpool2d, (3, 37, 53, 91), (3, 3, 1, False)),
     *(Site(where, cases.conv_transpose2d, shape, tuple(rest), where in _HEADLINES) for where, shape, *rest in _CONVS),

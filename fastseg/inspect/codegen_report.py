@@ -22,6 +22,7 @@ def network_cases(at: Placement) -> Iterator[Case]:
     for shape in ((8, 64, 360, 480), (8, 256, 45, 60)):
         yield from cases.max_pool2d(at, shape, ceil_mode=True)
         yield from cases.max_unpool2d(at, shape, ceil_mode=True)
+        yield from cases.batch_norm_relu(at, shape)
     yield from cases.max_pool2d(at, (8, 64, 112, 112), 3, 2, 1)
     yield from cases.max_unpool2d(at, (8, 64, 112, 112), 3, 2, 1)
     yield from cases.conv_transpose2d_affine_relu(at, (8, 64, 180, 240), 32, 2, 2)

@@ -66,12 +66,25 @@ def _nll_backward(args: tuple[Any, ...], out: Tensor) -> Count:
     return _count(nbytes(out, labels), labels.numel(), out)
 
 
+def _batch_norm(args: tuple[Any, ...], out: Any) -> Count:
+    """input, ..., training at 5 -> output: statistics first, which read the input as well."""
+    return _count(nbytes(args, out) + (nbytes(args[0]) if args[5] else 0))
+
+
+def _batch_norm_backward(args: tuple[Any, ...], out: Any) -> Count:
+    """grad, input, ..., training at 7 -> gradients: the sums over pixels first, which read both as well."""
+    return _count(nbytes(args, out) + (nbytes(args[:2]) if args[7] else 0))
+
+
 RULES: dict[Any, Callable[[tuple[Any, ...], Any], Count]] = {
     aten.max_unpool2d.default: _unpool,
     aten.max_pool2d_with_indices_backward.default: _pool_backward,
     aten.nll_loss2d_forward.default: _nll_forward,
     aten.nll_loss2d_backward.default: _nll_backward,
     aten._log_softmax.default: lambda args, out: _count(_packed(args[0]) + nbytes(args[0], out)),
+    aten.native_batch_norm.default: _batch_norm,
+    aten.cudnn_batch_norm.default: _batch_norm,
+    aten.native_batch_norm_backward.default: _batch_norm_backward,
     aten.gather.default: lambda args, out: _count(nbytes(args[2], out), out.numel(), args[0]),
     aten.copy_.default: lambda args, out: _count(nbytes(args[1], out)),
     aten.zero_.default: lambda args, out: _count(nbytes(out)),

@@ -21,6 +21,7 @@ from .traffic import KernelTraffic, metering
 # Small enough for the interpreter; per-element figures are those of a large size, as tests show with two sizes. The
 # second size of each is a multiple of no block.
 IMAGES = ((2, 64, 32, 64), (1, 24, 38, 54))
+OVERLAPPED = ((1, 32, 8, 32), (1, 24, 9, 13))
 STEM = (3, 2, 1)  # kernel, stride, padding of a ResNet's first pool: windows that overlap
 LOGITS = (11, 19, 21, 150)
 
@@ -30,6 +31,8 @@ def sized_cases(at: Placement) -> Iterator[Case]:
     for shape in IMAGES:
         yield from cases.max_pool2d(at, shape)
         yield from cases.max_unpool2d(at, shape)
+        yield from cases.batch_norm_relu(at, shape)
+    for shape in OVERLAPPED:
         yield from cases.max_pool2d(at, shape, *STEM)
         yield from cases.max_unpool2d(at, shape, *STEM)
     for classes in LOGITS:
@@ -44,6 +47,7 @@ class OperatorTraffic:
     """Bytes of one operator in one call: its kernels', torch's around them, the floor."""
 
     operator: str
+    backward: bool
     kernels: list[KernelTraffic]
     around: int
     floor: int
@@ -67,13 +71,25 @@ def operator_traffic(case: Case) -> list[OperatorTraffic]:
 
     def note(operator: Operator, args: tuple[Any, ...]) -> None:
         done = sum(len(traffic.kernels) for traffic in found)
-        found.append(OperatorTraffic(operator.name, launches[done:], _around(operator, args), operator.floor(*args)))
+        around, floor = _around(operator, args), operator.floor(*args)
+        found.append(OperatorTraffic(operator.name, operator.backward, launches[done:], around, floor))
 
     with dispatch.backend("triton"):
         step = case.step(case.ours, backward=True)
         with metering() as launches, observing(note):
             step()
     return found
+
+
+def by_mode(traffic: list[OperatorTraffic]) -> dict[str, OperatorTraffic]:
+    """Forward and backward, each as one: a case may take several operators for it."""
+    modes = {}
+    for mode, backward in (("forward", False), ("backward", True)):
+        own = [t for t in traffic if t.backward == backward]
+        kernels = [kernel for t in own for kernel in t.kernels]
+        name = " + ".join(t.operator for t in own)
+        modes[mode] = OperatorTraffic(name, backward, kernels, sum(t.around for t in own), sum(t.floor for t in own))
+    return modes
 
 
 def _around(operator: Operator, args: tuple[Any, ...]) -> int:
@@ -107,7 +123,7 @@ def rows(args: argparse.Namespace) -> list[dict[str, Any]]:
             if args.op and not case.operator.startswith(tuple(args.op)):
                 continue
             eager = eager_bytes(bare)
-            for traffic, mode in zip(operator_traffic(case), ("forward", "backward"), strict=True):
+            for mode, traffic in by_mode(operator_traffic(case)).items():
                 least, sectors = eager[mode]
                 found.append({
                     "operator": case.operator, "mode": mode, "layout": layout, "size": case.size,

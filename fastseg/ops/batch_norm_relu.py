@@ -179,7 +179,7 @@ def _check(
                 f"{function}: {name} must be on input's device {input.device}, but is on {values.device}"
             )
     if (running_mean is None) != (running_var is None):
-        raise RuntimeError(f"{function}: running_mean and running_var must be given both or neither")
+        raise ValueError(f"{function}: running_mean and running_var must be given both or neither")
     if not training and running_mean is None:
         raise RuntimeError(f"{function}: running_mean must be a Tensor where training is False, but is None")
     if training and input.numel() == input.shape[1]:

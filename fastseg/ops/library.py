@@ -22,7 +22,8 @@ class Operator:
     schema: torch's function schema. kernel, reference: the two implementations, called with the operator's
     arguments; the reference is written in torch alone and works in float64. fake: shapes, dtypes and strides of the
     result, for tracing. uncovered: says in words what of a call the kernels do not cover, or None; preferred: the
-    backend that is the better choice under "auto", and why, or None for the kernels.
+    backend that is the better choice under "auto", and why, or None for the kernels. backward: whether it is part of a
+    gradient, and so begins with one.
     """
 
     def __init__(
@@ -35,7 +36,8 @@ class Operator:
         uncovered: Callable[..., str | None],
         preferred: Callable[..., dispatch.Preference | None] = lambda *args: None,
     ) -> None:
-        self.name, self.fake = schema.partition("(")[0], fake
+        self.name, _, arguments = schema.partition("(")
+        self.fake, self.backward = fake, arguments.startswith("Tensor grad_output")
         self.kernel, self.reference, self.uncovered, self.preferred = kernel, reference, uncovered, preferred
         LIB.define(schema, tags=TAGS)
         for key in ("CPU", "CUDA"):

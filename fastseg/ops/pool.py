@@ -18,6 +18,7 @@ from .windows import (
     offsets_to_indices,
     pair,
     pooled_size,
+    require_offsets,
     require_tensor,
     uncovered,
     unset,
@@ -229,13 +230,10 @@ def max_pool2d_with_offsets(
     """max_pool2d that returns (output, offsets): uint8 positions in the window, an eighth of torch's indices.
 
     offsets: shape of the output, tap i * kernel_width + j of the maximum, for windows of up to 256 elements
-    (RuntimeError beyond). max_unpool2d_with_offsets takes them; everything else is as in max_pool2d.
+    (RuntimeError beyond), counted without the gaps of a dilation. max_unpool2d_with_offsets takes them (of dilation 1),
+    offsets_to_indices converts them; everything else is as in max_pool2d.
     """
     arguments = pool_arguments("max_pool2d_with_offsets", input, kernel_size, stride, padding, dilation, ceil_mode)
-    if arguments[0][0] * arguments[0][1] > MAX_OFFSETS:
-        raise RuntimeError(
-            f"max_pool2d_with_offsets: kernel_size {tuple(arguments[0])} has more than {MAX_OFFSETS} elements, which "
-            "a uint8 offset cannot tell apart; use max_pool2d with return_indices=True"
-        )
+    require_offsets("max_pool2d_with_offsets", arguments[0])
     MAX_POOL2D.choose(input, *arguments, ceil_mode, OFFSETS)  # for explain: the operator itself asks when it runs
     return MaxPool2dFunction.apply(input, *arguments, ceil_mode, OFFSETS)

@@ -16,6 +16,7 @@ from .windows import (
     batch,
     offsets_to_indices,
     pair,
+    require_offsets,
     require_tensor,
     uncovered,
     unset,
@@ -213,10 +214,14 @@ def max_unpool2d(
     """torch.nn.functional.max_unpool2d: deterministic, layout kept, each output element written once.
 
     input: (N, C, H, W) or (C, H, W), any float dtype; indices: int64, input's shape, from max_pool2d with
-    return_indices or any others inside the plane. output_size: 2 to 4 entries, the last two are used; default
-    (size - 1) * stride - 2 * padding + kernel_size. Where indices repeat, the last in row-major order stays and, as
-    in torch, each receives the gradient. Raises RuntimeError for indices of another shape or dtype and, on a CPU, for
-    an index outside the plane (on a GPU a device-side assertion), ValueError for an impossible output_size.
+    return_indices, whatever its windows, or any others inside the plane. output_size: 2 to 4 entries, the last two are
+    used; default (size - 1) * stride - 2 * padding + kernel_size. Where indices repeat, the last in row-major order
+    stays and, as in torch, each receives the gradient. Indices inside their own windows are gathered; if there is one
+    elsewhere, a second kernel writes each plane in order, which is slow. Works under
+    torch.use_deterministic_algorithms(True), on every backend.
+
+    Raises RuntimeError for indices of another shape or dtype and, on a CPU, for an index outside the plane (on a GPU a
+    device-side assertion), ValueError for an impossible output_size.
     """
     name = "max_unpool2d"
     check_unpool(name, input, indices, "indices", torch.int64)
@@ -242,12 +247,15 @@ def max_unpool2d_with_offsets(
 ) -> Tensor:
     """max_unpool2d from the uint8 offsets of max_pool2d_with_offsets (dilation 1), to exactly output_size.
 
-    Every other argument and error is max_unpool2d's. An offset that points outside its window or the plane is an
-    invalid position: RuntimeError on a CPU, a device-side assertion on a GPU.
+    Every other argument and error is max_unpool2d's; where windows overlap on one maximum, the last of them in
+    row-major order gives the value. Offsets of a dilated pool are for max_unpool2d, after offsets_to_indices. An
+    offset that points outside its window or the plane is an invalid position: RuntimeError on a CPU, a device-side
+    assertion on a GPU.
     """
     name = "max_unpool2d_with_offsets"
     check_unpool(name, input, offsets, "offsets", torch.uint8)
     arguments = unpool_arguments(name, input, kernel_size, stride, padding, output_size)
+    require_offsets(name, arguments[0])
     MAX_UNPOOL2D.choose(input, offsets, *arguments)  # for explain: the operator itself asks when it runs
     return MaxUnpool2dFunction.apply(input, offsets, *arguments)
 

@@ -25,6 +25,15 @@ def require_tensor(function: str, name: str, value: object) -> None:
         raise TypeError(f"{function}: {name} must be a Tensor, but is of type {type(value).__name__}")
 
 
+def require_offsets(function: str, kernel: list[int]) -> None:
+    """RuntimeError for windows of more elements than a uint8 offset can tell apart."""
+    if kernel[0] * kernel[1] > MAX_OFFSETS:
+        raise RuntimeError(
+            f"{function}: kernel_size {tuple(kernel)} has more than {MAX_OFFSETS} elements, which a uint8 offset "
+            "cannot tell apart; use torch's indices (return_indices=True)"
+        )
+
+
 def pair(value: IntOrPair, function: str, name: str, least: int) -> list[int]:
     """`value` as [height, width], as torch reads it.
 
@@ -102,11 +111,18 @@ def vmap_folds(operator: Operator) -> None:
 # --- conversion between the two kinds of positions -------------------------------------------------------------------
 
 
-def _corners(size: Sequence[int], stride: list[int], padding: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Row and column of each window's first tap, in or outside the image."""
-    rows = torch.arange(size[0], device=device)[:, None] * stride[0] - padding[0]
-    columns = torch.arange(size[1], device=device)[None, :] * stride[1] - padding[1]
-    return rows, columns
+def _positions(
+    function: str, shape: Sequence[int], kernel_size: IntOrPair, stride: IntOrPair | None, padding: IntOrPair,
+    dilation: IntOrPair, device: torch.device,
+) -> tuple[list[int], list[int], Tensor, Tensor]:  # fmt: skip
+    """Kernel, dilation, and row and column of each window's first tap, in or outside the image."""
+    kernel, gap = pair(kernel_size, function, "kernel_size", 1), pair(dilation, function, "dilation", 1)
+    step = kernel if unset(stride) else pair(stride, function, "stride", 1)
+    margin = pair(padding, function, "padding", 0)
+    require_offsets(function, kernel)
+    rows = torch.arange(shape[-2], device=device)[:, None] * step[0] - margin[0]
+    columns = torch.arange(shape[-1], device=device)[None, :] * step[1] - margin[1]
+    return kernel, gap, rows, columns
 
 
 def offsets_to_indices(
@@ -114,24 +130,24 @@ def offsets_to_indices(
     dilation: IntOrPair = 1,
 ) -> Tensor:  # fmt: skip
     """torch's int64 indices into planes of the given width, from uint8 offsets (..., OH, OW)."""
-    name = "offsets_to_indices"
-    kernel, padding = pair(kernel_size, name, "kernel_size", 1), pair(padding, name, "padding", 0)
-    stride = kernel if stride is None else pair(stride, name, "stride", 1)
-    dilation = pair(dilation, name, "dilation", 1)
-    rows, columns = _corners(offsets.shape[-2:], stride, padding, offsets.device)
+    kernel, gap, rows, columns = _positions(
+        "offsets_to_indices", offsets.shape, kernel_size, stride, padding, dilation, offsets.device
+    )
     taps = offsets.long()
-    return (rows + taps // kernel[1] * dilation[0]) * width + columns + taps % kernel[1] * dilation[1]
+    return (rows + taps // kernel[1] * gap[0]) * width + columns + taps % kernel[1] * gap[1]
 
 
 def indices_to_offsets(
     indices: Tensor, kernel_size: IntOrPair, stride: IntOrPair | None, padding: IntOrPair, width: int,
     dilation: IntOrPair = 1,
 ) -> Tensor:  # fmt: skip
-    """uint8 offsets in the window, from int64 indices (..., OH, OW) that a pool of this geometry made."""
-    name = "indices_to_offsets"
-    kernel, padding = pair(kernel_size, name, "kernel_size", 1), pair(padding, name, "padding", 0)
-    stride = kernel if stride is None else pair(stride, name, "stride", 1)
-    dilation = pair(dilation, name, "dilation", 1)
-    rows, columns = _corners(indices.shape[-2:], stride, padding, indices.device)
-    i, j = (indices // width - rows) // dilation[0], (indices % width - columns) // dilation[1]
+    """uint8 offsets in the window, from int64 indices (..., OH, OW) that a pool of this geometry made.
+
+    An index on no tap of its own window has no offset, and gets a meaningless one: looking would make a GPU's host
+    wait.
+    """
+    kernel, gap, rows, columns = _positions(
+        "indices_to_offsets", indices.shape, kernel_size, stride, padding, dilation, indices.device
+    )
+    i, j = (indices // width - rows) // gap[0], (indices % width - columns) // gap[1]
     return (i * kernel[1] + j).to(torch.uint8)

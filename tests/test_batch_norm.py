@@ -1,0 +1,513 @@
+"""Batch norm with ReLU, pooling and unpooling fused, against torch's own layers one behind the other."""
+
+import copy
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fastseg
+from fastseg import functional as FS
+from fastseg import nn as fused
+from fastseg.verify import compare, poisoned, relative_error
+
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+TAILS = ["plain", "pool", "unpool"]
+layouts = pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "channels_last"])
+
+
+class Problem:
+    """Tensors of one call, and the call of ours and of torch's layers on them."""
+
+    def __init__(self, tail, shape, dtype, layout, device, kernel=2, stride=None, padding=0, ceil_mode=False):
+        self.tail, self.windows, self.ceil_mode = tail, (kernel, stride, padding), ceil_mode
+        accumulated = torch.float64 if dtype == torch.float64 else torch.float32
+        channels, self.size = shape[1], shape[2:]
+        if tail == "unpool":
+            small, indices = F.max_pool2d(torch.randn(shape), *self.windows, ceil_mode=ceil_mode, return_indices=True)
+            shape, self.indices = small.shape, indices.to(device)
+            self.offsets = FS.indices_to_offsets(self.indices, *self.windows, width=self.size[1])
+        self.x = torch.randn(shape).mul(2).add(1).to(device, dtype).contiguous(memory_format=layout)
+        draw = lambda: torch.rand(channels).add(0.5).to(device, accumulated)  # noqa: E731
+        self.weight, self.bias, self.input_bias = draw(), draw() - 1, draw()
+        self.running = draw() - 1, draw()
+
+    def inputs(self, *names):
+        return [self.x, *(getattr(self, name) for name in names)]
+
+    def ours(self, x, weight=None, bias=None, input_bias=None, training=True, relu=True, running=None, **rest):
+        norm = (*(running or [t.clone() for t in self.running]), weight, bias, training)
+        rest |= {"relu": relu, "input_bias": input_bias}
+        if self.tail == "plain":
+            return FS.batch_norm_relu(x, *norm, **rest)
+        rest |= dict(zip(("kernel_size", "stride", "padding"), self.windows, strict=True))
+        if self.tail == "pool":
+            return FS.batch_norm_relu_max_pool2d(x, *norm, ceil_mode=self.ceil_mode, **rest)
+        return FS.batch_norm_relu_max_unpool2d(x, self.offsets, *norm, output_size=self.size, **rest)
+
+    def theirs(self, x, weight=None, bias=None, input_bias=None, training=True, relu=True, running=None):
+        like = x.dtype if x.dtype == torch.float64 else None
+        running = [t.to(like or t.dtype) for t in running or [t.clone() for t in self.running]]
+        y = x if input_bias is None else x + input_bias.to(x.dtype).view(1, -1, 1, 1)
+        y = F.batch_norm(y, *running, weight, bias, training)
+        y = F.relu(y) if relu else y
+        if self.tail == "pool":
+            return F.max_pool2d(y, *self.windows, ceil_mode=self.ceil_mode)
+        return F.max_unpool2d(y, self.indices, *self.windows, self.size) if self.tail == "unpool" else y
+
+
+SHAPES = [  # shape, kernel, stride, padding, ceil_mode
+    ((2, 8, 6, 16), 2, None, 0, False),
+    ((3, 5, 7, 9), 2, None, 0, True),
+    ((1, 12, 9, 11), 3, None, 1, False),
+    ((2, 3, 8, 7), (1, 2), (3, 2), (0, 1), False),
+]
+
+
+@layouts
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tail, size", [*((t, s) for t in TAILS[1:] for s in SHAPES), ("plain", SHAPES[0])])
+def test_is_as_right_as_torch(tail, size, dtype, layout, device, triton_backend, assert_right):
+    shape, kernel, stride, padding, ceil_mode = size
+    problem = Problem(tail, shape, dtype, layout, device, kernel, stride, padding, ceil_mode)
+    for training in (True, False):
+        assert_right(
+            lambda *a, t=training: problem.ours(*a, training=t),
+            lambda *a, t=training: problem.theirs(*a, training=t),
+            problem.inputs("weight", "bias"),
+        )
+    with poisoned():
+        assert problem.ours(problem.x).is_contiguous(memory_format=layout)
+
+
+@pytest.mark.parametrize("backend", ["triton", "auto", "torch"])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("tail", TAILS)
+def test_every_argument(tail, training, backend, device):
+    """weight or bias missing, the ReLU left out, and a convolution's bias, in each combination."""
+    problem = Problem(tail, (2, 4, 5, 8), torch.float32, LAYOUTS[training], device)
+    for weight, bias, input_bias, relu in itertools.product([0, 1], repeat=4):
+        names = [n for n, on in zip(("weight", "bias", "input_bias"), (weight, bias, input_bias), strict=True) if on]
+
+        def call(function, x, *vectors, names=names, relu=relu):
+            running = [t.clone().to(torch.float64 if x.dtype == torch.float64 else t.dtype) for t in problem.running]
+            y = function(
+                x, **dict(zip(names, vectors, strict=True)), training=training, relu=bool(relu), running=running
+            )
+            return y, *running
+
+        ours, theirs = (lambda *a, f=f: call(f, *a) for f in (problem.ours, problem.theirs))
+        with fastseg.backend(backend):
+            found = compare(ours, theirs, problem.inputs(*names), ["x", *names], poison=backend == "triton")
+        for c in found:
+            rounding = training and c.tensor == "grad input_bias"  # ours is exactly zero, torch's is not
+            assert c.passed or rounding, f"{names} relu={relu} {c}"
+    x, bias = problem.x, problem.input_bias.requires_grad_()
+    with fastseg.backend(backend):
+        (grad,) = torch.autograd.grad(problem.ours(x, input_bias=bias, training=training).square().sum(), bias)
+    assert (grad.count_nonzero() == 0) == training
+
+
+@layouts
+def test_a_mean_far_from_zero_loses_no_digits(layout, device, triton_backend):
+    problem = Problem("plain", (2, 6, 8, 12), torch.float32, layout, device)
+    x = (torch.randn(2, 6, 8, 12, device=device) + 1e4).contiguous(memory_format=layout)
+    x[0, 3, 0, 0] = -1e4  # the element that the statistics start from
+    ours, theirs = (lambda *a, f=f: f(*a, relu=False) for f in (problem.ours, problem.theirs))  # which could turn over
+    for c in compare(ours, theirs, [x, problem.weight, problem.bias]):
+        assert c.error < 2e-6 and c.passed, c
+
+
+@layouts
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tail", TAILS[1:])
+def test_one_pass_gives_what_two_operators_give(tail, dtype, layout, device, triton_backend):
+    """To the bit: values are compared as the map between would hold them."""
+    problem = Problem(tail, (2, 8, 7, 12), dtype, layout, device, ceil_mode=True)
+    for training in (True, False):
+        rest = (problem.weight, problem.bias, training)
+        between = FS.batch_norm_relu(problem.x, *[t.clone() for t in problem.running], *rest)
+        if tail == "pool":
+            got = problem.ours(problem.x, *rest[:2], training=training, return_offsets=True)
+            want = FS.max_pool2d_with_offsets(between, 2, ceil_mode=True)
+            assert torch.equal(got[1], want[1])
+        else:
+            got = (problem.ours(problem.x, *rest[:2], training=training),)
+            want = (FS.max_unpool2d_with_offsets(between, problem.offsets, 2, output_size=problem.size),)
+        assert torch.equal(got[0], want[0])
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+@pytest.mark.parametrize("tail", TAILS[1:])
+def test_windows_that_overlap_run_as_two_operators(tail, backend, device):
+    problem = Problem(tail, (2, 4, 9, 9), torch.float32, LAYOUTS[1], device, 3, 2, 1)
+    with fastseg.backend(backend):
+        for c in compare(problem.ours, problem.theirs, problem.inputs("weight", "bias"), poison=tail == "pool"):
+            assert c.passed, c
+
+
+@pytest.mark.parametrize("tail", TAILS)
+def test_deterministic_and_strided(tail, device, triton_backend):
+    problem = Problem(tail, (2, 8, 10, 12), torch.float32, LAYOUTS[0], device)
+    x = problem.x.repeat_interleave(2, 3)[..., ::2].requires_grad_()
+    assert not x.is_contiguous()
+
+    def run(x):
+        y = problem.ours(x, problem.weight, problem.bias)
+        return y, *torch.autograd.grad(y.square().sum(), x)
+
+    first, again, dense = run(x), run(x), run(problem.x.requires_grad_())
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(first, again, dense, strict=True))
+
+
+@pytest.mark.parametrize("tail", TAILS)
+def test_nan_and_infinity_reach_what_they_reach_in_torch(tail, device, triton_backend):
+    problem = Problem(tail, (2, 4, 4, 6), torch.float32, LAYOUTS[1], device)
+    for training, value in itertools.product((True, False), (torch.nan, torch.inf)):
+        x = problem.x.clone()
+        x[0, 1, 1, 1] = value
+        results = [
+            function(x, problem.weight, problem.bias, training=training) for function in (problem.ours, problem.theirs)
+        ]
+        torch.testing.assert_close(*results, equal_nan=True)
+
+
+@pytest.mark.parametrize("tail", TAILS)
+def test_nothing_of_full_size_is_kept_but_the_input(tail, device, triton_backend):
+    problem = Problem(tail, (2, 8, 8, 16), torch.float32, LAYOUTS[0], device)
+    kept = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t), lambda t: t):
+        problem.ours(problem.x.requires_grad_(), problem.weight.requires_grad_(), problem.bias.requires_grad_())
+    large = [t for t in kept.values() if t.numel() > 8]
+    offsets = {"plain": 0, "pool": problem.x.numel() // 4, "unpool": problem.x.numel()}[tail]
+    assert sum(t.numel() * t.element_size() for t in large) == 4 * problem.x.numel() + offsets
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("tail", TAILS)
+def test_half_precision_parameters(tail, training, device, triton_backend):
+    """A model that is half precision throughout."""
+    problem = Problem(tail, (2, 8, 4, 6), torch.float16, LAYOUTS[1], device)
+    halves = [t.half() for t in (problem.weight, problem.bias)]
+    problem.running = [t.half() for t in problem.running]
+    results = {}
+    for name, function in (("ours", problem.ours), ("theirs", problem.theirs)):
+        leaves = [t.clone().requires_grad_() for t in halves]
+        running = [t.clone() for t in problem.running]
+        y = function(problem.x, *leaves, training=training, running=running)
+        grads = torch.autograd.grad(y.sum(), leaves)
+        assert [t.dtype for t in (y, *grads, *running)] == [torch.float16] * 5
+        results[name] = [y, *grads, *running]
+    for got, want in zip(results["ours"], results["theirs"], strict=True):
+        assert relative_error(got, want) < 4e-3
+
+
+def test_offsets_of_64_bits(monkeypatch, device, triton_backend):
+    from fastseg.kernels import norm
+
+    monkeypatch.setattr(norm, "INT32_MAX", 0)
+    for tail, layout in itertools.product(TAILS, LAYOUTS):
+        problem = Problem(tail, (2, 4, 6, 8), torch.float32, layout, device)
+        assert all(c.passed for c in compare(problem.ours, problem.theirs, problem.inputs("weight", "bias")))
+
+
+# --- derivatives and compilers ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("tail", TAILS)
+def test_gradients(tail, training, backend, device):
+    """First derivatives of the operators and, of torch's own formulas, second ones."""
+    problem = Problem(tail, (2, 1, 2, 4), torch.float64, LAYOUTS[0], device)
+    leaves = [t.requires_grad_() for t in problem.inputs("weight", "bias")]
+    call = lambda *a: problem.ours(*a, training=training)  # noqa: E731
+    with fastseg.backend(backend):
+        assert torch.autograd.gradcheck(call, leaves, fast_mode=backend == "triton")
+        assert torch.autograd.gradgradcheck(call, leaves, fast_mode=backend == "triton")
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@layouts
+def test_opcheck(layout, backend, device):
+    problem = Problem("pool", (2, 4, 6, 8), torch.float32, layout, device)
+    x, ops = problem.x, torch.ops.fastseg
+    vector = lambda: torch.rand(4, device=device) + 0.5  # noqa: E731
+    norm = (vector(), vector(), vector(), vector(), vector(), 1e-5, True)
+    windows = ([2, 2], [2, 2], [0, 0])
+    grad = torch.randn_like(x)
+    pooled, offsets = FS.max_pool2d_with_offsets(x, 2)
+    small = torch.randn_like(pooled)
+    with fastseg.backend(backend):
+        for op, arguments in [
+            (ops.batch_norm_stats, (x, vector(), vector(), vector(), 0.1)),
+            (ops.batch_norm_stats, (x, None, None, None, 0.1)),
+            (ops.batch_norm_relu, (x, *norm)),
+            (ops.batch_norm_relu_sums, (grad, x, *norm)),
+            (ops.batch_norm_relu_backward, (grad, x, torch.rand(2, 4, device=device), *norm)),
+            (ops.batch_norm_relu_backward, (grad, x, None, *norm)),
+            (ops.batch_norm_relu_max_pool2d, (x, *windows, False, True, *norm)),
+            (ops.batch_norm_relu_max_pool2d, (x, *windows, True, False, *norm)),
+            (ops.batch_norm_relu_max_pool2d_sums, (small, offsets, x, *windows, *norm)),
+            (ops.batch_norm_relu_max_pool2d_backward, (small, offsets, x, None, *windows, *norm)),
+            (ops.batch_norm_relu_max_unpool2d, (small, offsets, *windows, [6, 8], *norm)),
+            (ops.batch_norm_relu_max_unpool2d_sums, (grad, offsets, small, *windows, *norm)),
+        ]:
+            torch.library.opcheck(op.default, arguments)
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+@pytest.mark.parametrize("training", [True, False])
+def test_compiles_in_one_graph(training, backend, device):
+    model = Up(4).to(device).train(training)
+    x = torch.randn(2, 4, 6, 8, device=device, requires_grad=True)
+    state = copy.deepcopy(model.state_dict())
+
+    def results(function):
+        model.load_state_dict(state)
+        y = function(x)
+        return (
+            y,
+            *torch.autograd.grad(y.square().sum(), [x, *model.parameters()]),
+            *copy.deepcopy(list(model.buffers())),
+        )
+
+    torch._dynamo.reset()
+    with fastseg.backend(backend):
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        for got, want in zip(results(compiled), results(model), strict=True):
+            torch.testing.assert_close(got, want)
+
+
+def test_functional_transforms(device):
+    """grad of one image after another; a mapped batch dimension has no rule and says so."""
+    problem = Problem("plain", (2, 3, 4, 4), torch.float32, LAYOUTS[0], device)
+    with fastseg.backend("triton"):
+        for training in (True, False):
+
+            def loss(x, function, training=training):
+                return function(x, problem.weight, problem.bias, training=training).square().sum()
+
+            ours, theirs = (torch.func.grad(loss)(problem.x, f) for f in (problem.ours, problem.theirs))
+            torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+        with pytest.raises(RuntimeError, match="vmap"):
+            torch.func.vmap(lambda x: problem.ours(x, training=False))(problem.x[None])
+
+
+# --- modules ---------------------------------------------------------------------------------------------------------
+
+
+class Up(nn.Module):
+    """Down by a pooling and up by the unpooling, a convolution in front of each batch norm."""
+
+    def __init__(self, channels, **norm):
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(3))
+        self.norms = nn.ModuleList(
+            [
+                fused.BatchNormReLU2d(channels, **norm),
+                fused.BatchNormReLUMaxPool2d(channels, **norm, return_offsets=True),
+                fused.BatchNormReLUMaxUnpool2d(channels, **norm),
+            ]
+        )
+
+    def convolved(self, number, x):
+        return F.conv2d(x, self.convs[number].weight, None, padding=1)
+
+    def forward(self, x):
+        biases = [conv.bias for conv in self.convs]
+        x = self.norms[0](self.convolved(0, x), input_bias=biases[0])
+        size = x.shape[-2:]
+        x, offsets = self.norms[1](self.convolved(1, x), biases[1])
+        return self.norms[2](self.convolved(2, x), offsets, size, biases[2])
+
+
+class PlainUp(nn.Module):
+    """The same, of torch's layers."""
+
+    def __init__(self, channels, **norm):
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(3))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(channels, **norm) for _ in range(3))
+
+    def forward(self, x):
+        first, second, third = (
+            lambda x, c=conv, n=norm: F.relu(n(c(x))) for conv, norm in zip(self.convs, self.norms, strict=True)
+        )
+        full = second(first(x))
+        x, indices = F.max_pool2d(full, 2, return_indices=True)
+        return F.max_unpool2d(third(x), indices, 2, output_size=full.shape[-2:])
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+@pytest.mark.parametrize(
+    "norm",
+    [{}, {"momentum": None}, {"affine": False}, {"track_running_stats": False}, {"eps": 1e-3, "momentum": 0.3}],
+    ids=str,
+)
+def test_modules_follow_torch_through_training(norm, backend, device):
+    """Two steps of SGD, then evaluation: outputs, parameters and buffers."""
+    plain = PlainUp(4, **norm).to(device, torch.float64)
+    ours = Up(4, **norm).to(device, torch.float64)
+    ours.load_state_dict(plain.state_dict())
+    optimizers = [torch.optim.SGD(m.parameters(), 0.1, momentum=0.9, weight_decay=0.01) for m in (ours, plain)]
+    with fastseg.backend(backend):
+        for _ in range(2):
+            x = torch.randn(2, 4, 7, 9, device=device, dtype=torch.float64)
+            for model, optimizer in zip((ours, plain), optimizers, strict=True):
+                optimizer.zero_grad()
+                model(x).square().mean().backward()
+                optimizer.step()
+        for (name, got), want in zip(ours.state_dict().items(), plain.state_dict().values(), strict=True):
+            torch.testing.assert_close(got, want, msg=name)
+        torch.testing.assert_close(ours.eval()(x), plain.eval()(x))
+
+
+def test_modules_print_copy_and_pickle(tmp_path):
+    model = Up(4)
+    assert "BatchNormReLUMaxPool2d(4, eps=1e-05" in repr(model) and "kernel_size=2" in repr(model)
+    torch.save(model, tmp_path / "model.pt")
+    x = torch.randn(2, 4, 6, 8)
+    for twin in (copy.deepcopy(model), torch.load(tmp_path / "model.pt", weights_only=False)):
+        torch.testing.assert_close(twin(x), model(x))
+
+
+# --- synchronised ----------------------------------------------------------------------------------------------------
+
+SYNCHRONISED = """
+import sys, torch, torch.distributed as dist, fastseg
+from fastseg import nn as fused
+sys.path.insert(0, {tests!r})
+from test_batch_norm import Up
+rank, path, backend = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+dist.init_process_group("gloo", init_method=f"file://{{path}}/rendezvous", rank=rank, world_size=2)
+given = torch.load(f"{{path}}/given.pt")
+model = Up(4).double()
+model.load_state_dict(given["state"])
+fused.convert_sync_batchnorm(model)
+part = slice(0, 1) if rank == 0 else slice(1, 4)
+x = given["x"][part].requires_grad_()
+with fastseg.backend(backend):
+    y = model(x)
+    y.backward(given["upstream"][part])
+for p in model.parameters():
+    dist.all_reduce(p.grad)
+if rank == 0:
+    torch.save([p.grad for p in model.parameters()], f"{{path}}/grads.pt")
+torch.save([y.detach(), x.grad, model.state_dict()], f"{{path}}/{{rank}}.pt")
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_two_processes_equal_one_with_the_whole_batch(backend, tmp_path):
+    """One has one image and the other three; gradients of parameters are sums over both, as DDP makes them."""
+    model = Up(4).double()
+    x, upstream = (torch.randn(4, 4, 6, 8, dtype=torch.float64) for _ in range(2))
+    torch.save({"state": model.state_dict(), "x": x, "upstream": upstream}, tmp_path / "given.pt")
+    code = SYNCHRONISED.format(tests=str(Path(__file__).parent))
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(rank), str(tmp_path), backend], stderr=subprocess.PIPE, text=True
+        )
+        for rank in range(2)
+    ]
+    for run in runs:
+        _, said = run.communicate(timeout=300)
+        assert run.returncode == 0, said
+    y = model(x.requires_grad_())
+    y.backward(upstream)
+    parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    torch.testing.assert_close(torch.cat([part[0] for part in parts]), y.detach())
+    torch.testing.assert_close(torch.cat([part[1] for part in parts]), x.grad)
+    for got, want in zip(torch.load(tmp_path / "grads.pt"), [p.grad for p in model.parameters()], strict=True):
+        torch.testing.assert_close(got, want)
+    for part in parts:
+        for name, value in model.state_dict().items():
+            torch.testing.assert_close(part[2][name], value, msg=name)
+
+
+def test_converting_to_synchronised():
+    model = nn.Sequential(Up(4), nn.BatchNorm2d(4), nn.Sequential(fused.BatchNormReLU2d(4)))
+    with pytest.raises(RuntimeError, match=r"fastseg\.nn\.convert_sync_batchnorm"):
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    keys = model.state_dict().keys()
+    assert fused.convert_sync_batchnorm(model) is model
+    assert model.state_dict().keys() == keys
+    assert isinstance(model[1], nn.SyncBatchNorm)
+    assert all(m.sync for m in model.modules() if isinstance(m, fused.BatchNormReLU2d)) and "sync=True" in repr(model)
+    assert isinstance(fused.convert_sync_batchnorm(nn.BatchNorm2d(4)), nn.SyncBatchNorm)
+    model[0](torch.randn(2, 4, 6, 8))  # without a process group: its own batch
+
+
+# --- other ranks, bad arguments --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (3, 4, 5), (2, 4, 3, 2, 5), (0, 4, 3, 3)])
+@pytest.mark.parametrize("training", [True, False])
+def test_what_the_kernels_do_not_cover_is_torchs(shape, training, device):
+    x, vectors = torch.randn(shape, device=device), torch.rand(4, 4, device=device).unbind()
+    got, want = ([t.clone() for t in vectors] for _ in range(2))
+    ours = FS.batch_norm_relu(x, *got, training)
+    assert torch.equal(ours, F.relu(F.batch_norm(x, *want, training)))
+    assert torch.equal(torch.stack(got), torch.stack(want))
+    with fastseg.backend("triton"), pytest.raises(NotImplementedError, match=r"D input|an empty batch"):
+        FS.batch_norm_relu(x, *got, training)
+
+
+def bad_calls():
+    x, v, w = torch.zeros(2, 4, 3, 3), torch.ones(4), torch.ones(5)
+    yield "weight", (x, v, v, w, None)
+    yield "bias", (x, v, v, v, w)
+    yield "running_mean", (x, w, v)
+    yield "running_mean", (x, None, None)
+    yield "running_", (x, v, None, None, None, True)
+    yield "more than 1 value", (x[:1, :, :1, :1], v, v, None, None, True)
+    yield "eps", (x, v, v, None, None, True, 0.1, 0.0)
+    yield "eps", (x, v, v, None, None, False, 0.1, -1.0)
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+@pytest.mark.parametrize("name, arguments", list(bad_calls()))
+def test_bad_arguments_raise_what_torch_raises(name, arguments, backend):
+    with pytest.raises(Exception) as theirs:
+        F.batch_norm(*arguments)
+    offsets = torch.zeros(arguments[0].shape, dtype=torch.uint8)
+    x, *rest = arguments
+    with fastseg.backend(backend):
+        for call in (
+            lambda: FS.batch_norm_relu(*arguments),
+            lambda: FS.batch_norm_relu_max_pool2d(*arguments, kernel_size=1),
+            lambda: FS.batch_norm_relu_max_unpool2d(x, offsets, *rest),
+        ):
+            with pytest.raises(theirs.type, match=name):
+                call()
+
+
+def test_bad_arguments_of_our_own():
+    x, v = torch.zeros(2, 4, 3, 3), torch.ones(4)
+    with pytest.raises(TypeError, match="input must be a Tensor"):
+        FS.batch_norm_relu([1.0], v, v)
+    with pytest.raises(RuntimeError, match="input_bias must be of shape"):
+        FS.batch_norm_relu(x, v, v, input_bias=torch.ones(3))
+    with pytest.raises(RuntimeError, match=r"must be \(N, C, H, W\)"):
+        FS.batch_norm_relu_max_pool2d(x[0], torch.ones(3), torch.ones(3))
+    with pytest.raises(RuntimeError, match="offsets must be of dtype"):
+        FS.batch_norm_relu_max_unpool2d(x, torch.zeros_like(x), v, v)
+    with pytest.raises(RuntimeError, match="kernel_size must be at least 1"):
+        FS.batch_norm_relu_max_pool2d(x, v, v, kernel_size=0)
+    with pytest.raises(ValueError, match="expected 4D"):
+        fused.BatchNormReLU2d(4)(x[0])
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_a_stray_offset_is_refused(backend):
+    x, v = torch.zeros(1, 2, 2, 2), torch.ones(2)
+    with fastseg.backend(backend), pytest.raises(RuntimeError, match="invalid max offset: 4"):
+        FS.batch_norm_relu_max_unpool2d(x, torch.full(x.shape, 4, dtype=torch.uint8), v, v)
