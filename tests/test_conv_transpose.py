@@ -1,3 +1,4 @@
+import contextlib
 import itertools
 import re
 
@@ -99,10 +100,12 @@ def drawn(device):
 
 @pytest.mark.parametrize("draw", range(32))
 def test_any_arguments(draw, device, triton_backend, assert_right):
+    """On GPUs with a copy engine and on those without."""
     inputs, arguments = drawn(device)
-    assert_right(
-        lambda *t: FS.conv_transpose2d(*t, *arguments), lambda *t: F.conv_transpose2d(*t, *arguments), inputs, NAMES
-    )
+    with kernels.launch.targeting(80) if draw % 2 else contextlib.nullcontext():
+        assert_right(
+            lambda *t: FS.conv_transpose2d(*t, *arguments), lambda *t: F.conv_transpose2d(*t, *arguments), inputs, NAMES
+        )
 
 
 def affine_relu(x, weight, scale, shift, *arguments):
