@@ -30,7 +30,8 @@ SHARES = {"doctor": 0.12, "tests": 0.25, "verify": 0.10, "operators": 0.25, "mod
 LEAST = 10.0  # seconds: with less left a part is not begun
 MARGIN = 12.0  # seconds before its limit at which a benchmark begins nothing new
 LOG_BYTES = 2_000_000  # of each part: what is beyond is dropped
-OPERATOR_TESTS = ("pool", "unpool", "conv_transpose", "faster", "cross_entropy", "nn", "swap", "dispatch")
+CONV_TESTS = ("conv_transpose", "conv_transpose_tma", "conv_transpose_depthwise", "conv_transpose_norm", "faster")
+OPERATOR_TESTS = ("pool", "unpool", *CONV_TESTS, "unpool_conv", "cross_entropy", "nn", "swap", "dispatch")
 
 Command = list[str]
 

@@ -213,23 +213,51 @@ def batch_norm_relu(
 
 def conv_transpose2d(
     at: Placement, shape: Sequence[int], out_channels: int, kernel: int | tuple[int, int], stride: Any = 1,
-    padding: Any = 0, output_padding: Any = 0,
+    padding: Any = 0, output_padding: Any = 0, groups: int = 1, dilation: Any = 1,
 ) -> Iterator[Case]:  # fmt: skip
     """Transposed convolution with a bias, weights in the layout of the input."""
+    geometry = (stride, padding, output_padding, groups, dilation)
+    inputs = _conv_inputs(at, shape, out_channels, kernel, groups) | {"bias": at.tensor(out_channels)}
+    size = _words(shape, _conv_words(out_channels, kernel, *geometry))
+    yield Case(
+        "conv_transpose2d", size, lambda *t: functional.conv_transpose2d(*t, *geometry),
+        lambda *t: F.conv_transpose2d(*t, *geometry), inputs,
+    )  # fmt: skip
+
+
+def conv_transpose2d_affine_relu(
+    at: Placement, shape: Sequence[int], out_channels: int, kernel: int | tuple[int, int], stride: Any = 1,
+    padding: Any = 0, output_padding: Any = 0, groups: int = 1, dilation: Any = 1,
+) -> Iterator[Case]:  # fmt: skip
+    """Transposed convolution with a folded batch norm and ReLU in its epilogue."""
+    geometry = (stride, padding, output_padding, groups, dilation)
+    inputs = _conv_inputs(at, shape, out_channels, kernel, groups)
+    inputs |= {"scale": at.tensor(out_channels).float(), "shift": at.tensor(out_channels).float()}
+    size = _words(shape, _conv_words(out_channels, kernel, *geometry))
+
+    def theirs(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        y = F.conv_transpose2d(x, weight, None, *geometry)
+        return (y * scale.to(y.dtype)[:, None, None] + shift.to(y.dtype)[:, None, None]).relu()
+
+    yield Case(
+        "conv_transpose2d_affine_relu", size, lambda *t: functional.conv_transpose2d_affine_relu(*t, *geometry),
+        theirs, inputs,
+    )  # fmt: skip
+
+
+def _conv_inputs(
+    at: Placement, shape: Sequence[int], out_channels: int, kernel: int | tuple[int, int], groups: int
+) -> dict[str, Any]:
     kh, kw = (kernel, kernel) if isinstance(kernel, int) else kernel
-    inputs = {
-        "input": at.tensor(*shape),
-        "weight": at.tensor(shape[1], out_channels, kh, kw) / (shape[1] * kh * kw) ** 0.5,
-        "bias": at.tensor(out_channels),
-    }
+    weight = at.tensor(shape[1], out_channels // groups, kh, kw) / (shape[1] // groups * kh * kw) ** 0.5
+    return {"input": at.tensor(*shape), "weight": weight}
 
-    def call(
-        x: Tensor, weight: Tensor, bias: Tensor, function: Callable[..., Any] = functional.conv_transpose2d
-    ) -> Any:
-        return function(x, weight, bias, stride, padding, output_padding)
 
-    size = _words(shape, f"to {out_channels} k{kernel} s{stride} p{padding} op{output_padding}")
-    yield Case("conv_transpose2d", size, call, lambda *a: call(*a, F.conv_transpose2d), inputs)
+def _conv_words(
+    out_channels: int, kernel: Any, stride: Any, padding: Any, output_padding: Any, groups: int, dilation: Any
+) -> str:
+    rest = [f"g{groups}"] * (groups != 1) + [f"d{dilation}"] * (dilation != 1)
+    return " ".join([f"to {out_channels} k{kernel} s{stride} p{padding} op{output_padding}", *rest])
 
 
 def cross_entropy(

@@ -156,7 +156,7 @@ SIZES: dict[str, list[tuple[Callable[..., Iterator[Case]], tuple[Any, ...]]]] = 
             ((2, 3, 2, 1), 1, False),
         ]
     ],
-    "conv_transpose2d": [  # shape, output channels, kernel, stride, padding, output_padding
+    "conv_transpose2d": [  # shape, output channels, kernel, stride, padding, output_padding, groups, dilation
         (cases.conv_transpose2d, size)
         for size in [
             ((2, 16, 5, 6), 16, 2, 2, 0, 0),
@@ -164,7 +164,14 @@ SIZES: dict[str, list[tuple[Callable[..., Iterator[Case]], tuple[Any, ...]]]] = 
             ((2, 8, 6, 5), 12, 3, 1, 1, 0),
             ((1, 4, 3, 4), 4, (4, 5), (2, 3), (1, 0), 0),
             ((1, 3, 1, 1), 7, 2, 3, 0, 1),
+            ((1, 12, 3, 4), 6, 3, 2, 1, 1, 3),
+            ((1, 8, 5, 4), 8, 3, 1, 2, 0, 1, 2),
+            ((1, 16, 3, 4), 16, 4, 2, 1, 0, 16),
         ]
+    ],
+    "conv_transpose2d_affine_relu": [
+        (cases.conv_transpose2d_affine_relu, size)
+        for size in [((2, 16, 4, 6), 16, 2, 2, 0, 0), ((1, 5, 7, 9), 3, 3, 2, 1, 1), ((1, 8, 6, 5), 12, 3, 1, 1, 0)]
     ],
     "cross_entropy": [  # shape, ignore_index, weighted, reduction, label_smoothing, probabilities, one_pass
         (cases.cross_entropy, size)

@@ -1,3 +1,4 @@
+import contextlib
 import itertools
 import re
 
@@ -99,10 +100,12 @@ def drawn(device):
 
 @pytest.mark.parametrize("draw", range(32))
 def test_any_arguments(draw, device, triton_backend, assert_right):
+    """On GPUs with a copy engine and on those without."""
     inputs, arguments = drawn(device)
-    assert_right(
-        lambda *t: FS.conv_transpose2d(*t, *arguments), lambda *t: F.conv_transpose2d(*t, *arguments), inputs, NAMES
-    )
+    with kernels.launch.targeting(80) if draw % 2 else contextlib.nullcontext():
+        assert_right(
+            lambda *t: FS.conv_transpose2d(*t, *arguments), lambda *t: F.conv_transpose2d(*t, *arguments), inputs, NAMES
+        )
 
 
 def affine_relu(x, weight, scale, shift, *arguments):
@@ -124,6 +127,30 @@ def test_affine_relu(draw, device, triton_backend, assert_right):
         lambda *t: FS.conv_transpose2d_affine_relu(*t, *arguments), lambda *t: affine_relu(*t, *arguments), inputs,
         ["input", "weight", "scale", "shift"],
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_affine_relu_on_torch(dtype, device):
+    """Under "auto" on a CPU, and for what the kernels do not cover; images without a batch too."""
+    x, weight, _ = tensors((1, 4, 3, 5), 6, 3, dtype, torch.contiguous_format, device)
+    scale, shift = torch.randn(6, device=device), torch.randn(6, device=device)
+    for some in ((scale, shift), (scale, None), (None, shift), (None, shift.to(dtype)), (None, None)):
+        with fastseg.backend("auto"):
+            y = FS.conv_transpose2d_affine_relu(x, weight, *some, 2, 1)
+            assert torch.equal(FS.conv_transpose2d_affine_relu(x[0], weight, *some, 2, 1), y[0])
+        want = affine_relu(x.double(), weight.double(), *some, 2, 1)
+        assert y.dtype == dtype and verify.relative_error(y, want) <= 8 * torch.finfo(dtype).eps + 1e-7
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+@pytest.mark.parametrize("name", ["scale", "shift"])
+@pytest.mark.parametrize("value", [torch.zeros(3), torch.zeros(1, 2), torch.zeros(2).double(), torch.zeros(2).half()])
+def test_bad_scales_and_shifts(value, name, backend):
+    x, weight = torch.zeros(1, 4, 3, 3), torch.zeros(4, 2, 3, 3)
+    with fastseg.backend(backend), pytest.raises(RuntimeError, match=f"conv_transpose2d_affine_relu: {name} must"):
+        FS.conv_transpose2d_affine_relu(x, weight, **{name: value})
+    with pytest.raises(RuntimeError, match=f"{name} must be on input's device cpu, but is on meta"):
+        FS.conv_transpose2d_affine_relu(x, weight, **{name: torch.zeros(2, device="meta")})
 
 
 def test_relu_keeps_nan(device, triton_backend):

@@ -269,7 +269,7 @@ def test_gate_products_are_fetched_by_the_copy_engine(facts):
 
 
 def is_helper(row):
-    return any(word in row["kernel"] for word in ("sum", "reduce", "transpose_kernel", "epilogue"))
+    return any(word in row["kernel"] for word in ("sum", "reduce", "transpose_kernel", "epilogue", "depthwise"))
 
 
 def test_the_disassembly_is_printed():

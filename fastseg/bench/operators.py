@@ -57,7 +57,7 @@ def floors(bare: Case) -> dict[str, int]:
 
 def flops(case: Case) -> dict[str, int]:
     """Multiplications and additions of a transposed convolution, nothing for the others."""
-    if case.operator != "conv_transpose2d":
+    if not case.operator.startswith("conv_transpose2d"):
         return {}
     x, weight = case.inputs["input"], case.inputs["weight"]
     forward = 2 * x.numel() * weight.shape[1:].numel()

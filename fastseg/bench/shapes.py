@@ -64,7 +64,7 @@ def _encoder(net: str, batch: int, maps: Sequence[tuple[int, int, int]]) -> list
 
 
 _HEADLINES = ("U-Net up 1", "DeconvNet deconv 2-1", "FCN 21 classes", "Cityscapes", "ADE20K")
-_CONVS = [  # where, input, output channels, kernel, stride, padding, output_padding
+_CONVS = [  # where, input, output channels, kernel, stride, padding, output_padding, groups
     ("DeconvNet fc6", (16, 4096, 1, 1), 512, 7, 1, 0, 0),
     ("DeconvNet deconv 5-1", (16, 512, 14, 14), 512, 3, 1, 1, 0),
     ("DeconvNet deconv 4-1", (16, 512, 28, 28), 512, 3, 1, 1, 0),
@@ -77,6 +77,9 @@ _CONVS = [  # where, input, output channels, kernel, stride, padding, output_pad
     ("U-Net up 4", (8, 1024, 32, 32), 512, 2, 2, 0, 0),
     ("FCN 21 classes", (8, 21, 64, 64), 21, 4, 2, 1, 0),
     ("FCN 256 channels", (8, 256, 64, 64), 128, 4, 2, 1, 0),
+    ("FCN-8s depthwise", (8, 21, 64, 64), 21, 16, 8, 4, 0, 21),
+    ("ERFNet up 1", (8, 128, 64, 128), 64, 3, 2, 1, 1),
+    ("DPT reassemble", (8, 256, 24, 24), 256, 4, 4, 0, 0),
     ("odd", (3, 37, 29, 41), 13, 3, 2, 1, 1),
 ]
 _LOGITS = [
@@ -92,6 +95,7 @@ SITES = [
     Site("odd", cases.max_pool2d, (3, 37, 53, 91), (3, 3, 1, False)),
     Site("odd", cases.max_unpool2d, (3, 37, 53, 91), (3, 3, 1, False)),
     *(Site(where, cases.conv_transpose2d, shape, tuple(rest), where in _HEADLINES) for where, shape, *rest in _CONVS),
+    *(Site(where, cases.conv_transpose2d_affine_relu, shape, tuple(rest)) for where, shape, *rest in _CONVS),
     *(Site(where, cases.cross_entropy, shape, (255,), where in _HEADLINES) for where, shape in _LOGITS),
 ]
 TINY = [

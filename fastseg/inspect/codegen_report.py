@@ -25,9 +25,10 @@ def network_cases(at: Placement) -> Iterator[Case]:
         yield from cases.batch_norm_relu(at, shape)
     yield from cases.max_pool2d(at, (8, 64, 112, 112), 3, 2, 1)
     yield from cases.max_unpool2d(at, (8, 64, 112, 112), 3, 2, 1)
-    yield from cases.conv_transpose2d(at, (8, 64, 180, 240), 32, 2, 2)
+    yield from cases.conv_transpose2d_affine_relu(at, (8, 64, 180, 240), 32, 2, 2)
     yield from cases.conv_transpose2d(at, (16, 512, 14, 14), 512, 3, 1, 1)
     yield from cases.conv_transpose2d(at, (8, 128, 90, 120), 64, 3, 2, 1, 1)
+    yield from cases.conv_transpose2d(at, (8, 32, 64, 64), 32, 4, 2, 1, 0, 32)
     for classes, one_pass in ((11, False), (19, False), (19, None), (150, False), (150, None)):
         yield from cases.cross_entropy(at, (8, classes, 360, 480), 255, one_pass=one_pass)
     for classes in (4, 150):

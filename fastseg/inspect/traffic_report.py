@@ -47,7 +47,7 @@ def sized_cases(at: Placement) -> Iterator[Case]:
     yield from cases.upsample_cross_entropy(at, (1, 11, 7, 9), (23, 37), align_corners=True)
     yield from cases.upsample_argmax(at, (1, 11, 8, 16), (32, 64))
     yield from cases.conv_transpose2d(at, (1, 64, 32, 32), 32, 2, 2)
-    yield from cases.conv_transpose2d(at, (1, 32, 17, 23), 32, 4, 2, 1)
+    yield from cases.conv_transpose2d_affine_relu(at, (1, 32, 17, 23), 32, 4, 2, 1)
 
 
 @dataclass(frozen=True)

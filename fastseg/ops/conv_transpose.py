@@ -19,6 +19,7 @@ from .conv_transpose_operators import (
     affine_relu,
     output_size,
     preferred,
+    torch_forward,
     torch_gradients,
     uncovered,
 )
@@ -217,7 +218,7 @@ def conv_transpose2d_affine_relu(
         if value.device != input.device:
             raise RuntimeError(f"{name}: {what} must be on input's device {input.device}, but is on {value.device}")
     if _all_on_torch(input, weight, shift, geometry, scale, True):
-        return affine_relu(F.conv_transpose2d(input, weight, None, *geometry), scale, shift, True)
+        return torch_forward(input, weight, shift, *geometry, scale, True)
     return _applied(input, weight, shift, *geometry, scale, True)
 
 

@@ -107,17 +107,18 @@ def _conv_transpose2d_reference(
     output_padding: list[int], groups: int, dilation: list[int], scale: Tensor | None = None, relu: bool = False,
 ) -> Tensor:  # fmt: skip
     arguments = (input, weight, bias, stride, padding, output_padding, groups, dilation, scale, relu)
-    return _as(_empty_output(*(_bare(x) for x in arguments)), _torch_forward(*arguments))
+    return _as(_empty_output(*(_bare(x) for x in arguments)), torch_forward(*arguments))
 
 
 def _bare(x: Any) -> Any:
     return x.to("meta") if isinstance(x, Tensor) else x
 
 
-def _torch_forward(
+def torch_forward(
     input: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], padding: list[int],
     output_padding: list[int], groups: int, dilation: list[int], scale: Tensor | None, relu: bool,
 ) -> Tensor:  # fmt: skip
+    """On torch's operators, of whatever strides they give."""
     geometry = (stride, padding, output_padding, groups, dilation)
     if scale is None and (bias is None or bias.dtype == input.dtype):
         output = F.conv_transpose2d(input, weight, bias, *geometry)
@@ -142,7 +143,7 @@ def preferred(
         x, w = (t.detach().to(dtype) for t in (input, weight))
         forward = (x, w, bias, *geometry, scale, relu)
         if direction == FORWARD:
-            return lambda: _conv_transpose2d_kernel(*forward), lambda: _torch_forward(*forward)
+            return lambda: _conv_transpose2d_kernel(*forward), lambda: torch_forward(*forward)
         mask = [direction == OF_INPUT, direction == OF_WEIGHT, False]
         backward = (torch.randn_like(_empty_output(*forward)), x, w, *geometry, mask)
         return lambda: _run_backward(*backward), lambda: torch_gradients(*backward)
