@@ -4,13 +4,15 @@ import json
 import os
 import subprocess
 import sys
+from itertools import pairwise
 
 import bad_kernels
 import pytest
+import test_models
 import torch
 import torch.nn.functional as F
 
-from fastseg import cases, cli, verify
+from fastseg import cases, cli, dispatch, functional, models, verify
 from fastseg.inspect import traffic_report
 from fastseg.inspect.eager import ByteCounter
 from fastseg.inspect.traffic import metering
@@ -96,6 +98,38 @@ def test_gate_pools_against_eager(layout):
     for operator, ours, eager in moved(cases.max_unpool2d):
         if operator == "max_unpool2d_with_offsets" and layout == "channels_last":
             assert sum(ours) <= 0.30 * sum(eager.values())
+
+
+def plain_segnet():
+    """SegNet as test_models has it, of full width."""
+    down = [[64] * 2, [128] * 2, [256] * 3, [512] * 3, [512] * 3]
+    up = [[512] * 3, [512, 512, 256], [256, 256, 128], [128, 64], [64]]
+    ends = [3, *(row[-1] for row in [*down, *up])]
+    rows = [
+        [test_models.conv(i, o) for i, o in pairwise([first, *row])]
+        for first, row in zip(ends, [*down, *up], strict=False)
+    ]
+    return test_models.Plain(rows[:5], rows[5:], torch.nn.Conv2d(64, 11, 3, padding=1))
+
+
+def test_gate_a_training_step_of_segnet_outside_its_convolutions():
+    """8x3x360x480 in bfloat16 and channels_last, on the meta device: every operator at its floor, and eager's."""
+
+    def step(model, loss):
+        model.bfloat16().to(memory_format=torch.channels_last)
+        x = torch.empty(8, 3, 360, 480, dtype=torch.bfloat16, device="meta").contiguous(
+            memory_format=torch.channels_last
+        )
+        with ByteCounter() as counter:
+            loss(model(x), torch.empty(8, 360, 480, dtype=torch.int64, device="meta")).backward()
+        return sum(v for name, v in counter.least.items() if not name.startswith("aten::convolution"))
+
+    with torch.device("meta"):
+        plain, fused = plain_segnet(), models.SegNet()
+    assert sum(p.numel() for p in plain.parameters()) == sum(p.numel() for p in fused.parameters())
+    with dispatch.backend("triton"):
+        ours = step(fused, functional.cross_entropy)
+    assert ours <= 0.45 * step(plain, F.cross_entropy)
 
 
 @pytest.mark.parametrize("layout", cases.LAYOUTS)

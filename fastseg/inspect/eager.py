@@ -91,6 +91,13 @@ RULES: dict[Any, Callable[[tuple[Any, ...], Any], Count]] = {
 }
 
 
+def _bias_of(func: Any, args: tuple[Any, ...], out: Any) -> int:
+    """Bytes of the passes that a convolution's bias takes on a GPU: cuDNN's output read and written, or summed up."""
+    if func is aten.convolution.default and args[2] is not None:
+        return 2 * nbytes(out)
+    return nbytes(args[0]) if func is aten.convolution_backward.default and args[-1][2] else 0
+
+
 class ByteCounter(TorchDispatchMode):
     """Counts bytes by aten operator while it is entered: in `least` and in `sectors`."""
 
@@ -107,4 +114,7 @@ class ByteCounter(TorchDispatchMode):
             least, sectors = rule(args, out)
             self.least[func._schema.name] += least
             self.sectors[func._schema.name] += sectors
+            if bias := _bias_of(func, args, out):
+                self.least["bias of a convolution"] += bias
+                self.sectors["bias of a convolution"] += bias
         return out
