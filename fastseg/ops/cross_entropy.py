@@ -254,10 +254,10 @@ def cross_entropy(
     256 classes, outside of compiled graphs; two passes keep 4 bytes a pixel for the backward (8 for float32 logits).
 
     Raises what torch raises: ValueError for another batch size, an unknown reduction or normalization, and a
-    normalization or one_pass that the reduction has no use for, RuntimeError for other wrong shapes, dtypes, devices and a label_smoothing
-    outside [0, 1] (torch lets a negative one pass), NotImplementedError for integer logits, and on a CPU IndexError
-    for a target that is neither a class nor ignore_index (on a GPU a device-side assertion, and no memory is read by
-    it).
+    normalization or one_pass that the reduction has no use for, RuntimeError for other wrong shapes, dtypes, devices
+    and a label_smoothing outside [0, 1] (torch lets a negative one pass), NotImplementedError for integer logits, and
+    on a CPU IndexError for a target that is neither a class nor ignore_index (on a GPU a device-side assertion, and no
+    memory is read by it).
     """
     name = "cross_entropy"
     reduction = checked_reduction(name, size_average, reduce, reduction)
