@@ -12,7 +12,7 @@ import fastseg
 from fastseg import functional as FS
 from fastseg.ops import cross_entropy as ops
 
-GRID = 40  # calls drawn at random
+GRID = 25  # calls drawn at random
 pytestmark = QUIET
 
 
@@ -240,7 +240,7 @@ def test_ignored_logits_may_be_anything(layout, backend, device):
 
 
 @LAYOUTS
-@DTYPES
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("probabilities", [False, True])
 @pytest.mark.parametrize("reduction", ["none", "sum", "weights", "valid", "count"])
 def test_the_reference_is_the_kernels(reduction, probabilities, dtype, layout, device):

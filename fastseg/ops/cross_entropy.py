@@ -227,7 +227,7 @@ def cross_entropy(
     z_loss: float = 0.0,
     one_pass: bool | None = None,
 ) -> Tensor:
-    """torch.nn.functional.cross_entropy: deterministic, one read of the logits forward and one backward.
+    """torch.nn.functional.cross_entropy: deterministic, in one pass over the logits or in two.
 
     input: logits (C,), (N, C) or (N, C, d1, ...), floating-point, in NCHW or channels_last (any rank: classes second
     or last in memory); other strides are made dense once. target: class indices (), (N,) or (N, d1, ...) of dtype
@@ -246,14 +246,18 @@ def cross_entropy(
     The loss is computed, summed and returned in float32 also for half-precision logits (float64 for float64), under
     autocast too, on every backend; torch returns input's dtype. The gradient has input's dtype and memory format; on
     the kernels that of an ignored pixel is exactly 0 even where its logits are NaN or infinite (torch: NaN).
-    Keeps 4 bytes a pixel for the backward (8 for float32 logits). A second derivative is torch's own. The kernels are
-    compiled once for each value of label_smoothing and z_loss.
+    A second derivative is torch's own. The kernels are compiled once for each value of label_smoothing and z_loss.
 
-    Raises what torch raises: ValueError for another batch size, an unknown reduction or normalization and a
-    normalization of what is no mean, RuntimeError for other wrong shapes, dtypes, devices and a label_smoothing
-    outside [0, 1] (torch lets a negative one pass), NotImplementedError for integer logits, and on a CPU IndexError
-    for a target that is neither a class nor ignore_index (on a GPU a device-side assertion, and no memory is read by
-    it).
+    one_pass: whether the forward of a mean or sum makes the gradient too, which saves a third of the bytes where the
+    gradient of the loss is 1 (loss.backward()), costs a third more where it is not (a weighted or scaled loss), and is
+    the same to a rounding. None: for all dtypes but float16, whose losses are scaled. On the kernels alone, for up to
+    256 classes, outside of compiled graphs; two passes keep 4 bytes a pixel for the backward (8 for float32 logits).
+
+    Raises what torch raises: ValueError for another batch size, an unknown reduction or normalization, and a
+    normalization or one_pass that the reduction has no use for, RuntimeError for other wrong shapes, dtypes, devices
+    and a label_smoothing outside [0, 1] (torch lets a negative one pass), NotImplementedError for integer logits, and
+    on a CPU IndexError for a target that is neither a class nor ignore_index (on a GPU a device-side assertion, and no
+    memory is read by it).
     """
     name = "cross_entropy"
     reduction = checked_reduction(name, size_average, reduce, reduction)
