@@ -111,6 +111,8 @@ def test_compiles_in_one_graph(backend, dynamic, device):
             eager, traced = function(leaf, labels), compiled(leaf, labels)
             torch.testing.assert_close(eager, traced)
             torch.testing.assert_close(torch.autograd.grad(eager, leaf), torch.autograd.grad(traced, leaf))
+        with torch.no_grad():
+            torch.testing.assert_close(function(x, target), compiled(x, target))
 
 
 def test_nothing_is_kept_for_a_constant(device, triton_backend):

@@ -49,9 +49,11 @@ class CrossEntropyFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        input: Tensor, target: Tensor, weight: Tensor | None, predicted: torch.dtype | None, *arguments: Any
-    ) -> tuple[Tensor, ...]:
-        return CROSS_ENTROPY(input, target, weight, *arguments, predicted)
+        input: Tensor, target: Tensor, weight: Tensor | None, predicted: torch.dtype | None, reduction: str, count: int,
+        ignore_index: int, label_smoothing: float, z_loss: float,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        # By name, not as *arguments: by their number torch.compile tells that there is no ctx.
+        return CROSS_ENTROPY(input, target, weight, reduction, count, ignore_index, label_smoothing, z_loss, predicted)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -81,9 +83,13 @@ class CrossEntropyOnePassFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        input: Tensor, target: Tensor, weight: Tensor | None, predicted: torch.dtype | None, *arguments: Any
-    ) -> tuple[Tensor, ...]:
-        return CROSS_ENTROPY_ONE_PASS(input, target, weight, *arguments, predicted)
+        input: Tensor, target: Tensor, weight: Tensor | None, predicted: torch.dtype | None, reduction: str, count: int,
+        ignore_index: int, label_smoothing: float, z_loss: float,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        # By name, not as *arguments: by their number torch.compile tells that there is no ctx.
+        return CROSS_ENTROPY_ONE_PASS(
+            input, target, weight, reduction, count, ignore_index, label_smoothing, z_loss, predicted
+        )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
