@@ -34,12 +34,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     traffic.add_argument("--png", type=Path, help="write a bar chart here")
     codegen = parser.add_argument_group("codegen")
     codegen.add_argument("--sm", type=int, action="append", choices=[80, 90, 100], help="default: all three")
+    codegen.add_argument("--first", action="store_true", default=None, help="one configuration a kernel and layout")
     codegen.add_argument("--sass", metavar="KERNEL", help="print the disassembly of this kernel and stop")
     codegen.add_argument("--ptx", metavar="KERNEL", help="print the PTX of this kernel and stop")
 
 
 def main(args: argparse.Namespace) -> int:
-    others = ("sm", "sass", "ptx") if args.instrument == "traffic" else ("png", "bandwidth")
+    others = ("sm", "first", "sass", "ptx") if args.instrument == "traffic" else ("png", "bandwidth")
     for name in others:
         if getattr(args, name) is not None:
             raise ValueError(f"--{name} is not an option of {args.instrument}")

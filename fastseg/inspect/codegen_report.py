@@ -52,7 +52,7 @@ def launches(args: argparse.Namespace, sm: int) -> list[tuple[str, Launch]]:
                 recorded = record(lambda case=case: case.step(case.ours, backward=True)())
             for launch in recorded:
                 key = (launch.name, launch.signature, launch.constants, launch.divisible, launch.options)
-                found.setdefault(repr(key), (layout, launch))
+                found.setdefault(f"{layout} {launch.name}" if args.first else repr(key), (layout, launch))
     return list(found.values())
 
 
@@ -71,18 +71,20 @@ def _in_processes(jobs: list[Callable[[], Any]]) -> list[Any]:
 
 
 def rows(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """One row for each GPU generation and distinct launch there; the AMD target as a reason, or none."""
+    """One row for each GPU generation and distinct launch there; the AMD target for each kernel's first launch."""
     found = [(sm, layout, recorded) for sm in args.sm or SMS for layout, recorded in launches(args, sm)]
-    distinct = {repr(recorded): recorded for _, _, recorded in found}
+    firsts: dict[str, Launch] = {}
+    for _, _, recorded in found:
+        firsts.setdefault(recorded.name, recorded)
     jobs = [lambda recorded=recorded, sm=sm: _facts(compile_for(recorded, sm)) for sm, _, recorded in found]
-    amd = [lambda recorded=recorded: _elsewhere(recorded) for recorded in distinct.values()]
+    amd = [lambda recorded=recorded: _elsewhere(recorded) for recorded in firsts.values()]
     results = _in_processes(jobs + amd)
-    elsewhere = dict(zip(distinct, results[len(jobs) :], strict=True))
+    elsewhere = dict(zip(map(repr, firsts.values()), results[len(jobs) :], strict=True))
     table = []
     for (sm, layout, recorded), facts in zip(found, results[: len(jobs)], strict=True):
         row = {"kernel": recorded.name, "layout": layout, "sm": sm, "programs": recorded.programs}
         row["constants"] = recorded.constants
-        table.append(row | facts | {"gfx942": elsewhere[repr(recorded)]})
+        table.append(row | facts | {"gfx942": elsewhere.get(repr(recorded), "not tried")})
     return table
 
 
