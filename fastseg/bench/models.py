@@ -30,21 +30,30 @@ BN_EPS = 1e-5  # torch's own: with the authors' 1e-9 a check of few pictures see
 class PlainTwin(nn.Module):
     """SegNet, SegNetBasic or DeconvNet as one writes it in torch alone: nn.MaxPool2d with indices, nn.MaxUnpool2d.
 
-    Takes the layers of one of fastseg.models' networks, its transposed convolutions as torch's own.
+    Takes the layers of one of fastseg.models' networks and makes torch's own of them.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.norm = getattr(model, "norm", nn.Identity())
-        self.encoder = model.encoder  # in the order of the network's own parameters
+        self.encoder = nn.ModuleList(self.stage(*blocks) for blocks in model.encoder)
         middle = (getattr(model, name, None) for name in ("fc6", "fc7", "fc6_deconv"))
-        self.middle = nn.Sequential(*(layer for layer in middle if layer is not None))
-        self.decoder, self.classifier = model.decoder, model.classifier
+        self.middle = self.stage(*(layer for layer in middle if layer is not None))
+        self.decoder = nn.ModuleList(self.stage(*blocks) for blocks in model.decoder)
+        self.classifier = model.classifier  # all in the order of the network's own parameters
         self.pools = nn.ModuleList(nn.MaxPool2d(2, return_indices=True, ceil_mode=True) for _ in self.encoder)
         self.unpools = nn.ModuleList(nn.MaxUnpool2d(2) for _ in self.decoder)
-        for module in self.modules():
-            if type(module) is fused.ConvTranspose2d:
-                module.__class__ = nn.ConvTranspose2d
+
+    @staticmethod
+    def stage(*blocks: nn.Module) -> nn.Sequential:
+        """Convolution, nn.BatchNorm2d and ReLU for each pair of a convolution and what is fused behind it."""
+        made = []
+        for conv, norm in blocks:
+            conv.__class__ = nn.ConvTranspose2d if isinstance(conv, nn.ConvTranspose2d) else nn.Conv2d
+            relus = [nn.ReLU(inplace=True)] * norm.relu
+            norm.__class__ = nn.BatchNorm2d
+            made.append(nn.Sequential(conv, norm, *relus))
+        return nn.Sequential(*made)
 
     def forward(self, x: Tensor) -> Tensor:
         x, places = self.norm(x), []
