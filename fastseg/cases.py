@@ -159,7 +159,9 @@ def _apart(x: Tensor, kernel: int) -> Tensor:
     levels = (2 * x.float()).round() / 2
     rows, columns = (torch.arange(size, device=x.device) % kernel for size in x.shape[-2:])
     steps = (rows[:, None] * kernel + columns) * (0.5 / kernel**2)
-    return (levels + steps).to(x.dtype).contiguous(memory_format=memory_format(x))
+    return (
+        (levels + steps + x.float().sin() * (0.05 / kernel**2)).to(x.dtype).contiguous(memory_format=memory_format(x))
+    )
 
 
 def batch_norm_relu(

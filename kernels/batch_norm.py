@@ -48,7 +48,7 @@ def batch_norm_stats_kernel(
     tile, chunk = program_of(CHANNEL_TILES, WIDE)
     c, live_c = channels_of(tile, C, LANES, CHANNELS_LAST)
     T: tl.constexpr = partials.dtype.element_ty
-    pivot = tl.load(x + c * (1 if CHANNELS_LAST else RUNS * VEC), mask=live_c, other=0.0).to(T)
+    pivot = tl.load(x + c.to(tl.int64) * (1 if CHANNELS_LAST else RUNS * VEC), mask=live_c, other=0.0).to(T)
     mean = tl.zeros((ROWS, LANES), T)
     squares = tl.zeros((ROWS, LANES), T)
     count = tl.zeros((ROWS,), T)
@@ -87,7 +87,7 @@ def batch_norm_stats_merge_kernel(
     c = tl.program_id(0) * LANES + tl.arange(0, LANES)
     live_c = c < C
     T: tl.constexpr = partials.dtype.element_ty
-    total = COUNT.to(T)
+    total = tl.zeros((LANES,), T) + COUNT
     centre = tl.zeros((LANES,), T)
     for start in range(0, CHUNKS, ROWS):
         s = start + tl.arange(0, ROWS)
@@ -105,7 +105,7 @@ def batch_norm_stats_merge_kernel(
         squares = tl.load(partials + (CHUNKS + s)[:, None] * C + c[None, :], mask=there, other=0.0)
         apart = mean - centre[None, :]
         deviations += tl.sum(tl.where(there, squares + size * apart * apart, 0.0), axis=0)
-    pivot = tl.load(x + c * PIVOT_STRIDE, mask=live_c, other=0.0).to(T)
+    pivot = tl.load(x + c.to(tl.int64) * PIVOT_STRIDE, mask=live_c, other=0.0).to(T)
     whole = pivot + centre
     tl.store(stats + c, whole, mask=live_c)
     tl.store(stats + C + c, (whole - pivot) - centre, mask=live_c)

@@ -12,7 +12,12 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from fastseg.kernels.launch import recording
 
-DTYPES = {8: (torch.uint8, np.uint8), 16: (torch.float16, np.float16), 64: (torch.int64, np.int64)}
+DTYPES = {
+    8: (torch.uint8, np.uint8),
+    16: (torch.float16, np.float16),
+    32: (torch.float32, np.float32),
+    64: (torch.int64, np.int64),
+}
 
 
 def recorded(function):

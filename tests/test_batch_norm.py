@@ -1,6 +1,7 @@
 """Batch norm with ReLU, pooling and unpooling fused, against torch's own layers one behind the other."""
 
 import copy
+import inspect
 import itertools
 import subprocess
 import sys
@@ -37,6 +38,7 @@ class Problem:
         side = max(kernel) if isinstance(kernel, tuple) else kernel
         rows, columns = (torch.arange(size) % side for size in shape[2:])
         values = torch.randn(shape).mul(4).round() / 2 + (rows[:, None] * side + columns) * (0.5 / side**2)
+        values += torch.rand(shape) * (0.1 / side**2)  # nor on the ReLU's edge
         self.x = values.to(device, dtype).contiguous(memory_format=layout)
         draw = lambda: torch.rand(channels).add(0.5).to(device, accumulated)  # noqa: E731
         self.weight, self.bias, self.input_bias = draw(), draw() - 1, draw()
@@ -221,6 +223,96 @@ def test_offsets_of_64_bits(monkeypatch, device, triton_backend):
         assert all(c.passed for c in compare(problem.ours, problem.theirs, problem.inputs("weight", "bias")))
 
 
+def strided(values):
+    """The same values, and memory of others between them."""
+    return torch.stack([values, torch.full_like(values, 7.0)], 1)[:, 0]
+
+
+@pytest.mark.parametrize("tail", TAILS)
+def test_vectors_of_any_stride(tail, device, triton_backend):
+    """Read, and written, where they lie and nowhere else."""
+    problem = Problem(tail, (2, 4, 6, 8), torch.float32, LAYOUTS[0], device)
+
+    def results(lay):
+        weight, bias, input_bias = (
+            lay(t.detach()).requires_grad_() for t in (problem.weight, problem.bias, problem.bias)
+        )
+        running = [lay(t) for t in problem.running]
+        y = problem.ours(problem.x, weight, bias, input_bias, running=running)
+        grads = torch.autograd.grad(y.square().sum(), (weight, bias))
+        y = problem.ours(problem.x, weight, bias, input_bias, training=False, running=running)
+        return running, [y, *grads, *running, *torch.autograd.grad(y.sum(), (weight, bias, input_bias))]
+
+    (running, got), (_, want) = results(strided), results(torch.clone)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    for buffer in running:
+        assert (buffer.as_strided((4,), (2,), 1) == 7).all()
+    flat = problem.ours(problem.x, bias=torch.ones(1, device=device).expand(4))
+    assert torch.equal(flat, problem.ours(problem.x, bias=torch.ones(4, device=device)))
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_one_kernel_size_is_too_large_for_offsets(backend, device):
+    x = torch.randn(1, 2, 20, 20, device=device)
+    pool = fused.BatchNormReLUMaxPool2d(2, kernel_size=17).to(device)
+    with fastseg.backend(backend):
+        torch.testing.assert_close(pool(x), F.max_pool2d(F.relu(F.batch_norm(x, None, None, training=True)), 17))
+        with pytest.raises(RuntimeError, match="256"):
+            FS.batch_norm_relu_max_pool2d(x, None, None, training=True, kernel_size=17, return_offsets=True)
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_a_dead_channel_in_half_precision(backend, device):
+    """eps 1e-9 is 0 in float16."""
+    x, zeros, ones = (
+        torch.ones(1, 2, 2, 2, device=device).half(),
+        *torch.tensor([[0.0] * 2, [1.0] * 2]).half().to(device),
+    )
+    with fastseg.backend(backend):
+        y = FS.batch_norm_relu(x * 0, zeros, zeros, ones * 1e-4, zeros, eps=1e-9, input_bias=ones)
+    torch.testing.assert_close(y, torch.full_like(x, 3.1621), rtol=2e-3, atol=0)
+
+
+def launches_on_meta(tail, layout, shape):
+    from addresses import recorded
+
+    from fastseg.ops.library import observing
+
+    x = torch.empty(shape, device="meta", dtype=torch.float16).contiguous(memory_format=layout).requires_grad_()
+    vectors = [torch.empty(shape[1], device="meta") for _ in range(2)]
+    offsets = torch.empty(shape, device="meta", dtype=torch.uint8).contiguous(memory_format=layout)
+
+    def step():
+        norm = (*vectors, None, None, True)
+        if tail == "plain":
+            y = FS.batch_norm_relu(x, *norm)
+        elif tail == "pool":
+            y = FS.batch_norm_relu_max_pool2d(x, *norm)
+        else:
+            y = FS.batch_norm_relu_max_unpool2d(x, offsets, *norm)
+        torch.autograd.grad(y, x, torch.empty_like(y))
+
+    with fastseg.backend("triton"), observing(lambda *call: None):
+        return recorded(step)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled here, not interpreted")
+@layouts
+def test_the_last_program_of_10_billion_elements(layout):
+    """The statistics' kernels read, besides their tile, the first element of each channel: nothing before the tensor."""
+    from addresses import addresses
+
+    shape = (1, 64, 8192, 20480)
+    size = torch.Size(shape).numel()
+    stats, merge, forward = launches_on_meta("plain", layout, shape)[:3]
+    for launch, kind in ((stats, "load"), (merge, "load"), (forward, "store")):
+        touched = addresses(launch, launch[1] - 1)[kind, torch.float16]
+        assert min(touched) >= 0 and max(touched) < size
+        assert max(touched) == size - 1 or launch is merge
+    channel = 1 if layout == torch.channels_last else shape[2] * shape[3]
+    assert max(addresses(merge, merge[1] - 1)["load", torch.float16]) == 63 * channel
+
+
 # --- derivatives and compilers ---------------------------------------------------------------------------------------
 
 
@@ -235,6 +327,40 @@ def test_gradients(tail, training, backend, device):
     with fastseg.backend(backend):
         assert torch.autograd.gradcheck(call, leaves, fast_mode=backend == "triton")
         assert torch.autograd.gradgradcheck(call, leaves, fast_mode=backend == "triton")
+
+
+def test_inputs_that_are_made_of_one_another(device, triton_backend):
+    """Each path counts once, whether or not the gradient is to be differentiated."""
+    problem = Problem("plain", (2, 3, 4, 4), torch.float64, LAYOUTS[0], device)
+
+    def gradients(function, **options):
+        x = problem.x.clone().requires_grad_()
+        weight = x.mean((0, 2, 3)) + 2
+        return torch.autograd.grad(function(x, weight, weight).pow(3).sum(), (x, weight), **options)
+
+    want = gradients(problem.theirs)
+    for got in (gradients(problem.ours), gradients(problem.ours, create_graph=True)):
+        torch.testing.assert_close(got, want)
+
+
+def test_a_training_step_between_evaluation_and_its_backward(device, triton_backend):
+    """Which normalises with the statistics that it saw."""
+    norm = fused.BatchNormReLU2d(3, relu=False).to(device).eval()
+    x = torch.randn(2, 3, 4, 4, device=device, requires_grad=True)
+    y = norm(x)
+    norm.train()(x.detach() * 5)
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(grad, torch.full_like(x, (1 + norm.eps) ** -0.5))
+
+
+def test_autocast_leaves_it_in_its_own_dtype(device, triton_backend):
+    norm = fused.BatchNormReLU2d(4).to(device)
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(2, 4, 4, 4, device=device, dtype=dtype, requires_grad=True)
+        with torch.autocast(device, torch.bfloat16):
+            y = norm(x)
+        y.float().sum().backward()
+        assert y.dtype == x.grad.dtype == dtype and norm.weight.grad.dtype == torch.float32
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -375,6 +501,7 @@ def test_modules_follow_torch_through_training(norm, backend, device):
 
 def test_modules_print_copy_and_pickle(tmp_path):
     model = Up(4)
+    assert dict(inspect.getmembers(model.norms[0]))["num_features"] == 4  # which asks for every attribute
     assert "BatchNormReLUMaxPool2d(4, eps=1e-05" in repr(model) and "kernel_size=2" in repr(model)
     torch.save(model, tmp_path / "model.pt")
     x = torch.randn(2, 4, 6, 8)
@@ -392,6 +519,9 @@ from test_batch_norm import Up
 rank, path, backend = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 dist.init_process_group("gloo", init_method=f"file://{{path}}/rendezvous", rank=rank, world_size=2)
 given = torch.load(f"{{path}}/given.pt")
+lone = fused.convert_sync_batchnorm(fused.BatchNormReLU2d(2, relu=False))
+pixel = lone(torch.full((1, 2, 1, 1), float(rank)))  # one value a channel here, two in all
+assert abs(pixel.abs().max().item() - 1) < 1e-3, pixel
 model = Up(4).double()
 model.load_state_dict(given["state"])
 fused.convert_sync_batchnorm(model)

@@ -83,3 +83,16 @@ def test_deconvnet_has_it_where_no_unpooling_follows():
     model = fastseg.models.DeconvNet(4, width=0.125)
     found = [type(block) is fastseg.nn.ConvTransposeBatchNormReLU2d for stage in model.decoder for block in stage]
     assert found == [True, True, False] * 3 + [True, False] + [True, True]
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_hooks_on_either_layer_see_what_passes(training, device, triton_backend):
+    module = fastseg.nn.ConvTransposeBatchNormReLU2d(4, 3, 2, 2).to(device).train(training)
+    seen = []
+    x = torch.randn(2, 4, 3, 3, device=device)
+    want = module(x)
+    for layer in module:
+        layer.register_forward_hook(lambda layer, _, y: seen.append(tuple(y.shape)))
+    module.load_state_dict(module.state_dict())
+    torch.testing.assert_close(module(x), want)
+    assert seen == [(2, 3, 6, 6)] * 2

@@ -104,6 +104,7 @@ def test_nothing_is_timed_unless_it_may_be(machine, monkeypatch):
 
 def test_when_a_call_may_be_timed(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     x = torch.empty(1)
     assert not faster.may_measure(x)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)

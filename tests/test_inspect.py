@@ -180,7 +180,8 @@ def test_bytes_an_element_do_not_depend_on_the_size():
     at = cases.Placement(torch.bfloat16, torch.contiguous_format, "cpu")
 
     def an_element(height):
-        cases_ = [*cases.max_pool2d(at, (1, 16, height, 64)), *cases.cross_entropy(at, (1, 19, height, 64))]
+        cases_ = [*cases.max_pool2d(at, (1, 16, height, 64))]
+        cases_ += cases.cross_entropy(at, (1, 19, height, 64), one_pass=False)
         return [t.moved / height for case in cases_ for t in traffic_report.operator_traffic(case)]
 
     assert an_element(32) == pytest.approx(an_element(96), rel=0.01)
@@ -263,6 +264,7 @@ def test_gate_rows_that_allow_it_are_read_and_written_16_bytes_wide(facts):
         if row["constants"].get("VEC") == 8
         and row["constants"].get("WHOLE_WINDOWS", True)  # else lone elements are read where positions point
         and not row["kernel"].endswith("foreign_kernel")
+        and not row["kernel"].startswith("conv_transpose2d")  # which have a gate of their own
     ]
     seen = {(row["kernel"], row["layout"]) for row in wide}
     names = ("max_pool2d_fwd", "max_unpool2d_fwd", "max_unpool2d_bwd", "window_gather")

@@ -60,26 +60,26 @@ class Plain(nn.Module):
 
 
 def plain_segnet():
-    """SegNet with an eighth of the channels."""
+    """SegNet with 8 channels wherever it has 64 to 256, and 16 for 512."""
     encoder = [
         [conv(3, 8), conv(8, 8)],
-        [conv(8, 16), conv(16, 16)],
-        [conv(16, 32), conv(32, 32), conv(32, 32)],
-        [conv(32, 64), conv(64, 64), conv(64, 64)],
-        [conv(64, 64), conv(64, 64), conv(64, 64)],
+        [conv(8, 8), conv(8, 8)],
+        [conv(8, 8), conv(8, 8), conv(8, 8)],
+        [conv(8, 16), conv(16, 16), conv(16, 16)],
+        [conv(16, 16), conv(16, 16), conv(16, 16)],
     ]
     decoder = [
-        [conv(64, 64), conv(64, 64), conv(64, 64)],
-        [conv(64, 64), conv(64, 64), conv(64, 32)],
-        [conv(32, 32), conv(32, 32), conv(32, 16)],
-        [conv(16, 16), conv(16, 8)],
+        [conv(16, 16), conv(16, 16), conv(16, 16)],
+        [conv(16, 16), conv(16, 16), conv(16, 8)],
+        [conv(8, 8), conv(8, 8), conv(8, 8)],
+        [conv(8, 8), conv(8, 8)],
         [conv(8, 8)],
     ]
     return Plain(encoder, decoder, nn.Conv2d(8, 11, 3, padding=1))
 
 
 def plain_segnet_basic():
-    """SegNet-Basic with an eighth of the channels."""
+    """SegNet-Basic with 8 channels."""
     encoder = [[conv(3, 8, 7, 3)], [conv(8, 8, 7, 3)], [conv(8, 8, 7, 3)], [conv(8, 8, 7, 3)]]
     decoder = [[linear(8, 8)] for _ in range(4)]
     return Plain(encoder, decoder, nn.Conv2d(8, 11, 1), norm=nn.LocalResponseNorm(5, 1e-4, 0.75))
@@ -151,7 +151,7 @@ def assert_same(ours, theirs, x, shape, backend, allowed):
 def test_segnets(device, backend, training, layout, model, plain):
     # Pooling rounds nothing, so that without biases every bit is torch's where its layers sum in the same order.
     exact = device == "cpu" and layout == torch.contiguous_format and backend == "auto"
-    ours, theirs = pair(model(width=0.125), plain(), device, layout, training, biased=not exact)
+    ours, theirs = pair(model(width=0.03), plain(), device, layout, training, biased=not exact)
     x = torch.randn(2, 3, *ODD, device=device, dtype=torch.float64).contiguous(memory_format=layout)
     output = assert_same(ours, theirs, x, (2, 11, *ODD), backend, allowed=0.0 if exact else 1e-9)
     assert output.is_contiguous(memory_format=layout)
@@ -244,15 +244,15 @@ def test_parameter_counts(name, classes, millions):
 def map_sizes(model, size):
     """Sizes of the map that each encoder and decoder stage works on."""
     found = []
-    for (conv, _), *_ in [*model.encoder, *model.decoder]:
-        conv.register_forward_hook(lambda _, __, y: found.append(tuple(y.shape[-2:])))
+    for block, *_ in [*model.encoder, *model.decoder]:
+        block.register_forward_pre_hook(lambda _, inputs: found.append(tuple(inputs[0].shape[-2:])))
     model.to("meta").eval()(torch.empty(1, 3, *size, device="meta"))
     return found
 
 
 def test_segnet_sizes():
     sizes = [(360, 480), (180, 240), (90, 120), (45, 60), (23, 30)]
-    assert map_sizes(models.SegNet(width=0.125), (360, 480)) == sizes + sizes[::-1]
+    assert map_sizes(models.SegNet(width=0.03), (360, 480)) == sizes + sizes[::-1]
 
 
 def test_deconvnet_sizes():
@@ -275,7 +275,7 @@ def test_initial_state(name):
 
 
 def test_segnet_basic_decoder_has_no_relu():
-    model = models.SegNetBasic(width=0.125)
+    model = models.SegNetBasic(width=0.03)
     x = torch.randn(1, 3, 32, 32)
     for stages, least in ((model.encoder, 0), (model.decoder, -torch.inf)):
         relus = [norm.relu for ((_, norm),) in stages]
@@ -318,8 +318,21 @@ def test_deconvnet_names_the_size_it_needs():
         model(torch.zeros(1, 3, 192, 300))
 
 
+def test_a_convolution_of_ones_own_keeps_its_bias():
+    """One that adds its bias itself, such as a stem for other inputs."""
+    model = models.SegNetBasic(width=0.03).eval()
+    ((conv, _),) = model.encoder[0]
+    conv.bias.data.normal_()
+    x = torch.randn(1, 3, 32, 32)
+    want = model(x)
+    own = nn.Conv2d(3, 8, 7, padding=3)
+    own.load_state_dict(conv.state_dict())
+    model.encoder[0][0][0] = own
+    torch.testing.assert_close(model(x), want)
+
+
 def test_one_pixel(device):
-    model = models.SegNet(width=0.125).to(device).eval()
+    model = models.SegNet(width=0.03).to(device).eval()
     assert model(torch.randn(2, 3, 1, 1, device=device)).shape == (2, 11, 1, 1)
 
 
@@ -327,7 +340,7 @@ def test_one_pixel(device):
 
 
 def test_compiles_whole(device):
-    model = models.SegNet(width=0.125).to(device, torch.float64)
+    model = models.SegNet(width=0.03).to(device, torch.float64)
     x, upstream = (torch.randn(2, c, *ODD, device=device, dtype=torch.float64) for c in (3, 11))
     start = copy.deepcopy(model.state_dict())
     want = copy.deepcopy(results(model, x, upstream))
@@ -342,7 +355,7 @@ def test_compiles_whole(device):
 
 @pytest.mark.parametrize("training", [True, False])
 def test_exports_its_operators(device, training):
-    model = models.SegNet(width=0.125).to(device, torch.float64).train(training)
+    model = models.SegNet(width=0.03).to(device, torch.float64).train(training)
     x = torch.randn(2, 3, *ODD, device=device, dtype=torch.float64)
     program = torch.export.export(model, (x,))
     targets = [node.target for node in program.graph.nodes]
@@ -354,7 +367,7 @@ def test_exports_its_operators(device, training):
 
 
 def test_exports_any_batch_and_size(device):
-    model = models.SegNet(width=0.125).to(device).eval()
+    model = models.SegNet(width=0.03).to(device).eval()
     auto = torch.export.Dim.AUTO
     x = torch.randn(2, 3, *ODD, device=device)
     program = torch.export.export(model, (x,), dynamic_shapes=({0: auto, 2: auto, 3: auto},))

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional as F
-from .. import nn as fused
 from ..nn import BatchNormReLU2d, BatchNormReLUMaxPool2d, BatchNormReLUMaxUnpool2d
 
 VGG16 = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))  # output channels, stage by stage
@@ -38,23 +37,22 @@ def scaled(plan: Plan, width: float) -> list[list[int]]:
 class Conv2d(nn.Conv2d):
     """A convolution that leaves its bias to the batch norm behind it, which takes it out again or folds it in."""
 
+    leaves_bias = True
+
     def forward(self, input: Tensor) -> Tensor:
         return self._conv_forward(input, self.weight, None)
 
 
-class ConvTranspose2d(fused.ConvTranspose2d):
-    """A transposed convolution that leaves its bias to the batch norm behind it."""
-
-    def forward(self, input: Tensor) -> Tensor:  # no output_size: stride 1 leaves nothing open
-        return F.conv_transpose2d(input, self.weight, None, self.stride, self.padding)
-
-
 class Block(nn.Sequential):
-    """Convolution, then batch norm with what is fused behind it: keys `0.` and `1.` in a state_dict."""
+    """Convolution, then batch norm with what is fused behind it: keys `0.` and `1.` in a state_dict.
+
+    A convolution that `leaves_bias` has it added, or taken out, by the batch norm; hooks on it see its output without.
+    """
 
     def forward(self, x: Tensor, *places: Any) -> Any:
         conv, norm = self
-        return norm(conv(x), *places, input_bias=conv.bias)
+        bias = conv.bias if getattr(conv, "leaves_bias", False) else None
+        return norm(conv(x), *places, input_bias=bias)
 
 
 class Stage(nn.Sequential):

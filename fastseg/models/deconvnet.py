@@ -9,11 +9,11 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..nn import ConvTransposeBatchNormReLU2d
+from ..nn.conv import ConvTranspose2dBeforeNorm
 from .blocks import (
     VGG16,
     Block,
     Conv2d,
-    ConvTranspose2d,
     Norm,
     Norms,
     check_arguments,
@@ -59,12 +59,12 @@ class DeconvNet(nn.Module):
         def deconv(inputs: int, outputs: int, norm: Norm) -> nn.Sequential:
             if norm is norms.plain:
                 return ConvTransposeBatchNormReLU2d(inputs, outputs, 3, padding=1, eps=bn_eps)
-            return Block(ConvTranspose2d(inputs, outputs, 3, padding=1), norm(outputs))
+            return Block(ConvTranspose2dBeforeNorm(inputs, outputs, 3, padding=1), norm(outputs))
 
         self.encoder = stages(in_channels, down, conv, norms, down=True)
         self.fc6 = Block(Conv2d(bottom, hidden, 7), norms.plain(hidden))
         self.fc7 = Block(Conv2d(hidden, hidden, 1), norms.plain(hidden))
-        self.fc6_deconv = Block(ConvTranspose2d(hidden, bottom, 7), norms.unpooled(bottom))
+        self.fc6_deconv = Block(ConvTranspose2dBeforeNorm(hidden, bottom, 7), norms.unpooled(bottom))
         self.decoder = stages(bottom, up, deconv, norms, down=False)
         self.classifier = nn.Conv2d(up[-1][-1], num_classes, 1)
         initialise(self)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -80,11 +81,13 @@ class BatchNormReLU2d(nn.BatchNorm2d):
 
     @property
     def qconfig(self) -> Any:
-        """Asked for by converters that rebuild a module as plain batch norm, which would lose what is fused with it."""
-        raise RuntimeError(
-            f"{type(self).__name__} cannot be rebuilt as another batch norm, which would drop its ReLU; "
-            "fastseg.nn.convert_sync_batchnorm synchronises it"
-        )
+        """Refuses torch's converter, which asks for it and would rebuild the module as plain batch norm."""
+        if sys._getframe(1).f_code.co_name == "convert_sync_batchnorm":
+            raise RuntimeError(
+                f"{type(self).__name__} cannot be rebuilt as another batch norm, which would drop its ReLU; "
+                "fastseg.nn.convert_sync_batchnorm synchronises it"
+            )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute 'qconfig'")
 
     def extra_repr(self) -> str:
         return super().extra_repr() + ("" if self.relu else ", relu=False") + (", sync=True" if self.sync else "")
@@ -93,9 +96,9 @@ class BatchNormReLU2d(nn.BatchNorm2d):
 class BatchNormReLUMaxPool2d(BatchNormReLU2d):
     """BatchNormReLU2d and the max-pooling behind it; the map between is never stored.
 
-    Arguments of nn.BatchNorm2d, then those of max_pool2d_with_offsets. forward(input (N, C, H, W), input_bias=None)
-    gives the pooled map, and with return_offsets the uint8 offsets of the maxima too. See
-    fastseg.functional.batch_norm_relu_max_pool2d.
+    Arguments of nn.BatchNorm2d, then kernel_size, stride, padding and ceil_mode of nn.MaxPool2d.
+    forward(input (N, C, H, W), input_bias=None) gives the pooled map, and with return_offsets the uint8 offsets of the
+    maxima too. See fastseg.functional.batch_norm_relu_max_pool2d.
     """
 
     def __init__(

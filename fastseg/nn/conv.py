@@ -61,13 +61,24 @@ class ConvTranspose2d(nn.ConvTranspose2d):
         return self._looked[1]
 
 
+class ConvTranspose2dBeforeNorm(ConvTranspose2d):
+    """ConvTranspose2d that leaves its bias to the batch norm behind it, and has no output_size."""
+
+    leaves_bias = True
+
+    def forward(self, input: Tensor) -> Tensor:
+        geometry = (self.stride, self.padding, self.output_padding, self.groups, self.dilation)
+        return F.conv_transpose2d(input, self.weight, None, *geometry)
+
+
 class ConvTransposeBatchNormReLU2d(nn.Sequential):
     """ConvTranspose2d, batch norm and ReLU: state_dict keys `0.` and `1.`, as of those three in an nn.Sequential.
 
     Arguments of nn.ConvTranspose2d up to dilation (with a bias), then eps, momentum, device and dtype. In training the
     batch norm's kernels take the convolution's output, and its bias moves the running mean alone. In evaluation the
     batch norm is folded into the convolution's epilogue, in float32, where the kernels run that
-    (fastseg.functional.conv_transpose2d_affine_relu); the gradients reach every parameter all the same.
+    (fastseg.functional.conv_transpose2d_affine_relu) and no hook watches either layer; the gradients reach every
+    parameter all the same.
     """
 
     def __init__(
@@ -86,7 +97,7 @@ class ConvTransposeBatchNormReLU2d(nn.Sequential):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        conv = ConvTranspose2d(
+        conv = ConvTranspose2dBeforeNorm(
             in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, True, dilation,
             device=device, dtype=dtype,
         )  # fmt: skip
@@ -95,11 +106,12 @@ class ConvTransposeBatchNormReLU2d(nn.Sequential):
     def forward(self, input: Tensor) -> Tensor:
         conv, norm = self
         geometry = (conv.stride, conv.padding, conv.output_padding, conv.groups, conv.dilation)
-        if not norm.training and norm.running_mean is not None and norm.relu:
+        watched = any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in (conv, norm))
+        if not norm.training and norm.running_mean is not None and norm.relu and not watched:
             scale, shift = self._folded()
             if runs_on_kernels(input, conv.weight, shift, *geometry, scale, True):
                 return F.conv_transpose2d_affine_relu(input, conv.weight, scale, shift, *geometry)
-        return norm(F.conv_transpose2d(input, conv.weight, None, *geometry), input_bias=conv.bias)
+        return norm(conv(input), input_bias=conv.bias)
 
     def _folded(self) -> tuple[Tensor, Tensor]:
         """(scale, shift) that the batch norm of evaluation and the convolution's bias come to, in float32 at least."""

@@ -40,6 +40,14 @@ def uncovered(input: Tensor) -> str | None:
     return "an empty batch" if input.numel() == 0 else None
 
 
+def kernel_norm(
+    mean: Tensor, shift: Tensor | None, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, relu: bool
+) -> Any:
+    """What the kernels take for NORM: they read vectors one value behind the other."""
+    vectors = (None if t is None else t.contiguous() for t in (mean, shift, var, weight, bias))
+    return kernels.batch_norm.Norm(*vectors, eps, relu)
+
+
 def vector(values: Tensor, like: Tensor) -> Tensor:
     """A value for each channel, to be broadcast along `like` (N, C, ...)."""
     return values.view(1, -1, *[1] * (like.dim() - 2))
@@ -59,12 +67,17 @@ def _stats_kernel(
 ) -> Tensor:
     stats = _empty_stats(input, input_bias, running_mean, running_var, momentum)
     layout = memory_format(input)
-    running = None if running_mean is None or running_var is None else (running_mean, running_var)
+    given = () if running_mean is None or running_var is None else (running_mean, running_var)
+    running = tuple(t.contiguous() for t in given)
+    input_bias = None if input_bias is None else input_bias.contiguous()
     kernels.batch_norm.batch_norm_stats(
-        dense(input, layout), input_bias, running, momentum, stats, layout == torch.channels_last
+        dense(input, layout), input_bias, running or None, momentum, stats, layout == torch.channels_last
     )
-    if running is not None:
-        torch.autograd.graph.increment_version(running)
+    for buffer, moved in zip(given, running, strict=True):
+        if moved is buffer:
+            torch.autograd.graph.increment_version(buffer)
+        else:
+            buffer.copy_(moved)
     return stats
 
 
@@ -119,7 +132,7 @@ def _relu_kernel(input: Tensor, *norm: Any) -> Tensor:
     layout = memory_format(input)
     output = like_input(input)
     kernels.batch_norm.batch_norm_relu_fwd(
-        dense(input, layout), kernels.batch_norm.Norm(*norm), output, layout == torch.channels_last
+        dense(input, layout), kernel_norm(*norm), output, layout == torch.channels_last
     )
     return output
 
@@ -157,7 +170,7 @@ def sums_of(x_hat: Tensor, grad: Tensor) -> Tensor:
 def _sums_kernel(grad: Tensor, input: Tensor, *norm: Any) -> Tensor:
     sums, layout = empty_sums(grad, input), memory_format(input)
     kernels.batch_norm.batch_norm_relu_sums(
-        dense(grad, layout), dense(input, layout), kernels.batch_norm.Norm(*norm), sums, layout == torch.channels_last
+        dense(grad, layout), dense(input, layout), kernel_norm(*norm), sums, layout == torch.channels_last
     )
     return sums
 
@@ -174,7 +187,8 @@ SUMS = Operator(
 def _backward_kernel(grad: Tensor, input: Tensor, means: Tensor | None, *norm: Any) -> Tensor:
     grad_input, layout = like_input(input), memory_format(input)
     kernels.batch_norm.batch_norm_relu_bwd(
-        dense(grad, layout), dense(input, layout), kernels.batch_norm.Norm(*norm), means, grad_input,
+        dense(grad, layout), dense(input, layout), kernel_norm(*norm), None if means is None else means.contiguous(),
+        grad_input,
         layout == torch.channels_last,
     )  # fmt: skip
     return grad_input
@@ -213,6 +227,8 @@ def statistics(
     """
     if not training:
         assert running_mean is not None and running_var is not None  # _check has seen to it
+        if torch.is_grad_enabled():  # a training step before the backward would move them
+            running_mean, running_var = running_mean.clone(), running_var.clone()
         return running_mean, None if input_bias is None else input_bias.detach(), running_var, None
     input, input_bias = input.detach(), None if input_bias is None else input_bias.detach()
     if group is None:

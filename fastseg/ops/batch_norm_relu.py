@@ -18,7 +18,7 @@ from .batch_norm import (
 )
 from .batch_norm_windows import POOL, POOL_BACKWARD, POOL_SUMS, UNPOOL, UNPOOL_SUMS, fusible
 from .library import double_backward, wants_graph
-from .pool import max_pool2d_with_offsets, pool_arguments
+from .pool import max_pool2d, max_pool2d_with_offsets, pool_arguments
 from .unpool import check_unpool, max_unpool2d_with_offsets, unpool_arguments
 from .windows import IntOrPair, offsets_to_indices, require_tensor
 
@@ -94,8 +94,13 @@ def _gradient_of_input_bias(total: Tensor, norm: Any, input_bias: Tensor, traini
     """A constant that is added to the input moves the batch's mean by as much, and so nothing else."""
     if training:
         return torch.zeros_like(input_bias)
-    scale = (norm[2] + norm[5]).rsqrt()
-    return (total * (scale if norm[3] is None else scale * norm[3])).to(input_bias.dtype)
+    return (total * _scale(norm[2], norm[3], norm[5])).to(input_bias.dtype)
+
+
+def _scale(var: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """weight / sqrt(var + eps), in float32 at least: half precision has no such eps."""
+    scale = (var.to(torch.promote_types(var.dtype, torch.float32)) + eps).rsqrt()
+    return scale if weight is None else scale * weight
 
 
 def _gradients_with_graph(ctx: Any, grad: Tensor) -> list[Tensor | None]:
@@ -147,8 +152,7 @@ def _batch_normalised(
             bias = _Absorbed.apply(bias, input_bias)
             moved = None if running_mean is None else running_mean - input_bias.detach()
         else:
-            scale = (running_var + eps).rsqrt()
-            bias = bias + input_bias * (scale if weight is None else scale * weight)
+            bias = (bias + input_bias * _scale(running_var, weight, eps)).to(bias.dtype)
     y = F.batch_norm(input, moved, running_var, weight, bias, training, momentum, eps)
     if moved is not running_mean:
         running_mean.copy_(moved + input_bias.detach())
@@ -157,7 +161,8 @@ def _batch_normalised(
 
 def _check(
     function: str, input: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None,
-    bias: Tensor | None, input_bias: Tensor | None, training: bool, eps: float, windows: bool = False,
+    bias: Tensor | None, input_bias: Tensor | None, training: bool, eps: float, grouped: bool = False,
+    windows: bool = False,
 ) -> None:  # fmt: skip
     require_tensor(function, "input", input)
     if windows and input.dim() != 4:
@@ -182,7 +187,7 @@ def _check(
         raise ValueError(f"{function}: running_mean and running_var must be given both or neither")
     if not training and running_mean is None:
         raise RuntimeError(f"{function}: running_mean must be a Tensor where training is False, but is None")
-    if training and input.numel() == input.shape[1]:
+    if training and not grouped and input.numel() == input.shape[1]:
         raise ValueError(f"{function}: expected more than 1 value per channel when training, got {tuple(input.shape)}")
     if eps < 0 or (training and eps == 0):
         raise ValueError(f"{function}: eps must be {'positive' if training else 'at least 0'}, but is {eps}")
@@ -235,7 +240,7 @@ def batch_norm_relu(
     channel in training, eps below 0, vectors of another length.
     """
     name = "batch_norm_relu"
-    _check(name, input, running_mean, running_var, weight, bias, input_bias, training, eps)
+    _check(name, input, running_mean, running_var, weight, bias, input_bias, training, eps, process_group is not None)
     norm = (input, running_mean, running_var, weight, bias, training, momentum, eps, relu, input_bias, process_group)
     choice = BATCH_NORM_RELU.choose(input)
     return _normalise(lambda y: y, choice.backend, *norm)
@@ -268,13 +273,25 @@ def batch_norm_relu_max_pool2d(
     max_pool2d_with_offsets.
     """
     name = "batch_norm_relu_max_pool2d"
-    _check(name, input, running_mean, running_var, weight, bias, input_bias, training, eps, windows=True)
+    _check(
+        name,
+        input,
+        running_mean,
+        running_var,
+        weight,
+        bias,
+        input_bias,
+        training,
+        eps,
+        process_group is not None,
+        windows=True,
+    )
     kernel, stride_, padding_, _ = pool_arguments(name, input, kernel_size, stride, padding, 1, ceil_mode)
     norm = (input, running_mean, running_var, weight, bias, training, momentum, eps, relu, input_bias, process_group)
 
     def pooled(y: Tensor) -> Any:
-        both = max_pool2d_with_offsets(y, kernel, stride_, padding_, ceil_mode=ceil_mode)
-        return both if return_offsets else both[0]
+        function = max_pool2d_with_offsets if return_offsets else max_pool2d
+        return function(y, kernel, stride_, padding_, ceil_mode=ceil_mode)
 
     if not fusible(kernel, stride_):
         return pooled(_normalise(lambda y: y, BATCH_NORM_RELU.choose(input).backend, *norm))
@@ -313,7 +330,19 @@ def batch_norm_relu_max_unpool2d(
     max_unpool2d_with_offsets.
     """
     name = "batch_norm_relu_max_unpool2d"
-    _check(name, input, running_mean, running_var, weight, bias, input_bias, training, eps, windows=True)
+    _check(
+        name,
+        input,
+        running_mean,
+        running_var,
+        weight,
+        bias,
+        input_bias,
+        training,
+        eps,
+        process_group is not None,
+        windows=True,
+    )
     check_unpool(name, input, offsets, "offsets", torch.uint8)
     *geometry, size = unpool_arguments(name, input, kernel_size, stride, padding, output_size)
     norm = (input, running_mean, running_var, weight, bias, training, momentum, eps, relu, input_bias, process_group)

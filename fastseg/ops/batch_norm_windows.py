@@ -17,6 +17,7 @@ from .batch_norm import (
     NORM,
     empty_sums,
     input_gradient,
+    kernel_norm,
     like_input,
     normalised,
     sums_of,
@@ -56,7 +57,7 @@ def _pool_kernel(
 ) -> tuple[Tensor, Tensor]:
     output, offsets = _empty_pooled(input, kernel, stride, padding, ceil_mode, keep)
     kernels.batch_norm_pool.bn_relu_max_pool2d_fwd(
-        dense(input, memory_format(input)), kernels.batch_norm.Norm(*norm), output, offsets if keep else None,
+        dense(input, memory_format(input)), kernel_norm(*norm), output, offsets if keep else None,
         _windows(input, kernel, stride, padding),
     )  # fmt: skip
     return output, offsets
@@ -95,7 +96,7 @@ def _pool_sums_kernel(
 ) -> Tensor:
     layout, sums = memory_format(input), empty_sums(grad, input)
     kernels.batch_norm_pool.bn_relu_max_pool2d_sums(
-        dense(grad, layout), dense(offsets, layout), dense(input, layout), kernels.batch_norm.Norm(*norm), sums,
+        dense(grad, layout), dense(offsets, layout), dense(input, layout), kernel_norm(*norm), sums,
         _windows(input, kernel, stride, padding),
     )  # fmt: skip
     return sums
@@ -123,7 +124,8 @@ def _pool_backward_kernel(
 ) -> Tensor:  # fmt: skip
     layout, grad_input = memory_format(input), like_input(input)
     kernels.batch_norm_pool.bn_relu_max_pool2d_bwd(
-        dense(grad, layout), dense(offsets, layout), dense(input, layout), kernels.batch_norm.Norm(*norm), means,
+        dense(grad, layout), dense(offsets, layout), dense(input, layout), kernel_norm(*norm),
+        None if means is None else means.contiguous(),
         grad_input, _windows(input, kernel, stride, padding),
     )  # fmt: skip
     return grad_input
@@ -175,7 +177,7 @@ def _unpool_kernel(
     layout = memory_format(input)
     output = _empty_unpooled(input, offsets, kernel, stride, padding, size)
     kernels.batch_norm_unpool.bn_relu_max_unpool2d_fwd(
-        dense(input, layout), dense(offsets, layout), kernels.batch_norm.Norm(*norm), output,
+        dense(input, layout), dense(offsets, layout), kernel_norm(*norm), output,
         _windows(input, kernel, stride, padding),
     )  # fmt: skip
     return output
@@ -215,7 +217,7 @@ def _unpool_sums_kernel(
     layout = memory_format(input)
     gathered, sums = _empty_gathered(grad, offsets, input)
     kernels.batch_norm_unpool.bn_relu_max_unpool2d_sums(
-        dense(grad, layout), dense(offsets, layout), dense(input, layout), kernels.batch_norm.Norm(*norm), gathered,
+        dense(grad, layout), dense(offsets, layout), dense(input, layout), kernel_norm(*norm), gathered,
         sums, _windows(input, kernel, stride, padding),
     )  # fmt: skip
     return gathered, sums

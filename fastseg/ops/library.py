@@ -135,6 +135,8 @@ def double_backward(
     For backwards that run with create_graph=True: the kernels' gradients have no derivative, torch's do.
     """
     with torch.enable_grad():
+        # Fresh views: where one input was made from another, its path to that belongs to the caller's graph.
+        inputs = [x.view_as(x) if need else x for x, need in zip(inputs, needed, strict=True)]
         output = function(*inputs)
         wanted = [x for x, need in zip(inputs, needed, strict=True) if need]
         found = iter(torch.autograd.grad(output, wanted, grad, create_graph=True))
