@@ -299,7 +299,7 @@ def launches_on_meta(tail, layout, shape):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled here, not interpreted")
 @layouts
 def test_the_last_program_of_10_billion_elements(layout):
-    """The statistics' kernels read, besides their tile, the first element of each channel: nothing before the tensor."""
+    """The statistics' kernels read the first element of each channel besides their tile: nothing before the tensor."""
     from addresses import addresses
 
     shape = (1, 64, 8192, 20480)

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from itertools import pairwise
 
 import bad_kernels
@@ -13,13 +14,13 @@ import torch
 import torch.nn.functional as F
 
 from fastseg import cases, cli, dispatch, functional, models, verify
+from fastseg.checkpoint import atomic_write
 from fastseg.inspect import traffic_report
 from fastseg.inspect.eager import ByteCounter
 from fastseg.inspect.traffic import metering
 from fastseg.kernels.launch import launch
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled here, not interpreted")
-codegen = pytest.mark.xdist_group("codegen")  # one process compiles, once
 
 REDUCING = ("batch_norm_stats_kernel", "batch_norm_relu_sums_kernel", "bn_relu_max_pool2d_sums_kernel")
 MEMORY_BOUND = ("max_pool2d", "max_unpool2d", "cross_entropy", "upsample_cross_entropy")
@@ -53,7 +54,7 @@ def test_gate_every_memory_bound_operator_is_at_its_floor(layout):
     seen = set()
     for case in traffic_report.sized_cases(at):
         if case.operator.startswith((*MEMORY_BOUND, NORM)):
-            odd = any(odd in case.size for odd in ("38x54", "23x37", "9x13", "19x27"))
+            odd = any(odd in case.size for odd in ("38x54", "23x37", "9x13"))
             for traffic in traffic_report.operator_traffic(case):
                 seen.add(traffic.operator)
                 assert traffic.ratio <= (1.15 if odd else 1.05), f"{traffic.operator} {case.size}: {traffic.ratio:.3f}"
@@ -235,27 +236,43 @@ def compiled(*arguments):
     return run.stdout
 
 
-@pytest.fixture(scope="module")
-def facts():
-    """What every kernel compiles to: for sm_90 in every configuration of the networks' sizes, else in one a layout."""
+@pytest.fixture(scope="session")
+def facts(tmp_path_factory):
+    """What every kernel compiles to: for sm_90 in every configuration of the networks' sizes, else in one a layout.
+
+    Compiled once, on all cores: of the processes that run tests the first to ask does it, and the others wait.
+    """
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    found, failed = shared / "codegen.json", shared / "codegen.failed"
+    try:
+        (shared / "codegen.begun").touch(exist_ok=False)
+    except FileExistsError:
+        while not found.exists():
+            assert not failed.exists(), "another process could not compile the kernels"
+            time.sleep(0.5)
+        return json.loads(found.read_text())
     rows = []
-    for words in ("--sm 90", "--sm 80 --sm 100 --first"):
-        rows += json.loads(compiled("-m", "fastseg.cli", "inspect", "codegen", "--json", *words.split()))["rows"]
+    try:
+        for words in ("--sm 90", "--sm 80 --sm 100 --first"):
+            rows += json.loads(compiled("-m", "fastseg.cli", "inspect", "codegen", "--json", *words.split()))["rows"]
+    except BaseException:
+        failed.touch()
+        raise
+    with atomic_write(found) as temporary:
+        temporary.write_text(json.dumps(rows))
     return rows
 
 
-@codegen
 def test_gate_no_kernel_spills(facts):
     assert {row["sm"] for row in facts} == {80, 90, 100}
     assert [row for row in facts if row["spills"]] == []
 
 
-@codegen
 def test_gate_no_kernel_uses_atomics(facts):
     assert [row for row in facts if row["atomics"]] == []
 
 
-@codegen
 def test_gate_rows_that_allow_it_are_read_and_written_16_bytes_wide(facts):
     """VEC 8 is a whole 16 bytes of bfloat16, which the launchers take wherever a row divides by it."""
     wide = [
@@ -284,7 +301,6 @@ def test_gate_rows_that_allow_it_are_read_and_written_16_bytes_wide(facts):
             assert "16" in row["stores"], row
 
 
-@codegen
 def test_gate_products_run_on_the_tensor_cores(facts):
     products = [row for row in facts if row["kernel"].startswith("conv_transpose2d")]
     assert products
@@ -292,7 +308,6 @@ def test_gate_products_run_on_the_tensor_cores(facts):
     assert [row for row in products if row["sm"] == 90 and not row["wgmma"] and not is_helper(row)] == []
 
 
-@codegen
 def test_gate_products_are_fetched_by_the_copy_engine(facts):
     """In channels_last on sm_90 and later, at the networks' sizes: all three products, and stored 16 bytes wide."""
     products = [row for row in facts if row["kernel"].startswith("conv_transpose2d") and not is_helper(row)]

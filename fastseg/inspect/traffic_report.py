@@ -23,7 +23,7 @@ from .traffic import KernelTraffic, metering
 IMAGES = ((2, 64, 32, 64), (1, 24, 38, 54))
 OVERLAPPED = ((1, 32, 8, 32), (1, 24, 9, 13))
 STEM = (3, 2, 1)  # kernel, stride, padding of a ResNet's first pool: windows that overlap
-NORMED = ((2, 16, 32, 64), (1, 24, 19, 27))
+NORMED = ((2, 16, 32, 64), (1, 24, 38, 54))
 LOGITS = (11, 19, 21, 150)
 
 
