@@ -147,13 +147,13 @@ SIZES: dict[str, list[tuple[Callable[..., Iterator[Case]], tuple[Any, ...]]]] = 
         *((cases.max_unpool2d, size) for size in POOLS),
         (cases.max_unpool2d_anywhere, ((2, 3, 4, 5),)),
     ],
-    "batch_norm_relu": [  # shape, kernel of the pooling, ceil_mode
+    "batch_norm_relu": [  # shape, kernel of the pooling, ceil_mode, conv_bias, whose gradient is zero but for rounding
         (cases.batch_norm_relu, size)
         for size in [
-            ((2, 8, 8, 16), 2, False),
-            ((2, 5, 9, 11), 2, True),
-            ((1, 24, 6, 7), 3, True),
-            ((2, 3, 2, 1), 1, False),
+            ((2, 8, 8, 16), 2, False, False),
+            ((2, 5, 9, 11), 2, True, False),
+            ((1, 24, 6, 7), 3, True, False),
+            ((2, 3, 2, 1), 1, False, False),
         ]
     ],
     "conv_transpose2d": [  # shape, output channels, kernel, stride, padding, output_padding, groups, dilation
