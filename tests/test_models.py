@@ -342,6 +342,7 @@ def test_one_pixel(device):
 def test_compiles_whole(device):
     model = models.SegNet(width=0.03).to(device, torch.float64)
     x, upstream = (torch.randn(2, c, *ODD, device=device, dtype=torch.float64) for c in (3, 11))
+    x = x.contiguous(memory_format=torch.channels_last)
     start = copy.deepcopy(model.state_dict())
     want = copy.deepcopy(results(model, x, upstream))
     torch._dynamo.reset()
@@ -356,7 +357,7 @@ def test_compiles_whole(device):
 @pytest.mark.parametrize("training", [True, False])
 def test_exports_its_operators(device, training):
     model = models.SegNet(width=0.03).to(device, torch.float64).train(training)
-    x = torch.randn(2, 3, *ODD, device=device, dtype=torch.float64)
+    x = torch.randn(2, 3, *ODD, device=device, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
     program = torch.export.export(model, (x,))
     targets = [node.target for node in program.graph.nodes]
     assert targets.count(torch.ops.fastseg.max_pool2d.default) == 5
