@@ -64,7 +64,7 @@ def cross_entropy_fwd_kernel(
         program = program.to(tl.int64)
     DTYPE: tl.constexpr = lse.dtype.element_ty
     SHARED: tl.constexpr = PROBABILITIES or SMOOTHING != 0
-    SIZE = PIXELS if CHANNELS_LAST else RUNS * VEC
+    SIZE = PIXELS if CHANNELS_LAST else tl.cast(RUNS, program.dtype) * VEC
     p = (program % TILES) * BLOCK + tl.arange(0, BLOCK)
     live = p < SIZE
     image = program // TILES
@@ -111,7 +111,8 @@ def cross_entropy_fwd_kernel(
     else:
         tl.store(lse + pixel, highest + above, mask=live)
     if PROBABILITIES:
-        tl.store(lse + (2 if SPLIT else 1) * PIXELS + pixel, mass, mask=live)
+        masses = lse + PIXELS + PIXELS if SPLIT else lse + PIXELS  # 2 * PIXELS can pass int32
+        tl.store(masses + pixel, mass, mask=live)
     factor = label_weight(weight, label, DTYPE, WEIGHTED and not PROBABILITIES)
     value = pixel_loss(label, factor, picked, highest, total, mass, short, PROBABILITIES, SMOOTHING, Z_LOSS)
     if REDUCTION == "none":

@@ -72,7 +72,8 @@ def read_pixels(
     highest, above = read_lse(lse, PIXELS, o, live, SPLIT)
     mass = smoothed + tl.zeros_like(highest)
     if PROBABILITIES:
-        mass = tl.load(lse + (2 if SPLIT else 1) * PIXELS + o, mask=live, other=0.0)
+        masses = lse + PIXELS + PIXELS if SPLIT else lse + PIXELS  # 2 * PIXELS can pass int32
+        mass = tl.load(masses + o, mask=live, other=0.0)
     factor = label_weight(weight, label, lse.dtype.element_ty, WEIGHTED and not PROBABILITIES)
     gain, spread = pixel_factors(scale, label, factor, highest, above, mass, PROBABILITIES, SMOOTHING, Z_LOSS)
     return label, scale, highest, above, gain, spread
@@ -94,7 +95,7 @@ def cross_entropy_bwd_kernel(
         program = program.to(tl.int64)
     DTYPE: tl.constexpr = lse.dtype.element_ty
     SHARED: tl.constexpr = PROBABILITIES or SMOOTHING != 0
-    SIZE = RUNS * VEC
+    SIZE = tl.cast(RUNS, program.dtype) * VEC
     p = (program % TILES) * BLOCK + tl.arange(0, BLOCK)
     live = p < SIZE
     image = program // TILES

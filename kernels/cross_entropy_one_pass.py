@@ -86,7 +86,7 @@ def cross_entropy_one_pass_kernel(
     program = tl.program_id(0)
     if WIDE:
         program = program.to(tl.int64)
-    SIZE = RUNS * VEC
+    SIZE = tl.cast(RUNS, program.dtype) * VEC
     p = (program % TILES) * BLOCK + tl.arange(0, BLOCK)
     live = p < SIZE
     image = program // TILES

@@ -37,7 +37,7 @@ def read_softmax(
     live = p < SIZE
     label, stray = read_label(labels, image * SIZE + p, live, C, IGNORE)
     c = tl.arange(0, WIDTH)[None, :]
-    o = image * SIZE * C + (p[:, None] * C + c if CHANNELS_LAST else c * SIZE + p[:, None])
+    o = image * SIZE * C + (p[:, None] * C + c if CHANNELS_LAST else c.to(p.dtype) * SIZE + p[:, None])
     inside = live[:, None] & (c < C)
     value = tl.load(logits + o, mask=inside, other=float("-inf")).to(DTYPE)
     highest = tl.max(value, axis=1)

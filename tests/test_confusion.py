@@ -55,6 +55,17 @@ def test_of_logits(backend, device):
 
 
 @BACKENDS
+@pytest.mark.parametrize("classes", [255, 256, 300])
+def test_labels_whose_dtype_cannot_hold_the_number_of_classes(classes, backend, device):
+    target = torch.tensor([[[0, 7], [200, 254]]], dtype=torch.uint8, device=device)
+    with fastseg.backend(backend):
+        matrix = FS.confusion_matrix(target, target, classes)
+        assert torch.equal(matrix.nonzero().cpu(), torch.tensor([[n, n] for n in (0, 7, 200, 254)]))
+        logits = torch.zeros(1, classes, 2, 2, device=device).scatter_(1, target[:, None].long(), 1.0)
+        assert torch.equal(FS.confusion_matrix(logits, target), matrix)
+
+
+@BACKENDS
 def test_opcheck(backend, device):
     call = (torch.randint(4, (3, 5), device=device), torch.randint(4, (3, 5), device=device), 4, None)
     with fastseg.backend(backend):

@@ -108,6 +108,27 @@ def test_a_bad_label_is_named_where_it_stands(shape, backend):
     assert f"Target 7 is out of bounds at {where}" in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "classes, dtype, backend",
+    [
+        (255, torch.uint8, "triton"),
+        (256, torch.uint8, "triton"),
+        (300, torch.uint8, "triton"),
+        (2**15, torch.int16, "torch"),
+    ],
+)
+def test_labels_whose_dtype_cannot_hold_the_number_of_classes(classes, dtype, backend, device):
+    largest = min(classes - 1, torch.iinfo(dtype).max)
+    target = torch.tensor([[[0, 7], [200, largest]]], dtype=dtype, device=device)
+    features, linear_weight = torch.randn(1, 3, 2, 2, device=device), torch.randn(classes, 3, device=device)
+    x = torch.einsum("ck,nkhw->nchw", linear_weight, features)
+    want = F.cross_entropy(x, target.long())
+    with fastseg.backend(backend):
+        torch.testing.assert_close(FS.cross_entropy(x, target), want)
+        torch.testing.assert_close(FS.upsample_cross_entropy(x, target), want)
+        torch.testing.assert_close(FS.linear_cross_entropy(features, linear_weight, target), want)
+
+
 def test_explain(device):
     x, target = X.to(device), TARGET.to(device)
     with fastseg.backend("triton"):

@@ -8,6 +8,7 @@ import textwrap
 import pytest
 import torch
 import torch.nn.functional as F
+from addresses import addresses, recorded
 from cross_entropy_common import INTERPRETED, LAYOUTS, NAN, QUIET, make
 
 import fastseg
@@ -92,6 +93,60 @@ def test_bytes_moved_are_the_floor(classes, size, passes, layout, triton_backend
     aligned = math.prod(size) % 16 == 0
     assert floor <= sum(launch.sectors() for launch in launches) <= (1.05 if aligned else 1.15) * floor
     assert [launch.outside for launch in launches] == [0] * len(launches)
+
+
+# --- addresses past 2^31 elements ------------------------------------------------------------------------------------
+
+
+def on_meta(shape, dtype, terms=1):
+    """Logits, and what the kernels take of labels and losses, without data."""
+    x = torch.empty(shape, dtype=dtype, device="meta")
+    labels = torch.empty((shape[0], *shape[2:]), dtype=torch.uint8, device="meta")
+    lse, loss = torch.empty((terms, *labels.shape), device="meta"), torch.empty((), device="meta")
+    return x, labels, lse, loss
+
+
+@INTERPRETED
+@pytest.mark.parametrize("size", [2**31 + 16, 300**3])
+def test_the_last_program_of_a_huge_image(size):
+    """More pixels than 2^31 in one image, and fewer of many classes: all that is read and written, and no more."""
+    classes = 2 if size > 2**31 else 117
+    x, labels, lse, loss = on_meta((1, classes, 1, size), torch.float16)
+    grad, nothing, rest = torch.empty_like(x), loss.new_empty((0,)), ("count", -100, 0.0, 0.0, False)
+
+    def run():
+        forward.cross_entropy_fwd(x, labels, None, *rest, loss, lse, loss, nothing, nothing)
+        backward.cross_entropy_bwd(loss, x, labels, None, lse, loss, *rest, grad)
+        one_pass.cross_entropy_one_pass(x, labels, None, *rest, loss, grad, nothing, loss, nothing, nothing)
+
+    launches = [launch for launch in recorded(run) if launch[1] > 1]
+    assert len(launches) == 3
+    for launch in launches:
+        block = launch[3]["BLOCK"]
+        pixels = range((size - 1) // block * block, size)
+        logits = {c * size + p for c in range(classes) for p in pixels}
+        found = addresses(launch, launch[1] - 1)
+        assert found["load", torch.uint8] == set(pixels)
+        assert found["load", torch.float16] == logits
+        assert found.get(("store", torch.float16), logits) == logits
+        assert addresses(launch, 5)["load", torch.uint8] == set(range(5 * block, 6 * block))
+
+
+@INTERPRETED
+def test_the_third_plane_of_huge_sums():
+    """Of class probabilities in float32 lse has two terms and the mass of the target behind them, 2^31 elements on."""
+    size = 2**30
+    x, _, lse, _ = on_meta((1, 2, 1, size), torch.float32, terms=3)
+    targets, grad, rest = torch.empty_like(x), torch.empty_like(x), ("none", -100, 0.0, 0.0, False)
+    nothing, loss = lse.new_empty((0,)), lse[0]
+    (launch,) = recorded(
+        lambda: forward.cross_entropy_fwd(x, targets, None, *rest, loss, lse, loss, nothing, nothing)
+    )  # fmt: skip
+    planes = {term * size + p for term in range(3) for p in range(size - launch[3]["BLOCK"], size)}
+    assert planes <= addresses(launch, launch[1] - 1)["store", torch.float32]
+    # Loads are told apart from the first tensor alone, which is the gradient of the loss.
+    (launch,) = recorded(lambda: backward.cross_entropy_bwd(lse, x, targets, None, lse, loss, *rest, grad))
+    assert planes <= addresses(launch, launch[1] - 1)["load", torch.float32]
 
 
 # --- labels that are no class ----------------------------------------------------------------------------------------

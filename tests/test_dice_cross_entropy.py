@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from addresses import addresses, recorded
 from cross_entropy_common import DTYPES, INTERPRETED, LAYOUTS, NAN, QUIET, make
 
 import fastseg
@@ -190,3 +191,25 @@ def test_what_is_not_covered_falls_back_with_a_reason(device, triton_backend):
         FS.dice_cross_entropy(x, target)
     with fastseg.backend("auto"):
         torch.testing.assert_close(FS.dice_cross_entropy(x, target), composed(x, target))
+
+
+@INTERPRETED
+@LAYOUTS
+def test_the_last_program_of_one_huge_image(layout):
+    """More than 2^31 logits of fewer pixels: all that is read and written, and no more."""
+    last, classes, size = layout == torch.channels_last, 117, 300**3
+    x = torch.empty((1, classes, 1, size), dtype=torch.float16, device="meta").to(memory_format=layout)
+    labels = torch.empty((1, 1, size), dtype=torch.uint8, device="meta")
+    grad, sums, loss = torch.empty_like(x), torch.empty((1, 3, classes), device="meta"), torch.empty(2, device="meta")
+
+    def run():
+        kernels.dice_cross_entropy_fwd(x, labels, None, 255, last, loss, sums)
+        kernels.dice_cross_entropy_bwd(loss, sums, x, labels, None, 255, last, grad)
+
+    for launch, access in zip(recorded(run), ("load", "store"), strict=True):
+        step = launch[3]["BLOCK"] * launch[3].get("STEPS", 1)
+        pixels = range((size - 1) // step * step, size)
+        found = addresses(launch, launch[1] - 1)
+        assert found["load", torch.uint8] == set(pixels)
+        logits = {p * classes + c if last else c * size + p for c in range(classes) for p in pixels}
+        assert found["load", torch.float16] == found[access, torch.float16] == logits

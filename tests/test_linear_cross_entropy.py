@@ -173,6 +173,9 @@ def test_bad_arguments(change, error, words):
 def test_the_module(device):
     loss = nn.LinearCrossEntropyLoss(3, 5, bias=True, ignore_index=255, weight=torch.rand(5), chunk=7).to(device)
     assert set(loss.state_dict()) == {"weight", "linear.weight", "linear.bias"}
+    assert loss.extra_repr() == (
+        "ignore_index=255, reduction='mean', label_smoothing=0.0, normalization='weights', z_loss=0.0, chunk=7"
+    )
     x, _, _, target = make((2, 3, 3, 4), 5, device)
     want = composed(x, loss.linear.weight, loss.linear.bias, target, loss.weight)
     torch.testing.assert_close(loss(x, target), want)

@@ -436,12 +436,29 @@ def test_explain():
 
 def test_the_module(device):
     weight = torch.rand(3)
-    loss = nn.UpsampleCrossEntropyLoss(weight, 255, "sum", 0.1, scale_factor=2, align_corners=True).to(device)
+    arguments = (weight, None, 255, None, "sum", 0.1)  # in torch's order
+    loss = nn.UpsampleCrossEntropyLoss(*arguments, scale_factor=2, align_corners=True).to(device)
     x, target = make((2, 3, 3, 4), {"scale_factor": 2}, device)
     want = composed(x, target, {"scale_factor": 2, "mode": "bilinear", "align_corners": True}, loss.weight,
                     reduction="sum", label_smoothing=0.1)  # fmt: skip
     torch.testing.assert_close(loss(x, target), want)
-    assert list(loss.state_dict()) == ["weight"] and "scale_factor=2" in repr(loss)
+    assert list(loss.state_dict()) == ["weight"]
+    assert repr(loss) == (
+        "UpsampleCrossEntropyLoss(scale_factor=2, mode='bilinear', align_corners=True, ignore_index=255, "
+        "reduction='sum', label_smoothing=0.1, normalization='weights', z_loss=0.0)"
+    )
+
+
+@pytest.mark.filterwarnings("ignore:size_average and reduce args will be deprecated")
+@pytest.mark.parametrize("size_average, reduce", [(True, None), (False, None), (False, True), (None, False)])
+def test_the_module_takes_torch_s_older_arguments(size_average, reduce, device):
+    loss, theirs = (
+        module(None, size_average, 255, reduce, "mean", 0.1)
+        for module in (nn.UpsampleCrossEntropyLoss, torch.nn.CrossEntropyLoss)
+    )
+    assert (loss.reduction, loss.ignore_index) == (theirs.reduction, 255)
+    x, target = torch.randn(2, 3, 4, 5, device=device), torch.randint(3, (2, 4, 5), device=device)
+    torch.testing.assert_close(loss(x, target), theirs(x, target))
 
 
 def test_bands_hold_all_their_rows():

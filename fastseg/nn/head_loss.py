@@ -9,19 +9,27 @@ from torch import Tensor, nn
 
 from .. import functional as F
 
+LOSS_ARGUMENTS = ("ignore_index", "reduction", "label_smoothing", "normalization", "z_loss")
+
+
+def _shown(module: nn.Module, *names: str) -> str:
+    return ", ".join(f"{name}={getattr(module, name)!r}" for name in names if getattr(module, name) is not None)
+
 
 class UpsampleCrossEntropyLoss(nn.CrossEntropyLoss):
     """nn.CrossEntropyLoss of logits that are resized to the target, on fastseg.functional.upsample_cross_entropy.
 
-    Its arguments, weight being a buffer, behind torch.nn.Upsample's size, scale_factor, mode ("bilinear" or
-    "nearest"), align_corners and recompute_scale_factor; with neither size nor scale_factor the size is the target's.
-    normalization, z_loss: as the function's. forward(input (N, C, h, w), target (N, H, W)).
+    Its arguments in its order, weight being a buffer, and by name torch.nn.Upsample's size, scale_factor, mode
+    ("bilinear" or "nearest"), align_corners and recompute_scale_factor; with neither size nor scale_factor the size is
+    the target's. normalization, z_loss: as the function's. forward(input (N, C, h, w), target (N, H, W)).
     """
 
     def __init__(
         self,
         weight: Tensor | None = None,
+        size_average: bool | None = None,
         ignore_index: int = -100,
+        reduce: bool | None = None,
         reduction: str = "mean",
         label_smoothing: float = 0.0,
         *,
@@ -33,7 +41,7 @@ class UpsampleCrossEntropyLoss(nn.CrossEntropyLoss):
         normalization: str = "weights",
         z_loss: float = 0.0,
     ) -> None:
-        super().__init__(weight, None, ignore_index, None, reduction, label_smoothing)
+        super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
         self.size, self.scale_factor, self.mode = size, scale_factor, mode
         self.align_corners, self.recompute_scale_factor = align_corners, recompute_scale_factor
         self.normalization, self.z_loss = normalization, z_loss
@@ -56,8 +64,8 @@ class UpsampleCrossEntropyLoss(nn.CrossEntropyLoss):
         )
 
     def extra_repr(self) -> str:
-        names = ("size", "scale_factor", "mode", "align_corners", "ignore_index", "reduction", "label_smoothing")
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names if getattr(self, name) is not None)
+        resizing = ("size", "scale_factor", "mode", "align_corners", "recompute_scale_factor")
+        return _shown(self, *resizing, *LOSS_ARGUMENTS)
 
 
 class LinearCrossEntropyLoss(nn.CrossEntropyLoss):
@@ -103,3 +111,6 @@ class LinearCrossEntropyLoss(nn.CrossEntropyLoss):
             z_loss=self.z_loss,
             chunk=self.chunk,
         )
+
+    def extra_repr(self) -> str:
+        return _shown(self, *LOSS_ARGUMENTS, "chunk")

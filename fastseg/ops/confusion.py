@@ -17,7 +17,8 @@ def _refuse_strays(pred: Tensor, target: Tensor, num_classes: int, ignore_index:
     valid = torch.ones_like(target, dtype=torch.bool) if ignore_index is None else target.long() != ignore_index
     for name, labels in (("pred", pred), ("target", target)):
         labels = labels[valid]
-        if labels.numel() and not 0 <= labels.min() <= labels.max() < num_classes:
+        # As Python's integers: torch would wrap a num_classes that the labels' dtype cannot hold.
+        if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
             raise ValueError(f"{name} holds labels outside 0..{num_classes - 1}")
 
 

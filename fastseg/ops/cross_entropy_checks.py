@@ -135,7 +135,8 @@ def refuse_strays(name: str, classes: int, target: Tensor, ignore_index: int) ->
     """IndexError for a label that is neither a class nor ignored. On a GPU a device-side assertion says it."""
     if target.device.type != "cpu" or target.is_floating_point() or target.numel() == 0:
         return
-    stray = ((target < 0) | (target >= classes)) & (target.long() != ignore_index)
+    labels = target.long()  # torch would wrap a number of classes that the labels' dtype cannot hold
+    stray = ((labels < 0) | (labels >= classes)) & (labels != ignore_index)
     if stray.any():
         where = tuple(stray.nonzero()[0].tolist())
         raise IndexError(
