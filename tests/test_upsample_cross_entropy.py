@@ -13,6 +13,7 @@ import fastseg
 from fastseg import functional as FS
 from fastseg import nn
 from fastseg.kernels import upsample_cross_entropy as kernels
+from fastseg.kernels.upsample import upsample_argmax
 from fastseg.ops import chunks
 from fastseg.ops import upsample_cross_entropy as ops
 from fastseg.ops.upsample import Bands
@@ -455,3 +456,58 @@ def test_bands_hold_all_their_rows():
             start, stop = bands.reach(slice(row, row + 1))
             used = bands.taps[:, row][bands.weights[:, row] != 0]
             assert start <= used.min() and used.max() < stop
+
+
+# --- addresses past 2^31 elements ------------------------------------------------------------------------------------
+
+
+def wide_launches(layout):
+    """(forward, backward, argmax), and numbers of elements of logits, gradient and labels."""
+    from addresses import recorded
+
+    if layout == "expanded":  # the logits are small, their gradient is not
+        x = torch.empty((1, 150, 512, 512), dtype=torch.float16, device="meta").expand(200, -1, -1, -1)
+        grad = torch.empty(x.shape, dtype=x.dtype, device="meta")
+    else:
+        x = torch.empty((1, 150, 4096, 4096), dtype=torch.float16, device="meta")
+        x = x.contiguous(memory_format=torch.channels_last)
+        x = x.transpose(2, 3) if layout == "transposed" else x
+        grad = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+    labels = torch.empty((x.shape[0], *x.shape[2:]), dtype=torch.uint8, device="meta")
+    lse, one = torch.empty((1, *labels.shape), device="meta"), torch.empty((), device="meta")
+    way, terms = (None, "bilinear", False), ("count", 255, 0.0, 0.0)
+    launches = recorded(
+        lambda: (
+            kernels.upsample_cross_entropy_fwd(x, labels, None, *way, *terms, one, lse, one),
+            kernels.upsample_cross_entropy_bwd(one, x, labels, None, lse, one, *way, *terms, grad),
+            upsample_argmax(x, labels, None, *way),
+        )
+    )
+    forward, backward, argmax = (launch for launch in launches if launch[0].__name__.startswith("upsample"))
+    elements = 1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
+    return forward, backward, argmax, elements, grad.numel(), labels.numel()
+
+
+@INTERPRETED
+@pytest.mark.parametrize("layout", ["channels_last", "transposed", "expanded"])
+def test_addresses_past_two_to_the_31(layout):
+    from addresses import addresses
+
+    forward, backward, argmax, elements, gradient, pixels = wide_launches(layout)
+    ends = {  # of the elements that each kernel touches in tensors that only it could mistake
+        "forward": (forward, {("load", torch.float16): elements, ("load", torch.uint8): pixels}),
+        "backward": (
+            backward,
+            {
+                ("load", torch.float16): elements,
+                ("load", torch.uint8): pixels,
+                ("store", torch.float16): gradient,
+            },
+        ),
+        "argmax": (argmax, {("load", torch.float16): elements, ("store", torch.uint8): pixels}),
+    }
+    for name, (launch, counts) in ends.items():
+        first, last = (addresses(launch, program) for program in (0, launch[1] - 1))
+        for key, count in counts.items():
+            assert min(first[key]) == 0 and max(first[key]) < count, (name, key)
+            assert min(last[key]) >= 0 and max(last[key]) == count - 1, (name, key)
