@@ -98,7 +98,8 @@ def test_the_reference_is_torchs_composition_in_float64(small, way, monkeypatch,
         monkeypatch.setattr(chunks, "ELEMENTS", elements)
         monkeypatch.setattr("fastseg.ops.upsample.FEW_CLASSES", few)
         options = {"ignore_index": 255, "reduction": "none", "label_smoothing": 0.2}
-        got = results(FS.upsample_cross_entropy, x, target, weight, **way, **options)
+        with fastseg.backend("torch"):
+            got = results(FS.upsample_cross_entropy, x, target, weight, **way, **options)
         for ours, theirs in zip(got, want, strict=True):
             # interpolate's own positions are rounded to float64 along another way
             torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
@@ -202,7 +203,26 @@ def test_a_masked_class_in_nearest_mode(backend, device):
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-6)
 
 
-@BACKENDS
+@INTERPRETED
+def test_a_cpu_holds_the_large_logits_of_few_classes_alone():
+    way = {"size": (6, 8), "mode": "bilinear"}
+    for classes in (1, 4, 5):
+        x, target = make((2, classes, 3, 4), way, dtype=torch.float64)
+        target, options = target.to(torch.uint8), {"ignore_index": 255, "label_smoothing": 0.1}
+        loss = FS.upsample_cross_entropy(x.requires_grad_(), target, **options)
+        in_bands = "UpsampleCrossEntropyFunction" in type(loss.grad_fn).__name__
+        assert in_bands == (classes > 4)
+        with fastseg.backend("torch"):
+            banded = FS.upsample_cross_entropy(x, target, **options)
+            assert "UpsampleCrossEntropyFunction" in type(banded.grad_fn).__name__
+        torch.testing.assert_close(loss, banded)
+        torch.testing.assert_close(torch.autograd.grad(loss, x), torch.autograd.grad(banded, x))
+        target[0, 2, 3] = classes
+        with pytest.raises(IndexError, match=f"Target {classes}"):
+            FS.upsample_cross_entropy(x, target, **options)
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch", "triton"])
 def test_an_ignored_pixel_adds_nothing_whatever_its_logits(backend, device):
     x = torch.randn(1, 4, 4, 4, device=device)
     target = torch.randint(4, (1, 8, 8), device=device)
@@ -409,8 +429,10 @@ def test_gradients(mode, device):
     x, target = make((1, 3, 2, 3), {"size": (3, 5)}, device, torch.float64)
     options = {"mode": mode, "ignore_index": 255, "label_smoothing": 0.1, "z_loss": 0.01}
     loss = lambda x: FS.upsample_cross_entropy(x, target, **options)  # noqa: E731
-    assert torch.autograd.gradcheck(loss, x.requires_grad_())
-    assert torch.autograd.gradgradcheck(loss, x)
+    for backend in ("auto", "torch"):  # on a CPU with 3 classes: torch's functions, and bands
+        with fastseg.backend(backend):
+            assert torch.autograd.gradcheck(loss, x.requires_grad_())
+            assert torch.autograd.gradgradcheck(loss, x)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
