@@ -86,13 +86,17 @@ def _tile(
     top, _ = _source(above, STEP_H, IN_H, NEAREST, CORNERS)
     y_tap, y_weight = _source(y, STEP_H, IN_H, NEAREST, CORNERS)
     x_tap, x_weight = _source(x, STEP_W, IN_W, NEAREST, CORNERS)
+    tap = (y_tap - top)[:, None]
+    if WIDE:  # in one picture a row's offset, or a column's, can pass int32 too
+        top = top.to(tl.int64)
+        x_tap = x_tap.to(tl.int64)
     behind = tl.minimum(x_tap + 1, IN_W - 1) * STRIDE_W
     return (
         image,
         pixel,
         live,
         top,
-        (y_tap - top)[:, None],
+        tap,
         y_weight[:, None],
         x_tap * STRIDE_W,
         behind,
@@ -209,10 +213,13 @@ class Resizing(NamedTuple):
         return triton.cdiv(self.sizes[3], COLUMNS), triton.cdiv(self.sizes[2], self.tile()["ROWS"])
 
 
-def is_wide(low: Tensor, pixels: int) -> bool:
-    """Whether an offset can pass int32, in the small map or among the output's pixels, of a masked lane too."""
-    reach = 1 + sum((n - 1) * stride for n, stride in zip(low.shape, low.stride(), strict=True))
-    return max(reach + 64 * low.stride(1), pixels + 2**20) > INT32_MAX
+def is_wide(pixels: int, *maps: Tensor) -> bool:
+    """Whether an offset can pass int32, in a small map or among the output's pixels, of a masked lane too."""
+    reaches = [
+        1 + sum((n - 1) * stride for n, stride in zip(low.shape, low.stride(), strict=True)) + 64 * low.stride(1)
+        for low in maps
+    ]
+    return max(*reaches, pixels + 2**20) > INT32_MAX
 
 
 def upsample_argmax(
@@ -227,5 +234,5 @@ def upsample_argmax(
         low, labels, labels if probability is None else probability, across, down, *by.steps(), *by.sizes,
         *low.stride(),
         C=low.shape[1], PROBABILITY=probability is not None, **by.modes(), **by.tile(),
-        WIDE=is_wide(low, labels.numel()), num_warps=1,
+        WIDE=is_wide(labels.numel(), low), num_warps=1,
     )  # fmt: skip

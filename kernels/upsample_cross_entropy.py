@@ -133,6 +133,8 @@ def upsample_cross_entropy_bwd_kernel(
     if WIDE:
         image = image.to(tl.int64)
         c = c.to(tl.int64)
+        left = left.to(tl.int64)
+        top = top.to(tl.int64)
     o = image * STRIDE_N + c * STRIDE_C
     x_start = _first(left - 1, STEP_W, IN_W, OUT_W, NEAREST, CORNERS)
     x_end = _first(left + PATCH, STEP_W, IN_W, OUT_W, NEAREST, CORNERS)
@@ -152,6 +154,8 @@ def upsample_cross_entropy_bwd_kernel(
             x = start + tl.arange(0, COLUMNS)
             live = x < x_end
             x_tap, x_weight = _source(x, STEP_W, IN_W, NEAREST, CORNERS)
+            if WIDE:
+                x_tap = x_tap.to(tl.int64)
             inside = live[None, :] & (c < C)
             column = (x_tap * STRIDE_W)[None, :]
             behind = (tl.minimum(x_tap + 1, IN_W - 1) * STRIDE_W)[None, :]
@@ -198,12 +202,12 @@ def upsample_cross_entropy_bwd_kernel(
 
 def _constants(
     low: Tensor, target: Tensor, weight: Tensor | None, reduction: str, label_smoothing: float, z_loss: float,
-    by: Resizing,
+    by: Resizing, *maps: Tensor,
 ) -> dict[str, Any]:  # fmt: skip
-    """The compile-time arguments that forward and backward share.""" ""
+    """The compile-time arguments that forward and backward share; maps: what they read and write of the small size."""
     shared = constants(low, target, weight, reduction, label_smoothing, z_loss)
     del shared["PROBABILITIES"]
-    return shared | by.modes() | {"WIDE": is_wide(low, target.numel())}
+    return shared | by.modes() | {"WIDE": is_wide(target.numel(), *maps)}
 
 
 def upsample_cross_entropy_fwd(
@@ -226,7 +230,7 @@ def upsample_cross_entropy_fwd(
         upsample_cross_entropy_fwd_kernel, programs,
         low, target, low if weight is None else weight, loss, lse, partials, target.numel(), programs, across, down,
         ignore_index, *by.steps(), *by.sizes, *low.stride(),
-        **_constants(low, target, weight, reduction, label_smoothing, z_loss, by), **by.tile(),
+        **_constants(low, target, weight, reduction, label_smoothing, z_loss, by, low), **by.tile(),
         num_warps=1, debug=True, sanitize_overflow=False,
     )  # fmt: skip
     if summed:
@@ -248,7 +252,7 @@ def upsample_cross_entropy_bwd(
         upsample_cross_entropy_bwd_kernel, n * across * down * triton.cdiv(classes, BACKWARD_CLASSES),
         grad_loss, low, target, low if weight is None else weight, lse, denominator, grad_low, target.numel(),
         across, down, patch, ignore_index, *by.steps(), *by.sizes, *low.stride(), *grad_low.stride(),
-        **_constants(low, target, weight, reduction, label_smoothing, z_loss, by),
+        **_constants(low, target, weight, reduction, label_smoothing, z_loss, by, low, grad_low),
         PADDED=triton.next_power_of_2(classes), CLASSES=BACKWARD_CLASSES, COLUMNS=BACKWARD_COLUMNS, ROWS=PATCH_ROWS,
         LOW_COLUMNS=triton.next_power_of_2(patch), PRECISION="ieee" if low.dtype == torch.float32 else "tf32",
         num_warps=4, maxnreg=REGISTERS,

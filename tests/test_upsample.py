@@ -83,3 +83,28 @@ def test_sizes_are_interpolates(device):
                 bands = ops.Bands.of(x.expand(1, 1, short, short), size, scales, mode, False)
                 positions = (bands.taps * bands.weights).sum(0)
                 torch.testing.assert_close(positions.float(), want[0, 0, 0], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "factor, function",
+    [
+        (4, lambda x, y: FS.upsample_argmax(x, scale_factor=4)),
+        (3, lambda x, y: FS.upsample_cross_entropy(x, y)),
+        (4, lambda x, y: FS.upsample_cross_entropy(x, y, scale_factor=4.0)),
+        (4, lambda x, y: FS.confusion_matrix(x, y)),
+    ],
+    ids=["argmax", "target", "scale", "confusion"],
+)
+def test_an_export_with_dynamic_sizes_runs_on_others(factor, function):
+    class Module(torch.nn.Module):
+        def forward(self, x, y):
+            return function(x, y)
+
+    def inputs(n, h, w):
+        return torch.randn(n, 5, h, w), torch.randint(5, (n, h * factor, w * factor))
+
+    auto = torch.export.Dim.AUTO
+    sizes = {"x": {0: auto, 2: auto, 3: auto}, "y": {0: auto, 1: auto, 2: auto}}
+    exported = torch.export.export(Module(), inputs(2, 4, 6), dynamic_shapes=sizes).module()
+    other = inputs(3, 7, 5)  # less wide than high, too
+    torch.testing.assert_close(exported(*other), function(*other))

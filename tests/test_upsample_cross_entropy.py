@@ -13,6 +13,7 @@ import fastseg
 from fastseg import functional as FS
 from fastseg import nn
 from fastseg.kernels import upsample_cross_entropy as kernels
+from fastseg.kernels.upsample import upsample_argmax
 from fastseg.ops import chunks
 from fastseg.ops import upsample_cross_entropy as ops
 from fastseg.ops.upsample import Bands
@@ -97,7 +98,8 @@ def test_the_reference_is_torchs_composition_in_float64(small, way, monkeypatch,
         monkeypatch.setattr(chunks, "ELEMENTS", elements)
         monkeypatch.setattr("fastseg.ops.upsample.FEW_CLASSES", few)
         options = {"ignore_index": 255, "reduction": "none", "label_smoothing": 0.2}
-        got = results(FS.upsample_cross_entropy, x, target, weight, **way, **options)
+        with fastseg.backend("torch"):
+            got = results(FS.upsample_cross_entropy, x, target, weight, **way, **options)
         for ours, theirs in zip(got, want, strict=True):
             # interpolate's own positions are rounded to float64 along another way
             torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
@@ -201,7 +203,26 @@ def test_a_masked_class_in_nearest_mode(backend, device):
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-6)
 
 
-@BACKENDS
+@INTERPRETED
+def test_a_cpu_holds_the_large_logits_of_few_classes_alone():
+    way = {"size": (6, 8), "mode": "bilinear"}
+    for classes in (1, 4, 5):
+        x, target = make((2, classes, 3, 4), way, dtype=torch.float64)
+        target, options = target.to(torch.uint8), {"ignore_index": 255, "label_smoothing": 0.1}
+        loss = FS.upsample_cross_entropy(x.requires_grad_(), target, **options)
+        in_bands = "UpsampleCrossEntropyFunction" in type(loss.grad_fn).__name__
+        assert in_bands == (classes > 4)
+        with fastseg.backend("torch"):
+            banded = FS.upsample_cross_entropy(x, target, **options)
+            assert "UpsampleCrossEntropyFunction" in type(banded.grad_fn).__name__
+        torch.testing.assert_close(loss, banded)
+        torch.testing.assert_close(torch.autograd.grad(loss, x), torch.autograd.grad(banded, x))
+        target[0, 2, 3] = classes
+        with pytest.raises(IndexError, match=f"Target {classes}"):
+            FS.upsample_cross_entropy(x, target, **options)
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch", "triton"])
 def test_an_ignored_pixel_adds_nothing_whatever_its_logits(backend, device):
     x = torch.randn(1, 4, 4, 4, device=device)
     target = torch.randint(4, (1, 8, 8), device=device)
@@ -367,8 +388,19 @@ def test_a_stray_label_is_a_device_assertion():
         ({"size": 8, "recompute_scale_factor": True}, ValueError, "recompute_scale_factor"),
         ({"mode": "bicubic"}, NotImplementedError, "'bicubic'"),
         ({"mode": "nearest", "align_corners": False}, ValueError, "align_corners"),
-        ({"size": (8, 9)}, RuntimeError, "target must have shape"),
+        ({"size": (8, 9)}, RuntimeError, r"shape \(2, 8, 9\) for input of shape \(2, 3, 4, 4\) resized to \(8, 9\)"),
         ({"target": torch.zeros(3, 8, 8, dtype=torch.long)}, ValueError, "another batch size"),
+        ({"target": torch.zeros(3, 3, 8, 8)}, ValueError, "another batch size"),
+        ({"target": torch.zeros(2, 4, 8, 8)}, RuntimeError, r"shape \(2, 3, 8, 8\) .* has \(2, 4, 8, 8\)"),
+        ({"target": torch.zeros(2, dtype=torch.long)}, RuntimeError, r"class indices \(N, H, W\) .* shape \(2,\)"),
+        ({"target": torch.zeros(8, dtype=torch.long)}, ValueError, "class indices .* another batch size"),
+        ({"target": torch.zeros(2, 0, 0, dtype=torch.long)}, RuntimeError, "target must have rows and columns"),
+        (
+            {"target": torch.zeros(2, 3, 8, 8, dtype=torch.long)},
+            RuntimeError,
+            r"input of shape \(2, 3, 4, 4\), but is of torch.int64 and shape \(2, 3, 8, 8\)",
+        ),
+        ({"target": torch.zeros(2, 8, 8, dtype=torch.bool)}, RuntimeError, r"torch.bool and shape \(2, 8, 8\)"),
         ({"target": torch.zeros(2, 8, 8)}, RuntimeError, "class indices"),
         ({"input": torch.zeros(2, 3, 4)}, NotImplementedError, r"\(N, C, h, w\)"),
         ({"input": torch.zeros(2, 3, 4, 4, dtype=torch.long)}, NotImplementedError, "floating-point"),
@@ -408,8 +440,10 @@ def test_gradients(mode, device):
     x, target = make((1, 3, 2, 3), {"size": (3, 5)}, device, torch.float64)
     options = {"mode": mode, "ignore_index": 255, "label_smoothing": 0.1, "z_loss": 0.01}
     loss = lambda x: FS.upsample_cross_entropy(x, target, **options)  # noqa: E731
-    assert torch.autograd.gradcheck(loss, x.requires_grad_())
-    assert torch.autograd.gradgradcheck(loss, x)
+    for backend in ("auto", "torch"):  # on a CPU with 3 classes: torch's functions, and bands
+        with fastseg.backend(backend):
+            assert torch.autograd.gradcheck(loss, x.requires_grad_())
+            assert torch.autograd.gradgradcheck(loss, x)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -472,3 +506,58 @@ def test_bands_hold_all_their_rows():
             start, stop = bands.reach(slice(row, row + 1))
             used = bands.taps[:, row][bands.weights[:, row] != 0]
             assert start <= used.min() and used.max() < stop
+
+
+# --- addresses past 2^31 elements ------------------------------------------------------------------------------------
+
+
+def wide_launches(layout):
+    """(forward, backward, argmax), and numbers of elements of logits, gradient and labels."""
+    from addresses import recorded
+
+    if layout == "expanded":  # the logits are small, their gradient is not
+        x = torch.empty((1, 150, 512, 512), dtype=torch.float16, device="meta").expand(200, -1, -1, -1)
+        grad = torch.empty(x.shape, dtype=x.dtype, device="meta")
+    else:
+        x = torch.empty((1, 150, 4096, 4096), dtype=torch.float16, device="meta")
+        x = x.contiguous(memory_format=torch.channels_last)
+        x = x.transpose(2, 3) if layout == "transposed" else x
+        grad = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+    labels = torch.empty((x.shape[0], *x.shape[2:]), dtype=torch.uint8, device="meta")
+    lse, one = torch.empty((1, *labels.shape), device="meta"), torch.empty((), device="meta")
+    way, terms = (None, "bilinear", False), ("count", 255, 0.0, 0.0)
+    launches = recorded(
+        lambda: (
+            kernels.upsample_cross_entropy_fwd(x, labels, None, *way, *terms, one, lse, one),
+            kernels.upsample_cross_entropy_bwd(one, x, labels, None, lse, one, *way, *terms, grad),
+            upsample_argmax(x, labels, None, *way),
+        )
+    )
+    forward, backward, argmax = (launch for launch in launches if launch[0].__name__.startswith("upsample"))
+    elements = 1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
+    return forward, backward, argmax, elements, grad.numel(), labels.numel()
+
+
+@INTERPRETED
+@pytest.mark.parametrize("layout", ["channels_last", "transposed", "expanded"])
+def test_addresses_past_two_to_the_31(layout):
+    from addresses import addresses
+
+    forward, backward, argmax, elements, gradient, pixels = wide_launches(layout)
+    ends = {  # of the elements that each kernel touches in tensors that only it could mistake
+        "forward": (forward, {("load", torch.float16): elements, ("load", torch.uint8): pixels}),
+        "backward": (
+            backward,
+            {
+                ("load", torch.float16): elements,
+                ("load", torch.uint8): pixels,
+                ("store", torch.float16): gradient,
+            },
+        ),
+        "argmax": (argmax, {("load", torch.float16): elements, ("store", torch.uint8): pixels}),
+    }
+    for name, (launch, counts) in ends.items():
+        first, last = (addresses(launch, program) for program in (0, launch[1] - 1))
+        for key, count in counts.items():
+            assert min(first[key]) == 0 and max(first[key]) < count, (name, key)
+            assert min(last[key]) >= 0 and max(last[key]) == count - 1, (name, key)

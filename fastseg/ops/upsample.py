@@ -77,7 +77,7 @@ def check_resizing(
         scales = [float(scale) for scale in _pair(name, "scale_factor", scale_factor, Real)]
         if not all(0 < scale < math.inf for scale in scales):
             raise ValueError(f"{name}: scale_factor must be above 0 and finite, but is {scale_factor!r}")
-        out = [int(side * scale) for side, scale in zip(input.shape[2:], scales, strict=True)]
+        out = [torch.sym_int(side * scale) for side, scale in zip(input.shape[2:], scales, strict=True)]
         if recompute_scale_factor:
             scales = None
     elif default is not None:
@@ -93,7 +93,7 @@ def uncovered(input: Tensor, size: Sequence[int]) -> str | None:
     """Why the kernels cannot resize a map, in words, or None."""
     if input.dtype not in LOGITS_DTYPES:
         return f"dtype {input.dtype}"
-    if max(*input.shape[2:], *size) > LONGEST_SIDE:
+    if any(side > LONGEST_SIDE for side in (*input.shape[2:], *size)):
         return f"maps of more than {LONGEST_SIDE} rows or columns"
     return None
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import dispatch, kernels
 from .chunks import chunk_gradient, chunk_losses, even_shares, reduced
 from .cross_entropy_checks import (
+    LABEL_DTYPES,
     check_normalization,
     check_number,
     check_target,
@@ -42,6 +43,7 @@ class Arguments(NamedTuple):
 
 
 RESIZING = "float[]? scales, str mode, bool align_corners"
+FEW_CLASSES = 4  # up to which on a CPU the large logits cost less than making them twice
 NOTHING = (None,) * (2 + len(Arguments._fields))  # the gradients of all but input
 
 
@@ -64,7 +66,17 @@ def _differentiable(input: Tensor, target: Tensor, weight: Tensor | None, *rest:
     resize = getattr(torch.ops.aten, f"upsample_{mode}2d").default
     dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
     large = resize(input.to(dtype), list(target.shape[-2:]), *corners, *(scales or (None, None)))
+    if not target.is_floating_point():
+        target = target.long()
+        # What is not finite in an ignored pixel would be NaN in torch's gradient.
+        large = large.masked_fill((target == Arguments(*rest).ignore_index).unsqueeze(1), 0.0)
     return differentiable(large, target, weight, *arguments)
+
+
+def _composed(input: Tensor, target: Tensor) -> bool:
+    """Whether torch's two functions run: for class probabilities, and where their memory is little and time counts."""
+    few = input.device.type == "cpu" and input.shape[1] <= FEW_CLASSES and dispatch.get_backend() == "auto"
+    return target.is_floating_point() or few
 
 
 # --- operators -------------------------------------------------------------------------------------------------------
@@ -206,6 +218,30 @@ class UpsampleCrossEntropyFunction(torch.autograd.Function):
         return UPSAMPLE_CROSS_ENTROPY_BACKWARD(grad, input, target, weight, *rest, *ctx.arguments), *NOTHING
 
 
+def _check_target_kind(input: Tensor, target: Tensor) -> None:
+    """Labels (N, H, W) or class probabilities (N, C, H, W), of any H and W."""
+    probabilities = target.is_floating_point()
+    if (probabilities or target.dtype in LABEL_DTYPES) and target.dim() == (4 if probabilities else 3):
+        return
+    other_batch = target.shape[:1] != input.shape[:1]
+    raise (ValueError if other_batch else RuntimeError)(
+        f"{NAME}: target must be class indices (N, H, W) of dtype uint8, int16, int32 or int64, or class probabilities "
+        f"(N, C, H, W) of a floating-point dtype, for input of shape {tuple(input.shape)}, but is of {target.dtype} "
+        f"and shape {tuple(target.shape)}" + (": another batch size" if other_batch else "")
+    )
+
+
+def _check_target_shape(input: Tensor, size: Sequence[int], target: Tensor) -> None:
+    """That a target of the right kind has the pixels of the resized logits."""
+    wanted = (*input.shape[: target.dim() - 2], *size)
+    if target.shape != wanted:
+        other_batch = target.shape[0] != input.shape[0]
+        raise (ValueError if other_batch else RuntimeError)(
+            f"{NAME}: target must have shape {wanted} for input of shape {tuple(input.shape)} resized to "
+            f"{tuple(size)}, but has {tuple(target.shape)}" + (": another batch size" if other_batch else "")
+        )
+
+
 def upsample_cross_entropy(
     input: Tensor,
     target: Tensor,
@@ -224,8 +260,12 @@ def upsample_cross_entropy(
 ) -> Tensor:
     """F.cross_entropy(F.interpolate(input, size, scale_factor, mode, align_corners), target, ...) in one.
 
+    The loss alone: labels of the resized logits are upsample_argmax's to give.
+
     The resized logits are never in memory: on the kernels a call needs the losses or their partial sums, 4 bytes a
-    pixel for the backward (8 for float32 logits) and the gradient of `input`; on torch a band of rows besides.
+    pixel for the backward (8 for float32 logits) and the gradient of `input`; on torch a band of rows besides. On a CPU
+    under backend "auto" logits of up to 4 classes are resized whole, which is faster and holds 12 bytes a class and
+    pixel.
 
     input: logits (N, C, h, w) of any strides; float32, float16 and bfloat16 run on the kernels, float64 on torch.
     target: class indices (N, H, W) of dtype uint8, int16, int32 or int64, or class probabilities (N, C, H, W), for
@@ -234,7 +274,8 @@ def upsample_cross_entropy(
     mode: "bilinear" or "nearest". The other arguments are fastseg.functional.cross_entropy's.
 
     Computed, summed and returned in float32 also for half-precision logits (float64 for float64), under autocast too.
-    The gradient has input's dtype and memory format. Deterministic, no atomics: the backward gathers. An ignored pixel
+    The gradient has input's dtype and memory format. Deterministic, no atomics: the kernels' backward gathers; what
+    runs on torch (float64, class probabilities) is as deterministic as torch's own operators. An ignored pixel
     adds exactly 0 to it, whatever its logits. A logit that is infinite or NaN may make NaN of pixels nearby that
     torch's bilinear mode leaves alone. A second derivative is torch's own.
 
@@ -248,8 +289,12 @@ def upsample_cross_entropy(
     check_types(NAME, input, target, weight, ignore_index, label_smoothing)
     check_normalization(NAME, reduction, normalization)
     check_number(NAME, "z_loss", z_loss)
-    default = target.shape[-2:] if target.dim() >= 2 else None
+    _check_target_kind(input, target)
+    if size is None and scale_factor is None and 0 in target.shape[-2:]:
+        raise RuntimeError(f"{NAME}: target must have rows and columns, but has shape {tuple(target.shape)}")
+    default = target.shape[-2:]
     out, scales = check_resizing(NAME, input, size, scale_factor, mode, align_corners, recompute_scale_factor, default)
+    _check_target_shape(input, out, target)
     large = _large(input, out)
     check_target(NAME, large, target, ignore_index)
     check_weight(NAME, large, target, weight)
@@ -258,6 +303,6 @@ def upsample_cross_entropy(
         float(label_smoothing), float(z_loss),
     )  # fmt: skip
     dispatch.choose(NAME, input, _uncovered(input, target))
-    if target.is_floating_point():
+    if _composed(input, target):
         return _differentiable(input, target, weight, *arguments)
     return UpsampleCrossEntropyFunction.apply(input, target.contiguous(), weight, *arguments)[0]
