@@ -2,7 +2,8 @@
 
 Runs from a checkout, without installing it, with the python3 it is started with: torch, triton, numpy, rich and pytest
 are what it needs. Each part is a process of its own with a time limit; one that fails or hangs loses none of the
-others. What they found is in DIR: summary.json, doctor.json, verify.json, results.jsonl, codegen.json and log.txt.
+others. What they found is in DIR: summary.json, doctor.json, verify.json, results.jsonl, codegen.json, log.txt, and
+the times by which fastseg chose between its transposed convolutions and cuDNN's.
 """
 
 from __future__ import annotations
@@ -31,7 +32,20 @@ LEAST = 10.0  # seconds: with less left a part is not begun
 MARGIN = 12.0  # seconds before its limit at which a benchmark begins nothing new
 LOG_BYTES = 2_000_000  # of each part: what is beyond is dropped
 CONV_TESTS = ("conv_transpose", "conv_transpose_tma", "conv_transpose_depthwise", "conv_transpose_norm", "faster")
-OPERATOR_TESTS = ("pool", "unpool", *CONV_TESTS, "unpool_conv", "cross_entropy", "nn", "swap", "dispatch")
+NORM_TESTS = ("batch_norm", "batch_norm_modules", "models")
+LOSS_TESTS = ("cross_entropy*", "dice_cross_entropy", "linear_cross_entropy", "upsample*", "confusion")
+OPERATOR_TESTS = (
+    "pool",
+    "unpool",
+    "windows",
+    *NORM_TESTS,
+    *CONV_TESTS,
+    "unpool_conv",
+    *LOSS_TESTS,
+    "nn",
+    "swap",
+    "dispatch",
+)
 
 Command = list[str]
 
@@ -70,7 +84,15 @@ def plan(chosen: Sequence[str], quick: bool, results: Path) -> list[Part]:
     if importlib.util.find_spec("xdist") is not None and not quick:
         pytest += ["-n", str(min(8, os.cpu_count() or 1)), "--dist", "worksteal"]
     bench = [*fastseg, "bench", "run", "--out", str(results), *["--quick"] * quick]
-    tests = ["tests/test_dispatch.py"] if quick else [f"tests/test_{name}.py" for name in OPERATOR_TESTS]
+    tests = (
+        ["tests/test_dispatch.py"]
+        if quick
+        else [
+            str(path.relative_to(ROOT))
+            for name in OPERATOR_TESTS
+            for path in sorted(ROOT.glob(f"tests/test_{name}.py"))
+        ]
+    )
     small = ["--quick", "--op", "max_pool2d"] if quick else []
     few = ["--op", "max_pool2d", "--layout", "nchw", "--sm", "90"] if quick else []
     share = dict(SHARES)
@@ -89,11 +111,14 @@ def plan(chosen: Sequence[str], quick: bool, results: Path) -> list[Part]:
     return [part for part in found if part.name == "doctor" or part.name.partition("-")[0] in chosen]
 
 
-def environment() -> dict[str, str]:
-    """This process's, with the checkout first on the path, and no interpreter that would slow the kernels down."""
+def environment(out: Path) -> dict[str, str]:
+    """This process's, with the checkout first on the path, and no interpreter that would slow the kernels down.
+
+    Which of fastseg and cuDNN was found to be the faster is kept in `out` too.
+    """
     found = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     found["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), found.get("PYTHONPATH"))))
-    return found | {"PYTHONUNBUFFERED": "1"}
+    return found | {"PYTHONUNBUFFERED": "1", "FASTSEG_CACHE": str(out.resolve())}
 
 
 class Run:
@@ -144,7 +169,7 @@ class Run:
             if part.output is not None:
                 target = stack.enter_context((self.out / part.output).open("wb"))
             process = subprocess.Popen(
-                command, cwd=ROOT, env=environment(), stdin=subprocess.DEVNULL, stdout=target,
+                command, cwd=ROOT, env=environment(self.out), stdin=subprocess.DEVNULL, stdout=target,
                 stderr=subprocess.STDOUT if part.output is None else subprocess.PIPE, start_new_session=True,
             )  # fmt: skip
             stream = process.stdout if part.output is None else process.stderr
