@@ -10,7 +10,7 @@ from .ops.pool import max_pool2d, max_pool2d_with_offsets
 from .ops.unpool import max_unpool2d, max_unpool2d_with_offsets
 from .ops.unpool_conv import max_unpool2d_conv2d
 from .ops.upsample import upsample_argmax
-from .ops.upsample_cross_entropy import upsample_cross_entropy
+from .ops.upsample_cross_entropy import upsample_cross_entropy, upsample_cross_entropy_with_predictions
 from .ops.windows import indices_to_offsets, offsets_to_indices
 
 __all__ = [
@@ -33,4 +33,5 @@ __all__ = [
     "offsets_to_indices",
     "upsample_argmax",
     "upsample_cross_entropy",
+    "upsample_cross_entropy_with_predictions",
 ]

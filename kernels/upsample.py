@@ -127,6 +127,12 @@ def _class(
 
 
 @triton.jit
+def _wins(values, highest):
+    """Whether a class is chosen over those before it: of equal values the first is, and a NaN over any number."""
+    return (values > highest) | ((values != values) & (highest == highest))
+
+
+@triton.jit
 def upsample_argmax_kernel(
     low, labels, probability, TILES_X, TILES_Y, STEP_H, STEP_W, IN_H, IN_W, OUT_H, OUT_W,
     STRIDE_N, STRIDE_C, STRIDE_H, STRIDE_W,
@@ -150,7 +156,7 @@ def upsample_argmax_kernel(
             low, image * STRIDE_N, c, top, tap, down, column, behind, along, inside, IN_H, STRIDE_C, STRIDE_H,
             C, NEAREST, TAPS, WIDE,
         )  # fmt: skip
-        higher = (values > highest) | ((values != values) & (highest == highest))
+        higher = _wins(values, highest)
         best = tl.where(higher, c.to(tl.int32), best)
         peak = tl.where(higher, values, highest)
         if PROBABILITY:

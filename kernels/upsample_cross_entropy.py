@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .cross_entropy import Predicted
 from .cross_entropy import total as add_up
 from .cross_entropy_bwd import read_pixels
 from .cross_entropy_parts import (
@@ -34,7 +35,7 @@ from .cross_entropy_parts import (
     smoothed_mass,
 )
 from .launch import launch
-from .upsample import Resizing, _class, _first, _row, _source, _tile, is_wide
+from .upsample import Resizing, _class, _first, _row, _source, _tile, _wins, is_wide
 
 BACKWARD_CLASSES = 16  # of a program: the least that a product takes
 BACKWARD_COLUMNS = 32  # output columns that it holds at a time
@@ -45,16 +46,17 @@ LEAST_PATCH, LARGEST_PATCH = 16, 32  # columns of the small map in a product
 
 @triton.jit
 def upsample_cross_entropy_fwd_kernel(
-    low, target, weight, loss, lse, partials, PIXELS, PROGRAMS, TILES_X, TILES_Y, IGNORE, STEP_H, STEP_W,
-    IN_H, IN_W, OUT_H, OUT_W, STRIDE_N, STRIDE_C, STRIDE_H, STRIDE_W,
+    low, target, weight, loss, lse, partials, prediction, counts, PIXELS, PROGRAMS, TILES_X, TILES_Y, IGNORE,
+    STEP_H, STEP_W, IN_H, IN_W, OUT_H, OUT_W, STRIDE_N, STRIDE_C, STRIDE_H, STRIDE_W,
     C: tl.constexpr, REDUCTION: tl.constexpr, WEIGHTED: tl.constexpr, SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr,
-    SPLIT: tl.constexpr, NEAREST: tl.constexpr, CORNERS: tl.constexpr, TAPS: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, WIDE: tl.constexpr,
+    SPLIT: tl.constexpr, PREDICT: tl.constexpr, NEAREST: tl.constexpr, CORNERS: tl.constexpr, TAPS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One program takes a tile of pixels through all classes, two at a time.
 
     Reads the taps of the small map and the labels; writes lse, and the losses (REDUCTION "none") or the sums of the
     tile's losses and of what they are divided by. The sums over the classes are cross_entropy_parts.accumulate's.
+    PREDICT: also the class of each pixel's largest value, and how many pixels are right and how many count.
     """
     program = tl.program_id(0)
     image, pixel, live, top, tap, down, column, behind, along, inside = _tile(
@@ -68,6 +70,9 @@ def upsample_cross_entropy_fwd_kernel(
     picked = tl.zeros((ROWS, COLUMNS), tl.float32)
     short = tl.zeros((ROWS, COLUMNS), tl.float32)
     mass = 0.0
+    if PREDICT:
+        best = tl.zeros((ROWS, COLUMNS), tl.int32)
+        winner = tl.full((ROWS, COLUMNS), float("-inf"), tl.float32)  # `highest` passes over NaN
     for step in range(0, C, 2):
         c = step + image * 0  # a tensor, in the interpreter too
         one = _class(
@@ -92,6 +97,13 @@ def upsample_cross_entropy_fwd_kernel(
             short += tl.where(c + 1 < C, second * (shift - two), 0.0)
             mass += first + second
         highest = peak
+        if PREDICT:
+            higher = _wins(one, winner)
+            best = tl.where(higher, c.to(tl.int32), best)
+            winner = tl.where(higher, one, winner)
+            higher = _wins(two, winner)
+            best = tl.where(higher, (c + 1).to(tl.int32), best)
+            winner = tl.where(higher, two, winner)
     above = tl.log(total)
     if SPLIT:
         tl.store(lse + pixel, highest, mask=live)
@@ -108,6 +120,10 @@ def upsample_cross_entropy_fwd_kernel(
             factor = tl.where(label >= 0, 1.0, 0.0)
         if REDUCTION == "weights" or REDUCTION == "valid":
             tl.store(partials + PROGRAMS + program, tl.sum(tl.sum(factor, axis=1), axis=0))
+    if PREDICT:
+        tl.store(prediction + pixel, best.to(prediction.dtype.element_ty), mask=live)
+        tl.store(counts + program, tl.sum(tl.sum((label == best).to(tl.int32), axis=1), axis=0))
+        tl.store(counts + PROGRAMS + program, tl.sum(tl.sum((label >= 0).to(tl.int32), axis=1), axis=0))
 
 
 @triton.jit
@@ -213,26 +229,28 @@ def _constants(
 def upsample_cross_entropy_fwd(
     low: Tensor, target: Tensor, weight: Tensor | None, scales: Sequence[float] | None, mode: str,
     align_corners: bool, reduction: str, ignore_index: int, label_smoothing: float, z_loss: float, loss: Tensor,
-    lse: Tensor, denominator: Tensor,
+    lse: Tensor, denominator: Tensor, prediction: Tensor, counts: Tensor,
 ) -> None:  # fmt: skip
-    """Write loss, lse and, where it is a sum over the pixels, denominator of `low` (N, C, h, w), of any strides.
+    """Write loss and lse of `low` (N, C, h, w), of any strides, and denominator where it is a sum over the pixels.
 
     target: (N, H, W). reduction: "none", "sum", or what the sum is divided by: "weights", "valid", or "count", which
     the denominator holds already. loss: (N, H, W) for "none", else of no dimension; lse: (1, N, H, W), or
-    (2, N, H, W) for its two terms.
+    (2, N, H, W) for its two terms. prediction (N, H, W) and counts (right, valid) are written, unless they are empty.
     """
     by = Resizing.of(low, target.shape[1:], scales, mode, align_corners)
     across, down = by.tiles()
     programs = low.shape[0] * across * down
     summed = reduction != "none"
     partials = torch.empty((2, programs), dtype=torch.float32, device=low.device) if summed else loss
+    predicted = Predicted(prediction, counts, programs, loss)
     launch(
         upsample_cross_entropy_fwd_kernel, programs,
-        low, target, low if weight is None else weight, loss, lse, partials, target.numel(), programs, across, down,
-        ignore_index, *by.steps(), *by.sizes, *low.stride(),
+        low, target, low if weight is None else weight, loss, lse, partials, *predicted.arguments,
+        target.numel(), programs, across, down, ignore_index, *by.steps(), *by.sizes, *low.stride(),
         **_constants(low, target, weight, reduction, label_smoothing, z_loss, by, low), **by.tile(),
-        num_warps=1, debug=True, sanitize_overflow=False,
+        PREDICT=predicted.wanted, num_warps=1, debug=True, sanitize_overflow=False,
     )  # fmt: skip
+    predicted.total()
     if summed:
         add_up(partials, loss, denominator, programs, reduction)
 

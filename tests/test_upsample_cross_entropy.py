@@ -429,8 +429,9 @@ def test_opcheck(dtype, reduction, backend, device):
     arguments = ([2.0, 5 / 3], "bilinear", False, reduction, 0, 255, 0.1, 0.0)
     with fastseg.backend(backend):
         call = (x, target, torch.rand(3, device=device), *arguments)
-        torch.library.opcheck(torch.ops.fastseg.upsample_cross_entropy.default, call)
-        loss, lse, denominator = ops.UPSAMPLE_CROSS_ENTROPY(*call)
+        for predicted in (None, torch.uint8):
+            torch.library.opcheck(torch.ops.fastseg.upsample_cross_entropy.default, (*call, predicted))
+        loss, lse, denominator, *_ = ops.UPSAMPLE_CROSS_ENTROPY(*call, None)
         call = (torch.ones_like(loss), *call[:3], lse, denominator, *arguments)
         torch.library.opcheck(torch.ops.fastseg.upsample_cross_entropy_backward.default, call)
 
@@ -525,10 +526,11 @@ def wide_launches(layout):
         grad = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
     labels = torch.empty((x.shape[0], *x.shape[2:]), dtype=torch.uint8, device="meta")
     lse, one = torch.empty((1, *labels.shape), device="meta"), torch.empty((), device="meta")
+    none = torch.empty(0, device="meta")
     way, terms = (None, "bilinear", False), ("count", 255, 0.0, 0.0)
     launches = recorded(
         lambda: (
-            kernels.upsample_cross_entropy_fwd(x, labels, None, *way, *terms, one, lse, one),
+            kernels.upsample_cross_entropy_fwd(x, labels, None, *way, *terms, one, lse, one, none, none),
             kernels.upsample_cross_entropy_bwd(one, x, labels, None, lse, one, *way, *terms, grad),
             upsample_argmax(x, labels, None, *way),
         )

@@ -11,6 +11,7 @@ from .. import dispatch
 from .cross_entropy_checks import (
     check_normalization,
     check_number,
+    check_prediction,
     check_target,
     check_types,
     check_weight,
@@ -297,14 +298,8 @@ def cross_entropy_with_predictions(
     """
     name = "cross_entropy_with_predictions"
     reduction = checked_reduction(name, None, None, reduction)
-    if dtype not in (torch.int64, torch.uint8):
-        raise ValueError(f"{name}: dtype must be torch.int64 or torch.uint8, but is {dtype}")
     check_types(name, input, target, weight, ignore_index, label_smoothing)
-    if target.is_floating_point():
-        raise RuntimeError(f"{name}: target must be class indices, but is of {target.dtype}")
-    classes = input.shape[0 if input.dim() == 1 else 1]
-    if dtype == torch.uint8 and classes > 256:
-        raise ValueError(f"{name}: dtype must be torch.int64 for {classes} classes, of which torch.uint8 holds 256")
+    check_prediction(name, input.shape[0 if input.dim() == 1 else 1], target, dtype)
     loss, prediction, counts = _call(
         name, input, target, weight, reduction, ignore_index, label_smoothing, normalization, z_loss, one_pass, dtype
     )

@@ -131,6 +131,16 @@ def check_weight(name: str, input: Tensor, target: Tensor, weight: Tensor | None
         raise RuntimeError(f"{name}: weight must not require a gradient, which the loss of class indices does not have")
 
 
+def check_prediction(name: str, classes: int, target: Tensor, dtype: torch.dtype) -> None:
+    """What a call asks for that predicts classes, in `dtype`, and counts the right ones."""
+    if dtype not in (torch.int64, torch.uint8):
+        raise ValueError(f"{name}: dtype must be torch.int64 or torch.uint8, but is {dtype}")
+    if target.is_floating_point():
+        raise RuntimeError(f"{name}: target must be class indices, but is of {target.dtype}")
+    if dtype == torch.uint8 and classes > 256:
+        raise ValueError(f"{name}: dtype must be torch.int64 for {classes} classes, of which torch.uint8 holds 256")
+
+
 def refuse_strays(name: str, classes: int, target: Tensor, ignore_index: int) -> None:
     """IndexError for a label that is neither a class nor ignored. On a GPU a device-side assertion says it."""
     if target.device.type != "cpu" or target.is_floating_point() or target.numel() == 0:

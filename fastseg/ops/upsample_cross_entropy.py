@@ -1,4 +1,4 @@
-"""upsample_cross_entropy: what the operators mean, their torch reference, gradients and function."""
+"""upsample_cross_entropy and its predictions: the operators, their torch reference, gradients and functions."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from torch import Tensor
 
 from .. import dispatch, kernels
 from .chunks import chunk_gradient, chunk_losses, even_shares, reduced
+from .cross_entropy import CrossEntropyOutput
 from .cross_entropy_checks import (
     LABEL_DTYPES,
     check_normalization,
     check_number,
+    check_prediction,
     check_target,
     check_types,
     check_weight,
@@ -21,8 +23,8 @@ from .cross_entropy_checks import (
     divided,
     refuse_strays,
 )
-from .cross_entropy_operators import SCHEMA, _empty_loss, _empty_lse
-from .cross_entropy_reference import differentiable
+from .cross_entropy_operators import SCHEMA, _empty_loss, _empty_lse, _empty_predictions
+from .cross_entropy_reference import differentiable, right_ones
 from .library import Operator, double_backward, empty, memory_format, wants_graph
 from .upsample import Bands, check_map, check_resizing, uncovered
 
@@ -44,7 +46,7 @@ class Arguments(NamedTuple):
 
 RESIZING = "float[]? scales, str mode, bool align_corners"
 FEW_CLASSES = 4  # up to which on a CPU the large logits cost less than making them twice
-NOTHING = (None,) * (2 + len(Arguments._fields))  # the gradients of all but input
+NOTHING = (None,) * (3 + len(Arguments._fields))  # the gradients of all but input
 
 
 def _large(input: Tensor, size: Sequence[int]) -> Tensor:
@@ -82,29 +84,32 @@ def _composed(input: Tensor, target: Tensor) -> bool:
 # --- operators -------------------------------------------------------------------------------------------------------
 
 
-def _empty_results(input: Tensor, target: Tensor, weight: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    large, arguments = _large(input, target.shape[1:]), Arguments(*rest)
-    loss, denominator = _empty_loss(large, arguments.reduction)
-    return loss, _empty_lse(large, target), denominator
+def _empty_results(input: Tensor, target: Tensor, weight: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    *arguments, predicted = rest
+    large = _large(input, target.shape[1:])
+    loss, denominator = _empty_loss(large, Arguments(*arguments).reduction)
+    return loss, _empty_lse(large, target), denominator, *_empty_predictions(large, predicted)
 
 
-def _kernel(input: Tensor, target: Tensor, weight: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    scales, mode, align_corners, reduction, count, *others = rest
+def _kernel(input: Tensor, target: Tensor, weight: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    scales, mode, align_corners, reduction, count, *others, _ = rest
     refuse_strays(NAME, input.shape[1], target, others[0])
-    loss, lse, denominator = _empty_results(input, target, weight, *rest)
+    loss, lse, denominator, *predictions = _empty_results(input, target, weight, *rest)
     if reduction == "count":
         denominator.fill_(count)
     kernels.upsample_cross_entropy.upsample_cross_entropy_fwd(
         input, target.contiguous(), None if weight is None else weight.contiguous(), scales, mode, align_corners,
-        reduction, *others, loss, lse, denominator,
+        reduction, *others, loss, lse, denominator, *predictions,
     )  # fmt: skip
-    return loss, lse, denominator
+    return loss, lse, denominator, *predictions
 
 
-def _reference(input: Tensor, target: Tensor, weight: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    a = Arguments(*rest)
+def _reference(input: Tensor, target: Tensor, weight: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    *arguments, predicted = rest
+    a = Arguments(*arguments)
     refuse_strays(NAME, input.shape[1], target, a.ignore_index)
-    loss, lse, denominator = _empty_results(input, target, weight, *rest)
+    loss, lse, denominator, prediction, counts = _empty_results(input, target, weight, *rest)
+    counts.zero_()
     bands = Bands.of(input, target.shape[1:], a.scales, a.mode, a.align_corners)
     buffer = bands.buffer()
     shares = even_shares(weight, a.label_smoothing, buffer)
@@ -113,6 +118,10 @@ def _reference(input: Tensor, target: Tensor, weight: Tensor | None, *rest: Any)
     for n, picture in enumerate(input):
         for rows in bands:
             values = bands.values(picture, rows, buffer)
+            if predicted is not None:  # chunk_losses overwrites the values
+                best, found = right_ones(values, target[n : n + 1, rows], a.ignore_index)
+                prediction[n, rows] = best[0]
+                counts += found
             losses, divisor, *terms = chunk_losses(values, target[n, rows].long(), weight, shares, *options)
             lse[:, n, rows] = torch.stack(terms) if len(lse) == 2 else sum(terms)
             if a.reduction == "none":
@@ -121,12 +130,12 @@ def _reference(input: Tensor, target: Tensor, weight: Tensor | None, *rest: Any)
                 parts.append((losses.sum(), divisor.sum(dtype=losses.dtype)))
     if a.reduction != "none":
         reduced(parts, a.reduction, a.count, loss, denominator)
-    return loss, lse, denominator
+    return loss, lse, denominator, prediction, counts
 
 
 UPSAMPLE_CROSS_ENTROPY = Operator(
-    f"upsample_cross_entropy(Tensor input, Tensor target, Tensor? weight, {RESIZING}, {SCHEMA}) "
-    "-> (Tensor, Tensor, Tensor)",
+    f"upsample_cross_entropy(Tensor input, Tensor target, Tensor? weight, {RESIZING}, {SCHEMA}, "
+    "ScalarType? predicted) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     kernel=_kernel,
     reference=_reference,
     fake=_empty_results,
@@ -187,22 +196,26 @@ UPSAMPLE_CROSS_ENTROPY_BACKWARD = Operator(
 
 
 class UpsampleCrossEntropyFunction(torch.autograd.Function):
-    """(input, target, weight, *Arguments) -> (loss, lse, denominator); the gradient is the loss's, of input alone."""
+    """(input, target, weight, predicted, *Arguments) -> (loss, lse, denominator, prediction, counts).
+
+    The gradient is the loss's, of input alone.
+    """
 
     @staticmethod
     def forward(
-        input: Tensor, target: Tensor, weight: Tensor | None, scales: Sequence[float] | None, mode: str,
-        align_corners: bool, reduction: str, count: int, ignore_index: int, label_smoothing: float, z_loss: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        input: Tensor, target: Tensor, weight: Tensor | None, predicted: torch.dtype | None,
+        scales: Sequence[float] | None, mode: str, align_corners: bool, reduction: str, count: int, ignore_index: int,
+        label_smoothing: float, z_loss: float,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         # By name, not as *arguments: by their number torch.compile tells that there is no ctx.
-        arguments = (scales, mode, align_corners, reduction, count, ignore_index, label_smoothing, z_loss)
+        arguments = (scales, mode, align_corners, reduction, count, ignore_index, label_smoothing, z_loss, predicted)
         return UPSAMPLE_CROSS_ENTROPY(input, target, weight, *arguments)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        input, target, weight, *ctx.arguments = inputs
-        _, lse, denominator = output
-        ctx.mark_non_differentiable(lse, denominator)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        input, target, weight, _, *ctx.arguments = inputs
+        _, lse, denominator, *predictions = output
+        ctx.mark_non_differentiable(lse, denominator, *predictions)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(input, target, weight, lse, denominator)
 
@@ -213,33 +226,69 @@ class UpsampleCrossEntropyFunction(torch.autograd.Function):
         input, target, weight, *rest = ctx.saved_tensors
         if wants_graph():
             inputs = (input, target, weight, *ctx.arguments)
-            needed = (True, *(False,) * len(NOTHING))
+            needed = (True, *(False,) * (len(inputs) - 1))
             return double_backward(_differentiable, inputs, needed, grad)[0], *NOTHING
         return UPSAMPLE_CROSS_ENTROPY_BACKWARD(grad, input, target, weight, *rest, *ctx.arguments), *NOTHING
 
 
-def _check_target_kind(input: Tensor, target: Tensor) -> None:
+def _check_target_kind(name: str, input: Tensor, target: Tensor) -> None:
     """Labels (N, H, W) or class probabilities (N, C, H, W), of any H and W."""
     probabilities = target.is_floating_point()
     if (probabilities or target.dtype in LABEL_DTYPES) and target.dim() == (4 if probabilities else 3):
         return
     other_batch = target.shape[:1] != input.shape[:1]
     raise (ValueError if other_batch else RuntimeError)(
-        f"{NAME}: target must be class indices (N, H, W) of dtype uint8, int16, int32 or int64, or class probabilities "
+        f"{name}: target must be class indices (N, H, W) of dtype uint8, int16, int32 or int64, or class probabilities "
         f"(N, C, H, W) of a floating-point dtype, for input of shape {tuple(input.shape)}, but is of {target.dtype} "
         f"and shape {tuple(target.shape)}" + (": another batch size" if other_batch else "")
     )
 
 
-def _check_target_shape(input: Tensor, size: Sequence[int], target: Tensor) -> None:
+def _check_target_shape(name: str, input: Tensor, size: Sequence[int], target: Tensor) -> None:
     """That a target of the right kind has the pixels of the resized logits."""
     wanted = (*input.shape[: target.dim() - 2], *size)
     if target.shape != wanted:
         other_batch = target.shape[0] != input.shape[0]
         raise (ValueError if other_batch else RuntimeError)(
-            f"{NAME}: target must have shape {wanted} for input of shape {tuple(input.shape)} resized to "
+            f"{name}: target must have shape {wanted} for input of shape {tuple(input.shape)} resized to "
             f"{tuple(size)}, but has {tuple(target.shape)}" + (": another batch size" if other_batch else "")
         )
+
+
+def _call(
+    name: str, input: Tensor, target: Tensor, weight: Tensor | None, size: int | Sequence[int] | None,
+    scale_factor: float | Sequence[float] | None, mode: str, align_corners: bool | None,
+    recompute_scale_factor: bool | None, ignore_index: int, reduction: str, label_smoothing: float,
+    normalization: str, z_loss: float, predicted: torch.dtype | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """(loss, prediction, counts), the last two of no use where nothing is to be predicted."""
+    reduction = checked_reduction(name, None, None, reduction)
+    check_map(name, input)
+    check_types(name, input, target, weight, ignore_index, label_smoothing)
+    if predicted is not None:
+        check_prediction(name, input.shape[1], target, predicted)
+    check_normalization(name, reduction, normalization)
+    check_number(name, "z_loss", z_loss)
+    _check_target_kind(name, input, target)
+    if size is None and scale_factor is None and 0 in target.shape[-2:]:
+        raise RuntimeError(f"{name}: target must have rows and columns, but has shape {tuple(target.shape)}")
+    default = target.shape[-2:]
+    out, scales = check_resizing(name, input, size, scale_factor, mode, align_corners, recompute_scale_factor, default)
+    _check_target_shape(name, input, out, target)
+    large = _large(input, out)
+    check_target(name, large, target, ignore_index)
+    check_weight(name, large, target, weight)
+    arguments = Arguments(
+        scales, mode, bool(align_corners), *divided(large, target, reduction, normalization), int(ignore_index),
+        float(label_smoothing), float(z_loss),
+    )  # fmt: skip
+    dispatch.choose(NAME, input, _uncovered(input, target))
+    if predicted is None and _composed(input, target):
+        return _differentiable(input, target, weight, *arguments), None, None
+    loss, _, _, *predictions = UpsampleCrossEntropyFunction.apply(
+        input, target.contiguous(), weight, predicted, *arguments
+    )
+    return loss, *predictions
 
 
 def upsample_cross_entropy(
@@ -259,8 +308,6 @@ def upsample_cross_entropy(
     z_loss: float = 0.0,
 ) -> Tensor:
     """F.cross_entropy(F.interpolate(input, size, scale_factor, mode, align_corners), target, ...) in one.
-
-    The loss alone: labels of the resized logits are upsample_argmax's to give.
 
     The resized logits are never in memory: on the kernels a call needs the losses or their partial sums, 4 bytes a
     pixel for the backward (8 for float32 logits) and the gradient of `input`; on torch a band of rows besides. On a CPU
@@ -284,25 +331,42 @@ def upsample_cross_entropy(
     RuntimeError for a target that has not the output's size, for other shapes, dtypes and devices; and on a CPU
     IndexError for a target that is neither a class nor ignore_index (on a GPU a device-side assertion).
     """
-    reduction = checked_reduction(NAME, None, None, reduction)
-    check_map(NAME, input)
-    check_types(NAME, input, target, weight, ignore_index, label_smoothing)
-    check_normalization(NAME, reduction, normalization)
-    check_number(NAME, "z_loss", z_loss)
-    _check_target_kind(input, target)
-    if size is None and scale_factor is None and 0 in target.shape[-2:]:
-        raise RuntimeError(f"{NAME}: target must have rows and columns, but has shape {tuple(target.shape)}")
-    default = target.shape[-2:]
-    out, scales = check_resizing(NAME, input, size, scale_factor, mode, align_corners, recompute_scale_factor, default)
-    _check_target_shape(input, out, target)
-    large = _large(input, out)
-    check_target(NAME, large, target, ignore_index)
-    check_weight(NAME, large, target, weight)
-    arguments = Arguments(
-        scales, mode, bool(align_corners), *divided(large, target, reduction, normalization), int(ignore_index),
-        float(label_smoothing), float(z_loss),
+    return _call(
+        NAME, input, target, weight, size, scale_factor, mode, align_corners, recompute_scale_factor, ignore_index,
+        reduction, label_smoothing, normalization, z_loss, None,
+    )[0]  # fmt: skip
+
+
+def upsample_cross_entropy_with_predictions(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size: int | Sequence[int] | None = None,
+    scale_factor: float | Sequence[float] | None = None,
+    mode: str = "bilinear",
+    align_corners: bool | None = None,
+    recompute_scale_factor: bool | None = None,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    normalization: str = "weights",
+    z_loss: float = 0.0,
+    dtype: torch.dtype = torch.int64,
+) -> CrossEntropyOutput:
+    """upsample_cross_entropy of class indices, and of the same resized logits the argmax and number of right pixels.
+
+    The arguments are upsample_cross_entropy's; target must be class indices. dtype: of the prediction, torch.int64 or
+    torch.uint8, which takes an eighth of the memory and holds up to 256 classes. Returns (loss, prediction, correct,
+    valid): see CrossEntropyOutput. Of equal values the first class wins, and a NaN wins over numbers, as in
+    upsample_argmax. The logits are resized once for all of it, on a CPU in bands for any number of classes.
+    Deterministic; the loss alone has a gradient.
+
+    Raises what upsample_cross_entropy raises, RuntimeError for class probabilities, ValueError for another dtype and
+    for torch.uint8 with more than 256 classes.
+    """
+    loss, prediction, counts = _call(
+        "upsample_cross_entropy_with_predictions", input, target, weight, size, scale_factor, mode, align_corners,
+        recompute_scale_factor, ignore_index, reduction, label_smoothing, normalization, z_loss, dtype,
     )  # fmt: skip
-    dispatch.choose(NAME, input, _uncovered(input, target))
-    if _composed(input, target):
-        return _differentiable(input, target, weight, *arguments)
-    return UpsampleCrossEntropyFunction.apply(input, target.contiguous(), weight, *arguments)[0]
+    return CrossEntropyOutput(loss, prediction, counts[0], counts[1])
