@@ -30,7 +30,7 @@ def start(index, dtypes=DTYPES):
 
 
 def features(shape, dtype, layout, device):
-    x = torch.randn(shape, device=device).mul(3).to(dtype)
+    x = torch.randn(shape, device=device).to(dtype)
     return x.to(memory_format=torch.channels_last) if layout == "channels_last" else x
 
 
@@ -92,8 +92,11 @@ def drawn_resizing(height, width):
     # A factor so small that no row or column would be left is one that interpolate refuses.
     factors = [pick(0.3, 0.5, 0.77, 1.0, 1.3, 2.0, 2.3, 3.1, 4.7) for _ in range(2)]
     factors = [max(factor, 1.01 / side) for factor, side in zip(factors, (height, width), strict=True)]
-    recompute = pick({}, {"recompute_scale_factor": True}, {"recompute_scale_factor": False})
-    return {"scale_factor": tuple(factors) if by == "factors" else max(factors), **recompute, **mode}
+    factors = factors if by == "factors" else [max(factors)] * 2
+    # Of a side whose size a factor leaves as it is torch's CPU code takes no means, whatever the factor; ours does.
+    same = any(int(side * factor) == side for side, factor in zip((height, width), factors, strict=True))
+    recompute = {"recompute_scale_factor": True if same else pick(None, True, False)}
+    return {"scale_factor": tuple(factors) if by == "factors" else factors[0], **recompute, **mode}
 
 
 def drawn_shape(*channels):
@@ -103,7 +106,7 @@ def drawn_shape(*channels):
 @CALLS
 def test_upsample_cross_entropy(backend, index, device, assert_right):
     dtype, layout = start(index, DTYPES if backend == "auto" else DTYPES[:3])  # float64 is not the kernels'
-    shape = n, classes, *small = drawn_shape(1, 2, 3, 5, 8, 19, 33)
+    shape = n, classes, *small = drawn_shape(2, 3, 5, 8, 19, 33)
     x, way, options = features(shape, dtype, layout, device), drawn_resizing(*small), drawn_options()
     large = F.interpolate(x, **way).shape[2:]
     said = {name: value for name, value in way.items() if name != "size" or pick(True, False)}  # or the target says it
@@ -125,7 +128,8 @@ def test_upsample_cross_entropy(backend, index, device, assert_right):
 def test_linear_cross_entropy(backend, index, device, assert_right):
     dtype, layout = start(index)
     shape = n, channels, *size = drawn_shape(1, 2, 3, 8, 11)
-    classes, options, chunk = pick(1, 2, 3, 5, 19, 33), drawn_options(), pick(None, 1, 7, 50)
+    # Not one class: its gradient is 0, to which no rounding is small.
+    classes, options, chunk = pick(2, 3, 5, 19, 33), drawn_options(), pick(None, 1, 7, 50)
     x = features(shape, dtype, layout, device)
     linear_weight = torch.randn(classes, channels, *pick((), (1, 1)), device=device).to(dtype)
     linear_bias = pick(None, torch.randn(classes, device=device).to(dtype))
