@@ -11,12 +11,19 @@ import torch.nn.functional as F
 
 import fastseg
 from fastseg import functional as FS
+from fastseg import verify
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy, where a GPU gives NaN
 CALLS = pytest.mark.parametrize(
     "backend, index", [("auto", index) for index in range(60)] + [("triton", index) for index in range(6)]
 )
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
+
+
+@pytest.fixture(autouse=True)
+def slack(monkeypatch):
+    """In float64 torch is the truth, of no error of its own: sums that cancel lose some digits (3.6e-12 are allowed)."""
+    monkeypatch.setitem(verify.TOLERANCE, torch.float64, 2**14)
 
 
 def pick(*values):
