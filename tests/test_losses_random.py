@@ -22,7 +22,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 
 @pytest.fixture(autouse=True)
 def slack(monkeypatch):
-    """Sums whose terms cancel lose digits, torch's others than ours, in float64, which is the truth, none of torch's."""
+    """Sums whose terms cancel lose digits: torch's are others than ours, and none in float64, which is the truth."""
     monkeypatch.setitem(verify.TOLERANCE, torch.float64, 2**14)  # epsilons: 3.6e-12
     monkeypatch.setitem(verify.TOLERANCE, torch.float32, 2**8)  # 3.1e-5
 
