@@ -22,8 +22,9 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 
 @pytest.fixture(autouse=True)
 def slack(monkeypatch):
-    """In float64 torch is the truth, of no error of its own: sums that cancel lose some digits (3.6e-12 are allowed)."""
-    monkeypatch.setitem(verify.TOLERANCE, torch.float64, 2**14)
+    """Sums whose terms cancel lose digits: torch's are others than ours, and none in float64, which is the truth."""
+    monkeypatch.setitem(verify.TOLERANCE, torch.float64, 2**14)  # epsilons: 3.6e-12
+    monkeypatch.setitem(verify.TOLERANCE, torch.float32, 2**8)  # 3.1e-5
 
 
 def pick(*values):
