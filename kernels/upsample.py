@@ -186,6 +186,8 @@ class Resizing(NamedTuple):
     ) -> Resizing:
         """scales: the factors that torch divides by in place of the sizes, or None."""
         nearest = mode == "nearest"
+        if tuple(low.shape[2:]) == tuple(size):  # a copy in torch, whatever the factors
+            scales = None
         ratios = []
         for side, (short, long) in enumerate(zip(low.shape[2:], size, strict=True)):
             if align_corners:

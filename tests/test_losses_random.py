@@ -101,7 +101,7 @@ def drawn_resizing(height, width):
     factors = [pick(0.3, 0.5, 0.77, 1.0, 1.3, 2.0, 2.3, 3.1, 4.7) for _ in range(2)]
     factors = [max(factor, 1.01 / side) for factor, side in zip(factors, (height, width), strict=True)]
     factors = factors if by == "factors" else [max(factors)] * 2
-    # Of a side whose size a factor leaves as it is torch's CPU code takes no means, whatever the factor; ours does.
+    # Of a side whose size a factor leaves as it is torch's CPU code takes no means, and its CUDA code and ours do.
     same = any(int(side * factor) == side for side, factor in zip((height, width), factors, strict=True))
     recompute = {"recompute_scale_factor": True if same else pick(None, True, False)}
     return {"scale_factor": tuple(factors) if by == "factors" else factors[0], **recompute, **mode}

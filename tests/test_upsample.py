@@ -108,3 +108,16 @@ def test_an_export_with_dynamic_sizes_runs_on_others(factor, function):
     exported = torch.export.export(Module(), inputs(2, 4, 6), dynamic_shapes=sizes).module()
     other = inputs(3, 7, 5)  # less wide than high, too
     torch.testing.assert_close(exported(*other), function(*other))
+
+
+@pytest.mark.parametrize(
+    "shape, factors", [((1, 33, 2, 2), 1.3), ((1, 7, 3, 5), (1.3, 2.0)), ((2, 6, 4, 3), (2.0, 1.3))]
+)
+def test_a_factor_that_leaves_a_size_as_it_is(shape, factors):
+    """torch's CPU code copies such a side."""
+    x = torch.randn(shape)
+    large = F.interpolate(x, scale_factor=factors, mode="bilinear")
+    target = torch.randint(shape[1], (shape[0], *large.shape[2:]))
+    ours = FS.upsample_cross_entropy(x, target, scale_factor=factors)
+    torch.testing.assert_close(ours, F.cross_entropy(large, target))
+    assert torch.equal(FS.upsample_argmax(x, scale_factor=factors).long(), large.argmax(1))

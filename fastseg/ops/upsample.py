@@ -133,7 +133,9 @@ class Bands:
             if align_corners:
                 at = rows.double() * ((h - 1) / (size[0] - 1) if size[0] > 1 else 0.0)
             else:
-                at = ((rows + 0.5).double() * (h / size[0] if scales is None else 1 / scales[0]) - 0.5).clamp(min=0)
+                # torch copies a side whose size stays, without looking at scales.
+                step = h / size[0] if scales is None or size[0] == h else 1 / scales[0]
+                at = ((rows + 0.5).double() * step - 0.5).clamp(min=0)
             first = at.long().clamp(max=h - 1)
             behind = (at - first).clamp(max=1).to(dtype)
         taps = torch.stack((first, (first + 1).clamp(max=h - 1)))
