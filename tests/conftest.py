@@ -1,6 +1,7 @@
-"""Kernels run interpreted on a machine without a GPU; every test prints the seed it drew."""
+"""Kernels run interpreted on a machine without a GPU; every test prints its seed."""
 
 import os
+import zlib
 
 import torch
 
@@ -27,8 +28,9 @@ def device() -> str:
 
 @pytest.fixture(autouse=True)
 def seed(request):
-    """A fresh seed for each test; FASTSEG_TEST_SEED repeats one."""
-    value = int(os.environ.get("FASTSEG_TEST_SEED", torch.seed() % 2**31))
+    """Each test has a seed of its own, the same in each run; FASTSEG_TEST_SEED sets one, or draws with "random"."""
+    asked = os.environ.get("FASTSEG_TEST_SEED", str(zlib.crc32(request.node.nodeid.encode()) % 2**31))
+    value = torch.seed() % 2**31 if asked == "random" else int(asked)
     torch.manual_seed(value)
     print(f"seed: FASTSEG_TEST_SEED={value}")
     return value
