@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from . import nn as fused
+from .. import nn as fused
 
 LAYERS: dict[type[nn.Module], type[nn.Module]] = {
     nn.MaxPool2d: fused.MaxPool2d,
