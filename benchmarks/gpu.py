@@ -13,6 +13,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,10 +25,18 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = ("doctor", "tests", "verify", "operators", "models", "codegen")
+PARTS = ("doctor", "tests", "verify", "sanitizer", "operators", "models", "codegen")
 BUDGET = 510.0
 # Of the budget, for each part; the doctor's is for the first import of torch, and what a part leaves goes to the next.
-SHARES = {"doctor": 0.12, "tests": 0.25, "verify": 0.10, "operators": 0.25, "models": 0.21, "codegen": 0.07}
+SHARES = {
+    "doctor": 0.12,
+    "tests": 0.22,
+    "verify": 0.10,
+    "sanitizer": 0.06,
+    "operators": 0.24,
+    "models": 0.19,
+    "codegen": 0.07,
+}
 LEAST = 10.0  # seconds: with less left a part is not begun
 MARGIN = 12.0  # seconds before its limit at which a benchmark begins nothing new
 LOG_BYTES = 2_000_000  # of each part: what is beyond is dropped
@@ -97,11 +106,17 @@ def plan(chosen: Sequence[str], quick: bool, results: Path) -> list[Part]:
     few = ["--op", "max_pool2d", "--layout", "nchw", "--sm", "90"] if quick else []
     share = dict(SHARES)
     gpu_tests = ["tests/test_unpool.py"] if quick else ["tests"]
+    halves = [*fastseg, "verify", "--dtype", "float16", *(small or ["--quick"])]
+    sanitizer = [find_sanitizer(), "--error-exitcode", "9", "--tool"]
     found = [
         Part("doctor", [*fastseg, "doctor", "--json"], share["doctor"], "doctor.json"),
         Part("tests-gpu", [*pytest, *gpu_tests, "-m", "gpu"], share["tests"] * 0.4),
         Part("tests-operators", [*pytest, *tests, "-m", "not gpu"], share["tests"] * 0.6),
         Part("verify", [*fastseg, "verify", "--json", *small], share["verify"], "verify.json"),
+        *(
+            Part(f"sanitizer-{tool}", [*sanitizer, tool, *halves], share["sanitizer"] / 2)
+            for tool in ("memcheck", "racecheck")
+        ),
         Part("operators", [*bench, "--part", "operators", "--part", "overhead"], share["operators"] * 0.7, None, True),
         Part("operators-nchw", [*bench, "--part", "operators", "--layout", "nchw", "--no-compile"],
              share["operators"] * 0.3, None, True),
@@ -109,6 +124,11 @@ def plan(chosen: Sequence[str], quick: bool, results: Path) -> list[Part]:
         Part("codegen", [*fastseg, "inspect", "codegen", "--json", *few], share["codegen"], "codegen.json"),
     ]  # fmt: skip
     return [part for part in found if part.name == "doctor" or part.name.partition("-")[0] in chosen]
+
+
+def find_sanitizer() -> str:
+    """NVIDIA's compute-sanitizer: from the path, or where the CUDA toolkit puts it."""
+    return shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
 
 
 def environment(out: Path) -> dict[str, str]:
