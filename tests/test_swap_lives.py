@@ -35,14 +35,8 @@ class Net(nn.Module):
         return self.head(self.unpool(y, indices))
 
 
-OPERATORS = [
-    "batch_norm_relu",
-    "max_pool2d",
-    "batch_norm_relu_max_pool2d",
-    "conv_transpose2d",
-    "batch_norm_relu",
-    "max_unpool2d",
-]
+OPERATORS = ["batch_norm_relu", "max_pool2d", "batch_norm_relu_max_pool2d", "conv_transpose2d"]
+OPERATORS += ["batch_norm_relu", "max_unpool2d"]
 
 
 @pytest.fixture
