@@ -53,6 +53,7 @@ OPERATOR_TESTS = (
     *LOSS_TESTS,
     "nn",
     "swap",
+    "swap_sequences",
     "dispatch",
 )
 
