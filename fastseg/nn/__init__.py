@@ -4,7 +4,7 @@ from .batch_norm import BatchNormReLU2d, BatchNormReLUMaxPool2d, BatchNormReLUMa
 from .conv import ConvTranspose2d, ConvTransposeBatchNormReLU2d
 from .head_loss import LinearCrossEntropyLoss, UpsampleCrossEntropyLoss
 from .loss import CrossEntropyLoss, DiceCrossEntropyLoss
-from .pool import MaxPool2d, MaxUnpool2d
+from .pool import MaxPool2d, MaxPool2dWithOffsets, MaxUnpool2d
 
 __all__ = [
     "BatchNormReLU2d",
@@ -16,6 +16,7 @@ __all__ = [
     "DiceCrossEntropyLoss",
     "LinearCrossEntropyLoss",
     "MaxPool2d",
+    "MaxPool2dWithOffsets",
     "MaxUnpool2d",
     "UpsampleCrossEntropyLoss",
     "convert_sync_batchnorm",

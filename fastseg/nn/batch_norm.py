@@ -13,6 +13,38 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import functional as F
 from ..ops.windows import IntOrPair
+from .scripting import refuse_script
+
+
+def normalise(norm: nn.BatchNorm2d, function: Callable[..., Any], *tensors: Tensor, **rest: Any) -> Any:
+    """function(*tensors, the module's state, **rest): what nn.BatchNorm2d.forward does, momentum and counter included.
+
+    function: one of fastseg.functional's batch_norm_relu family. norm: torch's, or one of these.
+    """
+    norm._check_input_dim(tensors[0])
+    factor = 0.0 if norm.momentum is None else norm.momentum
+    if norm.training and norm.track_running_stats and norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+        if norm.momentum is None:  # the mean of all batches
+            factor = 1.0 / float(norm.num_batches_tracked)
+    use_batch = norm.training or (norm.running_mean is None and norm.running_var is None)
+    tracked = not norm.training or norm.track_running_stats
+    group = None
+    if getattr(norm, "sync", False) and norm.training and dist.is_available() and dist.is_initialized():
+        group = dist.group.WORLD if norm.process_group is None else norm.process_group
+        group = group if dist.get_world_size(group) > 1 else None
+    return function(
+        *tensors,
+        norm.running_mean if tracked else None,
+        norm.running_var if tracked else None,
+        norm.weight,
+        norm.bias,
+        use_batch,
+        factor,
+        norm.eps,
+        process_group=group,
+        **rest,
+    )
 
 
 class BatchNormReLU2d(nn.BatchNorm2d):
@@ -26,6 +58,7 @@ class BatchNormReLU2d(nn.BatchNorm2d):
     convert_sync_batchnorm sets it.
     """
 
+    __prepare_scriptable__ = refuse_script
     sync: bool = False
     process_group: Any = None  # of sync; None: all processes
 
@@ -46,38 +79,7 @@ class BatchNormReLU2d(nn.BatchNorm2d):
         self.relu = relu
 
     def forward(self, input: Tensor, input_bias: Tensor | None = None) -> Tensor:
-        return self._normalise(F.batch_norm_relu, (input,), input_bias)
-
-    def _normalise(
-        self, function: Callable[..., Any], tensors: tuple[Tensor, ...], input_bias: Tensor | None, **rest: Any
-    ) -> Any:
-        """The function with this module's state: what nn.BatchNorm2d.forward does, momentum and counter included."""
-        self._check_input_dim(tensors[0])
-        factor = 0.0 if self.momentum is None else self.momentum
-        if self.training and self.track_running_stats and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-            if self.momentum is None:  # the mean of all batches
-                factor = 1.0 / float(self.num_batches_tracked)
-        use_batch = self.training or (self.running_mean is None and self.running_var is None)
-        tracked = not self.training or self.track_running_stats
-        group = None
-        if self.sync and self.training and dist.is_available() and dist.is_initialized():
-            group = dist.group.WORLD if self.process_group is None else self.process_group
-            group = group if dist.get_world_size(group) > 1 else None
-        return function(
-            *tensors,
-            self.running_mean if tracked else None,
-            self.running_var if tracked else None,
-            self.weight,
-            self.bias,
-            use_batch,
-            factor,
-            self.eps,
-            relu=self.relu,
-            input_bias=input_bias,
-            process_group=group,
-            **rest,
-        )
+        return normalise(self, F.batch_norm_relu, input, relu=self.relu, input_bias=input_bias)
 
     @property
     def qconfig(self) -> Any:
@@ -124,9 +126,10 @@ class BatchNormReLUMaxPool2d(BatchNormReLU2d):
         self.ceil_mode, self.return_offsets = ceil_mode, return_offsets
 
     def forward(self, input: Tensor, input_bias: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        return self._normalise(
-            F.batch_norm_relu_max_pool2d, (input,), input_bias, kernel_size=self.kernel_size, stride=self.stride,
-            padding=self.padding, ceil_mode=self.ceil_mode, return_offsets=self.return_offsets,
+        return normalise(
+            self, F.batch_norm_relu_max_pool2d, input, relu=self.relu, input_bias=input_bias,
+            kernel_size=self.kernel_size, stride=self.stride, padding=self.padding, ceil_mode=self.ceil_mode,
+            return_offsets=self.return_offsets,
         )  # fmt: skip
 
     def extra_repr(self) -> str:
@@ -167,9 +170,9 @@ class BatchNormReLUMaxUnpool2d(BatchNormReLU2d):
         output_size: Sequence[int] | None = None,
         input_bias: Tensor | None = None,
     ) -> Tensor:
-        return self._normalise(
-            F.batch_norm_relu_max_unpool2d, (input, offsets), input_bias, kernel_size=self.kernel_size,
-            stride=self.stride, padding=self.padding, output_size=output_size,
+        return normalise(
+            self, F.batch_norm_relu_max_unpool2d, input, offsets, relu=self.relu, input_bias=input_bias,
+            kernel_size=self.kernel_size, stride=self.stride, padding=self.padding, output_size=output_size,
         )  # fmt: skip
 
     def extra_repr(self) -> str:

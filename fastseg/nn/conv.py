@@ -12,6 +12,7 @@ from .. import functional as F
 from ..ops.conv_transpose import runs_on_kernels
 from ..ops.windows import IntOrPair
 from .batch_norm import BatchNormReLU2d
+from .scripting import refuse_script
 
 
 class ConvTranspose2d(nn.ConvTranspose2d):
@@ -26,9 +27,13 @@ class ConvTranspose2d(nn.ConvTranspose2d):
     Values written off the diagonal through `weight.data` in place are no change to torch: write under torch.no_grad().
     """
 
+    __prepare_scriptable__ = refuse_script
     _looked: tuple[tuple[object, ...], bool] | None = None
 
     def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+        return self._convolved(input, self.bias, output_size)
+
+    def _convolved(self, input: Tensor, bias: Tensor | None, output_size: Sequence[int] | None = None) -> Tensor:
         if self.padding_mode != "zeros":
             raise ValueError(f"ConvTranspose2d: padding_mode must be 'zeros', but is {self.padding_mode!r}")
         output_padding = self._output_padding(
@@ -37,10 +42,10 @@ class ConvTranspose2d(nn.ConvTranspose2d):
         geometry = (self.stride, self.padding, output_padding)
         if self._mixes_no_channels():
             weight = self.weight.diagonal().permute(2, 0, 1).unsqueeze(1)
-            depthwise = (input, weight, self.bias, *geometry, self.in_channels, self.dilation)
+            depthwise = (input, weight, bias, *geometry, self.in_channels, self.dilation)
             if runs_on_kernels(*depthwise):
                 return F.conv_transpose2d(*depthwise)
-        return F.conv_transpose2d(input, self.weight, self.bias, *geometry, self.groups, self.dilation)
+        return F.conv_transpose2d(input, self.weight, bias, *geometry, self.groups, self.dilation)
 
     def _mixes_no_channels(self) -> bool:
         """Whether all weights off the channels' diagonal are zero, as far as that is known or can be asked."""
@@ -67,8 +72,7 @@ class ConvTranspose2dBeforeNorm(ConvTranspose2d):
     leaves_bias = True
 
     def forward(self, input: Tensor) -> Tensor:
-        geometry = (self.stride, self.padding, self.output_padding, self.groups, self.dilation)
-        return F.conv_transpose2d(input, self.weight, None, *geometry)
+        return self._convolved(input, None)
 
 
 class ConvTransposeBatchNormReLU2d(nn.Sequential):
@@ -105,21 +109,32 @@ class ConvTransposeBatchNormReLU2d(nn.Sequential):
 
     def forward(self, input: Tensor) -> Tensor:
         conv, norm = self
-        geometry = (conv.stride, conv.padding, conv.output_padding, conv.groups, conv.dilation)
         watched = any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in (conv, norm))
-        if not norm.training and norm.running_mean is not None and norm.relu and not watched:
-            scale, shift = self._folded()
-            if runs_on_kernels(input, conv.weight, shift, *geometry, scale, True):
-                return F.conv_transpose2d_affine_relu(input, conv.weight, scale, shift, *geometry)
+        if norm.relu and not watched:
+            output = evaluated(conv, norm, input)
+            if output is not None:
+                return output
         return norm(conv(input), input_bias=conv.bias)
 
-    def _folded(self) -> tuple[Tensor, Tensor]:
-        """(scale, shift) that the batch norm of evaluation and the convolution's bias come to, in float32 at least."""
-        conv, norm = self
-        mean, var = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (norm.running_mean, norm.running_var))
-        scale = (var + norm.eps).rsqrt()
-        if norm.weight is not None:
-            scale = scale * norm.weight
-        shift = -mean if conv.bias is None else conv.bias - mean
-        shift = shift * scale
-        return scale, shift if norm.bias is None else shift + norm.bias
+
+def evaluated(conv: nn.ConvTranspose2d, norm: nn.BatchNorm2d, input: Tensor) -> Tensor | None:
+    """relu(norm(conv(input))) in evaluation as one kernel; None in training and where the kernels do not run it."""
+    if norm.training or norm.running_mean is None:
+        return None
+    geometry = (conv.stride, conv.padding, conv.output_padding, conv.groups, conv.dilation)
+    stand_ins = norm.running_mean, norm.running_var  # as long as shift and scale, which need not be made to ask
+    if not runs_on_kernels(input, conv.weight, stand_ins[0], *geometry, stand_ins[1], True):
+        return None
+    scale, shift = _folded(conv.bias, norm)
+    return F.conv_transpose2d_affine_relu(input, conv.weight, scale, shift, *geometry)
+
+
+def _folded(bias: Tensor | None, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """(scale, shift) that the batch norm of evaluation and the bias before it come to, in float32 at least."""
+    mean, var = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (norm.running_mean, norm.running_var))
+    scale = (var + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight
+    shift = -mean if bias is None else bias - mean
+    shift = shift * scale
+    return scale, shift if norm.bias is None else shift + norm.bias

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from .. import functional as F
+from .scripting import refuse_script
 
 
 class CrossEntropyLoss(nn.CrossEntropyLoss):
@@ -14,6 +15,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
     half-precision logits comes in float32. normalization, z_loss, one_pass: the function's.
     """
 
+    __prepare_scriptable__ = refuse_script
     normalization, z_loss, one_pass = "weights", 0.0, None  # of a torch module that is swapped for this one
 
     def __init__(

@@ -48,11 +48,11 @@ class Operator:
     def __call__(self, *args: Any) -> Any:
         return self.op(*args)
 
-    def choose(self, *args: Any) -> dispatch.Choice:
-        """The backend for these arguments, the first of which is a tensor."""
+    def choose(self, *args: Any, asks: bool = False) -> dispatch.Choice:
+        """The backend for these arguments, the first of which is a tensor. asks: a call may not follow."""
         uncovered = self.uncovered(*args)
         preferred = self.preferred(*args) if uncovered is None and dispatch.get_backend() == "auto" else None
-        return dispatch.choose(self.name, args[0], uncovered, preferred)
+        return dispatch.choose(self.name, args[0], uncovered, preferred, asks)
 
     def floor(self, *args: Any) -> int:
         """The fewest bytes a call can move: each tensor argument read once, each result written once."""
