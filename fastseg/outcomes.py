@@ -2,9 +2,9 @@
 
 `verify` asks this of one operator, this of a whole model, where rounding adds up. An error is the norm of the
 difference from float64 over the norm of the truth; where the truth is zero but for rounding, as the gradient of a bias
-in front of a batch norm is, over the largest norm of all tensors of its kind. A tensor is right when its error is no more than SLACK times plain
-torch's own, plus BASE times the median of torch's errors of its kind, so that no tensor needs luck, plus the operators'
-tolerance.
+in front of a batch norm is, over the largest norm of all tensors of its kind. A tensor is right when its error is no
+more than SLACK times plain torch's own, plus BASE times the median of torch's errors of its kind, so that no tensor
+needs luck, plus the operators' tolerance.
 """
 
 from __future__ import annotations

@@ -32,12 +32,13 @@ class Supervised(nn.Module):
 
 @dataclass(frozen=True)
 class Case:
-    """A network, the size of its pictures, its loss, and what swap finds in it, by class."""
+    """A network, the size of its pictures, its loss, and what swap finds: layers by op, and what runs as one."""
 
     build: Callable[[], nn.Module]
     size: tuple[int, int]
     loss: Callable[[], nn.Module] | None = nn.CrossEntropyLoss
     swapped: dict[str, int] = field(default_factory=dict)
+    fused: dict[str, int] = field(default_factory=dict)
     classes: int = CLASSES
     pictures: int = 2
     slow_to_train: bool = False  # interpreted: the backward of a 64x64 window goes through 4096 taps, most of a minute
@@ -51,37 +52,46 @@ def weighted():
     return nn.CrossEntropyLoss(torch.tensor([0.5, 1.0, 1.5, 2.0, 1.0]), ignore_index=CLASSES - 1)
 
 
+POOL, UNPOOL, CONV, LOSS, SEQUENCE = (
+    "max_pool2d",
+    "max_unpool2d",
+    "conv_transpose2d",
+    "cross_entropy",
+    "batch_norm_relu",
+)
+CBR, BR = "conv + norm + relu", "norm + relu"
 CASES = {
     "enet": Case(
-        lambda: enet.ENet(CLASSES), (24, 32), weighted,
-        {"MaxPool2d": 3, "MaxUnpool2d": 2, "ConvTranspose2d": 3, "CrossEntropyLoss": 1},
+        lambda: enet.ENet(CLASSES), (16, 24), weighted,
+        {POOL: 3, UNPOOL: 2, CONV: 3, LOSS: 1, SEQUENCE: 2}, {BR: 2},  # the others have PReLU
     ),
     "segnet-shared": Case(
-        lambda: segnet.SharedSegNet(CLASSES), (17, 22), weighted,
-        {"MaxPool2d": 1, "MaxUnpool2d": 1, "CrossEntropyLoss": 1},
+        lambda: segnet.SharedSegNet(CLASSES), (17, 22), weighted, {POOL: 1, UNPOOL: 1, LOSS: 1, SEQUENCE: 6}, {CBR: 6}
     ),
-    "segnet-functional": Case(lambda: segnet.FunctionalSegNet(CLASSES), (9, 11), None, {}),
+    "segnet-functional": Case(lambda: segnet.FunctionalSegNet(CLASSES), (9, 11), None),
     "fcn-8s": Case(
-        lambda: fcn.FCN(3, 8), (37, 37), lambda: nn.CrossEntropyLoss(reduction="sum"),
-        {"MaxPool2d": 5, "ConvTranspose2d": 3, "CrossEntropyLoss": 1}, classes=3, pictures=1,
+        lambda: fcn.FCN(3, 8), (37, 37), lambda: nn.CrossEntropyLoss(reduction="sum"), {POOL: 5, CONV: 3, LOSS: 1},
+        classes=3, pictures=1,
     ),
     "fcn-32s": Case(
-        lambda: fcn.FCN(3, 32), (37, 37), classes=3, pictures=1, slow_to_train=True, swapped={"MaxPool2d": 5, "ConvTranspose2d": 1, "CrossEntropyLoss": 1}
+        lambda: fcn.FCN(3, 32), (37, 37), nn.CrossEntropyLoss, {POOL: 5, CONV: 1, LOSS: 1},
+        classes=3, pictures=1, slow_to_train=True,
     ),
-    "erfnet": Case(
-        lambda: erfnet.ERFNet(CLASSES), (16, 24), swapped={"MaxPool2d": 3, "ConvTranspose2d": 3, "CrossEntropyLoss": 1}
-    ),
+    "erfnet": Case(lambda: erfnet.ERFNet(CLASSES), (16, 24), nn.CrossEntropyLoss, {POOL: 3, CONV: 3, LOSS: 1}),
     "unet-odd": Case(
-        lambda: unet.UNet(CLASSES), (15, 21), lambda: nn.CrossEntropyLoss(label_smoothing=0.1),
-        {"MaxPool2d": 2, "ConvTranspose2d": 2, "CrossEntropyLoss": 1},
+        lambda: unet.UNet(CLASSES), (11, 15), lambda: nn.CrossEntropyLoss(label_smoothing=0.1),
+        {POOL: 2, CONV: 2, LOSS: 1, SEQUENCE: 5}, {BR: 10},
     ),
     "linknet": Case(
-        lambda: unet.LinkNet(CLASSES), (24, 32), nn.NLLLoss, {"MaxPool2d": 1, "ConvTranspose2d": 4}
+        lambda: unet.LinkNet(CLASSES), (24, 32), nn.NLLLoss,
+        {POOL: 1, CONV: 4, SEQUENCE: 9}, {BR: 1, CBR: 5, "deconv + norm + relu": 3},
     ),
     "repeated": Case(
-        lambda: unet.Repeated(CLASSES), (8, 10), swapped={"MaxPool2d": 1, "ConvTranspose2d": 1, "CrossEntropyLoss": 1}
+        lambda: unet.Repeated(CLASSES), (8, 10), nn.CrossEntropyLoss,
+        {POOL: 1, CONV: 1, LOSS: 1, SEQUENCE: 1}, {CBR: 2, "conv + norm + relu + pool": 1},
     ),
 }  # fmt: skip
+PARTS = {nn.Conv2d: "conv", nn.ConvTranspose2d: "deconv", nn.BatchNorm2d: "norm", nn.ReLU: "relu", nn.MaxPool2d: "pool"}
 
 
 def batch(case, device):
@@ -120,10 +130,22 @@ def data(case, device):
     return batch(case, device)
 
 
+def fused(report):
+    """What runs as one, in words, counted."""
+    found = collections.Counter()
+    for sequence in report.swapped:
+        for names in sequence.together:
+            layers = (sequence.module.get_submodule(name) for name in names)
+            kinds = (next(word for base, word in PARTS.items() if isinstance(layer, base)) for layer in layers)
+            found[" + ".join(kinds)] += 1
+    return found
+
+
 def test_the_report_is_exact(case, model):
     before = kinds(model)
-    report = fastseg.swap(model)
-    assert collections.Counter(layer.found.__name__ for layer in report.swapped) == case.swapped
+    report = fastseg.swap(model, strict=True)
+    assert collections.Counter(layer.op for layer in report.swapped) == case.swapped
+    assert fused(report) == case.fused
     assert report.left == []
     assert sum(a is not b for a, b in zip(before, kinds(model), strict=True)) == sum(case.swapped.values())
 
@@ -159,9 +181,26 @@ def test_every_swapped_layer_runs_on_the_kernels(case, model, data, triton_backe
     fastseg.swap(model)
     chosen = fastseg.explain(model, *data)
     assert {choice.backend for choice in chosen} <= {"triton"}
-    names = {"MaxPool2d": "max_pool2d", "MaxUnpool2d": "max_unpool2d", "ConvTranspose2d": "conv_transpose2d",
-             "CrossEntropyLoss": "cross_entropy"}  # fmt: skip
-    assert {names[name] for name in case.swapped} <= {choice.operator for choice in chosen}
+    ran = collections.Counter(choice.operator for choice in chosen)
+    pooled_together = sum(n for layers, n in case.fused.items() if "pool" in layers)
+    alone = set(case.swapped) - {SEQUENCE} - ({POOL} if pooled_together == case.swapped.get(POOL) else set())
+    assert alone <= ran.keys()
+    assert sum(n for op, n in ran.items() if op.startswith(SEQUENCE)) == sum(case.fused.values())
+
+
+def test_compact_indices(device, triton_backend):
+    """One shared pool and unpool of one geometry; ENet's are of two, so that its indices stay what they are."""
+    model, case = CASES["segnet-shared"].model(device), CASES["segnet-shared"]
+    data = batch(case, device)
+    plain, truth = outcomes.outcome(model, data), outcomes.in_float64(model, data)
+    report = fastseg.swap(model, compact_indices=True)
+    assert report.compact_indices and report.compact_reason is None
+    seen = set()
+    model.net.pool.register_forward_hook(lambda module, inputs, output: seen.add(output[1].dtype))
+    assert wrong(outcomes.compare(outcomes.outcome(model, data), plain, truth)) == []
+    assert seen == {torch.uint8}
+    report = fastseg.swap(CASES["enet"].model(device), compact_indices=True)
+    assert not report.compact_indices and "differ in kernel_size" in report.compact_reason
 
 
 def test_copies_of_the_swapped_model(model, data):

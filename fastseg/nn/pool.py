@@ -51,7 +51,5 @@ class MaxUnpool2d(nn.MaxUnpool2d):
 
     def forward(self, input: Tensor, indices: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         if isinstance(indices, Tensor) and indices.dtype == torch.uint8:
-            return F.max_unpool2d_with_offsets(
-                input, indices, self.kernel_size, self.stride, self.padding, output_size
-            )
+            return F.max_unpool2d_with_offsets(input, indices, self.kernel_size, self.stride, self.padding, output_size)
         return F.max_unpool2d(input, indices, self.kernel_size, self.stride, self.padding, output_size)

@@ -271,6 +271,4 @@ def _sequence(
     obstacle = _obstacle(module, nn.Sequential)
     if obstacle is None and not together:
         obstacle = f"has hooks on {' + '.join(possible[0])}, which see what would not be made"
-    return _candidate(
-        module, names, SEQUENCES, nn.Sequential, Sequential, obstacle, wanted, filter_fn, tuple(together)
-    )
+    return _candidate(module, names, SEQUENCES, nn.Sequential, Sequential, obstacle, wanted, filter_fn, tuple(together))
