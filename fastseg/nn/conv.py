@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .. import functional as F
 from ..ops.conv_transpose import runs_on_kernels
+from ..ops.conv_transpose_norm import folded_norm
 from ..ops.windows import IntOrPair
 from .batch_norm import BatchNormReLU2d
 
@@ -116,10 +117,4 @@ class ConvTransposeBatchNormReLU2d(nn.Sequential):
     def _folded(self) -> tuple[Tensor, Tensor]:
         """(scale, shift) that the batch norm of evaluation and the convolution's bias come to, in float32 at least."""
         conv, norm = self
-        mean, var = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (norm.running_mean, norm.running_var))
-        scale = (var + norm.eps).rsqrt()
-        if norm.weight is not None:
-            scale = scale * norm.weight
-        shift = -mean if conv.bias is None else conv.bias - mean
-        shift = shift * scale
-        return scale, shift if norm.bias is None else shift + norm.bias
+        return folded_norm(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps, conv.bias)
