@@ -153,9 +153,15 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Cho
         outer, _watched = _watched, []
         try:
             if isinstance(function, torch.nn.Module):
-                state = {**dict(function.named_parameters()), **dict(function.named_buffers())}
-                fakes = {name: mode.from_tensor(tensor) for name, tensor in state.items()}
-                torch.func.functional_call(function, fakes, fake_args, fake_kwargs)
+                # Each module once, tied tensors under each module: functional_call's own tying would put a shared
+                # module's fakes in twice, and leave them there.
+                fakes = {
+                    f"{path}.{name}" if path else name: mode.from_tensor(tensor)
+                    for path, module in function.named_modules()
+                    for own in (module.named_parameters, module.named_buffers)
+                    for name, tensor in own(recurse=False, remove_duplicate=False)
+                }
+                torch.func.functional_call(function, fakes, fake_args, fake_kwargs, tie_weights=False)
             else:
                 function(*fake_args, **fake_kwargs)
             return _watched

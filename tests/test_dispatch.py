@@ -104,6 +104,16 @@ def test_explain_leaves_a_model_as_it_was():
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+def test_explain_leaves_shared_modules_and_tied_parameters_as_they_were():
+    norm = torch.nn.BatchNorm2d(3)
+    convs = [torch.nn.Conv2d(3, 3, 1) for _ in range(2)]
+    convs[1].weight = convs[0].weight
+    model = torch.nn.Sequential(convs[0], norm, convs[1], norm, fastseg.nn.MaxPool2d(2))
+    before = [model.state_dict(keep_vars=True)[name] for name in model.state_dict()]
+    assert [c.operator for c in fastseg.explain(model, torch.randn(2, 3, 8, 8))] == ["max_pool2d"]
+    assert all(a is b for a, b in zip(model.state_dict(keep_vars=True).values(), before, strict=True))
+
+
 def test_interpreting_after_triton_is_loaded_is_refused():
     code, output = python("import triton, fastseg.dispatch as d; d.interpret_kernels()")
     assert code != 0 and "triton is imported already" in output
