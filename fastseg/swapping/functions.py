@@ -143,6 +143,6 @@ class swap_functions(TorchFunctionMode):
             self.left[name, reason] += 1
             return func(*args, **kwargs)
         self.calls[name] += 1
-        # What fastseg calls of torch is its own affair: neither another swap_functions nor a default device gets it.
+        # What fastseg calls of torch for it is not for a swap_functions further out.
         with torch._C.DisableTorchFunction():
             return replacement(*args, **kwargs)
