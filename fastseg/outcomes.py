@@ -162,6 +162,16 @@ def _norm(x: Tensor) -> float:
     return x[x.isfinite()].double().norm().item()
 
 
+def wrong(compared: Mapping[str, Sequence[Comparison]]) -> list[str]:
+    """A sentence for each tensor that is not right."""
+    return [
+        f"{c.tensor} ({kind}) is off by {c.error:.2e}, allowed {c.allowed:.2e}"
+        for kind, comparisons in compared.items()
+        for c in comparisons
+        if not c.passed
+    ]
+
+
 def equal(first: Outcome, second: Outcome) -> bool:
     """Whether two outcomes have the same tensors, to the bit; NaN is equal to NaN."""
     if any(first[kind].keys() != second[kind].keys() for kind in KINDS):
