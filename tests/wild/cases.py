@@ -98,7 +98,7 @@ CASES = {
         compiled={POOL: 2, CONV: 2, LOSS: 1, "batch_norm_relu": 10},
     ),
     "linknet": Case(
-        lambda: unet.LinkNet(CLASSES), (24, 32), nn.NLLLoss,
+        lambda: unet.LinkNet(CLASSES), (16, 24), nn.NLLLoss,
         {POOL: 1, CONV: 4, SEQUENCE: 9}, {BR: 1, CBR: 5, "deconv + norm + relu": 3},
         compiled={POOL: 1, CONV: 4, "batch_norm_relu": 11, "input_bias": 6},  # two in residual blocks
     ),
