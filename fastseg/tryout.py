@@ -251,6 +251,8 @@ def main(args: argparse.Namespace) -> int:
             with dispatch.backend(backend):
                 times.setdefault(mode, {})[name] = measured(trial, model, args.seconds)
     where = torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} threads of the CPU"
+    if args.backend == "triton" and not on_gpu:
+        where = "the CPU, kernels interpreted"
     result = {
         "model": args.model, "device": where, "dtype": args.dtype, "channels_last": args.channels_last,
         "inputs": args.input, "backend": args.backend, "seed": args.seed, "passed": not failures, "failures": failures,

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-NEEDS_TORCHVISION = ("torchvision", "timm", "segmentation_models_pytorch", "lightning")
+IMPORT_TORCHVISION = ("torchvision", "timm", "segmentation_models_pytorch", "lightning", "transformers")
 # torchvision's package index wheel is built for CUDA: beside a torch without CUDA its library does not load, and the
 # import fails at the first operator that it describes. Its networks are written in Python and call none of these.
 OPERATORS = ("nms", "qnms")
@@ -18,7 +18,7 @@ def need(name):
     """The package, or a skipped test that says what to install."""
     if importlib.util.find_spec(name) is None:
         pytest.skip(f"needs {name}: python -m pip install -r tests/packages.txt")
-    if name in NEEDS_TORCHVISION:
+    if name in IMPORT_TORCHVISION and importlib.util.find_spec("torchvision") is not None:
         _torchvision()
     return importlib.import_module(name)
 
