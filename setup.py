@@ -38,6 +38,9 @@ setup(
             "pytest>=8.0",
             "pytest-xdist>=3.5",
             "pytest-benchmark>=4.0",
+            "onnx>=1.17",
+            "onnxruntime>=1.20",
+            "onnxscript>=0.5",
         ],
     },
     entry_points={

@@ -44,6 +44,7 @@ OPERATOR_TESTS = (
     *LOSS_TESTS,
     "nn",
     "swap",
+    "swap_sequences",
     "dispatch",
 )
 

@@ -32,7 +32,7 @@ def test_a_short_demo(tmp_path, capsys):
     assert result["steps"] == 7 and 0 < result["miou"] < 0.5 and result["gpu"] is None
     assert result["loss_difference"] <= demo.LOSS_TOLERANCE
     assert max(result["interpreted"].values()) <= demo.STEP_TOLERANCE
-    assert "8 of 8 layers swapped" in printed.err
+    assert "16 of 16 layers swapped" in printed.err
     names = ["loss.png", "metrics.jsonl", "prediction.png", "scene.png", "segnet.pt"]
     assert sorted(file.name for file in tmp_path.iterdir()) == names
     assert Image.open(tmp_path / "prediction.png").size[0] > 1000 and Image.open(tmp_path / "loss.png").size[0] > 500
@@ -77,7 +77,7 @@ def test_the_plain_net_is_plain_and_takes_any_size():
     model.load_state_dict(state)  # the running statistics
     report = swap(model)
     swapped = model(image)
-    assert plain.shape == (2, 5, 37, 50) and len(report.swapped) == 8 and torch.equal(plain, swapped)
+    assert plain.shape == (2, 5, 37, 50) and len(report.swapped) == 16 and torch.equal(plain, swapped)
 
 
 @pytest.mark.gpu

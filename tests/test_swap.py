@@ -7,11 +7,11 @@ import pickle
 
 import pytest
 import torch
+from swap_common import assert_same, operators, results, twins
 from torch import nn
 
 import fastseg
 from fastseg.verify import relative_error
-from swap_common import assert_same, operators, results, twins
 
 FUSED = {
     nn.MaxPool2d: fastseg.nn.MaxPool2d,

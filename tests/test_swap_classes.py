@@ -7,11 +7,11 @@ import pickle
 
 import pytest
 import torch
+from swap_common import assert_same, operators, results, twins
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 import fastseg
-from swap_common import assert_same, operators, results, twins
 
 # --- subclasses ------------------------------------------------------------------------------------------------------
 

@@ -7,11 +7,11 @@ import logging
 import pytest
 import torch
 import torch.nn.functional as F
+from swap_common import assert_same, operators, results, twins
+from test_swap import FUSED, MyPool, Net, kinds, reasons
 from torch import nn
 
 import fastseg
-from swap_common import assert_same, operators, results, twins
-from test_swap import FUSED, MyPool, Net, kinds, reasons
 
 
 class Whole(nn.Module):

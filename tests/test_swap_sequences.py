@@ -5,11 +5,11 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from swap_common import assert_same, operators, results, twins
 from torch import nn
 
 import fastseg
 from fastseg.inspect.traffic import metering
-from swap_common import assert_same, operators, results, twins
 
 
 def block(*more, bias=True, channels=4):

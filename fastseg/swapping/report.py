@@ -128,7 +128,9 @@ class SwapReport:
         for column in ("layer", "class", "swapped"):
             table.add_column(column, overflow="fold")
         for layer in self.candidates:
-            table.add_row(*map(Text, ("\n".join(layer.names), layer.class_name, layer.result)))
+            public = getattr(nn, layer.found.__name__, None) is layer.found  # which has a shorter name
+            shown = f"torch.nn.{layer.found.__name__}" if public else layer.class_name
+            table.add_row(*map(Text, ("\n".join(layer.names), shown, layer.result)))
         if self.compact_indices:
             table.caption = "uint8 offsets flow from the pools to the unpools"
         elif self.compact_reason:

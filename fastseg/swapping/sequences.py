@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 from torch.nn.modules.utils import _pair
 
+from .. import dispatch
 from .. import functional as F
 from .. import nn as fused
 from ..nn.batch_norm import normalise
@@ -64,11 +65,13 @@ class Sequential(nn.Sequential):
     __prepare_scriptable__ = refuse_script
 
     def forward(self, input: Any) -> Any:
+        # On a CPU most likely not: asked once, before the layers are looked at.
+        if not isinstance(input, Tensor) or not _kernels_run_on(input) or _watched_from_outside():
+            return super().forward(input)
         layers, at = list(self), 0
-        alone = _watched_from_outside()
         while at < len(layers):
-            group = None if alone else group_at(layers, at)
-            if group is not None and _runs_on_kernels(input, group.norm):
+            group = group_at(layers, at)
+            if group is not None and _covered(input, group.norm):
                 input, at = group(input), at + group.length
             else:
                 input, at = layers[at](input), at + 1
@@ -76,7 +79,10 @@ class Sequential(nn.Sequential):
 
 
 def groups(sequence: nn.Sequential, kind: Kind, watched: bool) -> list[tuple[str, ...]]:
-    """Names of the children that run as one, group by group. watched: also where a hook prevents it now."""
+    """Names of the children that run as one, group by group.
+
+    kind: the class that a layer has, or will have. watched: also where a hook prevents it now.
+    """
     names, layers, at, found = list(sequence._modules), list(sequence), 0, []
     while at < len(layers):
         group = group_at(layers, at, kind, watched)
@@ -87,7 +93,9 @@ def groups(sequence: nn.Sequential, kind: Kind, watched: bool) -> list[tuple[str
 
 
 def group_at(layers: Sequence[nn.Module], at: int, kind: Kind = type, watched: bool = False) -> Group | None:
-    """The group that begins with layer `at`, of two layers at least."""
+    """The group that begins with layer `at`, of two layers at least. kind, watched: as in `groups`."""
+    if not isinstance(layers[at], (nn.Conv2d, nn.BatchNorm2d, nn.ConvTranspose2d)):
+        return None
 
     def layer_is(place: int, base: type) -> bool:
         return place < len(layers) and _stock(layers[place], base, kind) and (watched or not _is_watched(layers[place]))
@@ -120,8 +128,10 @@ def _stock(layer: nn.Module, base: type, kind: Kind) -> bool:
 
 
 def _is_watched(layer: nn.Module) -> bool:
-    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-    return any(len(found) > 0 for found in hooks)
+    own = layer.__dict__
+    return bool(
+        own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+    )
 
 
 def _joins(pool: nn.MaxPool2d) -> bool:
@@ -140,15 +150,16 @@ def _watched_from_outside() -> bool:
     )
 
 
-def _runs_on_kernels(input: Any, norm: nn.BatchNorm2d) -> bool:
-    """Whether the group's operators would run on their kernels, for plain tensors as the kernels take them."""
+def _kernels_run_on(input: Tensor) -> bool:
+    return dispatch.choose(BATCH_NORM_RELU.name, input, asks=True).backend == "triton"
+
+
+def _covered(input: Any, norm: nn.BatchNorm2d) -> bool:
+    """Whether the group's operators take these tensors. What torch refuses is left to torch."""
     vectors = [t for t in (norm.weight, norm.bias, norm.running_mean, norm.running_var) if t is not None]
     if not all(type(t) in (Tensor, nn.Parameter) or isinstance(t, FakeTensor) for t in (input, *vectors)):
-        return False
+        return False  # a DTensor, a tuple
     if BATCH_NORM_RELU.uncovered(input) is not None:
         return False
-    # What torch refuses is left to torch.
     halves = (torch.float16, torch.bfloat16)
-    if any(t.dtype != input.dtype and (t.dtype != torch.float32 or input.dtype not in halves) for t in vectors):
-        return False
-    return BATCH_NORM_RELU.choose(input, asks=True).backend == "triton"
+    return all(t.dtype == input.dtype or (t.dtype == torch.float32 and input.dtype in halves) for t in vectors)
