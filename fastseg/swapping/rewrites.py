@@ -27,10 +27,12 @@ from .nodes import (
     LEGACY,
     PARAMETERS,
     arguments_of,
+    asks_size,
     between,
     name_of,
     nodes_in,
     off_kernels,
+    only_reader,
     only_user,
     outputs_of,
     pair,
@@ -98,6 +100,10 @@ class _Rewriter:
         self.compact: set[Node] = set()  # pools whose indices become offsets, and the unpools that read them
 
     def run(self) -> None:
+        for node in reversed(self.graph.nodes):  # where sizes are not fixed they are asked for in between
+            if name_of(node) in ("batch_norm", "relu"):
+                for user in filter(asks_size, list(node.users)):
+                    user.replace_input_with(node, arguments_of(node)["input"])
         for name, rule in (
             ("max_pool2d", self.find_compact),
             ("batch_norm", self.fuse_batch_norm),
@@ -270,7 +276,7 @@ class _Rewriter:
     def absorbed_bias(self, norm: Node, arguments: dict[str, Any]) -> Node | None:
         """The bias of a convolution that the batch norm alone reads, taken out of the convolution."""
         conv = arguments["input"]
-        if name_of(conv) not in ("conv2d", "conv_transpose2d") or only_user(conv) is not norm:
+        if name_of(conv) not in ("conv2d", "conv_transpose2d") or only_reader(conv) is not norm:
             return None
         given = arguments_of(conv)
         bias = given.get("bias")
