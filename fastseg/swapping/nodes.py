@@ -79,12 +79,12 @@ def asks_size(node: Node) -> bool:
     return node.op == "call_method" and node.target == "size"
 
 
-def outputs_of(pool: Node) -> tuple[Node | None, Node | None]:
-    """The nodes that take a pool's two results out of it, or None where one is not, or not once."""
+def outputs_of(pool: Node) -> tuple[Node | None, Node | None] | None:
+    """The nodes that take a pool's two results out of it, each or none; None where it is used in another way."""
     found: dict[int, Node] = {}
     for user in pool.users:
         if user.target is not operator.getitem or user.args[1] in found:
-            return None, None
+            return None
         found[user.args[1]] = user
     return found.get(0), found.get(1)
 
