@@ -294,6 +294,13 @@ def test_a_second_derivative(triton_backend):
         assert torch.autograd.gradgradcheck(lambda x: F.max_pool2d(x.square(), 2), x)
 
 
+def test_unpooling_that_autocast_casts_on_a_cpu(triton_backend):
+    y, indices = F.max_pool2d(torch.randn(1, 2, 4, 4, dtype=torch.bfloat16), 2, return_indices=True)
+    with torch.autocast("cpu", torch.bfloat16), fastseg.swap_functions() as swapped:
+        assert F.max_unpool2d(y, indices, 2).dtype == torch.float32
+    assert not swapped.calls
+
+
 @pytest.mark.parametrize("decorated", [True, False])
 def test_compiled_code_is_traced_through_it(net, batch, decorated, triton_backend):
     graphs = []

@@ -80,6 +80,8 @@ def _obstacle(name: str, args: Any) -> str | None:
         return "inside a torch.func transform or forward-mode differentiation"
     if torch.jit.is_tracing():
         return "inside torch.jit.trace"
+    if name == "max_unpool2d" and tensors[0].device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+        return "autocast on a CPU, which unpools in float32"
     if name == "cross_entropy" and tensors[0].dtype in HALVES and not _on_kernels(name, tensors[0]):
         return "half-precision logits that the kernels do not get: torch's rounding is kept"
     return None

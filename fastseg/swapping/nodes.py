@@ -69,12 +69,22 @@ def only_user(node: Node) -> Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
-def outputs_of(pool: Node) -> tuple[Node | None, Node | None]:
-    """The nodes that take a pool's two results out of it, or None where one is not, or not once."""
+def only_reader(node: Node) -> Node | None:
+    """The one node that reads a node's elements, whoever asks for its size."""
+    readers = [user for user in node.users if not asks_size(user)]
+    return readers[0] if len(readers) == 1 else None
+
+
+def asks_size(node: Node) -> bool:
+    return node.op == "call_method" and node.target == "size"
+
+
+def outputs_of(pool: Node) -> tuple[Node | None, Node | None] | None:
+    """The nodes that take a pool's two results out of it, each or none; None where it is used in another way."""
     found: dict[int, Node] = {}
     for user in pool.users:
         if user.target is not operator.getitem or user.args[1] in found:
-            return None, None
+            return None
         found[user.args[1]] = user
     return found.get(0), found.get(1)
 

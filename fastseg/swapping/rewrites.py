@@ -27,10 +27,12 @@ from .nodes import (
     LEGACY,
     PARAMETERS,
     arguments_of,
+    asks_size,
     between,
     name_of,
     nodes_in,
     off_kernels,
+    only_reader,
     only_user,
     outputs_of,
     pair,
@@ -98,6 +100,10 @@ class _Rewriter:
         self.compact: set[Node] = set()  # pools whose indices become offsets, and the unpools that read them
 
     def run(self) -> None:
+        for node in reversed(self.graph.nodes):  # where sizes are not fixed they are asked for in between
+            if name_of(node) in ("batch_norm", "relu"):
+                for user in filter(asks_size, list(node.users)):
+                    user.replace_input_with(node, arguments_of(node)["input"])
         for name, rule in (
             ("max_pool2d", self.find_compact),
             ("batch_norm", self.fuse_batch_norm),
@@ -132,19 +138,20 @@ class _Rewriter:
 
     def find_compact(self, pool: Node, arguments: dict[str, Any]) -> None:
         """A pool's indices become offsets where unpools of its own windows, back to its own size, alone read them."""
-        indices = outputs_of(pool)[1]
-        if indices is None:
+        outputs = outputs_of(pool)
+        if outputs is None or not isinstance(value_of(pool), tuple):
             return
-        reason = self.needs_indices(arguments, indices)
+        indices = outputs[1]
+        readers = [] if indices is None else list(indices.users)
+        reason = self.needs_indices(arguments, indices, readers)
         if reason is not None:
             self.leave(pool, "max_pool2d_with_offsets", reason)
             return
-        self.compact |= {pool, *indices.users}
-        value = value_of(indices)
-        with value.fake_mode:
-            indices.meta["example_value"] = torch.empty_like(value, dtype=torch.uint8)
+        self.compact |= {pool, *readers}
+        if indices is not None:
+            as_offsets(indices)
 
-    def needs_indices(self, arguments: dict[str, Any], indices: Node) -> str | None:
+    def needs_indices(self, arguments: dict[str, Any], indices: Node | None, readers: list[Node]) -> str | None:
         """Why a pool's indices stay int64, in words, or None."""
         input, geometry = value_of(arguments["input"]), windows_of(arguments)
         reason = off_kernels("max_pool2d", input, windows.uncovered(input))
@@ -154,12 +161,14 @@ class _Rewriter:
             return "it is dilated, or its windows are computed"
         if geometry[0][0] * geometry[0][1] > windows.MAX_OFFSETS:
             return f"a window has more than {windows.MAX_OFFSETS} elements"
-        for user in indices.users:
+        for user in readers:
             given = arguments_of(user) if name_of(user) == "max_unpool2d" else {}
             if given.get("indices") is not indices or given["input"] is indices:
                 return f"its indices are read by {user.name}"
             if windows_of(given) != geometry:
                 return f"{user.name} has other windows"
+            if value_of(user).dtype != value_of(given["input"]).dtype:
+                return f"autocast casts what {user.name} unpools"
             size = value_of(given.get("output_size"))
             if size is None:
                 pooled = value_of(given["input"]).shape[-2:]
@@ -214,16 +223,17 @@ class _Rewriter:
         given, indices = arguments_of(pool), None
         positions = isinstance(value_of(pool), tuple)
         if positions:
-            indices = outputs_of(pool)[1]
-            if indices is None:
+            outputs = outputs_of(pool)
+            if outputs is None:
                 return False
+            indices = outputs[1]
         elif not arguments["training"] and not value_of(relu).requires_grad:
             return False  # a pass that keeps nothing, and the inner compiler's as well
         bias = self.absorbed_bias(norm, arguments)
         more = {**geometry, "ceil_mode": given.get("ceil_mode", False), "return_offsets": positions, "input_bias": bias}
         compact = pool in self.compact
         self.put(norm, [norm, relu, pool], functional.batch_norm_relu_max_pool2d, arguments | more)
-        if positions and not compact:
+        if indices is not None and not compact:
             self.convert(indices, arguments["input"], geometry)
         return True
 
@@ -237,9 +247,7 @@ class _Rewriter:
             indices = self.graph.call_function(functional.offsets_to_indices, (offsets,), {**geometry, "width": width})
         indices.meta = dict(offsets.meta)
         offsets.replace_all_uses_with(indices, delete_user_cb=lambda user: user is not indices)
-        value = value_of(offsets)
-        with value.fake_mode:
-            offsets.meta["example_value"] = torch.empty_like(value, dtype=torch.uint8)
+        as_offsets(offsets)
 
     def fuse_unpool(self, norm: Node, arguments: dict[str, Any], relu: Node) -> bool:
         unpool = only_user(relu)
@@ -270,7 +278,7 @@ class _Rewriter:
     def absorbed_bias(self, norm: Node, arguments: dict[str, Any]) -> Node | None:
         """The bias of a convolution that the batch norm alone reads, taken out of the convolution."""
         conv = arguments["input"]
-        if name_of(conv) not in ("conv2d", "conv_transpose2d") or only_user(conv) is not norm:
+        if name_of(conv) not in ("conv2d", "conv_transpose2d") or only_reader(conv) is not norm:
             return None
         given = arguments_of(conv)
         bias = given.get("bias")
@@ -353,6 +361,8 @@ class _Rewriter:
             return
         input = value_of(arguments["input"])
         reason = off_kernels("max_unpool2d", input, windows.uncovered(input))
+        if value_of(unpool).dtype != input.dtype:
+            reason = "autocast casts its input"
         if reason is not None:
             self.leave(unpool, "max_unpool2d", reason)
             return
@@ -372,6 +382,13 @@ class _Rewriter:
             self.leave(loss, "cross_entropy", reason)
             return
         self.replace(loss, cross_entropy, arguments)
+
+
+def as_offsets(indices: Node) -> None:
+    """Note that a node's int64 indices are uint8 offsets by now."""
+    value = value_of(indices)
+    with value.fake_mode:
+        indices.meta["example_value"] = torch.empty_like(value, dtype=torch.uint8)
 
 
 def conv_off_kernels(conv: Node, arguments: dict[str, Any], fused: bool = False) -> str | None:
