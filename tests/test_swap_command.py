@@ -102,6 +102,12 @@ def test_json(run):
     assert {call["operator"] for call in result["ran"]} >= {"conv_transpose2d"}
 
 
+def test_json_has_no_infinity(run, monkeypatch):
+    monkeypatch.setattr(fused.ConvTranspose2d, "forward", broken(lambda self, y: y / 0))
+    code, out, _ = run("Net", "--args", "5", "--input", "1x3x8x12", "--no-time", "--json")
+    assert code == 1 and not json.loads(out, parse_constant=pytest.fail)["passed"]
+
+
 @INTERPRETED
 def test_the_kernels_are_checked_where_they_are_asked_for(run):
     code, out, _ = run("Net", "--args", "5", "drop=0.5", "--input", "1x3x8x12", "--backend", "triton", "--json")
