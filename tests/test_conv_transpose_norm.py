@@ -79,6 +79,13 @@ def test_without_relu_or_statistics_nothing_is_folded(device, triton_backend):
     torch.testing.assert_close(ours(x), theirs.eval()[:2](x), rtol=1e-4, atol=1e-4)
 
 
+def test_where_torch_runs_nothing_is_folded(device):
+    _, ours = twins(4, 4, 2, device=device)
+    with fastseg.backend("torch"):
+        called = fastseg.explain(ours.eval(), torch.randn(2, 4, 3, 3, device=device))
+    assert [choice.operator for choice in called] == ["conv_transpose2d", "batch_norm_relu"]
+
+
 def test_deconvnet_has_it_where_no_unpooling_follows():
     model = fastseg.models.DeconvNet(4, width=0.125)
     found = [type(block) is fastseg.nn.ConvTransposeBatchNormReLU2d for stage in model.decoder for block in stage]

@@ -218,6 +218,15 @@ def test_copies_of_a_parametrized_layer_keep_their_class():
     assert type(layer) is type(twin) is found
 
 
+def test_a_copy_made_meanwhile_does_not_stand_in_the_way_of_undo():
+    layer = WRAPPED["weight norm"]()  # copying notes its slots in its class
+    found = type(layer)
+    report = fastseg.swap(layer)
+    assert type(copy.deepcopy(layer)) is type(layer)
+    report.undo()
+    assert type(layer) is found
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.spectral_norm])
 def test_norms_by_hook(norm, device, triton_backend):

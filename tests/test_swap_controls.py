@@ -132,8 +132,11 @@ def test_strict_names_all_that_would_stay_and_changes_nothing():
     ]
     assert kinds(model) == before
     fastseg.swap(model, strict=True, filter_fn=lambda _, name: name == "pool")
-    fastseg.swap(model, strict=True, ops=["conv_transpose2d"])  # fastseg's already, or not asked for
+    fastseg.swap(model, strict=True, ops=["conv_transpose2d"])
     assert type(model["pool"]) is fastseg.nn.MaxPool2d
+    whole = Whole()
+    for _ in range(2):  # fastseg's already, the second time
+        fastseg.swap(whole, strict=True)
 
 
 # --- what it says ----------------------------------------------------------------------------------------------------

@@ -75,7 +75,8 @@ def test_copies_and_files(net, x, triton_backend):
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(file, weights_only=False)):
         assert [type(m) for m in twin.modules()] == [type(m) for m in model.modules()]
         assert operators(twin, x) == OPERATORS
-        assert_same(results(twin, x), results(copy.deepcopy(plain), x))
+        assert list(twin.state_dict()) == list(plain.state_dict())
+    assert_same(results(twin, x), results(plain, x))
 
 
 def test_state_dict_both_ways(net, x):
@@ -103,19 +104,21 @@ def test_to_channels_last_and_other_dtypes(net, x, triton_backend):
     assert_same(results(model.train(), x), results(plain.train(), x))
 
 
-def test_autocast(net, x, triton_backend):
-    plain, model, _ = twins(net)
+@pytest.mark.parametrize("training", [True, False])
+def test_autocast(training, net, x, triton_backend):
+    plain, model, _ = twins(net.train(training))
     exact = copy.deepcopy(plain).double()(x.double())
     with torch.autocast(x.device.type, torch.bfloat16):
         found, theirs = model(x), plain(x)
-        assert operators(model, x) == OPERATORS
+        folded = [] if training else [4]  # the batch norm behind the transposed convolution
+        assert operators(model, x) == [name for place, name in enumerate(OPERATORS) if place not in folded]
     assert found.dtype == theirs.dtype
     errors = [((y.double() - exact).square().mean() / exact.square().mean()).sqrt() for y in (found, theirs)]
     assert errors[0] < 2 * errors[1]
     found.float().square().sum().backward()
-    assert all(
-        p.grad is not None and p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters()
-    )
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.dtype == torch.float32, name
+        assert parameter.grad.isfinite().all(), name
 
 
 # --- checkpointing ---------------------------------------------------------------------------------------------------

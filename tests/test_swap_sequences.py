@@ -44,6 +44,7 @@ SEQUENCES = {  # the sequence, the children that run as one, operators in traini
     "deconv bn relu, no bias": (deconv(nn.ReLU(), bias=False), ["0 + 1 + 2"], [UP, NORM], [UP]),
     "deconv bn": (deconv(), ["0 + 1"], [UP, NORM], [UP, NORM]),
     "deconv bn relu pool": (deconv(nn.ReLU(), nn.MaxPool2d(2)), ["0 + 1 + 2 + 3"], [UP, POOLED], [UP, POOLED]),
+    "deconv bn pool, no bias": (deconv(nn.MaxPool2d(2), bias=False), ["1 + 2"], [UP, POOLED], [UP, POOLED]),
     "two": (
         nn.Sequential(*block(nn.ReLU(), nn.Dropout(0.0)), nn.Conv2d(4, 3, 1), nn.BatchNorm2d(3)),
         ["0 + 1 + 2", "4 + 5"], [NORM, NORM], [NORM, NORM],
@@ -94,9 +95,15 @@ def test_each_group_runs_as_one_with_the_same_numbers(name, device, triton_backe
     assert_same(results(model, x), results(plain, x), exactly=True)
 
 
+class Loud(nn.ReLU):
+    def __call__(self, input):
+        return super().__call__(input) + 1
+
+
 @pytest.mark.parametrize(
     "sequence",
     [
+        nn.Sequential(nn.BatchNorm2d(3), Loud()),
         block(bias=False),
         nn.Sequential(nn.BatchNorm2d(3)),
         nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()),
