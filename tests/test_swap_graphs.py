@@ -523,6 +523,19 @@ def test_dynamic_shapes(state, triton_backend):
     assert any(isinstance(node.meta.get("example_value"), torch.SymInt) for node in ours.graphs[-1].graph.nodes)
 
 
+def test_a_dynamic_size_behind_the_batch_norm_does_not_hinder(state, triton_backend):
+    def function(x, weight, bias, gamma, beta, mean, var):
+        y, indices = F.max_pool2d(torch.conv2d(x, weight, None, padding=1), 2, return_indices=True)
+        z, mean, var = normed(True, lambda y, w, b: y * 2)(y, weight, bias, gamma, beta, mean, var)
+        return F.max_unpool2d(F.relu(z), indices, 2, output_size=x.shape[-2:]), mean, var
+
+    ours = Compiled(function, "aot_eager")
+    for size in ((6, 8), (7, 9)):
+        assert_equal_to_torch(ours, function, [torch.randn(2, 3, *size, device=state[0].device), *state[1:]])
+        assert ours.rewritten == {"batch_norm_relu_max_unpool2d": 1, "max_pool2d_with_offsets": 1}
+    assert len(ours.graphs) == 2
+
+
 def test_indices_of_a_size_that_is_not_known_to_agree(device, triton_backend):
     """Without an output_size an odd image comes back smaller: for an unknown one nothing is proven."""
 
