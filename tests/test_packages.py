@@ -143,7 +143,7 @@ NETWORKS = {
         SMP, smp("Segformer"), {POOL: 1, SEQUENCE: 1}, calls={POOL: 1}, compiled={POOL: 1, "batch_norm_relu": 10}
     ),
     "transformers.Segformer": Network(
-        HF, segformer, {}, calls={"cross_entropy": 1}, labels=True, interpreted=True,
+        HF, segformer, {}, calls={"cross_entropy": 1}, labels=True,
         compiled={"batch_norm_relu": 1, "upsample_cross_entropy": 1},
     ),
     "transformers.UperNet": Network(
