@@ -43,7 +43,10 @@ setup(
             "onnxscript>=0.5",
         ],
     },
-    entry_points={"console_scripts": ["fastseg = fastseg.cli:main"]},
+    entry_points={
+        "console_scripts": ["fastseg = fastseg.cli:main"],
+        "torch_dynamo_backends": ["fastseg = fastseg.swapping.graphs:compile_backend"],
+    },
     classifiers=[
         "License :: OSI Approved :: Apache Software License",
         "Programming Language :: Python :: 3",

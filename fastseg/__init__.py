@@ -11,7 +11,18 @@ if not (_Path(__file__).parent / "kernels").is_dir():  # a checkout: device code
 
 from . import functional, models, nn
 from .dispatch import backend, explain, get_backend, set_backend
-from .swapping import swap
+from .swapping import compile_backend, swap, swap_functions
 
 __version__ = "0.1.0"
-__all__ = ["backend", "explain", "functional", "get_backend", "models", "nn", "set_backend", "swap"]
+__all__ = [
+    "backend",
+    "compile_backend",
+    "explain",
+    "functional",
+    "get_backend",
+    "models",
+    "nn",
+    "set_backend",
+    "swap",
+    "swap_functions",
+]

@@ -13,6 +13,7 @@ COMMANDS = {  # name: (module with configure(parser) and main(args) -> exit code
     "demo": ("demo", "swap fused layers into a plain SegNet, train it, check it against torch"),
     "train": ("train", "train a network on a folder of pictures and masks"),
     "segment": ("predict", "label the pixels of a picture with a trained checkpoint"),
+    "swap": ("tryout", "swap into a model of yours, check and time it"),
     "inspect": ("inspect", "bytes moved and compiled code, without a GPU"),
     "bench": ("bench", "time the operators beside torch's"),
 }

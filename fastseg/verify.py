@@ -45,8 +45,10 @@ class Comparison:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON, which has no infinity: an error that is none is None."""
-        error = self.error if math.isfinite(self.error) else None
-        return asdict(self) | {"error": error, "passed": self.passed}
+        numbers = {
+            name: value if math.isfinite(value) else None for name, value in asdict(self).items() if name != "tensor"
+        }
+        return {"tensor": self.tensor, **numbers, "passed": self.passed}
 
 
 @contextlib.contextmanager

@@ -10,9 +10,6 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-if __name__ == "kernels":
-    raise ImportError("fastseg's device code is imported as fastseg.kernels: put the folder above on sys.path")
-
 FAMILIES = (
     "batch_norm",
     "batch_norm_pool",
@@ -41,6 +38,10 @@ FAMILIES = (
 
 
 def __getattr__(name: str) -> ModuleType:
+    if (
+        name in FAMILIES and __name__ == "kernels"
+    ):  # the import alone is harmless: transformers looks for such a package
+        raise ImportError("fastseg's device code is imported as fastseg.kernels: put the folder above on sys.path")
     if name in FAMILIES:
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

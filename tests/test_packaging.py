@@ -35,7 +35,8 @@ def test_the_wheel_holds_the_kernels_and_imports(tmp_path):
 
 @pytest.mark.parametrize("folder", [ROOT, ROOT / "tests"])
 def test_device_code_is_not_imported_under_a_name_that_is_taken(folder):
-    """The package index has another project named kernels."""
+    """The package index has another project named kernels, which transformers looks for, and asks for its version."""
     env = os.environ | {"PYTHONPATH": str(ROOT)}
-    run = subprocess.run([sys.executable, "-c", "import kernels"], capture_output=True, text=True, env=env, cwd=folder)
-    assert run.returncode == 1 and "fastseg.kernels" in run.stderr
+    code = "import kernels; print(getattr(kernels, '__version__', None)); from kernels import pool"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=folder)
+    assert run.returncode == 1 and run.stdout == "None\n" and "imported as fastseg.kernels" in run.stderr

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .. import functional as F
 from ..ops.conv_transpose import runs_on_kernels
+from ..ops.conv_transpose_norm import folded_norm
 from ..ops.windows import IntOrPair
 from .batch_norm import BatchNormReLU2d
 from .scripting import refuse_script
@@ -125,16 +126,5 @@ def evaluated(conv: nn.ConvTranspose2d, norm: nn.BatchNorm2d, input: Tensor) -> 
     stand_ins = norm.running_mean, norm.running_var  # as long as shift and scale, which need not be made to ask
     if not runs_on_kernels(input, conv.weight, stand_ins[0], *geometry, stand_ins[1], True):
         return None
-    scale, shift = _folded(conv.bias, norm)
+    scale, shift = folded_norm(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps, conv.bias)
     return F.conv_transpose2d_affine_relu(input, conv.weight, scale, shift, *geometry)
-
-
-def _folded(bias: Tensor | None, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """(scale, shift) that the batch norm of evaluation and the bias before it come to, in float32 at least."""
-    mean, var = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (norm.running_mean, norm.running_var))
-    scale = (var + norm.eps).rsqrt()
-    if norm.weight is not None:
-        scale = scale * norm.weight
-    shift = -mean if bias is None else bias - mean
-    shift = shift * scale
-    return scale, shift if norm.bias is None else shift + norm.bias
