@@ -141,7 +141,7 @@ def _plain_segnet(network: SegNet, x: Tensor) -> Tensor:
 
 def networks() -> Iterator[Pair]:
     """Training steps of a network: torch's layers, and fastseg's in their place."""
-    for size in ((96, 128), (90, 121)):
+    for size in ((180, 240), (90, 121)):
         x, labels = torch.randn(2, 3, *size), _labels(11, 2, *size, ignored=True)
 
         def step(network: Callable[[Tensor], Tensor], x: Tensor = x, labels: Tensor = labels) -> Callable[[], None]:

@@ -332,8 +332,8 @@ def test_the_disassembly_is_printed():
 
 
 BAD = """
-import json, torch
-from fastseg.inspect.codegen import compile_for, record
+import collections, json, torch
+from fastseg.inspect.codegen import INSTRUCTION, compile_for, disassemble, record
 from fastseg.inspect.codegen_report import GLOBAL_ATOMICS, _facts
 from fastseg.kernels.launch import launch
 import sys; sys.path.insert(0, "tests")
@@ -346,16 +346,19 @@ found = record(lambda: (
     launch(bad_kernels.atomic_sum_kernel, 4, f, f, 4096, BLOCK=1024),
     launch(bad_kernels.scalar_product_kernel, 1, x, x, x, 64, BLOCK=64),
 ))
-strided, spilling, atomic, product = (compile_for(launch, 90) for launch in found)
+strided, spilling, atomic, product = kernels = [compile_for(launch, 90) for launch in found]
+disassemble(kernels)
+alone = [collections.Counter(name for _, name in INSTRUCTION.findall(kernel.sass)) for kernel in kernels]
 facts = _facts(product)
 print(json.dumps([strided.widths("LDG"), spilling.spills, atomic.count(*GLOBAL_ATOMICS), facts["wgmma"],
-                  facts["copy engine"]]))
+                  facts["copy engine"], alone == [kernel.instructions for kernel in kernels]]))
 """
 
 
 def test_the_gates_see_bad_kernels():
-    widths, spills, atomics, wgmma, copies = json.loads(compiled("-c", BAD))
+    widths, spills, atomics, wgmma, copies, same = json.loads(compiled("-c", BAD))
     assert list(widths) == ["2"] and spills > 0 and atomics > 0 and wgmma == copies == 0
+    assert same, "kernels that are disassembled at once have other instructions than one by one"
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import multiprocessing
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,7 +12,7 @@ from .. import cases, dispatch
 from ..cases import Case, Placement
 from ..kernels.launch import targeting
 from ..ops.library import observing
-from .codegen import Compiled, Launch, compile_for, compile_for_amd, record
+from .codegen import Compiled, Launch, compile_for, compile_for_amd, disassemble, record
 
 SMS = (80, 90, 100)
 GLOBAL_ATOMICS = ("ATOM.", "ATOMG", "RED.")  # ATOMS is of shared memory, where sm_100 manages its tensor memory
@@ -76,12 +77,16 @@ def rows(args: argparse.Namespace) -> list[dict[str, Any]]:
     firsts: dict[str, Launch] = {}
     for _, _, recorded in found:
         firsts.setdefault(recorded.name, recorded)
-    jobs = [lambda recorded=recorded, sm=sm: _facts(compile_for(recorded, sm)) for sm, _, recorded in found]
+    jobs = [lambda recorded=recorded, sm=sm: compile_for(recorded, sm) for sm, _, recorded in found]
     amd = [lambda recorded=recorded: _elsewhere(recorded) for recorded in firsts.values()]
     results = _in_processes(jobs + amd)
     elsewhere = dict(zip(map(repr, firsts.values()), results[len(jobs) :], strict=True))
+    built = [
+        list(kernels) for _, kernels in itertools.groupby(results[: len(jobs)], lambda compiled: compiled.capability)
+    ]
+    facts_of = itertools.chain(*_in_processes([lambda kernels=kernels: _facts_of(kernels) for kernels in built]))
     table = []
-    for (sm, layout, recorded), facts in zip(found, results[: len(jobs)], strict=True):
+    for (sm, layout, recorded), facts in zip(found, facts_of, strict=True):
         row = {"kernel": recorded.name, "layout": layout, "sm": sm, "programs": recorded.programs}
         row["constants"] = recorded.constants
         table.append(row | facts | {"gfx942": elsewhere.get(repr(recorded), "not tried")})
@@ -93,6 +98,11 @@ def _elsewhere(recorded: Launch) -> str:
     if any(kind.startswith("tensordesc") for kind in recorded.signature.values()):
         return "not launched"
     return compile_for_amd(recorded) or "compiles"
+
+
+def _facts_of(kernels: list[Compiled]) -> list[dict[str, Any]]:
+    disassemble(kernels)
+    return [_facts(compiled) for compiled in kernels]
 
 
 def _facts(compiled: Compiled) -> dict[str, Any]:
