@@ -273,6 +273,17 @@ def test_gate_no_kernel_uses_atomics(facts):
     assert [row for row in facts if row["atomics"]] == []
 
 
+def test_gate_the_losses_that_predict_are_looked_at_too(facts):
+    losses = (
+        "cross_entropy_fwd",
+        "cross_entropy_one_pass",
+        "cross_entropy_one_pass_rows",
+        "upsample_cross_entropy_fwd",
+    )
+    predicting = {row["kernel"] for row in facts if row["constants"].get("PREDICT") is True}
+    assert predicting == {f"{name}_kernel" for name in losses}
+
+
 def test_gate_rows_that_allow_it_are_read_and_written_16_bytes_wide(facts):
     """VEC 8 is a whole 16 bytes of bfloat16, which the launchers take wherever a row divides by it."""
     wide = [

@@ -32,11 +32,14 @@ def network_cases(at: Placement) -> Iterator[Case]:
     yield from cases.conv_transpose2d(at, (8, 32, 64, 64), 32, 4, 2, 1, 0, 32)
     for classes, one_pass in ((11, False), (19, False), (19, None), (150, False), (150, None)):
         yield from cases.cross_entropy(at, (8, classes, 360, 480), 255, one_pass=one_pass)
+    for one_pass in (False, None):
+        yield from cases.cross_entropy(at, (8, 19, 360, 480), 255, one_pass=one_pass, predicted=True)
     for classes in (4, 150):
         yield from cases.dice_cross_entropy(at, (8, classes, 360, 480), 255)
     for classes in (11, 19, 150):
         yield from cases.confusion_matrix(at, (8, 360, 480), classes)
     yield from cases.upsample_cross_entropy(at, (16, 150, 64, 64), (512, 512))
+    yield from cases.upsample_cross_entropy(at, (8, 19, 128, 256), (512, 1024), predicted=True)
     yield from cases.upsample_cross_entropy(at, (8, 19, 128, 256), (512, 1024), "bilinear", True, True, "none", 0.1)
     yield from cases.upsample_cross_entropy(at, (8, 21, 33, 33), (67, 67), "nearest", None, True)
     yield from cases.upsample_argmax(at, (16, 150, 128, 128), (512, 512))
