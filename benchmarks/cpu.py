@@ -30,7 +30,7 @@ from fastseg.models import SegNet
 from fastseg.models.plain import PlainSegNet
 
 SIZES = [((1, 64, 64), (512, 512)), ((2, 33, 41), (263, 321))]  # pictures and size of logits, size of labels
-CLASSES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 19, 64)
+CLASSES = (1, 2, 4, 6, 8, 11, 14, 19, 24, 64)
 MAPS = [(4, 32, 90, 120), (2, 64, 45, 61)]
 
 
@@ -165,7 +165,7 @@ def timed(pair: Pair, repeat: int) -> dict[str, Any]:
             if turn:  # the first is warm-up
                 seconds[name].append(time.perf_counter() - started)
     return {"function": pair.name, "case": pair.what} | {
-        f"{name} ms": 1e3 * min(took) for name, took in seconds.items()
+        f"{name} ms": round(1e3 * min(took), 3) for name, took in seconds.items()
     }
 
 
@@ -190,7 +190,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 print(f"{ratio:5.2f} of {row['torch ms']:8.2f} ms  {threads}  {pair.name}  {pair.what}", flush=True)
     if args.out:
         report = {"device": f"CPU, {platform.machine()}", "torch": torch.__version__, "fastseg": fastseg.__version__}
-        args.out.write_text(json.dumps(report | {"rows": rows}, indent=1) + "\n")
+        lines = ",\n".join(json.dumps(row) for row in rows)  # one row a line
+        args.out.write_text(f'{json.dumps(report)[:-1]}, "rows": [\n{lines}\n]}}\n')
 
 
 if __name__ == "__main__":

@@ -366,6 +366,30 @@ print(json.dumps([strided.widths("LDG"), spilling.spills, atomic.count(*GLOBAL_A
 """
 
 
+DOUBLE = """
+import json, torch
+from fastseg import cases, dispatch
+from fastseg.inspect.codegen import compile_for, disassemble, record
+from fastseg.kernels.launch import targeting
+from fastseg.ops.library import observing
+at = cases.Placement(torch.float64, torch.contiguous_format, "meta")
+spills = []
+for sm, classes in ((90, 4), (100, 150)):
+    (case,) = cases.dice_cross_entropy(at, (8, classes, 360, 480), 255)
+    with dispatch.backend("triton"), targeting(sm), observing(lambda operator, call: None):
+        found = record(lambda: case.step(case.ours, backward=True)())
+    kernels = [compile_for(launch, sm) for launch in found[1:]]
+    disassemble(kernels)
+    spills.append([kernel.spills for kernel in kernels])
+print(json.dumps(spills))
+"""
+
+
+def test_dice_in_float64_does_not_spill():
+    """The command compiles no float64, and the assembler by itself spilled in both generations."""
+    assert json.loads(compiled("-c", DOUBLE)) == [[0, 0], [0, 0]]
+
+
 def test_the_gates_see_bad_kernels():
     widths, spills, atomics, wgmma, copies, same = json.loads(compiled("-c", BAD))
     assert list(widths) == ["2"] and spills > 0 and atomics > 0 and wgmma == copies == 0
