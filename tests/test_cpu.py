@@ -34,7 +34,7 @@ def made(function, *leaves):
 
 
 @pytest.mark.parametrize("mode", ["bilinear", "nearest"])
-@pytest.mark.parametrize("classes", [1, 6, 14])
+@pytest.mark.parametrize("classes", [1, 6, 10])
 def test_upsample_cross_entropy_of_few_classes_makes_what_torch_makes(classes, mode):
     x, target = (
         torch.randn(2, classes, 5, 6),

@@ -201,13 +201,13 @@ def test_a_masked_class_in_nearest_mode(backend, device):
 
 @INTERPRETED
 def test_a_cpu_holds_the_large_logits_of_few_classes_alone():
-    for classes, mode in ((1, "bilinear"), (14, "bilinear"), (15, "bilinear"), (24, "nearest"), (25, "nearest")):
+    for classes, mode in ((1, "bilinear"), (10, "bilinear"), (11, "bilinear"), (20, "nearest"), (21, "nearest")):
         way = {"size": (6, 8), "mode": mode}
         x, target = make((2, classes, 3, 4), way, dtype=torch.float64)
         target, options = target.to(torch.uint8), {"ignore_index": 255, "label_smoothing": 0.1, "mode": mode}
         loss = FS.upsample_cross_entropy(x.requires_grad_(), target, **options)
         in_bands = "UpsampleCrossEntropyFunction" in type(loss.grad_fn).__name__
-        assert in_bands == (classes in (15, 25))
+        assert in_bands == (classes in (11, 21))
         with fastseg.backend("torch"):
             banded = FS.upsample_cross_entropy(x, target, **options)
             assert "UpsampleCrossEntropyFunction" in type(banded.grad_fn).__name__

@@ -47,7 +47,7 @@ class Arguments(NamedTuple):
 
 
 RESIZING = "float[]? scales, str mode, bool align_corners"
-FEW_CLASSES = {"bilinear": 14, "nearest": 24}  # up to which a CPU resizes all in less time than bands, twice
+FEW_CLASSES = {"bilinear": 10, "nearest": 20}  # up to which a CPU resizes all in less time than bands, twice
 NOTHING = (None,) * (3 + len(Arguments._fields))  # the gradients of all but input
 
 
@@ -323,7 +323,7 @@ def upsample_cross_entropy(
 
     The resized logits are never in memory: on the kernels a call needs the losses or their partial sums, 4 bytes a
     pixel for the backward (8 for float32 logits) and the gradient of `input`; on torch a band of rows besides. On a CPU
-    under backend "auto" logits of few classes (14; 24 in mode "nearest") are resized whole, which is faster and holds
+    under backend "auto" logits of few classes (10; 20 in mode "nearest") are resized whole, which is faster and holds
     12 bytes a class and pixel.
 
     input: logits (N, C, h, w) of any strides; float32, float16 and bfloat16 run on the kernels, float64 on torch.
