@@ -231,7 +231,8 @@ def max_pool2d_with_offsets(
 
     offsets: shape of the output, tap i * kernel_width + j of the maximum, for windows of up to 256 elements
     (RuntimeError beyond), counted without the gaps of a dilation. max_unpool2d_with_offsets takes them (of dilation 1),
-    offsets_to_indices converts them; everything else is as in max_pool2d.
+    offsets_to_indices converts them; everything else is as in max_pool2d. On a CPU torch's own pool runs, and keeps its
+    indices for the backward.
     """
     arguments = pool_arguments("max_pool2d_with_offsets", input, kernel_size, stride, padding, dilation, ceil_mode)
     require_offsets("max_pool2d_with_offsets", arguments[0])
