@@ -264,9 +264,12 @@ def _conv_words(
 
 def cross_entropy(
     at: Placement, shape: Sequence[int], ignore_index: int = -100, weighted: bool = False, reduction: str = "mean",
-    label_smoothing: float = 0.0, probabilities: bool = False, one_pass: bool | None = None,
+    label_smoothing: float = 0.0, probabilities: bool = False, one_pass: bool | None = None, predicted: bool = False,
 ) -> Iterator[Case]:  # fmt: skip
-    """Cross-entropy of (N, C, H, W) logits with int64 labels, a tenth of them ignored, or with class probabilities."""
+    """Cross-entropy of (N, C, H, W) logits with int64 labels, a tenth of them ignored, or with class probabilities.
+
+    predicted: and each pixel's class with the largest logit.
+    """
     labels = at.labels(shape[1], shape[0], *shape[2:])
     labels = labels.masked_fill(at.labels(10, *labels.shape) == 0, ignore_index)
     weight = torch.rand(shape[1]).add(0.5).to(at.device) if weighted else None
@@ -274,14 +277,17 @@ def cross_entropy(
     inputs = {"logits": at.tensor(*shape), "labels": labels}
     options = {"ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing}
 
-    def ours(logits: Tensor, labels: Tensor) -> Tensor:
+    def ours(logits: Tensor, labels: Tensor) -> Any:
         target = labels if shares is None else shares
+        if predicted:
+            return functional.cross_entropy_with_predictions(logits, target, weight, **options, one_pass=one_pass)[:2]
         return functional.cross_entropy(logits, target, weight, **options, one_pass=one_pass)
 
-    def theirs(logits: Tensor, labels: Tensor) -> Tensor:
+    def theirs(logits: Tensor, labels: Tensor) -> Any:
         own = None if weight is None else weight.to(logits.dtype)
         target = labels if shares is None else shares.to(logits.dtype)
-        return F.cross_entropy(logits, target, own, **options)
+        loss = F.cross_entropy(logits, target, own, **options)
+        return (loss, logits.argmax(1)) if predicted else loss
 
     def eager(logits: Tensor, labels: Tensor) -> Tensor:
         """Autocast runs log_softmax in the logits' dtype, and the loss in float32."""
@@ -290,8 +296,9 @@ def cross_entropy(
 
     words = [f"ignore {ignore_index} {reduction}", *["weighted"] * weighted, *["probabilities"] * probabilities]
     words += [f"smoothing {label_smoothing}"] * bool(label_smoothing) + ["two passes"] * (one_pass is False)
-    plain = not label_smoothing and not probabilities
-    yield Case("cross_entropy", _words(shape, *words), ours, theirs, inputs, eager if plain else None)
+    name = "cross_entropy" + "_with_predictions" * predicted
+    plain = not (label_smoothing or probabilities or predicted)
+    yield Case(name, _words(shape, *words), ours, theirs, inputs, eager if plain else None)
 
 
 def dice_cross_entropy(
@@ -323,9 +330,9 @@ def dice_cross_entropy(
 
 def upsample_cross_entropy(
     at: Placement, shape: Sequence[int], size: Sequence[int], mode: str = "bilinear", align_corners: bool | None = None,
-    weighted: bool = False, reduction: str = "mean", label_smoothing: float = 0.0,
+    weighted: bool = False, reduction: str = "mean", label_smoothing: float = 0.0, predicted: bool = False,
 ) -> Iterator[Case]:  # fmt: skip
-    """Cross-entropy of logits resized to their labels, a tenth of which are ignored."""
+    """Cross-entropy of logits resized to their labels, a tenth of which are ignored; predicted: and their classes."""
     labels = at.labels(shape[1], shape[0], *size)
     labels = labels.masked_fill(at.labels(10, *labels.shape) == 0, 255)
     weight = torch.rand(shape[1]).add(0.5).to(at.device) if weighted else None
@@ -333,12 +340,15 @@ def upsample_cross_entropy(
     options = {"ignore_index": 255, "reduction": reduction, "label_smoothing": label_smoothing}
     resizing = {"size": list(size), "mode": mode, "align_corners": align_corners}
 
-    def ours(logits: Tensor, labels: Tensor) -> Tensor:
+    def ours(logits: Tensor, labels: Tensor) -> Any:
+        if predicted:
+            return functional.upsample_cross_entropy_with_predictions(logits, labels, weight, **resizing, **options)[:2]
         return functional.upsample_cross_entropy(logits, labels, weight, **resizing, **options)
 
-    def theirs(logits: Tensor, labels: Tensor) -> Tensor:
-        own = None if weight is None else weight.to(logits.dtype)
-        return F.cross_entropy(F.interpolate(logits, **resizing), labels, own, **options)
+    def theirs(logits: Tensor, labels: Tensor) -> Any:
+        own, large = None if weight is None else weight.to(logits.dtype), F.interpolate(logits, **resizing)
+        loss = F.cross_entropy(large, labels, own, **options)
+        return (loss, large.argmax(1)) if predicted else loss
 
     def eager(logits: Tensor, labels: Tensor) -> Tensor:
         """Autocast runs interpolate and log_softmax in the logits' dtype, and the loss in float32."""
@@ -348,7 +358,8 @@ def upsample_cross_entropy(
     corners = ["align_corners"] * bool(align_corners)
     smoothed = [f"smoothing {label_smoothing}"] * bool(label_smoothing)
     words = (f"to {size[0]}x{size[1]} {mode}", *corners, reduction, *["weighted"] * weighted, *smoothed)
-    yield Case("upsample_cross_entropy", _words(shape, *words), ours, theirs, inputs, None if smoothed else eager)
+    name, plain = "upsample_cross_entropy" + "_with_predictions" * predicted, not smoothed and not predicted
+    yield Case(name, _words(shape, *words), ours, theirs, inputs, eager if plain else None)
 
 
 def upsample_argmax(at: Placement, shape: Sequence[int], size: Sequence[int], mode: str = "bilinear") -> Iterator[Case]:

@@ -19,6 +19,7 @@ from .norm import (
     affine,
     cells,
     channels_of,
+    gathered,
     masked,
     merge_sums,
     normalised,
@@ -118,27 +119,13 @@ def bn_relu_max_pool2d_sums_kernel(
         o = (chunk * STEPS + step) * ROWS + tl.arange(0, ROWS)
         live = (o < M)[:, None] & live_c
         image, oh, ow, run = window_of(o, OH, OW, RUNS, LANES, CHANNELS_LAST)
-        h0, w0 = oh * SH - PH, ow * SW - PW
         out = pixel_offset(image, oh, ow, run, tile, c, C, OH, OW, RUNS, VEC, CHANNELS_LAST, True)
         grad = tl.load(grad_y + out, mask=live, other=0.0).to(T)
         position = tl.load(offsets + out, mask=live, other=0).to(tl.int32)
-        value = tl.zeros((ROWS, LANES), T)
-        for i in tl.static_range(KH):
-            h = h0 + i
-            if WHOLE_ROWS:
-                offset = run_offset(image * C + tile, h, run, H, RUNS, LANES)
-                row = tl.load(x + offset, mask=live & (h >= 0) & (h < H), other=0.0).to(T)
-                left, right = tl.split(tl.reshape(row, (ROWS, LANES, 2)))
-                value = tl.where(position == i * KW, left, value)
-                if KW == 2:
-                    value = tl.where(position == i * KW + 1, right, value)
-            else:
-                for j in tl.static_range(KW):
-                    w = w0 + j
-                    inside = live & (h >= 0) & (h < H) & (w >= 0) & (w < W)
-                    offset = pixel_offset(image, h, w, run, tile, c, C, H, W, RUNS, VEC, CHANNELS_LAST, False)
-                    tap = tl.load(x + offset, mask=inside, other=0.0).to(T)
-                    value = tl.where(position == i * KW + j, tap, value)
+        value = gathered(
+            x, position, live, image, oh * SH - PH, ow * SW - PW, run, tile, c, C, H, W, RUNS, T,
+            KH, KW, WHOLE_ROWS, CHANNELS_LAST, VEC, LANES, ROWS,
+        )  # fmt: skip
         centred = (value - centre) + low
         grad = masked(grad, centred, scale, beta, RELU, x.dtype.element_ty)
         grads += grad

@@ -18,6 +18,7 @@ from .norm import (
     affine,
     cells,
     channels_of,
+    gathered,
     masked,
     merge_sums,
     normalised,
@@ -109,27 +110,13 @@ def bn_relu_max_unpool2d_sums_kernel(
         o = (chunk * STEPS + step) * ROWS + tl.arange(0, ROWS)
         live = (o < M)[:, None] & live_c
         image, oh, ow, run = window_of(o, OH, OW, RUNS, LANES, CHANNELS_LAST)
-        h0, w0 = oh * SH - PH, ow * SW - PW
         out = pixel_offset(image, oh, ow, run, tile, c, C, OH, OW, RUNS, VEC, CHANNELS_LAST, True)
         centred = (tl.load(x + out, mask=live, other=0.0).to(T) - centre) + low
         position = tl.load(offsets + out, mask=live, other=0).to(tl.int32)
-        grad = tl.zeros((ROWS, LANES), T)
-        for i in tl.static_range(KH):
-            h = h0 + i
-            if WHOLE_ROWS:
-                offset = run_offset(image * C + tile, h, run, H, RUNS, LANES)
-                row = tl.load(grad_y + offset, mask=live & (h >= 0) & (h < H), other=0.0).to(T)
-                left, right = tl.split(tl.reshape(row, (ROWS, LANES, 2)))
-                grad = tl.where(position == i * KW, left, grad)
-                if KW == 2:
-                    grad = tl.where(position == i * KW + 1, right, grad)
-            else:
-                for j in tl.static_range(KW):
-                    w = w0 + j
-                    inside = live & (h >= 0) & (h < H) & (w >= 0) & (w < W)
-                    offset = pixel_offset(image, h, w, run, tile, c, C, H, W, RUNS, VEC, CHANNELS_LAST, False)
-                    tap = tl.load(grad_y + offset, mask=inside, other=0.0).to(T)
-                    grad = tl.where(position == i * KW + j, tap, grad)
+        grad = gathered(
+            grad_y, position, live, image, oh * SH - PH, ow * SW - PW, run, tile, c, C, H, W, RUNS, T,
+            KH, KW, WHOLE_ROWS, CHANNELS_LAST, VEC, LANES, ROWS,
+        )  # fmt: skip
         grad = masked(grad, centred, scale, beta, RELU, x.dtype.element_ty)
         tl.store(grads_x + out, grad.to(grads_x.dtype.element_ty), mask=live)
         grads += grad

@@ -25,6 +25,7 @@ from .launch import INT32_MAX, launch
 
 TILE = 4096  # logits of a step, which the registers of 8 warps hold
 FEW_PROGRAMS = 512  # too few to fill a GPU: each takes fewer steps then
+REGISTERS = 192  # of a thread in float64, at most
 STEPS = 64  # at most of a program, which writes its sums once
 
 
@@ -127,6 +128,9 @@ def _tiles(logits: Tensor) -> tuple[int, dict[str, int]]:
     # An offset, also of a lane that is masked, can pass int32.
     wide = logits.numel() > INT32_MAX - 2 * STEPS * block * width
     sizes = {"WIDTH": width, "BLOCK": block, "WIDE": wide, "num_warps": max(4, block * width // tile * 8)}
+    if logits.dtype == torch.float64:
+        # Left to itself the assembler spills some in order to have fewer.
+        sizes["maxnreg"] = min(REGISTERS, 2**16 // (32 * sizes["num_warps"]))
     return triton.cdiv(h * w, block), sizes
 
 

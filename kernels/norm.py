@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import INT32_MAX, launch, vector_width
-from .windows import Windows
+from .windows import Windows, run_offset
 
 LANES = 64  # channels of a program in channels_last
 STEPS = 4  # tiles of a program that writes
@@ -153,6 +153,33 @@ def pixel_offset(
         return (((image * C + tile) * SIZE_H + h) * RUNS + run) * VEC + tl.arange(0, VEC)[None, :]
     else:
         return ((image * C + tile) * SIZE_H + h) * SIZE_W + w
+
+
+@triton.jit
+def gathered(
+    plane, position, live, image, h0, w0, run, tile, c, C, H, W, RUNS, DTYPE: tl.constexpr,
+    KH: tl.constexpr, KW: tl.constexpr, WHOLE_ROWS: tl.constexpr, CHANNELS_LAST: tl.constexpr, VEC: tl.constexpr,
+    LANES: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """The elements at the taps `position` of the windows that begin at h0, w0. Reads whole windows, each once."""
+    value = tl.zeros((ROWS, LANES), DTYPE)
+    for i in tl.static_range(KH):
+        h = h0 + i
+        if WHOLE_ROWS:
+            offset = run_offset(image * C + tile, h, run, H, RUNS, LANES)
+            row = tl.load(plane + offset, mask=live & (h >= 0) & (h < H), other=0.0).to(DTYPE)
+            left, right = tl.split(tl.reshape(row, (ROWS, LANES, 2)))
+            value = tl.where(position == i * KW, left, value)
+            if KW == 2:
+                value = tl.where(position == i * KW + 1, right, value)
+        else:
+            for j in tl.static_range(KW):
+                w = w0 + j
+                inside = live & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+                offset = pixel_offset(image, h, w, run, tile, c, C, H, W, RUNS, VEC, CHANNELS_LAST, False)
+                tap = tl.load(plane + offset, mask=inside, other=0.0).to(DTYPE)
+                value = tl.where(position == i * KW + j, tap, value)
+    return value
 
 
 @triton.jit

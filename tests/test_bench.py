@@ -101,6 +101,8 @@ def test_every_site_has_a_floor_and_the_asked_shapes_are_there():
             assert floors["backward"] == floors["forward+backward"] - floors["forward"]
     kinds = {(site.make.__name__, site.headline) for site in shapes.SITES}
     assert {(name, True) for name in ("max_pool2d", "max_unpool2d", "conv_transpose2d", "cross_entropy")} <= kinds
+    losses = {case.operator for site in shapes.SITES for case in site.cases(at)}
+    assert {"upsample_cross_entropy", "linear_cross_entropy", "dice_cross_entropy"} <= losses
 
 
 def test_floors_and_flops_by_hand():

@@ -273,6 +273,17 @@ def test_gate_no_kernel_uses_atomics(facts):
     assert [row for row in facts if row["atomics"]] == []
 
 
+def test_gate_the_losses_that_predict_are_looked_at_too(facts):
+    losses = (
+        "cross_entropy_fwd",
+        "cross_entropy_one_pass",
+        "cross_entropy_one_pass_rows",
+        "upsample_cross_entropy_fwd",
+    )
+    predicting = {row["kernel"] for row in facts if row["constants"].get("PREDICT") is True}
+    assert predicting == {f"{name}_kernel" for name in losses}
+
+
 def test_gate_rows_that_allow_it_are_read_and_written_16_bytes_wide(facts):
     """VEC 8 is a whole 16 bytes of bfloat16, which the launchers take wherever a row divides by it."""
     wide = [
@@ -332,8 +343,8 @@ def test_the_disassembly_is_printed():
 
 
 BAD = """
-import json, torch
-from fastseg.inspect.codegen import compile_for, record
+import collections, json, torch
+from fastseg.inspect.codegen import INSTRUCTION, compile_for, disassemble, record
 from fastseg.inspect.codegen_report import GLOBAL_ATOMICS, _facts
 from fastseg.kernels.launch import launch
 import sys; sys.path.insert(0, "tests")
@@ -346,16 +357,43 @@ found = record(lambda: (
     launch(bad_kernels.atomic_sum_kernel, 4, f, f, 4096, BLOCK=1024),
     launch(bad_kernels.scalar_product_kernel, 1, x, x, x, 64, BLOCK=64),
 ))
-strided, spilling, atomic, product = (compile_for(launch, 90) for launch in found)
+strided, spilling, atomic, product = kernels = [compile_for(launch, 90) for launch in found]
+disassemble(kernels)
+alone = [collections.Counter(name for _, name in INSTRUCTION.findall(kernel.sass)) for kernel in kernels]
 facts = _facts(product)
 print(json.dumps([strided.widths("LDG"), spilling.spills, atomic.count(*GLOBAL_ATOMICS), facts["wgmma"],
-                  facts["copy engine"]]))
+                  facts["copy engine"], alone == [kernel.instructions for kernel in kernels]]))
 """
 
 
+DOUBLE = """
+import json, torch
+from fastseg import cases, dispatch
+from fastseg.inspect.codegen import compile_for, disassemble, record
+from fastseg.kernels.launch import targeting
+from fastseg.ops.library import observing
+at = cases.Placement(torch.float64, torch.contiguous_format, "meta")
+spills = []
+for sm, classes in ((90, 4), (100, 150)):
+    (case,) = cases.dice_cross_entropy(at, (8, classes, 360, 480), 255)
+    with dispatch.backend("triton"), targeting(sm), observing(lambda operator, call: None):
+        found = record(lambda: case.step(case.ours, backward=True)())
+    kernels = [compile_for(launch, sm) for launch in found[1:]]
+    disassemble(kernels)
+    spills.append([kernel.spills for kernel in kernels])
+print(json.dumps(spills))
+"""
+
+
+def test_dice_in_float64_does_not_spill():
+    """The command compiles no float64, and the assembler by itself spilled in both generations."""
+    assert json.loads(compiled("-c", DOUBLE)) == [[0, 0], [0, 0]]
+
+
 def test_the_gates_see_bad_kernels():
-    widths, spills, atomics, wgmma, copies = json.loads(compiled("-c", BAD))
+    widths, spills, atomics, wgmma, copies, same = json.loads(compiled("-c", BAD))
     assert list(widths) == ["2"] and spills > 0 and atomics > 0 and wgmma == copies == 0
+    assert same, "kernels that are disassembled at once have other instructions than one by one"
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,11 @@ def _encoder(net: str, batch: int, maps: Sequence[tuple[int, int, int]]) -> list
     ]
 
 
+def _resized(at: Placement, shape: Sequence[int], factor: int) -> Iterator[Case]:
+    """The loss of logits that are resized to labels `factor` times as high and wide."""
+    return cases.upsample_cross_entropy(at, shape, (factor * shape[2], factor * shape[3]))
+
+
 _HEADLINES = ("U-Net up 1", "DeconvNet deconv 2-1", "FCN 21 classes", "Cityscapes", "ADE20K")
 _CONVS = [  # where, input, output channels, kernel, stride, padding, output_padding, groups
     ("DeconvNet fc6", (16, 4096, 1, 1), 512, 7, 1, 0, 0),
@@ -82,6 +87,11 @@ _CONVS = [  # where, input, output channels, kernel, stride, padding, output_pad
     ("DPT reassemble", (8, 256, 24, 24), 256, 4, 4, 0, 0),
     ("odd", (3, 37, 29, 41), 13, 3, 2, 1, 1),
 ]
+_HEADS = [  # where, map before the classifier, classes, how much larger the labels are
+    ("ADE20K", (16, 256, 128, 128), 150, 4),
+    ("Cityscapes", (8, 128, 128, 256), 19, 4),
+    ("odd", (3, 24, 31, 41), 7, 3),
+]
 _LOGITS = [
     ("Cityscapes", (8, 19, 512, 1024)),
     ("ADE20K", (16, 150, 512, 512)),
@@ -97,6 +107,12 @@ SITES = [
     *(Site(where, cases.conv_transpose2d, shape, tuple(rest), where in _HEADLINES) for where, shape, *rest in _CONVS),
     *(Site(where, cases.conv_transpose2d_affine_relu, shape, tuple(rest)) for where, shape, *rest in _CONVS),
     *(Site(where, cases.cross_entropy, shape, (255,), where in _HEADLINES) for where, shape in _LOGITS),
+    *(
+        Site(where, _resized, (n, classes, h, w), (factor,), where == "ADE20K")
+        for where, (n, _, h, w), classes, factor in _HEADS
+    ),
+    *(Site(where, cases.linear_cross_entropy, shape, (classes,)) for where, shape, classes, _ in _HEADS),
+    *(Site(where, cases.dice_cross_entropy, shape, (255,)) for where, shape in _LOGITS),
 ]
 TINY = [
     Site("tiny", cases.max_pool2d, (1, 8, 4, 4), (2, 2, 0, False)),
@@ -104,6 +120,9 @@ TINY = [
     Site("tiny", cases.batch_norm_relu, (1, 8, 4, 4)),
     Site("tiny", cases.conv_transpose2d, (1, 16, 4, 4), (16, 2, 2)),
     Site("tiny", cases.cross_entropy, (1, 8, 4, 4), (255,)),
+    Site("tiny", cases.dice_cross_entropy, (1, 8, 4, 4), (255,)),
+    Site("tiny", _resized, (1, 8, 4, 4), (4,)),
+    Site("tiny", cases.linear_cross_entropy, (1, 8, 4, 4), (8,)),
 ]
 
 

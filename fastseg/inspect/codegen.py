@@ -6,11 +6,14 @@ types, divisibility by 16, compile-time constants, warps and stages.
 
 from __future__ import annotations
 
+import bisect
 import collections
+import itertools
 import re
+import struct
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -105,9 +108,8 @@ class Compiled:
 
     @cached_property
     def instructions(self) -> collections.Counter[str]:
-        return collections.Counter(
-            re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+\s+)?([A-Z][\w.]*)", self.sass, re.M)
-        )
+        """How many of each name. `disassemble` finds them for many kernels at once."""
+        return _instructions(self.capability, [self.cubin])[0]
 
     @property
     def spills(self) -> int:
@@ -139,11 +141,52 @@ class Compiled:
     shared: int = 0
 
     def _cuobjdump(self, flag: str) -> str:
-        tool = Path(triton.__path__[0]) / "backends" / "nvidia" / "bin" / "cuobjdump"
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(self.cubin)
-            file.flush()
-            return subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout
+        return _nvidia("cuobjdump", self.cubin, flag)
+
+
+def disassemble(kernels: Sequence[Compiled]) -> None:
+    """Find the instructions of kernels for one architecture, all at once: the disassembler takes long to start."""
+    found = _instructions(kernels[0].capability, [kernel.cubin for kernel in kernels]) if kernels else []
+    for kernel, instructions in zip(kernels, found, strict=True):
+        kernel.__dict__["instructions"] = instructions  # where cached_property keeps it
+
+
+INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\d+\s+)?([A-Z][\w.]*)", re.M)
+
+
+def _instructions(capability: int, cubins: Sequence[bytes]) -> list[collections.Counter[str]]:
+    """Counts of the instructions of each: their code one behind the other is disassembled as one."""
+    codes = [_code(cubin) for cubin in cubins]
+    # As triton has ptxas compile: what a generation alone has, wgmma for one, is behind the letter.
+    architecture = f"SM{capability}{'a' if capability >= 90 else ''}"
+    lines = INSTRUCTION.findall(_nvidia("nvdisasm", b"".join(codes), "--binary", architecture))
+    found: list[collections.Counter[str]] = [collections.Counter() for _ in codes]
+    ends = list(itertools.accumulate(map(len, codes)))
+    for address, name in lines:
+        found[bisect.bisect_right(ends, int(address, 16))][name] += 1
+    return found
+
+
+def _code(cubin: bytes) -> bytes:
+    """The sections .text.* of an ELF file of 64 bits."""
+    (table,) = struct.unpack_from("<Q", cubin, 40)
+    size, count, names = struct.unpack_from("<HHH", cubin, 58)
+    sections = [struct.unpack_from("<IIQQQQ", cubin, table + n * size) for n in range(count)]
+    name_at = sections[names][4]
+    return b"".join(
+        cubin[offset : offset + length]
+        for name, *_, offset, length in sections
+        if cubin.startswith(b".text.", name_at + name)
+    )
+
+
+def _nvidia(tool: str, content: bytes, *options: str) -> str:
+    """What one of the tools that come with triton prints about a file of this content."""
+    path = Path(triton.__path__[0]) / "backends" / "nvidia" / "bin" / tool
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(content)
+        file.flush()
+        return subprocess.run([path, *options, file.name], capture_output=True, text=True, check=True).stdout
 
 
 def _source(recorded: Launch) -> ASTSource:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import multiprocessing
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,7 +12,7 @@ from .. import cases, dispatch
 from ..cases import Case, Placement
 from ..kernels.launch import targeting
 from ..ops.library import observing
-from .codegen import Compiled, Launch, compile_for, compile_for_amd, record
+from .codegen import Compiled, Launch, compile_for, compile_for_amd, disassemble, record
 
 SMS = (80, 90, 100)
 GLOBAL_ATOMICS = ("ATOM.", "ATOMG", "RED.")  # ATOMS is of shared memory, where sm_100 manages its tensor memory
@@ -31,11 +32,14 @@ def network_cases(at: Placement) -> Iterator[Case]:
     yield from cases.conv_transpose2d(at, (8, 32, 64, 64), 32, 4, 2, 1, 0, 32)
     for classes, one_pass in ((11, False), (19, False), (19, None), (150, False), (150, None)):
         yield from cases.cross_entropy(at, (8, classes, 360, 480), 255, one_pass=one_pass)
+    for one_pass in (False, None):
+        yield from cases.cross_entropy(at, (8, 19, 360, 480), 255, one_pass=one_pass, predicted=True)
     for classes in (4, 150):
         yield from cases.dice_cross_entropy(at, (8, classes, 360, 480), 255)
     for classes in (11, 19, 150):
         yield from cases.confusion_matrix(at, (8, 360, 480), classes)
     yield from cases.upsample_cross_entropy(at, (16, 150, 64, 64), (512, 512))
+    yield from cases.upsample_cross_entropy(at, (8, 19, 128, 256), (512, 1024), predicted=True)
     yield from cases.upsample_cross_entropy(at, (8, 19, 128, 256), (512, 1024), "bilinear", True, True, "none", 0.1)
     yield from cases.upsample_cross_entropy(at, (8, 21, 33, 33), (67, 67), "nearest", None, True)
     yield from cases.upsample_argmax(at, (16, 150, 128, 128), (512, 512))
@@ -76,12 +80,16 @@ def rows(args: argparse.Namespace) -> list[dict[str, Any]]:
     firsts: dict[str, Launch] = {}
     for _, _, recorded in found:
         firsts.setdefault(recorded.name, recorded)
-    jobs = [lambda recorded=recorded, sm=sm: _facts(compile_for(recorded, sm)) for sm, _, recorded in found]
+    jobs = [lambda recorded=recorded, sm=sm: compile_for(recorded, sm) for sm, _, recorded in found]
     amd = [lambda recorded=recorded: _elsewhere(recorded) for recorded in firsts.values()]
     results = _in_processes(jobs + amd)
     elsewhere = dict(zip(map(repr, firsts.values()), results[len(jobs) :], strict=True))
+    built = [
+        list(kernels) for _, kernels in itertools.groupby(results[: len(jobs)], lambda compiled: compiled.capability)
+    ]
+    facts_of = itertools.chain(*_in_processes([lambda kernels=kernels: _facts_of(kernels) for kernels in built]))
     table = []
-    for (sm, layout, recorded), facts in zip(found, results[: len(jobs)], strict=True):
+    for (sm, layout, recorded), facts in zip(found, facts_of, strict=True):
         row = {"kernel": recorded.name, "layout": layout, "sm": sm, "programs": recorded.programs}
         row["constants"] = recorded.constants
         table.append(row | facts | {"gfx942": elsewhere.get(repr(recorded), "not tried")})
@@ -93,6 +101,11 @@ def _elsewhere(recorded: Launch) -> str:
     if any(kind.startswith("tensordesc") for kind in recorded.signature.values()):
         return "not launched"
     return compile_for_amd(recorded) or "compiles"
+
+
+def _facts_of(kernels: list[Compiled]) -> list[dict[str, Any]]:
+    disassemble(kernels)
+    return [_facts(compiled) for compiled in kernels]
 
 
 def _facts(compiled: Compiled) -> dict[str, Any]:

@@ -28,7 +28,9 @@ def denominator_of(
     """What a mean divides the sum by."""
     if reduction == "count":
         return torch.full((), count, dtype=computed(input.dtype), device=input.device)
-    return pixel_weights(input, target, weight if reduction == "weights" else None, ignore_index).sum()
+    if not target.is_floating_point() and (weight is None or reduction == "valid"):
+        return (target.long() != ignore_index).sum().to(computed(input.dtype))
+    return pixel_weights(input, target, weight, ignore_index).sum()
 
 
 def differentiable(
@@ -41,19 +43,16 @@ def differentiable(
     logits = input.to(dtype)
     options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
     weights = None if weight is None else weight.to(dtype)
-    if z_loss == 0:
-        direct = {"weights": "mean", "sum": "sum", "none": "none"}.get(reduction)
-        if direct is not None:
-            return F.cross_entropy(logits, labels, weights, reduction=direct, **options)
-        total = F.cross_entropy(logits, labels, weights, reduction="sum", **options)
-    else:
-        loss = F.cross_entropy(logits, labels, weights, reduction="none", **options)
+    direct = {"weights": "mean", "sum": "sum", "none": "none"}.get(reduction)
+    if z_loss == 0 and direct is not None:
+        return F.cross_entropy(logits, labels, weights, reduction=direct, **options)
+    total = F.cross_entropy(logits, labels, weights, reduction="none" if reduction == "none" else "sum", **options)
+    if z_loss != 0:
         squared = z_loss * logits.logsumexp(min(1, input.dim() - 1)).square()
-        loss = loss + (squared if probabilities else squared.where(labels != ignore_index, 0.0).view_as(loss))
-        if reduction == "none":
-            return loss
-        total = loss.sum()
-    if reduction == "sum":
+        if not probabilities:
+            squared = squared.where(labels != ignore_index, 0.0)
+        total = total + (squared.view_as(total) if reduction == "none" else squared.sum())
+    if reduction in ("none", "sum"):
         return total
     return total / denominator_of(input, target, weight, reduction, count, ignore_index)
 

@@ -231,9 +231,14 @@ def max_pool2d_with_offsets(
 
     offsets: shape of the output, tap i * kernel_width + j of the maximum, for windows of up to 256 elements
     (RuntimeError beyond), counted without the gaps of a dilation. max_unpool2d_with_offsets takes them (of dilation 1),
-    offsets_to_indices converts them; everything else is as in max_pool2d.
+    offsets_to_indices converts them; everything else is as in max_pool2d. On a CPU torch's own pool runs, and keeps its
+    indices for the backward.
     """
     arguments = pool_arguments("max_pool2d_with_offsets", input, kernel_size, stride, padding, dilation, ceil_mode)
     require_offsets("max_pool2d_with_offsets", arguments[0])
-    MAX_POOL2D.choose(input, *arguments, ceil_mode, OFFSETS)  # for explain: the operator itself asks when it runs
+    backend = MAX_POOL2D.choose(input, *arguments, ceil_mode, OFFSETS).backend
+    if backend == "torch" and input.device.type == "cpu":
+        output, indices = F.max_pool2d(input, *arguments, ceil_mode=ceil_mode, return_indices=True)
+        kernel, *geometry, dilation = arguments
+        return output, indices_to_offsets(indices, kernel, *geometry, input.shape[-1], dilation)
     return MaxPool2dFunction.apply(input, *arguments, ceil_mode, OFFSETS)

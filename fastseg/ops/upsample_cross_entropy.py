@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 from .. import dispatch, kernels
 from .chunks import chunk_gradient, chunk_losses, even_shares, reduced
@@ -45,7 +47,7 @@ class Arguments(NamedTuple):
 
 
 RESIZING = "float[]? scales, str mode, bool align_corners"
-FEW_CLASSES = 4  # up to which on a CPU the large logits cost less than making them twice
+FEW_CLASSES = {"bilinear": 10, "nearest": 20}  # up to which a CPU resizes all in less time than bands, twice
 NOTHING = (None,) * (3 + len(Arguments._fields))  # the gradients of all but input
 
 
@@ -60,6 +62,12 @@ def _uncovered(input: Tensor, target: Tensor) -> str | None:
     return uncovered(input, target.shape[1:])
 
 
+def _finite(x: Tensor) -> bool:
+    """Whether all of a map is known to be finite: looked at on a CPU alone, and not while it stands for others."""
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or is_fake(x)
+    return x.device.type == "cpu" and not traced and math.isfinite(float(x.detach().abs().amax()))
+
+
 def _differentiable(input: Tensor, target: Tensor, weight: Tensor | None, *rest: Any) -> Tensor:
     """torch's two functions, in the computed dtype: they store the large logits."""
     scales, mode, align_corners, *arguments = rest
@@ -70,14 +78,14 @@ def _differentiable(input: Tensor, target: Tensor, weight: Tensor | None, *rest:
     large = resize(input.to(dtype), list(target.shape[-2:]), *corners, *(scales or (None, None)))
     if not target.is_floating_point():
         target = target.long()
-        # What is not finite in an ignored pixel would be NaN in torch's gradient.
-        large = large.masked_fill((target == Arguments(*rest).ignore_index).unsqueeze(1), 0.0)
+        if not _finite(input):  # what is not, in an ignored pixel, would be NaN in torch's gradient
+            large = large.masked_fill((target == Arguments(*rest).ignore_index).unsqueeze(1), 0.0)
     return differentiable(large, target, weight, *arguments)
 
 
-def _composed(input: Tensor, target: Tensor) -> bool:
+def _composed(input: Tensor, target: Tensor, mode: str) -> bool:
     """Whether torch's two functions run: for class probabilities, and where their memory is little and time counts."""
-    few = input.device.type == "cpu" and input.shape[1] <= FEW_CLASSES and dispatch.get_backend() == "auto"
+    few = input.device.type == "cpu" and input.shape[1] <= FEW_CLASSES[mode] and dispatch.get_backend() == "auto"
     return target.is_floating_point() or few
 
 
@@ -283,8 +291,12 @@ def _call(
         float(label_smoothing), float(z_loss),
     )  # fmt: skip
     dispatch.choose(NAME, input, _uncovered(input, target))
-    if predicted is None and _composed(input, target):
-        return _differentiable(input, target, weight, *arguments), None, None
+    if predicted is None and _composed(input, target, mode):
+        try:
+            return _differentiable(input, target, weight, *arguments), None, None
+        except IndexError:
+            refuse_strays(name, input.shape[1], target, ignore_index)  # torch's message does not say where
+            raise
     loss, _, _, *predictions = UpsampleCrossEntropyFunction.apply(
         input, target.contiguous(), weight, predicted, *arguments
     )
@@ -311,8 +323,8 @@ def upsample_cross_entropy(
 
     The resized logits are never in memory: on the kernels a call needs the losses or their partial sums, 4 bytes a
     pixel for the backward (8 for float32 logits) and the gradient of `input`; on torch a band of rows besides. On a CPU
-    under backend "auto" logits of up to 4 classes are resized whole, which is faster and holds 12 bytes a class and
-    pixel.
+    under backend "auto" logits of few classes (10; 20 in mode "nearest") are resized whole, which is faster and holds
+    12 bytes a class and pixel.
 
     input: logits (N, C, h, w) of any strides; float32, float16 and bfloat16 run on the kernels, float64 on torch.
     target: class indices (N, H, W) of dtype uint8, int16, int32 or int64, or class probabilities (N, C, H, W), for

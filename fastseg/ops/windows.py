@@ -17,6 +17,7 @@ from .library import LIB, Operator
 IntOrPair = int | Sequence[int]
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_OFFSETS = 256  # taps that a uint8 can tell apart
+INT32_MAX = 2**31 - 1
 
 
 def require_tensor(function: str, name: str, value: object) -> None:
@@ -133,8 +134,12 @@ def offsets_to_indices(
     kernel, gap, rows, columns = _positions(
         "offsets_to_indices", offsets.shape, kernel_size, stride, padding, dilation, offsets.device
     )
-    taps = offsets.long()
-    return (rows + taps // kernel[1] * gap[0]) * width + columns + taps % kernel[1] * gap[1]
+    taps = offsets.to(torch.int32)
+    i = (taps * (2**16 // kernel[1] + 1)).bitwise_right_shift_(16)  # taps // kernel[1], which a CPU takes long for
+    j = taps.sub_(i, alpha=kernel[1])
+    if width * (gap[0] * kernel[0] + 1) + gap[1] * kernel[1] > INT32_MAX:
+        i, j = i.long(), j.long()
+    return i.mul_(gap[0] * width).add_(j, alpha=gap[1]).long().add_(rows * width + columns)
 
 
 def indices_to_offsets(
@@ -149,5 +154,11 @@ def indices_to_offsets(
     kernel, gap, rows, columns = _positions(
         "indices_to_offsets", indices.shape, kernel_size, stride, padding, dilation, indices.device
     )
-    i, j = (indices // width - rows) // gap[0], (indices % width - columns) // gap[1]
-    return (i * kernel[1] + j).to(torch.uint8)
+    # Counted from the window's first tap inside the image, a table tells the tap: divisions are slow on a CPU.
+    up, left = (-rows).clamp_min(0), (-columns).clamp_min(0)
+    i, j = (up + gap[0] - 1) // gap[0], (left + gap[1] - 1) // gap[1]
+    first = (rows + i * gap[0]) * width + columns + j * gap[1]
+    span = gap[0] * width
+    steps = torch.arange(span * kernel[0], device=indices.device)
+    table = (steps // span * kernel[1] + steps % span // gap[1]).to(torch.uint8)
+    return table[(indices - first).clamp_(0, span * kernel[0] - 1)] + (i * kernel[1] + j).to(torch.uint8)
