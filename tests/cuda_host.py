@@ -12,7 +12,6 @@ from pathlib import Path
 
 import fastseg
 from fastseg.kernels.cuda import launch
-from fastseg.ops.library import observing
 
 HEADER = Path(__file__).with_name("cuda_host.h")
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
@@ -91,11 +90,3 @@ def library():
     folder = Path(tempfile.gettempdir()) / f"fastseg-cuda-host-{os.getuid()}"
     folder.mkdir(exist_ok=True, mode=0o700)
     return Library(folder)
-
-
-def launches(step):
-    """The launches that a call makes, on the meta device; none is run."""
-    found = []
-    with fastseg.backend("cuda"), launch.recording(found.append), observing(lambda operator, args: None):
-        step()
-    return found

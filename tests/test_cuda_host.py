@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from fastseg import cases, verify
+from fastseg.inspect.cuda_codegen import record
 
 OPERATORS = ("max_pool2d", "max_unpool2d")
 pytestmark = pytest.mark.skipif(cuda_host.COMPILER is None, reason="no C++ compiler (g++, clang++ or $CXX)")
@@ -21,7 +22,7 @@ def host():
         for operator in OPERATORS
         for make, size in verify.SIZES[operator]
         for case in made(make, cases.Placement(dtype, layout, "meta"), size)
-        for request in cuda_host.launches(lambda case=case: case.step(case.ours, backward=True)())
+        for request in record(lambda case=case: case.step(case.ours, backward=True)())
     )
     return library
 

@@ -38,8 +38,8 @@ def _library() -> ctypes.CDLL:
     return library
 
 
-def compile(source: str, instance: str, options: Sequence[str], sm: int) -> bytes:
-    """The cubin of one instance of a template for sm_<sm>. Raises RuntimeError with the compiler's log."""
+def compile(source: str, instance: str, options: Sequence[str], sm: int) -> tuple[str, bytes]:
+    """(PTX, cubin) of one instance of a template for sm_<sm>. Raises RuntimeError with the compiler's log."""
     library, program = _library(), ctypes.c_void_p()
 
     def call(name: str, *args: Any) -> None:
@@ -59,7 +59,8 @@ def compile(source: str, instance: str, options: Sequence[str], sm: int) -> byte
         call("nvrtcAddNameExpression", program, instance.encode())
         words = [option.encode() for option in (*options, f"-arch=sm_{sm}")]
         call("nvrtcCompileProgram", program, len(words), (ctypes.c_char_p * len(words))(*words))
-        return made("nvrtcGetCUBINSize", "nvrtcGetCUBIN")
+        ptx = made("nvrtcGetPTXSize", "nvrtcGetPTX").rstrip(b"\0").decode()
+        return ptx, made("nvrtcGetCUBINSize", "nvrtcGetCUBIN")
     finally:
         library.nvrtcDestroyProgram(ctypes.byref(program))
 

@@ -37,6 +37,10 @@ class Launch(NamedTuple):
     args: tuple[Any, ...]  # tensors, None for no tensor, and scalars of numpy types
 
     @property
+    def kernel(self) -> str:
+        return self.instance.partition("<")[0]
+
+    @property
     def blocks(self) -> int:
         return -(-self.threads // THREADS)
 
