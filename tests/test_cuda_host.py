@@ -7,7 +7,8 @@ import torch
 from fastseg import cases, verify
 from fastseg.inspect.cuda_codegen import record
 
-OPERATORS = ("max_pool2d", "max_unpool2d")
+OPERATORS = ("max_pool2d", "max_unpool2d", "cross_entropy")
+UNCOVERED = {"cross_entropy": 2}  # of the cases of verify: class probabilities
 pytestmark = pytest.mark.skipif(cuda_host.COMPILER is None, reason="no C++ compiler (g++, clang++ or $CXX)")
 
 
@@ -35,8 +36,12 @@ def made(make, at, size):
 @pytest.mark.parametrize("layout", cases.LAYOUTS)
 @pytest.mark.parametrize("dtype", [*cases.DTYPES, "float64"])
 def test_the_cases_of_verify(host, operator, layout, dtype, assert_right):
-    at = cases.Placement(getattr(torch, dtype), cases.LAYOUTS[layout], "cpu")
+    at, uncovered = cases.Placement(getattr(torch, dtype), cases.LAYOUTS[layout], "cpu"), 0
     for make, size in verify.SIZES[operator]:
         for case in make(at, *size):
-            with host.backend():
-                assert_right(case.ours, case.theirs, list(case.inputs.values()), list(case.inputs))
+            try:
+                with host.backend():
+                    assert_right(case.ours, case.theirs, list(case.inputs.values()), list(case.inputs))
+            except NotImplementedError:
+                uncovered += 1
+    assert uncovered == UNCOVERED.get(operator, 0)

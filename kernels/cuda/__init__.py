@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-FAMILIES = ("launch", "pool", "unpool", "windows")
+FAMILIES = ("cross_entropy", "cross_entropy_bwd", "launch", "pool", "unpool", "windows")
 
 
 def __getattr__(name: str) -> ModuleType:

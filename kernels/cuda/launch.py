@@ -73,7 +73,8 @@ def launch(family: str, kernel: str, parameters: Sequence[Any], threads: int, *a
     """
     if threads == 0:
         return
-    typed = tuple(np.int32(a) if isinstance(a, int) else np.float32(a) if isinstance(a, float) else a for a in args)
+    python = {int: np.int32, float: np.float32}  # by their very type: numpy's float64 is a float too
+    typed = tuple(python[type(a)](a) if type(a) in python else a for a in args)
     request = Launch(family, f"{kernel}<{', '.join(map(spelled, parameters))}>", threads, typed)
     if _recorder is not None:
         _recorder(request)
