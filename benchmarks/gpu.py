@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = ("doctor", "tests", "verify", "operators", "models", "codegen")
+PARTS = ("doctor", "tests", "verify", "operators", "models", "codegen")  # verify: of CUDA C++ too where CuPy is
 BUDGET = 510.0
 # Of the budget, for each part; the doctor's is for the first import of torch, and what a part leaves goes to the next.
 SHARES = {"doctor": 0.12, "tests": 0.25, "verify": 0.10, "operators": 0.25, "models": 0.21, "codegen": 0.07}
@@ -102,6 +102,8 @@ def plan(chosen: Sequence[str], quick: bool, results: Path) -> list[Part]:
         Part("tests-gpu", [*pytest, *gpu_tests, "-m", "gpu"], share["tests"] * 0.4),
         Part("tests-operators", [*pytest, *tests, "-m", "not gpu"], share["tests"] * 0.6),
         Part("verify", [*fastseg, "verify", "--json", *small], share["verify"], "verify.json"),
+        *([Part("verify-cuda", [*fastseg, "verify", "--backend", "cuda", "--json", *small], share["verify"] / 2,
+                "verify-cuda.json")] if importlib.util.find_spec("cupy") else []),
         Part("operators", [*bench, "--part", "operators", "--part", "overhead"], share["operators"] * 0.7, None, True),
         Part("operators-nchw", [*bench, "--part", "operators", "--layout", "nchw", "--no-compile"],
              share["operators"] * 0.3, None, True),
