@@ -7,8 +7,9 @@ import torch
 from fastseg import cases, verify
 from fastseg.inspect.cuda_codegen import record
 
-OPERATORS = ("max_pool2d", "max_unpool2d", "cross_entropy")
-UNCOVERED = {"cross_entropy": 2}  # of the cases of verify: class probabilities
+OPERATORS = ("max_pool2d", "max_unpool2d", "cross_entropy", "batch_norm_relu")
+# Of the cases of verify: class probabilities, batch norm with unpooling.
+UNCOVERED = {"cross_entropy": 2, "batch_norm_relu": 4}
 pytestmark = pytest.mark.skipif(cuda_host.COMPILER is None, reason="no C++ compiler (g++, clang++ or $CXX)")
 
 

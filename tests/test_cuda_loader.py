@@ -122,10 +122,10 @@ def test_offsets_become_64_bit():
 def test_launchers_are_named_and_called_as_tritons():
     import inspect
 
-    for family in ("pool", "unpool", "cross_entropy", "cross_entropy_bwd"):
+    for family in ("pool", "unpool", "cross_entropy", "cross_entropy_bwd", "batch_norm", "batch_norm_pool"):
         text = (launch.FOLDER / f"{family}.py").read_text()
         ours, theirs = getattr(fastseg.kernels.cuda, family), getattr(fastseg.kernels, family)
-        for name in re.findall(r"^def ([a-z]\w+_(?:fwd|bwd))\(", text, re.M):
+        for name in re.findall(r"^def ([a-z]\w+_(?:fwd|bwd|sums|stats))\(", text, re.M):
             assert list(inspect.signature(getattr(ours, name)).parameters) == list(
                 inspect.signature(getattr(theirs, name)).parameters
             )

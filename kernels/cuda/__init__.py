@@ -9,7 +9,9 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-FAMILIES = ("cross_entropy", "cross_entropy_bwd", "launch", "pool", "unpool", "windows")
+FAMILIES = (
+    "batch_norm", "batch_norm_pool", "cross_entropy", "cross_entropy_bwd", "launch", "pool", "unpool", "windows",
+)  # fmt: skip
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -45,6 +45,12 @@ __device__ inline void narrow(bfloat16& narrowed, float x) {
 __device__ inline void narrow(float& narrowed, float x) { narrowed = x; }
 __device__ inline void narrow(double& narrowed, double x) { narrowed = x; }
 
+// One rounding, in every kernel alike: two that make the same value again compare it with the same.
+__device__ inline float fused(float a, float b, float c) { return fmaf(a, b, c); }
+__device__ inline double fused(double a, double b, double c) { return fma(a, b, c); }
+__device__ inline float root(float x) { return sqrtf(x); }
+__device__ inline double root(double x) { return sqrt(x); }
+
 __device__ inline float infinity() { return float_of(0x7f800000u); }
 
 // N neighbouring elements, moved in accesses of up to 16 bytes. The address is aligned to such an access.
