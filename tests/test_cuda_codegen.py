@@ -34,7 +34,12 @@ def test_gate_no_kernel_spills_or_uses_atomics(rows):
 
 def test_gate_the_vector_path_is_16_bytes_wide(rows):
     """Eight elements of bfloat16 are a group wherever a row divides by it; what is reduced is written in floats."""
-    wide = [row for row in rows if re.search(r", 8\b", row["constants"]["instance"])]
+    wide = [
+        row
+        for row in rows
+        if re.search(r", 8\b", row["constants"]["instance"])
+        and not re.search(r"unpool2d_bwd<.* false, 0, 0>", row["constants"]["instance"])  # follows lone positions
+    ]
     seen = {(row["kernel"].split()[1], row["layout"]) for row in wide}
     pools = [f"{norm}max_pool2d_{way}" for norm in ("", "bn_relu_") for way in ("fwd", "bwd", "sums")]
     names = {*pools, "max_unpool2d_fwd", "max_unpool2d_bwd", "batch_norm_stats", "cross_entropy_bwd"}
@@ -46,7 +51,7 @@ def test_gate_the_vector_path_is_16_bytes_wide(rows):
         assert "16" in row["loads"], row
         if name not in ("batch_norm_stats", "bn_relu_max_pool2d_sums"):
             assert "16" in row["stores"], row
-        # Besides: lone elements that indices name, each channel's first one, the end of a tensor that 8 does not divide.
+        # Besides: lone elements that indices name, a channel's first one, the end of a tensor that 8 does not divide.
         if name not in ("max_unpool2d_bwd", "batch_norm_stats", "cross_entropy_bwd"):
             assert not {"1", "2"} & {*row["loads"], *row["stores"]}, row
 
@@ -56,7 +61,7 @@ def test_other_types_and_an_older_gpu(dtype, sm):
     found = _cuda_launches(argparse.Namespace(dtype=dtype, layout="channels_last", op=None, first=True))
     assert {request.kernel for _, request in found} >= {"max_pool2d_fwd", "max_unpool2d_fwd", "window_gather"}
     for _, request in found:
-        assert cuda_codegen.compile_for(request, sm).spills == 0, request.instance
+        assert cuda_codegen.compile_for(request, sm).resources["STACK"] == 0, request.instance
 
 
 def test_float64():
@@ -69,7 +74,11 @@ def test_float64():
         ]
     )
     compiled = [cuda_codegen.compile_for(request, 90) for request in found]
-    assert "double" in found[0].instance and all(c.spills == 0 for c in compiled) and 16 in compiled[0].widths("LDG")
+    assert (
+        "double" in found[0].instance
+        and all(c.resources["STACK"] == 0 for c in compiled)
+        and 16 in compiled[0].widths("LDG")
+    )
 
 
 BAD = """

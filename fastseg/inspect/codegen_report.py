@@ -100,12 +100,15 @@ def _cuda_launches(args: argparse.Namespace) -> list[tuple[str, Any]]:
     if nvrtc.found() is None:
         return []
     found: dict[str, tuple[str, Any]] = {}
+    firsts: set[tuple[str, str]] = set()
     for layout in [args.layout] if args.layout else cases.LAYOUTS:
         for case in network_cases(Placement(cases.DTYPES[args.dtype], cases.LAYOUTS[layout], "meta")):
             if args.op and not case.operator.startswith(tuple(args.op)):
                 continue
             for request in cuda_codegen.record(case.step(case.ours, backward=True)):
-                found.setdefault(f"{layout} {request.kernel if args.first else request.instance}", (layout, request))
+                if not args.first or (layout, request.kernel) not in firsts:
+                    firsts.add((layout, request.kernel))
+                    found.setdefault(request.instance, (layout, request))
     return list(found.values())
 
 
