@@ -1,8 +1,10 @@
 // What CUDA C++ kernels need to run on a CPU: the words of the language, and a walk over the grid, thread by thread.
-#include <cmath>
-#include <cstddef>
-#include <cstring>
-#include <utility>
+// It includes nothing: reading the standard library's headers would take most of a compilation.
+extern "C" {
+float exp2f(float), logf(float), sqrtf(float), fmaf(float, float, float);
+double exp(double), log(double), sqrt(double), fma(double, double, double);
+void* memcpy(void*, const void*, decltype(sizeof 0));
+}
 
 #define __global__ static
 #define __device__
@@ -20,8 +22,12 @@ void narrow(half& narrowed, float x);
 static const char* failure = nullptr;  // a GPU's assertion stops the launch; here the first one is kept
 static inline void fail(const char* message) { if (!failure) failure = message; }
 
-template <typename... P, std::size_t... I>
-const char* walk(void (*kernel)(P...), unsigned blocks, unsigned threads, void** args, std::index_sequence<I...>) {
+template <int... I> struct Indices {};
+template <int N, int... I> struct UpTo : UpTo<N - 1, N - 1, I...> {};
+template <int... I> struct UpTo<0, I...> { using Type = Indices<I...>; };
+
+template <typename... P, int... I>
+const char* walk(void (*kernel)(P...), unsigned blocks, unsigned threads, void** args, Indices<I...>) {
     failure = nullptr;
     blockDim.x = threads;
     for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x)
@@ -30,5 +36,5 @@ const char* walk(void (*kernel)(P...), unsigned blocks, unsigned threads, void**
 }
 
 template <typename... P> const char* walk(void (*kernel)(P...), unsigned blocks, unsigned threads, void** args) {
-    return walk(kernel, blocks, threads, args, std::index_sequence_for<P...>());
+    return walk(kernel, blocks, threads, args, typename UpTo<sizeof...(P)>::Type());
 }
