@@ -1,10 +1,6 @@
 """The CUDA C++ kernels on the host, over the arguments: what `fastseg verify` has no case for."""
 
 import itertools
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import cuda_host
 import pytest
@@ -290,33 +286,3 @@ def test_offsets_of_64_bits(layout, monkeypatch):
         torch.testing.assert_close(y, F.max_pool2d(F.relu(F.batch_norm(x, None, None, training=True)), 2))
     typed = [name for name in found if name.split("<")[0] in ("max_pool2d_fwd", "window_gather", "cross_entropy_bwd")]
     assert typed and not [name for name in typed if " int," in name]
-
-
-SANITIZED = """
-import sys; sys.path.insert(0, "tests")
-import cuda_host, pytest
-cuda_host.OPTIONS = (*cuda_host.OPTIONS, "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g")
-sys.exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "tests/test_cuda_grid.py", "-k", sys.argv[1]]))
-"""
-
-
-def test_no_access_leaves_its_tensor_or_is_misaligned():
-    """The same under the compiler's sanitizers, in a process that has them from its start."""
-    where = subprocess.run([cuda_host.COMPILER, "-print-file-name=libasan.so"], capture_output=True, text=True)
-    asan = Path(where.stdout.strip())
-    if not asan.is_absolute():
-        pytest.skip("the compiler has no address sanitizer")
-    env = os.environ | {
-        "LD_PRELOAD": str(asan),
-        "ASAN_OPTIONS": "detect_leaks=0:verify_asan_link_order=0",
-        "FASTSEG_TEST_SEED": str(torch.initial_seed() % 2**31),
-    }
-    chosen = "align or (far_from) or (adds_up)"
-    run = subprocess.run(
-        [sys.executable, "-c", SANITIZED, chosen],
-        capture_output=True,
-        text=True,
-        env=env,
-        cwd=Path(__file__).parent.parent,
-    )
-    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
