@@ -16,9 +16,9 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     # Device code lives in the top-level kernels/ and installs as fastseg.kernels.
-    packages=[*find_packages(include=["fastseg", "fastseg.*"]), "fastseg.kernels"],
+    packages=[*find_packages(include=["fastseg", "fastseg.*"]), "fastseg.kernels", "fastseg.kernels.cuda"],
     package_dir={"fastseg.kernels": "kernels"},
-    package_data={"fastseg": ["py.typed", "recorded/*.json"]},
+    package_data={"fastseg": ["py.typed", "recorded/*.json"], "fastseg.kernels.cuda": ["*.cu", "*.cuh"]},
     install_requires=[
         "torch>=2.11,<2.14",
         "triton>=3.6,<3.8; platform_system == 'Linux'",
@@ -41,6 +41,7 @@ setup(
             "onnx>=1.17",
             "onnxruntime>=1.20",
             "onnxscript>=0.5",
+            "nvidia-cuda-nvrtc>=13; platform_system == 'Linux'",
         ],
     },
     entry_points={

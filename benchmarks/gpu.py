@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+# verify: of CUDA C++ too where CuPy is
 PARTS = ("doctor", "tests", "verify", "sanitizer", "operators", "models", "codegen")
 BUDGET = 510.0
 # Of the budget, for each part; the doctor's is for the first import of torch, and what a part leaves goes to the next.
@@ -118,6 +119,8 @@ def plan(chosen: Sequence[str], quick: bool, results: Path) -> list[Part]:
             Part(f"sanitizer-{tool}", [*sanitizer, tool, *halves], share["sanitizer"] / 2)
             for tool in ("memcheck", "racecheck")
         ),
+        *([Part("verify-cuda", [*fastseg, "verify", "--backend", "cuda", "--json", *small], share["verify"] / 2,
+                "verify-cuda.json")] if importlib.util.find_spec("cupy") else []),
         Part("operators", [*bench, "--part", "operators", "--part", "overhead"], share["operators"] * 0.7, None, True),
         Part("operators-nchw", [*bench, "--part", "operators", "--layout", "nchw", "--no-compile"],
              share["operators"] * 0.3, None, True),

@@ -1,7 +1,8 @@
 """Which implementation runs for a call, and why.
 
-Three backends: ``"triton"`` (the fused kernels), ``"torch"`` (torch's own functions, or the reference where torch has
-none) and ``"auto"``, which takes the kernels for CUDA tensors that they cover and torch for the rest. The setting
+Four backends: ``"triton"`` (the fused kernels), ``"cuda"`` (some of them in CUDA C++, through CuPy), ``"torch"``
+(torch's own functions, or the reference where torch has none) and ``"auto"``, which takes the Triton kernels, or the
+CUDA C++ kernels where only CuPy is installed, for CUDA tensors that they cover, and torch for the rest. The setting
 belongs to the process, as torch.backends' do, since autograd runs the backward on threads of its own. It is asked at
 each call.
 """
@@ -20,8 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BACKENDS = ("auto", "triton", "torch")
+from .kernels.cuda import launch
+
+BACKENDS = ("auto", "triton", "cuda", "torch")
+NAMES = {"triton": "Triton", "cuda": "CUDA C++"}  # of the backends that are kernels, best first
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+CUPY_INSTALLED = importlib.util.find_spec("cupy") is not None and torch.version.hip is None
+NO_KERNELS = "this operator"  # what CUDA C++ kernels do not cover where an operator has none
 
 
 @dataclass(frozen=True)
@@ -89,49 +95,74 @@ Preference = tuple[str, str]  # backend, reason in words
 
 
 def choose(
-    operator: str, tensor: Tensor, uncovered: str | None = None, preferred: Preference | None = None, asks: bool = False
+    operator: str,
+    tensor: Tensor,
+    uncovered: str | None = None,
+    preferred: Preference | None = None,
+    asks: bool = False,
+    cuda_uncovered: str | None = NO_KERNELS,
 ) -> Choice:
     """The backend for a call of `operator` on `tensor`.
 
-    uncovered: why the kernels cannot run this call (None: they can); preferred: which of both is the better choice
-    under "auto" where they can, and why (None: the kernels); asks: the call may not follow, and explain does not list
-    it. Raises NotImplementedError or RuntimeError where
-    "triton" is demanded in vain.
+    uncovered: why the Triton kernels cannot run this call (None: they can); preferred: which of both is the better
+    choice under "auto" where they can, and why (None: the kernels); asks: the call may not follow, and explain does not
+    list it; cuda_uncovered: why the CUDA C++ kernels cannot. Raises NotImplementedError or RuntimeError where "triton"
+    or "cuda" is demanded in vain.
     """
-    choice = _decide(operator, tensor.device.type, uncovered, preferred)
+    choice = _decide(operator, tensor.device.type, uncovered, preferred, cuda_uncovered)
     if _watched is not None and not asks:
         _watched.append(choice)
     return choice
 
 
-def _decide(operator: str, device: str, uncovered: str | None, preferred: Preference | None) -> Choice:
+def _decide(
+    operator: str, device: str, uncovered: str | None, preferred: Preference | None,
+    cuda_uncovered: str | None = NO_KERNELS,
+) -> Choice:  # fmt: skip
     setting = get_backend()
     if setting == "torch":
         return Choice(operator, "torch", "the backend is set to 'torch'")
-    if setting == "triton":
-        if uncovered is not None:
-            raise NotImplementedError(
-                f"{operator}: the Triton kernels do not cover {uncovered}; backend 'auto' takes torch for it"
-            )
-        if not TRITON_INSTALLED:
-            raise RuntimeError(f"{operator}: backend 'triton' needs the package triton, which is not installed")
-        if device == "cpu" and not interpreted():
-            raise RuntimeError(
-                f"{operator}: backend 'triton' on a CPU tensor needs TRITON_INTERPRET=1 in the environment "
-                "before triton is imported; move the tensor to a CUDA device or use backend 'auto'"
-            )
-        if device not in ("cpu", "cuda", "meta"):
-            raise RuntimeError(f"{operator}: backend 'triton' runs on CUDA tensors, not on device type '{device}'")
-        return Choice(operator, "triton", "the backend is set to 'triton'")
+    reasons = {"triton": uncovered, "cuda": cuda_uncovered}
+    if setting in reasons:
+        _refuse(operator, setting, device, reasons[setting])
+        return Choice(operator, setting, f"the backend is set to '{setting}'")
     if device != "cuda":
         return Choice(operator, "torch", "a CPU tensor" if device == "cpu" else f"a tensor on device type '{device}'")
+    backend, missing = "triton", ""
     if not TRITON_INSTALLED:
-        return Choice(operator, "torch", "triton is not installed")
-    if uncovered is not None:
-        return Choice(operator, "torch", f"the kernels do not cover {uncovered}")
-    if preferred is not None:
+        if not CUPY_INSTALLED:
+            return Choice(operator, "torch", "triton is not installed")
+        backend, missing = "cuda", "triton is not installed; "
+    if reasons[backend] is not None:
+        return Choice(operator, "torch", f"{missing}the {NAMES[backend]} kernels do not cover {reasons[backend]}")
+    if preferred is not None and backend == "triton":
         return Choice(operator, *preferred)
-    return Choice(operator, "triton", "a CUDA tensor, covered by the kernels")
+    return Choice(operator, backend, f"{missing}a CUDA tensor, covered by the {NAMES[backend]} kernels")
+
+
+def _refuse(operator: str, backend: str, device: str, uncovered: str | None) -> None:
+    """Raise where a backend of kernels cannot run the call that demands it."""
+    if uncovered is not None:
+        raise NotImplementedError(
+            f"{operator}: the {NAMES[backend]} kernels do not cover {uncovered}; backend 'auto' takes torch for it"
+        )
+    if backend == "cuda" and launch.recorded():
+        return
+    demanded = f"{operator}: backend '{backend}'"
+    if not (TRITON_INSTALLED if backend == "triton" else CUPY_INSTALLED):
+        needs = "the package triton, which is not installed" if backend == "triton" else launch.CUPY
+        raise RuntimeError(f"{demanded} needs {needs}")
+    if backend == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError(f"{demanded} needs a CUDA GPU, and torch finds none on this machine")
+    if device == "cpu" and not (backend == "triton" and interpreted()):
+        if backend == "triton":
+            raise RuntimeError(
+                f"{demanded} on a CPU tensor needs TRITON_INTERPRET=1 in the environment "
+                "before triton is imported; move the tensor to a CUDA device or use backend 'auto'"
+            )
+        raise RuntimeError(f"{demanded} runs on CUDA tensors; move the tensor to a CUDA device or use backend 'auto'")
+    if device not in ("cpu", "cuda", "meta"):
+        raise RuntimeError(f"{demanded} runs on CUDA tensors, not on device type '{device}'")
 
 
 def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Choice]:

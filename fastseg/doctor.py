@@ -27,8 +27,15 @@ def _advice(facts: dict[str, object]) -> str:
             "No CUDA GPU: every call takes torch. The kernels can be checked here all the same, interpreted: "
             "fastseg verify"
         )
-    if facts["packages"]["triton"] is None:
-        return "triton is not installed: every call takes torch. pip install triton"
+    if not dispatch.TRITON_INSTALLED:
+        if dispatch.CUPY_INSTALLED:
+            return (
+                "triton is not installed: CUDA tensors take the CUDA C++ kernels where they cover a call, else torch."
+            )
+        return (
+            "triton is not installed: every call takes torch. pip install triton or, where there is none, "
+            "pip install 'fastseg-kernels[cuda12]' (or [cuda13]) for the kernels in CUDA C++"
+        )
     return "CUDA tensors take the Triton kernels where they cover a call; fastseg.explain tells for one call."
 
 

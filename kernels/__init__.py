@@ -1,6 +1,7 @@
 """Device code of fastseg, installed as ``fastseg.kernels``: one file per operator family, loaded at first use.
 
-A kernel file imports torch and triton alone. It holds the ``@triton.jit`` kernels and, beside each, the function that
+A kernel file imports torch and triton alone; those under cuda/, CUDA C++ that needs no triton, import torch and, at
+their first launch, CuPy. It holds the ``@triton.jit`` kernels and, beside each, the function that
 launches it on tensors that are already allocated: what is computed, in which layout, how many programs. What an
 operator means, its shapes, errors, gradients and fallbacks stand in ``fastseg/ops`` under the same name.
 """
@@ -24,7 +25,9 @@ FAMILIES = (
     "cross_entropy_bwd",
     "cross_entropy_one_pass",
     "cross_entropy_parts",
+    "cuda",
     "dice_cross_entropy",
+    "geometry",
     "norm",
     "overlap",
     "pool",

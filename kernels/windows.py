@@ -11,19 +11,18 @@ behind it lie in the run shifted by two elements.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .geometry import Geometry
 from .launch import INT32_MAX, vector_width
 
 BLOCK = 1024  # elements of the pooled map a program owns
 UNROLLED = tl.constexpr(16)  # taps or windows that are written out one by one; more run in a loop, for the registers
-CELL = 64  # pixels of a window and the gap behind it that are written out one by one
 
 
 @triton.jit
@@ -56,25 +55,8 @@ def run_offset(plane, h, run, H, RUNS, VEC: tl.constexpr):
     return ((plane * H + h) * RUNS + run) * (2 * VEC) + tl.arange(0, 2 * VEC)[None, :]
 
 
-class Windows(NamedTuple):
-    """The windows of one call, (height, width) each, and the layout of its tensors."""
-
-    kernel: list[int]
-    stride: list[int]
-    padding: list[int]
-    channels_last: bool
-    dilation: Sequence[int] = (1, 1)
-
-    @property
-    def extent(self) -> list[int]:
-        """Height and width of a window with the gaps between its taps."""
-        return [(k - 1) * d + 1 for k, d in zip(self.kernel, self.dilation, strict=True)]
-
-    @property
-    def tile(self) -> bool:
-        """Whether no two windows overlap, and a window with the gap behind it is of CELL pixels at most."""
-        apart = all(extent <= s for extent, s in zip(self.extent, self.stride, strict=True))
-        return apart and self.stride[0] * self.stride[1] <= CELL and tuple(self.dilation) == (1, 1)
+class Windows(Geometry):
+    """The windows of one call as the Triton kernels take them."""
 
     def inside(self, image: Tensor, pooled: Tensor) -> bool:
         """Whether every window of the pooled map lies in the image as a whole."""

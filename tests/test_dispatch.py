@@ -1,4 +1,5 @@
 import os
+import re
 import subprocess
 import sys
 
@@ -52,9 +53,14 @@ def test_works_without_triton_and_cupy():
         "print(fastseg.functional.max_pool2d(torch.ones(1, 1, 4, 4), 2).sum().item())\n"
         "fastseg.set_backend('triton')\n"
         "try: fastseg.functional.max_pool2d(torch.ones(1, 1, 4, 4), 2)\n"
-        "except RuntimeError as error: print(error)"
+        "except RuntimeError as error: print(error)\n"
+        "fastseg.set_backend('cuda')\n"
+        "try: fastseg.functional.max_pool2d(torch.ones(1, 1, 4, 4), 2)\n"
+        "except RuntimeError as error: print(error)\n"
+        "from fastseg.kernels.cuda import pool, unpool, cross_entropy, cross_entropy_bwd\n"
     )
     assert code == 0 and output.startswith("4.0\n") and "triton, which is not installed" in output
+    assert "CuPy, which is not installed" in output
 
 
 def test_explain_names_each_operator_and_computes_nothing():
@@ -95,6 +101,40 @@ def test_triton_overrules_what_is_preferred_but_not_uncovered(triton_backend):
         dispatch._decide("op", "cuda", "dilation 2", None)
     with pytest.raises(RuntimeError, match="mps"):
         dispatch._decide("op", "mps", None, None)
+
+
+@pytest.mark.parametrize(
+    "cupy, uncovered, backend, reason",
+    [
+        (True, None, "cuda", "triton is not installed; a CUDA tensor"),
+        (True, "this operator", "torch", "CUDA C\\+\\+ kernels do not cover this operator"),
+        (False, None, "torch", "triton is not installed"),
+    ],
+)
+def test_auto_without_triton(cupy, uncovered, backend, reason, monkeypatch):
+    monkeypatch.setattr(dispatch, "TRITON_INSTALLED", False)
+    monkeypatch.setattr(dispatch, "CUPY_INSTALLED", cupy)
+    choice = dispatch._decide("op", "cuda", "all of it", ("torch", "cuDNN is faster than Triton"), uncovered)
+    assert choice.backend == backend and re.match(f".*{reason}", choice.reason)
+    assert dispatch._decide("op", "cpu", None, None, None).backend == "torch"
+
+
+def test_cuda_says_what_it_needs(monkeypatch):
+    with fastseg.backend("cuda"):
+        with pytest.raises(NotImplementedError, match=r"op: the CUDA C\+\+ kernels do not cover this operator"):
+            dispatch._decide("op", "cuda", None, None)
+        monkeypatch.setattr(dispatch, "CUPY_INSTALLED", False)
+        with pytest.raises(RuntimeError, match=r"fastseg-kernels\[cuda12\]"):
+            FS.max_pool2d(torch.zeros(1, 1, 4, 4), 2)
+        monkeypatch.setattr(dispatch, "CUPY_INSTALLED", True)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        with pytest.raises(RuntimeError, match="needs a CUDA GPU"):
+            FS.max_pool2d(torch.zeros(1, 1, 4, 4), 2)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        for device in ("cpu", "mps"):
+            with pytest.raises(RuntimeError, match="runs on CUDA tensors"):
+                dispatch._decide("op", device, None, None, None)
+        assert dispatch._decide("op", "cuda", "all of it", None, None).backend == "cuda"
 
 
 def test_explain_leaves_a_model_as_it_was():

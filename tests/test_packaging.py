@@ -24,6 +24,8 @@ def test_the_wheel_holds_the_kernels_and_imports(tmp_path):
         names = archive.namelist()
         archive.extractall(tmp_path / "installed")
     assert {"fastseg/kernels/pool.py", "fastseg/py.typed", "fastseg/ops/pool.py"} <= set(names)
+    cuda = [path for path in (ROOT / "kernels" / "cuda").iterdir() if path.suffix in (".py", ".cu", ".cuh")]
+    assert {f"fastseg/kernels/cuda/{path.name}" for path in cuda} <= set(names) and len(cuda) > 9
     assert not [name for name in names if name.startswith(("kernels/", "tests/"))]
     code = "import fastseg, fastseg.kernels; print(fastseg.__file__); print(fastseg.kernels.__file__)"
     env = os.environ | {"PYTHONPATH": str(tmp_path / "installed")}

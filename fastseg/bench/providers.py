@@ -95,6 +95,18 @@ def _triton(case: Case) -> Function:
     return case.ours
 
 
+def _cuda(case: Case) -> Function | None:
+    """`ours`; None for an operator without kernels in CUDA C++."""
+    try:
+        with dispatch.backend("cuda"):
+            dispatch.explain(case.ours, *case.inputs.values())
+    except NotImplementedError:
+        return None
+    except RuntimeError as error:  # no GPU, no CuPy
+        raise Unable(str(error).partition(": ")[2]) from error
+    return case.ours
+
+
 def _auto(case: Case) -> Function | None:
     """`ours`; None where "auto" takes the kernels for all of it, its times are those of "fastseg triton"."""
     tensor = next(x for x in case.inputs.values() if isinstance(x, Tensor))
@@ -115,6 +127,7 @@ def providers(compile: bool) -> list[Provider]:
         Provider("torch", plain, plain, slack=SLACK),
         Provider("torch in network", _in_network, _theirs, slack=SLACK),
         Provider("fastseg triton", _triton, _theirs, lambda: dispatch.backend("triton"), poison=True),
+        Provider("fastseg cuda", _cuda, _theirs, lambda: dispatch.backend("cuda"), poison=True),
         Provider("fastseg auto", _auto, _theirs, lambda: dispatch.backend("auto")),
         Provider("Liger-Kernel", _liger, plain, slack=SLACK),
         # Its backward runs outside the calls that are checked, so that no time of it is taken.

@@ -12,10 +12,11 @@ from .. import cases, dispatch
 from ..cases import Case, Placement
 from ..kernels.launch import targeting
 from ..ops.library import observing
+from . import cuda_codegen, nvrtc
 from .codegen import Compiled, Launch, compile_for, compile_for_amd, disassemble, record
 
 SMS = (80, 90, 100)
-GLOBAL_ATOMICS = ("ATOM.", "ATOMG", "RED.")  # ATOMS is of shared memory, where sm_100 manages its tensor memory
+GLOBAL_ATOMICS = ("ATOM.", "ATOMG", "RED.", "REDG")  # ATOMS is of shared memory, where sm_100 manages its tensor memory
 
 
 def network_cases(at: Placement) -> Iterator[Case]:
@@ -82,8 +83,10 @@ def rows(args: argparse.Namespace) -> list[dict[str, Any]]:
         firsts.setdefault(recorded.name, recorded)
     jobs = [lambda recorded=recorded, sm=sm: compile_for(recorded, sm) for sm, _, recorded in found]
     amd = [lambda recorded=recorded: _elsewhere(recorded) for recorded in firsts.values()]
-    results = _in_processes(jobs + amd)
-    elsewhere = dict(zip(map(repr, firsts.values()), results[len(jobs) :], strict=True))
+    own = [(sm, *entry) for sm in args.sm or SMS for entry in _cuda_launches(args)]
+    cuda = [lambda request=request, sm=sm: _facts(cuda_codegen.compile_for(request, sm)) for sm, _, request in own]
+    results = _in_processes(jobs + amd + cuda)
+    elsewhere = dict(zip(map(repr, firsts.values()), results[len(jobs) : len(jobs + amd)], strict=True))
     built = [
         list(kernels) for _, kernels in itertools.groupby(results[: len(jobs)], lambda compiled: compiled.capability)
     ]
@@ -93,7 +96,28 @@ def rows(args: argparse.Namespace) -> list[dict[str, Any]]:
         row = {"kernel": recorded.name, "layout": layout, "sm": sm, "programs": recorded.programs}
         row["constants"] = recorded.constants
         table.append(row | facts | {"gfx942": elsewhere.get(repr(recorded), "not tried")})
+    for (sm, layout, request), facts in zip(own, results[len(jobs + amd) :], strict=True):
+        row = {"kernel": f"{request.family}.cu {request.kernel}", "layout": layout, "sm": sm}
+        row |= {"programs": request.blocks, "constants": {"instance": request.instance}}
+        table.append(row | facts | {"gfx942": "not launched"})
     return table
+
+
+def _cuda_launches(args: argparse.Namespace) -> list[tuple[str, Any]]:
+    """Distinct launches of the CUDA C++ kernels, none where there is nothing to compile them with."""
+    if nvrtc.found() is None:
+        return []
+    found: dict[str, tuple[str, Any]] = {}
+    firsts: set[tuple[str, str]] = set()
+    for layout in [args.layout] if args.layout else cases.LAYOUTS:
+        for case in network_cases(Placement(cases.DTYPES[args.dtype], cases.LAYOUTS[layout], "meta")):
+            if args.op and not case.operator.startswith(tuple(args.op)):
+                continue
+            for request in cuda_codegen.record(case.step(case.ours, backward=True)):
+                if not args.first or (layout, request.kernel) not in firsts:
+                    firsts.add((layout, request.kernel))
+                    found.setdefault(request.instance, (layout, request))
+    return list(found.values())
 
 
 def _elsewhere(recorded: Launch) -> str:
@@ -127,17 +151,20 @@ def _facts(compiled: Compiled) -> dict[str, Any]:
 def source(args: argparse.Namespace, kernel: str, form: str) -> str:
     """The disassembly ("sass") or PTX of the first launch of a kernel, for the first asked architecture."""
     sm = (args.sm or [90])[0]
-    found = launches(args, sm)
-    chosen = [launch for _, launch in found if launch.name == kernel]
-    if not chosen:
-        names = ", ".join(sorted({launch.name for _, launch in found}))
-        raise ValueError(f"no kernel is named {kernel!r}; there are {names}")
-    return getattr(compile_for(chosen[0], sm), form)
+    made: dict[str, Callable[[], Compiled]] = {}
+    for _, launch in launches(args, sm):
+        made.setdefault(launch.name, lambda launch=launch: compile_for(launch, sm))
+    for _, request in _cuda_launches(args):
+        made.setdefault(request.kernel, lambda request=request: cuda_codegen.compile_for(request, sm))
+    if kernel not in made:
+        raise ValueError(f"no kernel is named {kernel!r}; there are {', '.join(sorted(made))}")
+    return getattr(made[kernel](), form)
 
 
 NOTE = (
     "registers a thread; spills: bytes of stack and instructions that touch it; loads, stores: bytes of one access x "
-    "number of instructions; occupancy: share of warps that registers and shared memory let reside."
+    "number of instructions; occupancy: share of warps that registers and shared memory let reside. Kernels of a .cu "
+    "file are those of backend 'cuda', compiled where the package nvidia-cuda-nvrtc is installed."
 )
 
 

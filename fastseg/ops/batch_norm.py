@@ -10,6 +10,8 @@ bias cancels out of y and of every gradient; it moves running_mean and nothing e
 
 from __future__ import annotations
 
+from functools import partial
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -41,11 +43,12 @@ def uncovered(input: Tensor) -> str | None:
 
 
 def kernel_norm(
-    mean: Tensor, shift: Tensor | None, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, relu: bool
-) -> Any:
+    mean: Tensor, shift: Tensor | None, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float,
+    relu: bool, code: ModuleType = kernels,
+) -> Any:  # fmt: skip
     """What the kernels take for NORM: they read vectors one value behind the other."""
     vectors = (None if t is None else t.contiguous() for t in (mean, shift, var, weight, bias))
-    return kernels.batch_norm.Norm(*vectors, eps, relu)
+    return code.batch_norm.Norm(*vectors, eps, relu)
 
 
 def vector(values: Tensor, like: Tensor) -> Tensor:
@@ -63,14 +66,15 @@ def _empty_stats(
 
 
 def _stats_kernel(
-    input: Tensor, input_bias: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None, momentum: float
-) -> Tensor:
+    code: ModuleType, input: Tensor, input_bias: Tensor | None, running_mean: Tensor | None,
+    running_var: Tensor | None, momentum: float,
+) -> Tensor:  # fmt: skip
     stats = _empty_stats(input, input_bias, running_mean, running_var, momentum)
     layout = memory_format(input)
     given = () if running_mean is None or running_var is None else (running_mean, running_var)
     running = tuple(t.contiguous() for t in given)
     input_bias = None if input_bias is None else input_bias.contiguous()
-    kernels.batch_norm.batch_norm_stats(
+    code.batch_norm.batch_norm_stats(
         dense(input, layout), input_bias, running or None, momentum, stats, layout == torch.channels_last
     )
     for buffer, moved in zip(given, running, strict=True):
@@ -106,7 +110,8 @@ def move_running(
 STATS = Operator(
     "batch_norm_stats(Tensor input, Tensor? input_bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
     "float momentum) -> Tensor",
-    kernel=_stats_kernel,
+    kernel=partial(_stats_kernel, kernels),
+    cuda=partial(_stats_kernel, kernels.cuda),
     reference=_stats_reference,
     fake=_empty_stats,
     uncovered=lambda input, *rest: uncovered(input),
@@ -128,18 +133,19 @@ def normalised(input: Tensor, norm: Norm) -> Tensor:
     return F.relu(y) if relu else y
 
 
-def _relu_kernel(input: Tensor, *norm: Any) -> Tensor:
+def _relu_kernel(code: ModuleType, input: Tensor, *norm: Any) -> Tensor:
     layout = memory_format(input)
     output = like_input(input)
-    kernels.batch_norm.batch_norm_relu_fwd(
-        dense(input, layout), kernel_norm(*norm), output, layout == torch.channels_last
+    code.batch_norm.batch_norm_relu_fwd(
+        dense(input, layout), kernel_norm(*norm, code), output, layout == torch.channels_last
     )
     return output
 
 
 BATCH_NORM_RELU = Operator(
     f"batch_norm_relu(Tensor input, {NORM}) -> Tensor",
-    kernel=_relu_kernel,
+    kernel=partial(_relu_kernel, kernels),
+    cuda=partial(_relu_kernel, kernels.cuda),
     reference=lambda input, *norm: placed(normalised(input, norm), memory_format(input)),
     fake=like_input,
     uncovered=lambda input, *rest: uncovered(input),
@@ -167,28 +173,29 @@ def sums_of(x_hat: Tensor, grad: Tensor) -> Tensor:
     return torch.cat([sums, sums / (grad.numel() // grad.shape[1])])
 
 
-def _sums_kernel(grad: Tensor, input: Tensor, *norm: Any) -> Tensor:
+def _sums_kernel(code: ModuleType, grad: Tensor, input: Tensor, *norm: Any) -> Tensor:
     sums, layout = empty_sums(grad, input), memory_format(input)
-    kernels.batch_norm.batch_norm_relu_sums(
-        dense(grad, layout), dense(input, layout), kernel_norm(*norm), sums, layout == torch.channels_last
+    code.batch_norm.batch_norm_relu_sums(
+        dense(grad, layout), dense(input, layout), kernel_norm(*norm, code), sums, layout == torch.channels_last
     )
     return sums
 
 
 SUMS = Operator(
     f"batch_norm_relu_sums(Tensor grad_output, Tensor input, {NORM}) -> Tensor",
-    kernel=_sums_kernel,
+    kernel=partial(_sums_kernel, kernels),
+    cuda=partial(_sums_kernel, kernels.cuda),
     reference=lambda grad, input, *norm: sums_of(*x_hat_and_gradient(grad, input, norm)),
     fake=empty_sums,
     uncovered=lambda grad, input, *rest: uncovered(input),
 )
 
 
-def _backward_kernel(grad: Tensor, input: Tensor, means: Tensor | None, *norm: Any) -> Tensor:
+def _backward_kernel(code: ModuleType, grad: Tensor, input: Tensor, means: Tensor | None, *norm: Any) -> Tensor:
     grad_input, layout = like_input(input), memory_format(input)
-    kernels.batch_norm.batch_norm_relu_bwd(
-        dense(grad, layout), dense(input, layout), kernel_norm(*norm), None if means is None else means.contiguous(),
-        grad_input,
+    code.batch_norm.batch_norm_relu_bwd(
+        dense(grad, layout), dense(input, layout), kernel_norm(*norm, code),
+        None if means is None else means.contiguous(), grad_input,
         layout == torch.channels_last,
     )  # fmt: skip
     return grad_input
@@ -205,7 +212,8 @@ def input_gradient(x_hat: Tensor, grad: Tensor, means: Tensor | None, input: Ten
 
 BACKWARD = Operator(
     f"batch_norm_relu_backward(Tensor grad_output, Tensor input, Tensor? means, {NORM}) -> Tensor",
-    kernel=_backward_kernel,
+    kernel=partial(_backward_kernel, kernels),
+    cuda=partial(_backward_kernel, kernels.cuda),
     reference=lambda grad, input, means, *norm: input_gradient(
         *x_hat_and_gradient(grad, input, norm), means, input, norm
     ),

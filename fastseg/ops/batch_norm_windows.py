@@ -5,6 +5,8 @@ Positions are uint8 offsets. Windows are `fusible`; the functions compose the ot
 
 from __future__ import annotations
 
+from functools import partial
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -35,8 +37,8 @@ def fusible(kernel: list[int], stride: list[int]) -> bool:
     return all(k <= s for k, s in zip(kernel, stride, strict=True)) and stride[0] * stride[1] <= 64
 
 
-def _windows(x: Tensor, kernel: list[int], stride: list[int], padding: list[int]) -> Any:
-    return kernels.windows.Windows(kernel, stride, padding, memory_format(x) == torch.channels_last)
+def _windows(x: Tensor, kernel: list[int], stride: list[int], padding: list[int], code: ModuleType = kernels) -> Any:
+    return code.windows.Windows(kernel, stride, padding, memory_format(x) == torch.channels_last)
 
 
 # --- with max-pooling ------------------------------------------------------------------------------------------------
@@ -53,12 +55,13 @@ def _empty_pooled(
 
 
 def _pool_kernel(
-    input: Tensor, kernel: list[int], stride: list[int], padding: list[int], ceil_mode: bool, keep: bool, *norm: Any
-) -> tuple[Tensor, Tensor]:
+    code: ModuleType, input: Tensor, kernel: list[int], stride: list[int], padding: list[int], ceil_mode: bool,
+    keep: bool, *norm: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     output, offsets = _empty_pooled(input, kernel, stride, padding, ceil_mode, keep)
-    kernels.batch_norm_pool.bn_relu_max_pool2d_fwd(
-        dense(input, memory_format(input)), kernel_norm(*norm), output, offsets if keep else None,
-        _windows(input, kernel, stride, padding),
+    code.batch_norm_pool.bn_relu_max_pool2d_fwd(
+        dense(input, memory_format(input)), kernel_norm(*norm, code), output, offsets if keep else None,
+        _windows(input, kernel, stride, padding, code),
     )  # fmt: skip
     return output, offsets
 
@@ -78,7 +81,8 @@ def _pool_reference(
 POOL = Operator(
     f"batch_norm_relu_max_pool2d(Tensor input, {GEOMETRY}, bool ceil_mode, bool keep_offsets, {NORM}) "
     "-> (Tensor, Tensor)",
-    kernel=_pool_kernel,
+    kernel=partial(_pool_kernel, kernels),
+    cuda=partial(_pool_kernel, kernels.cuda),
     reference=_pool_reference,
     fake=_empty_pooled,
     uncovered=lambda input, *rest: uncovered(input),
@@ -92,12 +96,13 @@ def _unpooled(grad: Tensor, offsets: Tensor, kernel: list[int], stride: list[int
 
 
 def _pool_sums_kernel(
-    grad: Tensor, offsets: Tensor, input: Tensor, kernel: list[int], stride: list[int], padding: list[int], *norm: Any
-) -> Tensor:
+    code: ModuleType, grad: Tensor, offsets: Tensor, input: Tensor, kernel: list[int], stride: list[int],
+    padding: list[int], *norm: Any,
+) -> Tensor:  # fmt: skip
     layout, sums = memory_format(input), empty_sums(grad, input)
-    kernels.batch_norm_pool.bn_relu_max_pool2d_sums(
-        dense(grad, layout), dense(offsets, layout), dense(input, layout), kernel_norm(*norm), sums,
-        _windows(input, kernel, stride, padding),
+    code.batch_norm_pool.bn_relu_max_pool2d_sums(
+        dense(grad, layout), dense(offsets, layout), dense(input, layout), kernel_norm(*norm, code), sums,
+        _windows(input, kernel, stride, padding, code),
     )  # fmt: skip
     return sums
 
@@ -111,7 +116,8 @@ def _pool_sums_reference(
 
 POOL_SUMS = Operator(
     f"batch_norm_relu_max_pool2d_sums(Tensor grad_output, Tensor offsets, Tensor input, {GEOMETRY}, {NORM}) -> Tensor",
-    kernel=_pool_sums_kernel,
+    kernel=partial(_pool_sums_kernel, kernels),
+    cuda=partial(_pool_sums_kernel, kernels.cuda),
     reference=_pool_sums_reference,
     fake=lambda grad, offsets, input, *rest: empty_sums(grad, input),
     uncovered=lambda grad, offsets, input, *rest: uncovered(input),
@@ -119,14 +125,14 @@ POOL_SUMS = Operator(
 
 
 def _pool_backward_kernel(
-    grad: Tensor, offsets: Tensor, input: Tensor, means: Tensor | None, kernel: list[int], stride: list[int],
-    padding: list[int], *norm: Any,
+    code: ModuleType, grad: Tensor, offsets: Tensor, input: Tensor, means: Tensor | None, kernel: list[int],
+    stride: list[int], padding: list[int], *norm: Any,
 ) -> Tensor:  # fmt: skip
     layout, grad_input = memory_format(input), like_input(input)
-    kernels.batch_norm_pool.bn_relu_max_pool2d_bwd(
-        dense(grad, layout), dense(offsets, layout), dense(input, layout), kernel_norm(*norm),
+    code.batch_norm_pool.bn_relu_max_pool2d_bwd(
+        dense(grad, layout), dense(offsets, layout), dense(input, layout), kernel_norm(*norm, code),
         None if means is None else means.contiguous(),
-        grad_input, _windows(input, kernel, stride, padding),
+        grad_input, _windows(input, kernel, stride, padding, code),
     )  # fmt: skip
     return grad_input
 
@@ -142,7 +148,8 @@ def _pool_backward_reference(
 POOL_BACKWARD = Operator(
     f"batch_norm_relu_max_pool2d_backward(Tensor grad_output, Tensor offsets, Tensor input, Tensor? means, {GEOMETRY}, "
     f"{NORM}) -> Tensor",
-    kernel=_pool_backward_kernel,
+    kernel=partial(_pool_backward_kernel, kernels),
+    cuda=partial(_pool_backward_kernel, kernels.cuda),
     reference=_pool_backward_reference,
     fake=lambda grad, offsets, input, *rest: like_input(input),
     uncovered=lambda grad, offsets, input, *rest: uncovered(input),

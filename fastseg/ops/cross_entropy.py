@@ -27,6 +27,7 @@ from .cross_entropy_operators import (
     CROSS_ENTROPY_ONE_PASS_BACKWARD,
     ONE_PASS_CLASSES,
     Arguments,
+    cuda_uncovered,
     packed_labels,
     uncovered,
 )
@@ -165,13 +166,14 @@ def _call(
     )
     if one_pass and reduction == "none":
         raise ValueError(f"{name}: one_pass must be left out for reduction 'none', which takes two, but is {one_pass}")
-    chosen = dispatch.choose("cross_entropy", input, uncovered(input, target, weight)).backend
+    reasons = uncovered(input, target, weight), cuda_uncovered(input, target, weight, predicted)
+    chosen = dispatch.choose("cross_entropy", input, reasons[0], cuda_uncovered=reasons[1]).backend
     classes = input.shape[0 if input.dim() == 1 else 1]
     try:
         if chosen == "torch":
             return _in_torch(input, target, weight, predicted, arguments)
         function = CrossEntropyFunction
-        if _takes_one_pass(input, classes, reduction, one_pass):
+        if chosen == "triton" and _takes_one_pass(input, classes, reduction, one_pass):
             function = CrossEntropyOnePassFunction
         return _in_operators(function, input, target, weight, predicted, arguments)
     except IndexError:
@@ -257,8 +259,8 @@ def cross_entropy(
 
     one_pass: whether the forward of a mean or sum makes the gradient too, which saves a third of the bytes where the
     gradient of the loss is 1 (loss.backward()), costs a third more where it is not (a weighted or scaled loss), and is
-    the same to a rounding. None: for all dtypes but float16, whose losses are scaled. On the kernels alone, for up to
-    256 classes, outside of compiled graphs; two passes keep 4 bytes a pixel for the backward (8 for float32 logits).
+    the same to a rounding. None: for all dtypes but float16, whose losses are scaled. On Triton kernels alone, for up
+    to 256 classes, outside of compiled graphs; two passes keep 4 bytes a pixel for the backward (8 for float32 logits).
 
     Raises what torch raises: ValueError for another batch size, an unknown reduction or normalization, and a
     normalization or one_pass that the reduction has no use for, RuntimeError for other wrong shapes, dtypes, devices

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -45,6 +47,15 @@ def uncovered(input: Tensor, target: Tensor, weight: Tensor | None = None) -> st
     return None
 
 
+def cuda_uncovered(
+    input: Tensor, target: Tensor, weight: Tensor | None = None, predicted: torch.dtype | None = None
+) -> str | None:
+    """Why the CUDA C++ kernels cannot run a call, in words, or None."""
+    if target.is_floating_point():
+        return "class probabilities"
+    return "predictions" if predicted is not None else uncovered(input, target, weight)
+
+
 def _pixels(input: Tensor) -> tuple[int, ...]:
     return (input.shape[0], *input.shape[2:])
 
@@ -86,8 +97,8 @@ def _dense(input: Tensor, target: Tensor, weight: Tensor | None) -> tuple[Tensor
 
 
 def _cross_entropy_kernel(
-    input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, count: int, ignore_index: int,
-    label_smoothing: float, z_loss: float, predicted: torch.dtype | None,
+    code: ModuleType, input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, count: int,
+    ignore_index: int, label_smoothing: float, z_loss: float, predicted: torch.dtype | None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     loss, lse, denominator, *predictions = results = _empty_results(
         input, target, weight, reduction, count, ignore_index, label_smoothing, z_loss, predicted
@@ -96,7 +107,7 @@ def _cross_entropy_kernel(
         denominator.fill_(count)
     refuse_strays("cross_entropy", input.shape[1], target, ignore_index)
     *tensors, channels_last = _dense(input, target, weight)
-    kernels.cross_entropy.cross_entropy_fwd(
+    code.cross_entropy.cross_entropy_fwd(
         *tensors, reduction, ignore_index, label_smoothing, z_loss, channels_last, loss, lse, denominator, *predictions
     )
     return results
@@ -135,10 +146,12 @@ def _cross_entropy_reference(
 CROSS_ENTROPY = Operator(
     f"cross_entropy(Tensor input, Tensor target, Tensor? weight, {SCHEMA}, ScalarType? predicted) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    kernel=_cross_entropy_kernel,
+    kernel=partial(_cross_entropy_kernel, kernels),
+    cuda=partial(_cross_entropy_kernel, kernels.cuda),
     reference=_cross_entropy_reference,
     fake=_empty_results,
     uncovered=lambda input, target, weight, *rest: uncovered(input, target, weight),
+    cuda_uncovered=lambda input, target, weight, *rest: cuda_uncovered(input, target, weight, rest[-1]),
 )
 
 
@@ -150,12 +163,12 @@ def _empty_gradient(
 
 
 def _cross_entropy_backward_kernel(
-    grad: Tensor, input: Tensor, target: Tensor, weight: Tensor | None, lse: Tensor, denominator: Tensor,
-    reduction: str, count: int, ignore_index: int, label_smoothing: float, z_loss: float,
+    code: ModuleType, grad: Tensor, input: Tensor, target: Tensor, weight: Tensor | None, lse: Tensor,
+    denominator: Tensor, reduction: str, count: int, ignore_index: int, label_smoothing: float, z_loss: float,
 ) -> Tensor:  # fmt: skip
     grad_input = empty(input, input.shape, memory_format(input))
     *tensors, channels_last = _dense(input, target, weight)
-    kernels.cross_entropy_bwd.cross_entropy_bwd(
+    code.cross_entropy_bwd.cross_entropy_bwd(
         grad.contiguous(), *tensors, lse.contiguous(), denominator, reduction, ignore_index, label_smoothing, z_loss,
         channels_last, grad_input,
     )  # fmt: skip
@@ -172,10 +185,12 @@ def _cross_entropy_backward_reference(
 CROSS_ENTROPY_BACKWARD = Operator(
     "cross_entropy_backward(Tensor grad_output, Tensor input, Tensor target, Tensor? weight, Tensor lse, "
     f"Tensor denominator, {SCHEMA}) -> Tensor",
-    kernel=_cross_entropy_backward_kernel,
+    kernel=partial(_cross_entropy_backward_kernel, kernels),
+    cuda=partial(_cross_entropy_backward_kernel, kernels.cuda),
     reference=_cross_entropy_backward_reference,
     fake=_empty_gradient,
     uncovered=lambda grad, input, target, *rest: uncovered(input, target),
+    cuda_uncovered=lambda grad, input, target, *rest: cuda_uncovered(input, target),
 )
 
 

@@ -20,10 +20,11 @@ class Operator:
     """One ``torch.ops.fastseg`` operator: calling it calls the registered operator.
 
     schema: torch's function schema. kernel, reference: the two implementations, called with the operator's
-    arguments; the reference is written in torch alone and works in float64. fake: shapes, dtypes and strides of the
-    result, for tracing. uncovered: says in words what of a call the kernels do not cover, or None; preferred: the
-    backend that is the better choice under "auto", and why, or None for the kernels. backward: whether it is part of a
-    gradient, and so takes a grad_output.
+    arguments; the reference is written in torch alone and works in float64. cuda: a third in CUDA C++, of operators
+    that have one. fake: shapes, dtypes and strides of the result, for tracing. uncovered: says in words what of a call
+    the kernels do not cover, or None, and cuda_uncovered what those in CUDA C++ do not; preferred: the backend that is
+    the better choice under "auto", and why, or None for the kernels. backward: whether it is part of a gradient, and so
+    takes a grad_output.
     """
 
     def __init__(
@@ -35,10 +36,17 @@ class Operator:
         fake: Callable[..., Any],
         uncovered: Callable[..., str | None],
         preferred: Callable[..., dispatch.Preference | None] = lambda *args: None,
+        cuda: Callable[..., Any] | None = None,
+        cuda_uncovered: Callable[..., str | None] | None = None,
     ) -> None:
         self.name, _, arguments = schema.partition("(")
         self.fake, self.backward = fake, "grad_output" in arguments
-        self.kernel, self.reference, self.uncovered, self.preferred = kernel, reference, uncovered, preferred
+        self.uncovered, self.preferred = uncovered, preferred
+        self.implementations = {"triton": kernel, "cuda": cuda, "torch": reference}
+        if cuda is None:
+            self.cuda_uncovered = lambda *args: dispatch.NO_KERNELS
+        else:
+            self.cuda_uncovered = cuda_uncovered or uncovered
         LIB.define(schema, tags=TAGS)
         for key in ("CPU", "CUDA"):
             LIB.impl(self.name, self._run, key)
@@ -52,7 +60,7 @@ class Operator:
         """The backend for these arguments, the first of which is a tensor. asks: a call may not follow."""
         uncovered = self.uncovered(*args)
         preferred = self.preferred(*args) if uncovered is None and dispatch.get_backend() == "auto" else None
-        return dispatch.choose(self.name, args[0], uncovered, preferred, asks)
+        return dispatch.choose(self.name, args[0], uncovered, preferred, asks, self.cuda_uncovered(*args))
 
     def floor(self, *args: Any) -> int:
         """The fewest bytes a call can move: each tensor argument read once, each result written once."""
@@ -61,7 +69,7 @@ class Operator:
 
     def _run(self, *args: Any) -> Any:
         with torch.no_grad(), _no_autocast(args[0].device.type):
-            result = (self.kernel if self.choose(*args).backend == "triton" else self.reference)(*args)
+            result = self.implementations[self.choose(*args).backend](*args)
         if _observer is not None:
             _observer(self, args)
         return result
@@ -69,7 +77,7 @@ class Operator:
     def _trace(self, *args: Any) -> Any:
         if _observer is None:
             return self.fake(*args)
-        result = self.kernel(*args)  # its launches are recorded, not run
+        result = self.implementations[self.choose(*args).backend](*args)  # its launches are recorded, not run
         _observer(self, args)
         return result
 

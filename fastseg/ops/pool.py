@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -71,13 +73,13 @@ def _empty_pooled(
 
 
 def _max_pool2d_kernel(
-    input: Tensor, kernel: list[int], stride: list[int], padding: list[int], dilation: list[int], ceil_mode: bool,
-    positions: str,
+    code: ModuleType, input: Tensor, kernel: list[int], stride: list[int], padding: list[int], dilation: list[int],
+    ceil_mode: bool, positions: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     output, kept = _empty_pooled(input, kernel, stride, padding, dilation, ceil_mode, positions)
     layout = memory_format(input)
-    windows = kernels.windows.Windows(kernel, stride, padding, layout == torch.channels_last, dilation)
-    kernels.pool.max_pool2d_fwd(
+    windows = code.windows.Windows(kernel, stride, padding, layout == torch.channels_last, dilation)
+    code.pool.max_pool2d_fwd(
         batch(dense(input, layout)), batch(output), None if positions == NO_POSITIONS else batch(kept), windows
     )
     return output, kept
@@ -99,7 +101,8 @@ def _max_pool2d_reference(
 MAX_POOL2D = Operator(
     "max_pool2d(Tensor input, int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, bool ceil_mode, "
     "str positions) -> (Tensor, Tensor)",
-    kernel=_max_pool2d_kernel,
+    kernel=partial(_max_pool2d_kernel, kernels),
+    cuda=partial(_max_pool2d_kernel, kernels.cuda),
     reference=_max_pool2d_reference,
     fake=_empty_pooled,
     uncovered=lambda input, *arguments: uncovered(input),
@@ -115,13 +118,13 @@ def _empty_pool_gradient(
 
 
 def _max_pool2d_backward_kernel(
-    grad: Tensor, kept: Tensor, kernel: list[int], stride: list[int], padding: list[int], dilation: list[int],
-    size: list[int],
+    code: ModuleType, grad: Tensor, kept: Tensor, kernel: list[int], stride: list[int], padding: list[int],
+    dilation: list[int], size: list[int],
 ) -> Tensor:  # fmt: skip
     layout = memory_format(kept)
     grad_input = _empty_pool_gradient(grad, kept, kernel, stride, padding, dilation, size)
-    windows = kernels.windows.Windows(kernel, stride, padding, layout == torch.channels_last, dilation)
-    kernels.pool.max_pool2d_bwd(batch(dense(grad, layout)), batch(dense(kept, layout)), batch(grad_input), windows)
+    windows = code.windows.Windows(kernel, stride, padding, layout == torch.channels_last, dilation)
+    code.pool.max_pool2d_bwd(batch(dense(grad, layout)), batch(dense(kept, layout)), batch(grad_input), windows)
     return grad_input
 
 
@@ -149,7 +152,8 @@ def _max_pool2d_backward_reference(
 MAX_POOL2D_BACKWARD = Operator(
     "max_pool2d_backward(Tensor grad_output, Tensor positions, int[2] kernel_size, int[2] stride, int[2] padding, "
     "int[2] dilation, SymInt[2] input_size) -> Tensor",
-    kernel=_max_pool2d_backward_kernel,
+    kernel=partial(_max_pool2d_backward_kernel, kernels),
+    cuda=partial(_max_pool2d_backward_kernel, kernels.cuda),
     reference=_max_pool2d_backward_reference,
     fake=_empty_pool_gradient,
     uncovered=lambda grad, *arguments: uncovered(grad),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -141,13 +143,14 @@ def _empty_unpooled(
 
 
 def _max_unpool2d_kernel(
-    input: Tensor, positions: Tensor, kernel: list[int], stride: list[int], padding: list[int], size: list[int]
-) -> Tensor:
+    code: ModuleType, input: Tensor, positions: Tensor, kernel: list[int], stride: list[int], padding: list[int],
+    size: list[int],
+) -> Tensor:  # fmt: skip
     refuse_strays(positions, kernel, stride, padding, size)
     layout = memory_format(input)
     output = _empty_unpooled(input, positions, kernel, stride, padding, size)
-    windows = kernels.windows.Windows(kernel, stride, padding, layout == torch.channels_last)
-    kernels.unpool.max_unpool2d_fwd(
+    windows = code.windows.Windows(kernel, stride, padding, layout == torch.channels_last)
+    code.unpool.max_unpool2d_fwd(
         batch(dense(input, layout)), batch(dense(positions, layout)), batch(output), windows, trusted=False
     )
     return output
@@ -183,7 +186,8 @@ def _max_unpool2d_reference(
 MAX_UNPOOL2D = Operator(
     "max_unpool2d(Tensor input, Tensor positions, int[2] kernel_size, int[2] stride, int[2] padding, "
     "SymInt[2] output_size) -> Tensor",
-    kernel=_max_unpool2d_kernel,
+    kernel=partial(_max_unpool2d_kernel, kernels),
+    cuda=partial(_max_unpool2d_kernel, kernels.cuda),
     reference=_max_unpool2d_reference,
     fake=_empty_unpooled,
     uncovered=lambda input, *arguments: uncovered(input),
@@ -198,12 +202,12 @@ def _empty_unpool_gradient(
 
 
 def _max_unpool2d_backward_kernel(
-    grad: Tensor, positions: Tensor, kernel: list[int], stride: list[int], padding: list[int]
+    code: ModuleType, grad: Tensor, positions: Tensor, kernel: list[int], stride: list[int], padding: list[int]
 ) -> Tensor:
     layout = memory_format(positions)
     grad_input = _empty_unpool_gradient(grad, positions, kernel, stride, padding)
-    windows = kernels.windows.Windows(kernel, stride, padding, layout == torch.channels_last)
-    kernels.unpool.max_unpool2d_bwd(
+    windows = code.windows.Windows(kernel, stride, padding, layout == torch.channels_last)
+    code.unpool.max_unpool2d_bwd(
         batch(dense(grad, layout)), batch(dense(positions, layout)), batch(grad_input), windows
     )
     return grad_input
@@ -224,7 +228,8 @@ def _max_unpool2d_backward_reference(
 MAX_UNPOOL2D_BACKWARD = Operator(
     "max_unpool2d_backward(Tensor grad_output, Tensor positions, int[2] kernel_size, int[2] stride, int[2] padding) "
     "-> Tensor",
-    kernel=_max_unpool2d_backward_kernel,
+    kernel=partial(_max_unpool2d_backward_kernel, kernels),
+    cuda=partial(_max_unpool2d_backward_kernel, kernels.cuda),
     reference=_max_unpool2d_backward_reference,
     fake=_empty_unpool_gradient,
     uncovered=lambda grad, *arguments: uncovered(grad),

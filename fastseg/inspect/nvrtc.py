@@ -1,0 +1,74 @@
+"""NVIDIA's runtime compiler without a GPU: CUDA C++ to a cubin for any architecture it knows.
+
+The library comes with the package nvidia-cuda-nvrtc, alone or as a part of CUDA builds of torch and of CuPy.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.metadata
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu13", "nvidia-cuda-nvrtc-cu12")
+
+
+def found() -> Path | None:
+    """The library, or None where no package brings it."""
+    for package in PACKAGES:
+        try:
+            files = importlib.metadata.files(package) or []
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        for file in files:
+            if file.name.startswith(("libnvrtc.so", "nvrtc64")):
+                return Path(file.locate())
+    return None
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    path = found()
+    if path is None:
+        raise RuntimeError("NVRTC is not installed: pip install nvidia-cuda-nvrtc")
+    library = ctypes.CDLL(str(path))
+    library.nvrtcGetErrorString.restype = ctypes.c_char_p
+    return library
+
+
+def compile(source: str, instance: str, options: Sequence[str], sm: int) -> tuple[str, bytes]:
+    """(PTX, cubin) of one instance of a template for sm_<sm>. Raises RuntimeError with the compiler's log."""
+    library, program = _library(), ctypes.c_void_p()
+
+    def call(name: str, *args: Any) -> None:
+        status = getattr(library, name)(*args)
+        if status != 0:
+            raise RuntimeError(f"{name}: {library.nvrtcGetErrorString(status).decode()}{_log(library, program)}")
+
+    def made(size_of: str, get: str) -> bytes:
+        size = ctypes.c_size_t()
+        call(size_of, program, ctypes.byref(size))
+        buffer = ctypes.create_string_buffer(size.value)
+        call(get, program, buffer)
+        return buffer.raw
+
+    call("nvrtcCreateProgram", ctypes.byref(program), source.encode(), b"kernel.cu", 0, None, None)
+    try:
+        call("nvrtcAddNameExpression", program, instance.encode())
+        words = [option.encode() for option in (*options, f"-arch=sm_{sm}")]
+        call("nvrtcCompileProgram", program, len(words), (ctypes.c_char_p * len(words))(*words))
+        ptx = made("nvrtcGetPTXSize", "nvrtcGetPTX").rstrip(b"\0").decode()
+        return ptx, made("nvrtcGetCUBINSize", "nvrtcGetCUBIN")
+    finally:
+        library.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def _log(library: ctypes.CDLL, program: ctypes.c_void_p) -> str:
+    size = ctypes.c_size_t()
+    if not program or library.nvrtcGetProgramLogSize(program, ctypes.byref(size)) != 0:
+        return ""
+    buffer = ctypes.create_string_buffer(size.value)
+    library.nvrtcGetProgramLog(program, buffer)
+    return "\n" + buffer.value.decode(errors="replace")

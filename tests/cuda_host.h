@@ -1,0 +1,40 @@
+// What CUDA C++ kernels need to run on a CPU: the words of the language, and a walk over the grid, thread by thread.
+// It includes nothing: reading the standard library's headers would take most of a compilation.
+extern "C" {
+float exp2f(float), logf(float), sqrtf(float), fmaf(float, float, float);
+double exp(double), log(double), sqrt(double), fma(double, double, double);
+void* memcpy(void*, const void*, decltype(sizeof 0));
+}
+
+#define __global__ static
+#define __device__
+#define __forceinline__ inline
+
+struct Dimension { unsigned x; };
+static thread_local Dimension blockIdx, threadIdx, blockDim;
+
+struct half;
+static inline float float_of(unsigned bits) { float x; memcpy(&x, &bits, 4); return x; }
+static inline unsigned bits_of(float x) { unsigned bits; memcpy(&bits, &x, 4); return bits; }
+float widen(half x);
+void narrow(half& narrowed, float x);
+
+static const char* failure = nullptr;  // a GPU's assertion stops the launch; here the first one is kept
+static inline void fail(const char* message) { if (!failure) failure = message; }
+
+template <int... I> struct Indices {};
+template <int N, int... I> struct UpTo : UpTo<N - 1, N - 1, I...> {};
+template <int... I> struct UpTo<0, I...> { using Type = Indices<I...>; };
+
+template <typename... P, int... I>
+const char* walk(void (*kernel)(P...), unsigned blocks, unsigned threads, void** args, Indices<I...>) {
+    failure = nullptr;
+    blockDim.x = threads;
+    for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x)
+        for (threadIdx.x = 0; threadIdx.x < threads; ++threadIdx.x) kernel(*static_cast<P*>(args[I])...);
+    return failure;
+}
+
+template <typename... P> const char* walk(void (*kernel)(P...), unsigned blocks, unsigned threads, void** args) {
+    return walk(kernel, blocks, threads, args, typename UpTo<sizeof...(P)>::Type());
+}
