@@ -86,29 +86,9 @@ def _over_an_edge(offsets: Tensor, kernel: list[int], stride: list[int], padding
     return False
 
 
-def _over_an_edge(offsets: Tensor, kernel: list[int], stride: list[int], padding: list[int], size: list[int]) -> bool:
-    """Whether an offset names a place outside of the plane, which only windows that reach over its edges can."""
-    for side, divide in enumerate((Tensor.floor_divide, Tensor.remainder)):
-        starts = torch.arange(offsets.shape[side - 2]) * stride[side] - padding[side]
-        reaching = ((starts < 0) | (starts + kernel[side] > size[side])).nonzero().flatten()
-        taps = offsets.index_select(side - 2, reaching).long()
-        places = divide(taps, kernel[1]) + starts[reaching].view((-1, 1) if side == 0 else (-1,))
-        if bool(((places < 0) | (places >= size[side])).any()):
-            return True
-    return False
-
-
 def refuse_strays(positions: Tensor, kernel: list[int], stride: list[int], padding: list[int], size: list[int]) -> None:
     """RuntimeError for a position outside the plane or its window. On a GPU a device-side assertion says it."""
     if positions.device.type != "cpu" or positions.numel() == 0:
-        return
-    if positions.dtype == torch.uint8:
-        inside = int(positions.amax()) < kernel[0] * kernel[1]
-        inside = inside and not _over_an_edge(positions, kernel, stride, padding, size)
-    else:
-        least, most = positions.aminmax()
-        inside = 0 <= int(least) <= int(most) < size[0] * size[1]
-    if inside:
         return
     if positions.dtype == torch.uint8:
         inside = int(positions.amax()) < kernel[0] * kernel[1]
@@ -154,13 +134,6 @@ def _max_unpool2d_kernel(
         batch(dense(input, layout)), batch(dense(positions, layout)), batch(output), windows, trusted=False
     )
     return output
-
-
-def _torch_unpools(input: Tensor, positions: Tensor, kernel: list[int], stride: list[int]) -> bool:
-    """Whether torch's own operator does: on a CPU, in dtypes that it has, where no two elements go to one place."""
-    apart = positions.dtype == torch.uint8 and all(k <= s for k, s in zip(kernel, stride, strict=True))
-    known = input.device.type == "cpu" and input.dtype in (torch.float32, torch.float64)
-    return apart and known and not torch.are_deterministic_algorithms_enabled()  # which it refuses
 
 
 def _max_unpool2d_reference(

@@ -88,7 +88,7 @@ def _obstacle(name: str, args: Any) -> str | None:
 
 
 def _on_kernels(name: str, tensor: Tensor) -> bool:
-    return dispatch.choose(name, tensor, asks=True).backend == "triton"
+    return dispatch.choose(name, tensor, asks=True, cuda_uncovered=None).backend != "torch"
 
 
 class swap_functions(TorchFunctionMode):

@@ -151,7 +151,7 @@ def _watched_from_outside() -> bool:
 
 
 def _kernels_run_on(input: Tensor) -> bool:
-    return dispatch.choose(BATCH_NORM_RELU.name, input, asks=True).backend == "triton"
+    return dispatch.choose(BATCH_NORM_RELU.name, input, asks=True, cuda_uncovered=None).backend != "torch"
 
 
 def _covered(input: Any, norm: nn.BatchNorm2d) -> bool:
