@@ -241,7 +241,8 @@ def max_pool2d_with_offsets(
     arguments = pool_arguments("max_pool2d_with_offsets", input, kernel_size, stride, padding, dilation, ceil_mode)
     require_offsets("max_pool2d_with_offsets", arguments[0])
     backend = MAX_POOL2D.choose(input, *arguments, ceil_mode, OFFSETS).backend
-    if backend == "torch" and input.device.type == "cpu":
+    # A graph that is traced holds the operator: it may run elsewhere.
+    if backend == "torch" and input.device.type == "cpu" and not torch.compiler.is_compiling():
         output, indices = F.max_pool2d(input, *arguments, ceil_mode=ceil_mode, return_indices=True)
         kernel, *geometry, dilation = arguments
         return output, indices_to_offsets(indices, kernel, *geometry, input.shape[-1], dilation)
