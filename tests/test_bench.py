@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastseg import bench, cases, cli
+from fastseg import bench, cases, cli, dispatch
 from fastseg.bench import models, operators, providers, report, results, shapes, timing
 from fastseg.cases import Case
 
@@ -384,4 +384,13 @@ def test_providers_are_checked_against_the_right_thing():
     indexed, offsets = cases.max_pool2d(at, (1, 4, 6, 6))
     assert providers.plain(offsets) is offsets.eager and providers.plain(indexed) is indexed.theirs
     names = [provider.name for provider in providers.providers(compile=True)]
-    assert names[-2:] == ["torch.compile", "torch.compile max-autotune"] and len(names) == len(set(names)) == 8
+    assert names[-2:] == ["torch.compile", "torch.compile max-autotune"] and len(names) == len(set(names)) == 9
+
+
+def test_the_provider_in_cuda_is_for_operators_that_have_kernels(monkeypatch):
+    at = cases.Placement(torch.float32, torch.contiguous_format, "cpu")
+    (pooled, *_), (other, *_) = cases.max_pool2d(at, (1, 4, 6, 6)), cases.upsample_argmax(at, (1, 4, 6, 6), (8, 8))
+    monkeypatch.setattr(dispatch, "CUPY_INSTALLED", False)
+    assert providers._cuda(other) is None
+    with pytest.raises(results.Unable, match="CuPy, which is not installed"):
+        providers._cuda(pooled)

@@ -100,6 +100,10 @@ def test_the_gates_see_bad_kernels():
     assert spilling.spills > 0 and atomic.count(*GLOBAL_ATOMICS) > 0 and list(narrow.widths("LDG")) == [2]
 
 
+def test_an_architecture_that_is_none_is_not_supported():
+    assert nvrtc.supports(90) and not nvrtc.supports(91)
+
+
 def test_the_compilers_log_is_told():
     with pytest.raises(RuntimeError, match="nonsense"):
         nvrtc.compile("template <int N> __global__ void k() { nonsense; }", "k<1>", launch.OPTIONS, 90)

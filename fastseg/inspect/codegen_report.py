@@ -83,7 +83,7 @@ def rows(args: argparse.Namespace) -> list[dict[str, Any]]:
         firsts.setdefault(recorded.name, recorded)
     jobs = [lambda recorded=recorded, sm=sm: compile_for(recorded, sm) for sm, _, recorded in found]
     amd = [lambda recorded=recorded: _elsewhere(recorded) for recorded in firsts.values()]
-    own = [(sm, *entry) for sm in args.sm or SMS for entry in _cuda_launches(args)]
+    own = [(sm, *entry) for sm in args.sm or SMS if nvrtc.supports(sm) for entry in _cuda_launches(args)]
     cuda = [lambda request=request, sm=sm: _facts(cuda_codegen.compile_for(request, sm)) for sm, _, request in own]
     results = _in_processes(jobs + amd + cuda)
     elsewhere = dict(zip(map(repr, firsts.values()), results[len(jobs) : len(jobs + amd)], strict=True))

@@ -38,6 +38,17 @@ def _library() -> ctypes.CDLL:
     return library
 
 
+def supports(sm: int) -> bool:
+    """Whether there is a library, and it compiles for sm_<sm>."""
+    if found() is None:
+        return False
+    count = ctypes.c_int()
+    _library().nvrtcGetNumSupportedArchs(ctypes.byref(count))
+    known = (ctypes.c_int * count.value)()
+    _library().nvrtcGetSupportedArchs(known)
+    return sm in known
+
+
 def compile(source: str, instance: str, options: Sequence[str], sm: int) -> tuple[str, bytes]:
     """(PTX, cubin) of one instance of a template for sm_<sm>. Raises RuntimeError with the compiler's log."""
     library, program = _library(), ctypes.c_void_p()
