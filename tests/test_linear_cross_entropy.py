@@ -8,7 +8,8 @@ from torch.profiler import ProfilerActivity, profile
 import fastseg
 from fastseg import functional as FS
 from fastseg import nn
-from fastseg.ops import linear_cross_entropy as ops
+from fastseg.ops import chunks
+from fastseg.ops import linear_cross_entropy as function
 
 LAYOUTS = pytest.mark.parametrize(
     "layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels_last"]
@@ -119,7 +120,7 @@ def test_opcheck(backend, device):
     with fastseg.backend(backend):
         call = (x, weight, bias, target, None, *arguments)
         torch.library.opcheck(torch.ops.fastseg.linear_cross_entropy.default, call)
-        loss, lse, denominator = ops.LINEAR_CROSS_ENTROPY(*call)
+        loss, lse, denominator = function.LINEAR_CROSS_ENTROPY(*call)
         call = (torch.ones_like(loss), *call[:5], lse, denominator, *arguments, [True, True, False])
         torch.library.opcheck(torch.ops.fastseg.linear_cross_entropy_backward.default, call)
 
@@ -179,3 +180,46 @@ def test_the_module(device):
     x, _, _, target = make((2, 3, 3, 4), 5, device)
     want = composed(x, loss.linear.weight, loss.linear.bias, target, loss.weight)
     torch.testing.assert_close(loss(x, target), want)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of the CPU alone")
+@LAYOUTS
+@pytest.mark.parametrize(
+    "options", [{"label_smoothing": 0.2}, {"z_loss": 0.1, "normalization": "valid"}, {"reduction": "sum"}], ids=str
+)
+def test_gradients_made_in_the_forward(options, layout, monkeypatch):
+    """With many classes a CPU multiplies by the weights once: the gradients are there when backward comes."""
+    monkeypatch.setattr(chunks, "ELEMENTS", 100)  # several chunks
+    calls = []
+    monkeypatch.setattr(function, "LINEAR_CROSS_ENTROPY_BACKWARD", lambda *tensors: calls.append(tensors))
+    x, weight, bias, target = make((2, 6, 3, 5), 7, layout=layout)
+    of_class = torch.rand(7) + 0.5
+    leaves = [t.requires_grad_() for t in (x, weight, bias)]
+
+    def loss_of(leaves, of_class):
+        call = {"linear_bias": leaves[2], "weight": of_class, "ignore_index": 255}
+        return FS.linear_cross_entropy(*leaves[:2], target, **call, **options)
+
+    def want_of(leaves, of_class):
+        z_loss, normalization = options.get("z_loss", 0.0), options.get("normalization")
+        plain = {name: value for name, value in options.items() if name in ("label_smoothing", "reduction")}
+        if normalization is None:
+            return composed(*leaves, target, of_class, **plain)
+        logits = F.conv2d(leaves[0], leaves[1][:, :, None, None], leaves[2])
+        squared = (z_loss * logits.logsumexp(1).square() * (target != 255)).sum()
+        return (composed(*leaves, target, of_class, reduction="sum") + squared) / (target != 255).sum()
+
+    loss = loss_of(leaves, of_class)
+    exact = [t.detach().double().requires_grad_() for t in leaves]
+    want = want_of(exact, of_class.double())
+    torch.testing.assert_close(loss.double(), want, rtol=1e-6, atol=0)
+    for factor in (1.0, -3.0):  # twice over one graph
+        got = torch.autograd.grad(factor * loss, leaves, retain_graph=True)
+        for ours, theirs in zip(got, torch.autograd.grad(factor * want, exact, retain_graph=True), strict=True):
+            torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5)
+    (some,) = torch.autograd.grad(loss_of([x.detach(), weight, bias.detach()], of_class), [weight])
+    torch.testing.assert_close(some, torch.autograd.grad(loss, weight, retain_graph=True)[0])
+    (second,) = torch.autograd.grad(torch.autograd.grad(loss, weight, create_graph=True)[0].square().sum(), x)
+    twice = torch.autograd.grad(want, exact[1], create_graph=True)[0].square().sum()
+    torch.testing.assert_close(second.double(), torch.autograd.grad(twice, exact[0])[0], rtol=1e-4, atol=1e-5)
+    assert not calls

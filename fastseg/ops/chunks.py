@@ -65,6 +65,23 @@ def chunk_gradient(
     return logits.masked_fill_(~valid, 0.0)
 
 
+def chunk_losses_and_gradient(
+    logits: Tensor, labels: Tensor, weight: Tensor | None, shares: Tensor, reduction: str, ignore_index: int,
+    label_smoothing: float, z_loss: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """chunk_losses' (losses, what a mean divides by), and in the logits' memory the gradient of the losses' sum."""
+    options = (ignore_index, label_smoothing, z_loss)
+    losses, divisor, highest, above = chunk_losses(logits, labels, weight, shares, reduction, *options)
+    valid = labels != ignore_index
+    own = (1 - label_smoothing) * pixel_weights(logits, labels, weight, ignore_index)
+    logits.mul_((own + shares.sum() + 2 * z_loss * (highest + above)) / above.exp())
+    logits.scatter_add_(1, labels.masked_fill(~valid, 0)[None, None], -own[None, None])
+    if label_smoothing:
+        logits.sub_(shares[:, None, None])
+    logits.masked_fill_(~valid, 0.0)
+    return losses, divisor
+
+
 def reduced(parts: list[tuple[Tensor, Tensor]], reduction: str, count: int, loss: Tensor, denominator: Tensor) -> None:
     """Write loss and denominator from the chunks' sums of losses and of what they are divided by."""
     total, divisor = torch.stack([torch.stack(part) for part in parts] or [loss.new_zeros(2)]).sum(0)
