@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import multiprocessing
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 from .. import cases, dispatch
@@ -81,25 +81,22 @@ def rows(args: argparse.Namespace) -> list[dict[str, Any]]:
     firsts: dict[str, Launch] = {}
     for _, _, recorded in found:
         firsts.setdefault(recorded.name, recorded)
-    jobs = [lambda recorded=recorded, sm=sm: compile_for(recorded, sm) for sm, _, recorded in found]
+    own = [(sm, *entry) for sm in args.sm or SMS for entry in _cuda_launches(args)]
+    triton = [lambda recorded=recorded, sm=sm: compile_for(recorded, sm) for sm, _, recorded in found]
+    cuda = [lambda request=request, sm=sm: cuda_codegen.compile_for(request, sm) for sm, _, request in own]
     amd = [lambda recorded=recorded: _elsewhere(recorded) for recorded in firsts.values()]
-    own = [(sm, *entry) for sm in args.sm or SMS if nvrtc.supports(sm) for entry in _cuda_launches(args)]
-    cuda = [lambda request=request, sm=sm: _facts(cuda_codegen.compile_for(request, sm)) for sm, _, request in own]
-    results = _in_processes(jobs + amd + cuda)
-    elsewhere = dict(zip(map(repr, firsts.values()), results[len(jobs) : len(jobs + amd)], strict=True))
-    built = [
-        list(kernels) for _, kernels in itertools.groupby(results[: len(jobs)], lambda compiled: compiled.capability)
-    ]
-    facts_of = itertools.chain(*_in_processes([lambda kernels=kernels: _facts_of(kernels) for kernels in built]))
+    results = _in_processes(triton + cuda + amd)
+    compiled, amd = results[: len(found) + len(own)], results[len(found) + len(own) :]
+    facts, elsewhere = _facts_of_all(compiled), dict(zip(map(repr, firsts.values()), amd, strict=True))
     table = []
-    for (sm, layout, recorded), facts in zip(found, facts_of, strict=True):
+    for (sm, layout, recorded), known in zip(found, facts[: len(found)], strict=True):
         row = {"kernel": recorded.name, "layout": layout, "sm": sm, "programs": recorded.programs}
         row["constants"] = recorded.constants
-        table.append(row | facts | {"gfx942": elsewhere.get(repr(recorded), "not tried")})
-    for (sm, layout, request), facts in zip(own, results[len(jobs + amd) :], strict=True):
+        table.append(row | known | {"gfx942": elsewhere.get(repr(recorded), "not tried")})
+    for (sm, layout, request), known in zip(own, facts[len(found) :], strict=True):
         row = {"kernel": f"{request.family}.cu {request.kernel}", "layout": layout, "sm": sm}
         row |= {"programs": request.blocks, "constants": {"instance": request.instance}}
-        table.append(row | facts | {"gfx942": "not launched"})
+        table.append(row | known | {"gfx942": "not launched"})
     return table
 
 
@@ -125,6 +122,16 @@ def _elsewhere(recorded: Launch) -> str:
     if any(kind.startswith("tensordesc") for kind in recorded.signature.values()):
         return "not launched"
     return compile_for_amd(recorded) or "compiles"
+
+
+def _facts_of_all(compiled: list[Compiled]) -> list[dict[str, Any]]:
+    """Of each kernel, in their order; those of one generation are disassembled together."""
+    generations: dict[int, list[Compiled]] = {}
+    for kernel in compiled:
+        generations.setdefault(kernel.capability, []).append(kernel)
+    found = _in_processes([partial(_facts_of, kernels) for kernels in generations.values()])
+    facts = dict(zip(generations, map(iter, found), strict=True))
+    return [next(facts[kernel.capability]) for kernel in compiled]
 
 
 def _facts_of(kernels: list[Compiled]) -> list[dict[str, Any]]:
