@@ -21,8 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .kernels.cuda import launch
-
 BACKENDS = ("auto", "triton", "cuda", "torch")
 NAMES = {"triton": "Triton", "cuda": "CUDA C++"}  # of the backends that are kernels, best first
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
@@ -146,6 +144,8 @@ def _refuse(operator: str, backend: str, device: str, uncovered: str | None) -> 
         raise NotImplementedError(
             f"{operator}: the {NAMES[backend]} kernels do not cover {uncovered}; backend 'auto' takes torch for it"
         )
+    from .kernels.cuda import launch  # here, since no kernel is loaded before one is asked for
+
     if backend == "cuda" and launch.recorded():
         return
     demanded = f"{operator}: backend '{backend}'"

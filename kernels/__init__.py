@@ -41,9 +41,8 @@ FAMILIES = (
 
 
 def __getattr__(name: str) -> ModuleType:
-    if (
-        name in FAMILIES and __name__ == "kernels"
-    ):  # the import alone is harmless: transformers looks for such a package
+    # Not at the import, which is harmless: transformers looks for a package of this name.
+    if name in FAMILIES and __name__ == "kernels":
         raise ImportError("fastseg's device code is imported as fastseg.kernels: put the folder above on sys.path")
     if name in FAMILIES:
         return importlib.import_module(f"{__name__}.{name}")

@@ -338,3 +338,13 @@ def test_a_cuda_graph_replays_pools():
     graph.replay()
     want = pools(x, FS)
     assert torch.equal(y, want) and torch.equal(gradient, torch.autograd.grad(want.sum(), x)[0])
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_conversions_keep_the_layout(layout):
+    x = torch.randn(2, 8, 6, 7).contiguous(memory_format=layout)
+    indices = F.max_pool2d(x, 3, 2, 1, return_indices=True)[1]
+    offsets = FS.indices_to_offsets(indices, 3, 2, 1, width=7)
+    assert offsets.is_contiguous(memory_format=layout)
+    back = FS.offsets_to_indices(offsets, 3, 2, 1, width=7)
+    assert back.is_contiguous(memory_format=layout) and torch.equal(back, indices)
