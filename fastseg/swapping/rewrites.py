@@ -28,7 +28,6 @@ from .nodes import (
     PARAMETERS,
     arguments_of,
     asks_size,
-    between,
     name_of,
     nodes_in,
     off_kernels,
@@ -259,8 +258,9 @@ class _Rewriter:
         at = norm
         if not all(node < norm for node in nodes_in((given["indices"], size))):  # made behind it
             at = unpool
-            if any(name_of(node) == "batch_norm" for node in between(norm, unpool)):
-                return False  # which may move the same running statistics, before or after
+            running = nodes_in((arguments.get("running_mean"), arguments.get("running_var")))
+            if any(only_user(node) is not norm for node in running):
+                return False  # who reads or moves them in between would find them not moved yet
         more = {**geometry, "offsets": given["indices"], "output_size": size}
         more["input_bias"] = self.absorbed_bias(norm, arguments)
         self.put(at, [norm, relu, unpool], functional.batch_norm_relu_max_unpool2d, arguments | more)
