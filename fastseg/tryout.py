@@ -321,8 +321,9 @@ def _show(report: SwapReport, checks: dict[str, Check], result: dict[str, Any]) 
     console = terminal.console()
     console.print(report if report.candidates else report.summary)
     if not report.swapped:
-        console.print("nothing was swapped; for calls of torch.nn.functional see fastseg.swap_functions, and torch.compile "
-                      "with backend fastseg")  # fmt: skip
+        console.print(
+            "no layer was swapped; functional calls: fastseg.swap_functions, torch.compile(backend='fastseg')"
+        )
     if result["ran"] is None:
         console.print("which backend each call takes is not known: the model does not run on fake tensors")
     for call in result["ran"] or ():

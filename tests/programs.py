@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import linecache
 import random
 from typing import Any
 
@@ -10,34 +11,39 @@ import torch.nn.functional as F
 from torch import Tensor
 
 C = 4  # channels, everywhere
-CLASSES = C
 RUNNING = ("m0", "v0", "m1", "v1")
 
 HEAD = ("x", "w0", "w1", "w2", "b0", "b1", "g0", "g1", "a0", "a1", *RUNNING, "t")
 
 
-def inputs(generator: torch.Generator, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+def inputs(generator: torch.Generator) -> dict[str, Tensor]:
     """What every program is a function of: an image, weights, biases, batch norms' vectors, labels."""
 
     def randn(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
 
     made = {"x": randn(2, C, 7, 8), "w0": randn(C, C, 3, 3) / 6, "w1": randn(C, C, 1, 1), "w2": randn(C, C, 2, 2) / 3}
     made |= {name: randn(C) for name in ("b0", "b1", "g0", "g1", "a0", "a1", "m0", "m1")}
     made |= {name: randn(C).square() + 0.5 for name in ("v0", "v1")}
     made = {name: made[name] for name in HEAD[:-1]}
-    made["t"] = torch.randint(0, CLASSES, (2, 40, 40), generator=generator)
+    made["t"] = torch.randint(0, C, (2, 40, 40), generator=generator)
     return made
 
 
+KINDS = dict(conv=3, deconv=1, norm=2, relu=2, pool=3, unpool=4, resize=1, loss=1, write=1, read=2, other=1, region=0.5)
+CHAINS = [  # what is looked for
+    ("conv", "norm", "relu"), ("conv", "norm", "relu", "pool"), ("norm", "relu", "unpool"), ("resize", "loss"),
+    ("pool", "norm", "relu", "unpool"), ("deconv", "norm", "relu"), ("norm", "pool_of_another", "relu", "unpool"),
+]  # fmt: skip
+
+
 class Writer:
-    """Writes a program line by line; a line that fails on the inputs is not kept, so that shapes need no rules."""
+    """Writes a program line by line, and runs each; one that fails is not kept, so that shapes need no rules."""
 
     def __init__(self, seed: int, given: dict[str, Tensor]) -> None:
         self.random = random.Random(seed)
-        self.values: dict[str, Any] = {"torch": torch, "F": F} | {
-            name: x.clone().requires_grad_(x.is_floating_point() and name not in RUNNING) for name, x in given.items()
-        }
+        inputs = {name: x.clone().requires_grad_(_wants_grad(name, x)) for name, x in given.items()}
+        self.values: dict[str, Any] = {"torch": torch, "F": F, **inputs}
         self.trains_both = self.random.random() < 0.4
         self.images, self.pools, self.lines, self.returned = ["x"], [], [], []
 
@@ -61,30 +67,27 @@ class Writer:
         return f"y{len(self.lines)}"
 
     def keep(self, line: str, *images: str) -> bool:
+        """Whether the line runs, and makes images of a fit size."""
         trial = dict(self.values)
-        before = {name: (x, x._version) for name, x in trial.items() if isinstance(x, Tensor)}
         try:
             exec(line, trial)
-            for name in images:
-                y = trial[name]
-                if not (y.dim() == 4 and y.shape[1] == C and 1 < min(y.shape[2:]) and max(y.shape[2:]) <= 40):
-                    raise ValueError
-        except (RuntimeError, ValueError, IndexError):
-            return any(x._version != version for x, version in before.values())
+        except (RuntimeError, ValueError):
+            return False
+        if not all(_fits(trial[name]) for name in images):
+            return False
         self.values = trial
         self.lines.append(line)
         self.images += images
         return True
 
     def step(self) -> None:
-        kinds = dict(conv=4, deconv=2, norm=7, relu=7, pool=6, unpool=6, resize=1, loss=2, write=1.5, read=2,
-                     other=1.5, region=0.7)  # fmt: skip
-        kind = self.random.choices(list(kinds), list(kinds.values()))[0]
-        if self.lines and self.random.random() < 0.75:  # what follows in networks
-            last = self.lines[-1]
-            follows = {"batch_norm": "relu", "conv": self.one("norm", "norm", "other"), "relu": self.one("pool", "unpool"), "interpolate": "loss"}
-            kind = next((next_ for name, next_ in follows.items() if name in last), kind)
-        getattr(self, kind)()
+        if self.random.random() < 0.4:
+            for kind in self.one(*CHAINS):
+                getattr(self, kind)()
+                if self.random.random() < 0.15:
+                    getattr(self, self.one("read", "read", "write", "other", "region"))()
+        else:
+            getattr(self, self.random.choices(list(KINDS), list(KINDS.values()))[0])()
 
     def conv(self) -> None:
         y, x, bias = self.new(), self.image(), self.one("b0", "b0", "b1", "None")
@@ -126,6 +129,16 @@ class Writer:
             size = self.values[x].shape
             self.pools.append((i, geometry, tuple(size)))
 
+    def pool_of_another(self) -> None:
+        """Indices that come behind a batch norm whose unpool reads them."""
+        pooled = self.values[self.images[-1]].shape[2:]
+        doubled = [n for n in self.images if tuple(side // 2 for side in self.values[n].shape[2:]) == tuple(pooled)]
+        if doubled:
+            y, x = self.new(), self.one(*doubled)
+            i = f"i{len(self.lines)}"
+            if self.keep(f"{y}, {i} = F.max_pool2d({x}, 2, return_indices=True)"):
+                self.pools.append((i, "2", tuple(self.values[x].shape)))
+
     def unpool(self) -> None:
         if not self.pools:
             return
@@ -158,14 +171,14 @@ class Writer:
 
     def write(self) -> None:
         x = self.image()
-        self.keep(self.one(f"{x}.add_(1)", f"{x}.mul_(2)", f"{x}.masked_fill_({x}.detach() > 1, 0.5)", f"{x}[:, :1] = 0.25",
-                           f"z = {x}.view(-1)\nz.neg_()", f"{x} += 1", f"{x}.detach().mul_(1.5)",
+        self.keep(self.one(f"{x}.add_(1)", f"{x}.mul_(2)", f"{x}.masked_fill_({x}.detach() > 1, 0.5)",
+                           f"{x}[:, :1] = 0.25", f"z = {x}.view(-1)\nz.neg_()", f"{x} += 1", f"{x}.detach().mul_(1.5)",
                            "m0.mul_(0.5)", "m0.view(-1).add_(1)"))  # fmt: skip
 
     def read(self) -> None:
         r, x = f"r{len(self.lines)}", self.image()
         i = self.pools[-1][0] if self.pools else x
-        line = self.one("{}.sum()".format(x), f"{x}.detach().clone()", f"{i}.sum()", f"{i}", f"{i}.double().mean()",
+        line = self.one(f"{x}.sum()", f"{x}.detach().clone()", f"{i}.sum()", f"{i}", f"{i}.double().mean()",
                         "m0.clone()", "v0.sum()", "m1 * 2", "m0.view(2, -1)[0].sin()", f"{x}.mean((2, 3))",
                         f"{x}")  # fmt: skip
         if self.keep(f"{r} = {line}"):
@@ -184,15 +197,13 @@ class Writer:
         self.keep(f"with torch.no_grad():\n    {y} = {call}", y)
 
 
-def random_program(seed: int, length: int = 14) -> str:
+def random_program(seed: int, length: int = 9) -> str:
     return Writer(seed, inputs(torch.Generator().manual_seed(0))).program(length)
 
 
 def function_of(source: str) -> Any:
     made: dict[str, Any] = {"torch": torch, "F": F}
-    import linecache
-
-    name = f"<program {hash(source)}>"
+    name = f"<program {hash(source)}>"  # Dynamo reads sources
     linecache.cache[name] = (len(source), None, source.splitlines(True), name)
     exec(compile(source, name, "exec"), made)
     return made["program"]
@@ -201,11 +212,20 @@ def function_of(source: str) -> Any:
 def outcome(function: Any, given: dict[str, Tensor], seed: int) -> list[Tensor | None]:
     """Results, gradients, and the inputs as they are afterwards."""
     generator = torch.Generator().manual_seed(seed)
-    leaves = {name: x.clone().requires_grad_(x.is_floating_point() and name not in RUNNING) for name, x in given.items()}
-    used = {name: x if name in (*RUNNING, "t") or name == "w1" else x * 1 for name, x in leaves.items()}
+    leaves = {name: x.clone().requires_grad_(_wants_grad(name, x)) for name, x in given.items()}
+    used = {name: x * 1 if _wants_grad(name, x) else x for name, x in leaves.items()}  # which may be written to
     results = function(**used)
     found = [y.detach().clone() for y in results]
     wanted = [y for y in results if y.requires_grad]
+    gradients = [torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.dtype) for y in wanted]
     if wanted:
-        torch.autograd.backward(wanted, [torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.dtype) for y in wanted])
+        torch.autograd.backward(wanted, gradients)
     return [*found, *(x.grad for x in leaves.values()), *(x.detach() for x in used.values())]
+
+
+def _fits(y: Tensor) -> bool:
+    return y.dim() == 4 and y.shape[1] == C and min(y.shape[2:]) > 1 and max(y.shape[2:]) <= 40
+
+
+def _wants_grad(name: str, x: Tensor) -> bool:
+    return x.is_floating_point() and name not in RUNNING

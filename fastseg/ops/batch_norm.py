@@ -98,8 +98,11 @@ def _stats_reference(
 
 
 def movable(running: Tensor) -> Tensor:
-    """Running statistics to be moved as torch moves them: no change to autograd, which may hold them for another call."""
-    return running if torch.compiler.is_compiling() else running.data
+    """Running statistics, to be moved as torch moves them: autograd, which may hold them for another call, is not told.
+
+    torch.export has no autograd, and takes what `.data` gives for another tensor.
+    """
+    return running if torch.compiler.is_exporting() else running.data
 
 
 def move_running(
