@@ -259,8 +259,9 @@ class _Rewriter:
         if not all(node < norm for node in nodes_in((given["indices"], size))):  # made behind it
             at = unpool
             running = nodes_in((arguments.get("running_mean"), arguments.get("running_var")))
-            if any(only_user(node) is not norm for node in running):
-                return False  # who reads or moves them in between would find them not moved yet
+            others = {user for node in running for user in node.users} - {norm}
+            if not all(unpool < user or (user < norm and name_of(user) == "batch_norm") for user in others):
+                return False  # who reads or moves them in between, or through a view, would not find them moved
         more = {**geometry, "offsets": given["indices"], "output_size": size}
         more["input_bias"] = self.absorbed_bias(norm, arguments)
         self.put(at, [norm, relu, unpool], functional.batch_norm_relu_max_unpool2d, arguments | more)
