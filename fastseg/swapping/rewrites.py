@@ -6,10 +6,8 @@ and no mode is switched in between, and the sizes agree for every input that the
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,34 +37,9 @@ from .nodes import (
     value_of,
     windows_of,
 )
+from .report import GraphReport, Left
 
 CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
-
-
-class Left(NamedTuple):
-    """A place that was looked at and left: the graph's name of it, what it would have become, and why it did not."""
-
-    node: str
-    rewrite: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.node} to {self.rewrite}: {self.reason}"
-
-
-@dataclass
-class GraphReport:
-    """What `compile_backend` did to one graph: how often each function was put in, and what was left and why.
-
-    rewritten counts by the name of the function; "input_bias" are biases of convolutions that a batch norm took over.
-    """
-
-    rewritten: Counter[str] = field(default_factory=Counter)
-    left: list[Left] = field(default_factory=list)
-
-    def __str__(self) -> str:
-        done = ", ".join(f"{name} {count}" for name, count in sorted(self.rewritten.items())) or "nothing"
-        return f"rewritten: {done}" + (f"; left: {'; '.join(map(str, self.left))}" if self.left else "")
 
 
 def rewrite(module: GraphModule) -> GraphReport:
