@@ -49,7 +49,8 @@ def outcome(
     """Outputs of `model(*inputs, **named)`, gradients of its parameters and float inputs, and its buffers afterwards.
 
     In training mode, with gradients; in evaluation without. Every output gets a gradient drawn from `seed`, a scalar
-    gets 1; so does whatever the model draws. The model is left as it was, its buffers and `.grad`s too.
+    gets 1; so does whatever the model draws. The model is left as it was, its buffers and `.grad`s too; it gets copies
+    of the inputs, which it may write to.
     """
     leaves = [x.detach().clone().requires_grad_(model.training) if _float(x) else x for x in inputs]
     keywords = {
@@ -63,7 +64,8 @@ def outcome(
     try:
         with torch.random.fork_rng(), torch.set_grad_enabled(model.training):
             torch.manual_seed(seed)
-            outputs = dict(tensors(model(*leaves, **keywords)))
+            copied = {key: _copy(x) for key, x in keywords.items()}
+            outputs = dict(tensors(model(*map(_copy, leaves), **copied)))
             _backward([y for y in outputs.values() if y.requires_grad], seed)
         found = {f"input {n}": x.grad for n, x in enumerate(leaves) if _float(x)}
         found |= {f"input {key}": x.grad for key, x in keywords.items() if _float(x)}
@@ -84,6 +86,10 @@ def outcome(
 
 def _float(x: Any) -> bool:
     return isinstance(x, Tensor) and x.is_floating_point()
+
+
+def _copy(x: Any) -> Any:
+    return x.clone() if isinstance(x, Tensor) else x
 
 
 def _backward(outputs: Sequence[Tensor], seed: int) -> None:

@@ -10,6 +10,7 @@ from fastseg import cli, spelled, tryout
 from fastseg import nn as fused
 
 MODEL = '''
+import random
 from dataclasses import dataclass
 import torch
 from torch import nn
@@ -44,6 +45,28 @@ class Single(nn.Module):
         self.pool = nn.MaxPool2d(2)
     def forward(self, x):
         assert x.dtype == torch.float32
+        return self.pool(x)
+
+class Odd(nn.Module):
+    """What a forward does besides."""
+    def __init__(self, does):
+        super().__init__()
+        self.does, self.calls = does, 0
+        self.pool, self.generator = nn.MaxPool2d(2), torch.Generator()
+    def forward(self, x):
+        if self.does == "prints":
+            print("here")
+        if self.does == "draws":
+            return self.pool(x) * random.random()
+        if self.does == "counts":
+            self.calls += 1
+            return self.pool(x) * self.calls + torch.rand(1, generator=self.generator)
+        if self.does == "writes":
+            x.mul_(2)
+        if self.does == "trains only":
+            assert self.training, "no evaluation"
+        if self.does == "a bit of something else in float64":
+            return self.pool(x) * (1.1 if x.dtype == torch.float64 else 1)
         return self.pool(x)
 
 def number():
@@ -162,6 +185,31 @@ def test_without_float64_plain_torch_is_the_measure(run):
     assert "in float64 the model fails" in run("Single", "--input", "1x3x8x12", "--no-time")[1]
 
 
+@pytest.mark.parametrize("does", ["writes", "counts"])
+def test_a_forward_with_effects(run, does):
+    code, out, _ = run("Odd", "--args", does, "--input", "1x2x4x4", "--no-time", "--json")
+    assert code == 0 and json.loads(out)["checked"]["training"]["against"] == "float64"
+
+
+def test_what_a_model_prints_is_not_in_the_json(run):
+    code, out, err = run("Odd", "--args", "prints", "--input", "1x2x4x4", "--seconds", "0.01", "--json")
+    assert code == 0 and json.loads(out)["passed"] and "here" in err
+    assert "here" in run("Odd", "--args", "prints", "--input", "1x2x4x4", "--no-time")[1]
+
+
+def test_a_model_that_runs_in_one_mode_alone(run):
+    given = ("Odd", "--args", "trains only", "--input", "1x2x4x4", "--no-time")
+    assert run(*given, "--train")[0] == 0
+    code, out, err = run(*given)
+    assert (code, out) == (2, "") and "fails on these inputs in evaluation: AssertionError: no evaluation" in err
+    assert run("Net", "--args", "5", "--input", "1x3x2x2", "--no-time", "--eval", "--ops", "max_pool2d")[0] == 0
+
+
+def test_a_model_without_a_layer_to_swap(run):
+    code, out, _ = run("Single", *QUICK, "--ops", "cross_entropy, max_unpool2d")
+    assert code == 0 and "0 of 1 layers swapped" in out and "fastseg.swap_functions" in out
+
+
 # --- what is wrong ---------------------------------------------------------------------------------------------------
 
 
@@ -210,6 +258,17 @@ def test_what_differs_is_found_without_float64(run, monkeypatch):
     assert code == 1 and "output (outputs) is off" in out
 
 
+def test_what_differs_from_a_model_that_is_something_else_in_float64_is_found(run, monkeypatch):
+    monkeypatch.setattr(fused.MaxPool2d, "forward", lambda self, x: nn.MaxPool2d.forward(self, x) * 1.01)
+    code, out, _ = run("Odd", "--args", "a bit of something else in float64", "--input", "1x2x4x4", "--no-time")
+    assert code == 1 and "output (outputs) is off" in out and "computes something else" in out
+
+
+def test_a_model_that_gives_something_else_each_time(run):
+    code, out, err = run("Odd", "--args", "draws", "--input", "1x2x4x4", "--no-time")
+    assert (code, out) == (2, "") and "gives something else each time" in err
+
+
 def test_an_undo_that_fails_is_found(run, monkeypatch):
     from fastseg.swapping import report
 
@@ -231,7 +290,7 @@ def test_an_undo_that_fails_is_found(run, monkeypatch):
         ("Net", ("--args", "5", "--input", "3by8"), "'3by8' must be [NAME=]SHAPE"),
         ("Net", ("--args", "5", "--input", "1x3x8x8:float17"), "must be [NAME=]SHAPE"),
         ("Net", ("--args", "5", "--input", "1x3x8x8:int64:0"), "must be [NAME=]SHAPE"),
-        ("Net", ("--args", "5", "--input", "1x4x8x8"), "the model, not swapped, fails on these inputs: RuntimeError"),
+        ("Net", ("--args", "5", "--input", "1x4x8x8"), "fails on these inputs in training: RuntimeError"),
         ("Nothing", QUICK, "gives a str without tensors"),
         ("Net", ("--args", "5", *QUICK, "--target", "1x8x8:int64"), "--target is for --loss"),
         ("Net", ("--args", "5", *QUICK, "--loss", "torch.nn:Missing"), "torch.nn has no Missing"),
@@ -288,8 +347,8 @@ def test_something_else_in_float64_is_noticed():
         def forward(self, x):
             return x if x.dtype == torch.float32 else -x
 
-    x = torch.randn(2, 3)
-    trial = tryout.Trial(Other(), [x], {}, 0)
-    done = tryout.check(trial, Other(), Other(), "auto")
+    trial, other = tryout.Trial(Other(), [torch.randn(2, 3)], {}, 0), Other()
+    own = trial.outcome(other)
+    done = tryout.check(trial, other, own, own)
     assert done.without_truth == "in float64 the model computes something else"
     assert all(c.passed for comparisons in done.compared.values() for c in comparisons)

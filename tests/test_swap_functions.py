@@ -230,6 +230,18 @@ def test_a_decorated_function_keeps_its_name(net, batch):
     assert not vars(fastseg.swap_functions()(net)).keys() & vars(net).keys()
 
 
+def test_what_would_run_after_it_has_left_is_not_decorated(batch):
+    def generator():
+        yield F.max_pool2d(batch[0], 2)
+
+    async def coroutine():
+        return F.max_pool2d(batch[0], 2)
+
+    for function in (generator, coroutine, nn.MaxPool2d):
+        with pytest.raises(TypeError, match=f"but {function.__name__} is a class, a generator or a coroutine"):
+            fastseg.swap_functions()(function)
+
+
 # --- it lives with the rest ------------------------------------------------------------------------------------------
 
 

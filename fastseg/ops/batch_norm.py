@@ -97,6 +97,14 @@ def _stats_reference(
     return stats
 
 
+def movable(running: Tensor) -> Tensor:
+    """Running statistics, to be moved as torch moves them: autograd, which may hold them for another call, is not told.
+
+    torch.export has no autograd, and takes what `.data` gives for another tensor.
+    """
+    return running if torch.compiler.is_exporting() else running.data
+
+
 def move_running(
     running_mean: Tensor, running_var: Tensor, mean: Tensor, unbiased: Tensor, input_bias: Tensor | None,
     momentum: float,
@@ -239,9 +247,8 @@ def statistics(
             running_mean, running_var = running_mean.clone(), running_var.clone()
         return running_mean, None if input_bias is None else input_bias.detach(), running_var, None
     input, input_bias = input.detach(), None if input_bias is None else input_bias.detach()
-    if running_mean is not None and running_var is not None and not torch.compiler.is_compiling():
-        # As torch moves them: no change to autograd, which may hold them for a call of torch's on the same module.
-        running_mean, running_var = running_mean.data, running_var.data
+    if running_mean is not None and running_var is not None:
+        running_mean, running_var = movable(running_mean), movable(running_var)
     if group is None:
         return *STATS(input, input_bias, running_mean, running_var, momentum).unbind(), None
     stats = STATS(input, None, None, None, momentum)

@@ -14,6 +14,7 @@ from .batch_norm import (
     BATCH_NORM_RELU,
     SUMS,
     means_of,
+    movable,
     statistics,
 )
 from .batch_norm_windows import POOL, POOL_BACKWARD, POOL_SUMS, UNPOOL, UNPOOL_SUMS, fusible
@@ -155,7 +156,7 @@ def _batch_normalised(
             bias = (bias + input_bias * _scale(running_var, weight, eps)).to(bias.dtype)
     y = F.batch_norm(input, moved, running_var, weight, bias, training, momentum, eps)
     if moved is not running_mean:
-        running_mean.copy_(moved + input_bias.detach())
+        movable(running_mean).copy_(moved + input_bias.detach())
     return F.relu(y, inplace=True) if relu else y
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -17,6 +18,7 @@ from .. import dispatch, functional
 
 NAMES = ("max_pool2d", "max_unpool2d", "conv_transpose2d", "cross_entropy")
 PLAIN = (Tensor, nn.Parameter, FakeTensor)  # not their subclasses: what those mean by an operator is their own affair
+LATER = (inspect.isgeneratorfunction, inspect.iscoroutinefunction, inspect.isasyncgenfunction)
 HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -94,10 +96,10 @@ def _on_kernels(name: str, tensor: Tensor) -> bool:
 class swap_functions(TorchFunctionMode):
     """Run the functional calls of a block, or of a function, on fastseg's kernels.
 
-    A context manager, and a decorator of any callable, which then runs under it each time that it is called. Meanwhile
-    torch.nn.functional's max_pool2d (with indices and without), max_unpool2d, conv_transpose2d and cross_entropy, the
-    functions of those names in torch, and modules that call them go to fastseg.functional. ops: names of those to
-    replace (default: all).
+    A context manager, and a decorator of a function or module, which then runs under it each time that it is called.
+    Meanwhile torch.nn.functional's max_pool2d (with indices and without), max_unpool2d, conv_transpose2d and
+    cross_entropy, the functions of those names in torch, and modules that call them go to fastseg.functional. ops:
+    names of those to replace (default: all).
 
     Arguments, results, dtypes and exceptions are torch's. Each call chooses its backend as every call of fastseg does
     (fastseg.explain lists it), so that on a CPU under "auto" the results are torch's to the bit. Tensor subclasses,
@@ -108,7 +110,7 @@ class swap_functions(TorchFunctionMode):
     traces are replaced too, and not counted. May be nested, entered again, and used by several threads; as of any such
     mode of torch the effect is the thread's that entered it. A backward that computes a forward again (activation
     checkpointing) may run on another: decorate the function that is checkpointed. Raises TypeError and ValueError for
-    ops that are no such names.
+    ops that are no such names, and TypeError where what is decorated is a class, a generator or a coroutine function.
 
     >>> import torch, fastseg
     >>> with fastseg.swap_functions() as swapped:
@@ -124,6 +126,12 @@ class swap_functions(TorchFunctionMode):
         self.left: Counter[tuple[str, str]] = Counter()
 
     def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        if isinstance(function, type) or any(test(function) for test in LATER):
+            raise TypeError(
+                f"swap_functions must decorate a function that has run when its call returns, but {function.__name__} "
+                "is a class, a generator or a coroutine function: decorate what these call"
+            )
+
         @functools.wraps(function, updated=())  # a module's __dict__ is not for a function
         def swapped(*args: Any, **kwargs: Any) -> Any:
             with self:

@@ -6,10 +6,8 @@ and no mode is switched in between, and the sizes agree for every input that the
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +26,6 @@ from .nodes import (
     PARAMETERS,
     arguments_of,
     asks_size,
-    between,
     name_of,
     nodes_in,
     off_kernels,
@@ -40,34 +37,9 @@ from .nodes import (
     value_of,
     windows_of,
 )
+from .report import GraphReport, Left
 
 CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
-
-
-class Left(NamedTuple):
-    """A place that was looked at and left: the graph's name of it, what it would have become, and why it did not."""
-
-    node: str
-    rewrite: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.node} to {self.rewrite}: {self.reason}"
-
-
-@dataclass
-class GraphReport:
-    """What `compile_backend` did to one graph: how often each function was put in, and what was left and why.
-
-    rewritten counts by the name of the function; "input_bias" are biases of convolutions that a batch norm took over.
-    """
-
-    rewritten: Counter[str] = field(default_factory=Counter)
-    left: list[Left] = field(default_factory=list)
-
-    def __str__(self) -> str:
-        done = ", ".join(f"{name} {count}" for name, count in sorted(self.rewritten.items())) or "nothing"
-        return f"rewritten: {done}" + (f"; left: {'; '.join(map(str, self.left))}" if self.left else "")
 
 
 def rewrite(module: GraphModule) -> GraphReport:
@@ -259,8 +231,10 @@ class _Rewriter:
         at = norm
         if not all(node < norm for node in nodes_in((given["indices"], size))):  # made behind it
             at = unpool
-            if any(name_of(node) == "batch_norm" for node in between(norm, unpool)):
-                return False  # which may move the same running statistics, before or after
+            running = nodes_in((arguments.get("running_mean"), arguments.get("running_var")))
+            others = {user for node in running for user in node.users} - {norm}
+            if not all(unpool < user or (user < norm and name_of(user) == "batch_norm") for user in others):
+                return False  # who reads or moves them in between, or through a view, would not find them moved
         more = {**geometry, "offsets": given["indices"], "output_size": size}
         more["input_bias"] = self.absorbed_bias(norm, arguments)
         self.put(at, [norm, relu, unpool], functional.batch_norm_relu_max_unpool2d, arguments | more)
