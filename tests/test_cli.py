@@ -8,7 +8,7 @@ from fastseg import cli
 
 
 def fastseg(*arguments):
-    run = subprocess.run([sys.executable, "-m", "fastseg.cli", *arguments], capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-m", "fastseg", *arguments], capture_output=True, text=True)
     return run.returncode, run.stdout, run.stderr
 
 
