@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from .. import dispatch
 from .. import functional as F
 from .scripting import refuse_script
 
@@ -21,6 +22,8 @@ class MaxPool2d(nn.MaxPool2d):
     __prepare_scriptable__ = refuse_script
 
     def forward(self, input: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        if dispatch.left_to_torch("max_pool2d", input):
+            return super().forward(input)
         return F.max_pool2d(
             input, self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode, self.return_indices
         )

@@ -58,6 +58,8 @@ class Operator:
 
     def choose(self, *args: Any, asks: bool = False) -> dispatch.Choice:
         """The backend for these arguments, the first of which is a tensor. asks: a call may not follow."""
+        if dispatch.torch_alone(args[0]):
+            return dispatch.choose(self.name, args[0], asks=asks)
         uncovered = self.uncovered(*args)
         preferred = self.preferred(*args) if uncovered is None and dispatch.get_backend() == "auto" else None
         return dispatch.choose(self.name, args[0], uncovered, preferred, asks, self.cuda_uncovered(*args))
