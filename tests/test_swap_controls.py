@@ -251,6 +251,22 @@ def test_a_subclass_gives_offsets_too(device):
     assert torch.equal(model.first(x), F.max_pool2d(x, 2))
 
 
+def test_offsets_where_fastsegs_layers_are_there_already(device):
+    x = torch.randn(1, 2, 8, 8, device=device)
+    with_unpools = Pooled(fastseg.nn.MaxUnpool2d(2))
+    assert fastseg.swap(with_unpools, compact_indices=True, strict=True).compact_indices
+    for _ in range(2):  # nothing left to do
+        assert fastseg.swap(with_unpools, compact_indices=True, strict=True).compact_reason is None
+    with_unpools(x)
+    assert with_unpools.dtypes == [(torch.uint8, torch.uint8)]
+    swapped = Pooled()
+    first = fastseg.swap(swapped)
+    report = fastseg.swap(swapped, compact_indices=True)
+    assert report.compact_reason == "first is fastseg's already; undo that swap first"
+    first.undo()
+    assert fastseg.swap(swapped, compact_indices=True).compact_indices
+
+
 class MyUnpool(nn.MaxUnpool2d):
     def forward(self, input, indices, output_size=None):
         return super().forward(input, indices, output_size)
