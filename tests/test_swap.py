@@ -142,6 +142,24 @@ def test_on_a_cpu_torchs_own_forward_runs(monkeypatch):
     assert model[1](x, output_size=(7, 7)).shape == (1, 4, 7, 7)
 
 
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_a_forward_that_somebody_keeps_works_after_undo(backend, device):
+    """accelerate, and others, set a forward on the instance that calls the one it had."""
+    up = nn.Sequential(nn.ConvTranspose2d(3, 3, 2), nn.BatchNorm2d(3), nn.ReLU())
+    layers = nn.Sequential(nn.MaxPool2d(2), nn.MaxPool2d(2, return_indices=True), nn.MaxUnpool2d(2), *up, up)
+    plain, layers, report = twins(layers.to(device).eval(), compact_indices=True)
+    kept = [layer.forward for layer in layers]
+    report.undo()
+    x = torch.randn(1, 3, 6, 6, device=device)
+    values, indices = plain[1](x)
+    with fastseg.backend(backend):
+        for layer, forward in zip(plain, kept, strict=True):
+            arguments = (values, indices) if isinstance(layer, nn.MaxUnpool2d) else (x,)
+            found, want = forward(*arguments), layer(*arguments)
+            found, want = (y[0] if isinstance(y, tuple) else y for y in (found, want))
+            torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-5)
+
+
 def test_swapping_twice_is_harmless(net, batch):
     first = fastseg.swap(net)
     during = kinds(net)

@@ -33,24 +33,29 @@ class ConvTranspose2d(nn.ConvTranspose2d):
     __prepare_scriptable__ = refuse_script
 
     def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+        # By name and by function: a bound `forward` that somebody keeps must work after a swap is undone.
         if dispatch.left_to_torch("conv_transpose2d", input):
-            return super().forward(input, output_size)
-        return self._convolved(input, self.bias, output_size)
+            return nn.ConvTranspose2d.forward(self, input, output_size)
+        return convolved(self, input, self.bias, output_size)
 
-    def _convolved(self, input: Tensor, bias: Tensor | None, output_size: Sequence[int] | None = None) -> Tensor:
-        weight = self.weight  # once: a parametrization computes it, and may change with each time
-        if self.padding_mode != "zeros":
-            raise ValueError(f"ConvTranspose2d: padding_mode must be 'zeros', but is {self.padding_mode!r}")
-        output_padding = self._output_padding(
-            input, output_size, self.stride, self.padding, self.kernel_size, 2, self.dilation
-        )
-        geometry = (self.stride, self.padding, output_padding)
-        if self.groups == 1 and 1 < self.in_channels == self.out_channels and _mixes_no_channels(weight):
-            diagonal = weight.diagonal().permute(2, 0, 1).unsqueeze(1)
-            depthwise = (input, diagonal, bias, *geometry, self.in_channels, self.dilation)
-            if runs_on_kernels(*depthwise):
-                return F.conv_transpose2d(*depthwise)
-        return F.conv_transpose2d(input, weight, bias, *geometry, self.groups, self.dilation)
+
+def convolved(
+    conv: nn.ConvTranspose2d, input: Tensor, bias: Tensor | None, output_size: Sequence[int] | None = None
+) -> Tensor:
+    """What ConvTranspose2d computes, with another bias."""
+    weight = conv.weight  # once: a parametrization computes it, and may change with each time
+    if conv.padding_mode != "zeros":
+        raise ValueError(f"ConvTranspose2d: padding_mode must be 'zeros', but is {conv.padding_mode!r}")
+    output_padding = conv._output_padding(
+        input, output_size, conv.stride, conv.padding, conv.kernel_size, 2, conv.dilation
+    )
+    geometry = (conv.stride, conv.padding, output_padding)
+    if conv.groups == 1 and 1 < conv.in_channels == conv.out_channels and _mixes_no_channels(weight):
+        diagonal = weight.diagonal().permute(2, 0, 1).unsqueeze(1)
+        depthwise = (input, diagonal, bias, *geometry, conv.in_channels, conv.dilation)
+        if runs_on_kernels(*depthwise):
+            return F.conv_transpose2d(*depthwise)
+    return F.conv_transpose2d(input, weight, bias, *geometry, conv.groups, conv.dilation)
 
 
 _looked: MutableMapping[nn.Parameter, tuple[tuple[object, ...], bool]] = WeakIdKeyDictionary()
@@ -79,7 +84,7 @@ class ConvTranspose2dBeforeNorm(ConvTranspose2d):
     leaves_bias = True
 
     def forward(self, input: Tensor) -> Tensor:
-        return self._convolved(input, None)
+        return convolved(self, input, None)
 
 
 class ConvTransposeBatchNormReLU2d(nn.Sequential):

@@ -20,7 +20,7 @@ from .. import dispatch
 from .. import functional as F
 from .. import nn as fused
 from ..nn.batch_norm import normalise
-from ..nn.conv import evaluated
+from ..nn.conv import convolved, evaluated
 from ..nn.scripting import refuse_script
 from ..ops.batch_norm import BATCH_NORM_RELU
 from ..ops.batch_norm_windows import fusible
@@ -44,7 +44,7 @@ class Group(NamedTuple):
             output = evaluated(conv, norm, input) if relu and pool is None else None
             if output is not None:
                 return output
-            input, bias = conv._convolved(input, None), conv.bias
+            input, bias = convolved(conv, input, None), conv.bias
         elif conv is not None:
             input, bias = conv._conv_forward(input, conv.weight, None), conv.bias
         if pool is None:
@@ -66,7 +66,7 @@ class Sequential(nn.Sequential):
 
     def forward(self, input: Any) -> Any:
         if not isinstance(input, Tensor) or dispatch.torch_alone(input) or _watched_from_outside():
-            return super().forward(input)
+            return nn.Sequential.forward(self, input)  # not super(): a bound forward works after undo
         layers, at = list(self), 0
         while at < len(layers):
             group = group_at(layers, at)
