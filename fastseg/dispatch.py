@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .kernels.cuda import launch
 
@@ -150,6 +151,8 @@ def _decide(
         backend, missing = "cuda", "triton is not installed; "
     if reasons[backend] is not None:
         return Choice(operator, "torch", f"{missing}the {NAMES[backend]} kernels do not cover {reasons[backend]}")
+    if forward_ad._current_level >= 0:
+        return Choice(operator, "torch", "inside forward-mode differentiation, which the kernels have no rule for")
     if preferred is not None and backend == "triton":
         return Choice(operator, *preferred)
     return Choice(operator, backend, f"{missing}a CUDA tensor, covered by the {NAMES[backend]} kernels")

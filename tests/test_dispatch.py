@@ -95,6 +95,14 @@ def test_auto(device, uncovered, preferred, backend, reason):
     assert choice.backend == backend and reason in choice.reason
 
 
+def test_forward_mode_goes_to_torch_unless_kernels_are_demanded():
+    with torch.autograd.forward_ad.dual_level():
+        assert dispatch._decide("op", "cuda", None, None).reason.startswith("inside forward-mode")
+        with fastseg.backend("triton"):
+            assert dispatch._decide("op", "cuda", None, None).backend == "triton"
+    assert dispatch._decide("op", "cuda", None, None).backend == "triton"
+
+
 def test_triton_overrules_what_is_preferred_but_not_uncovered(triton_backend):
     assert dispatch._decide("op", "cuda", None, ("torch", "cuDNN is faster")).backend == "triton"
     with pytest.raises(NotImplementedError, match=r"op: .*dilation 2"):

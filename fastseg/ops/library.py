@@ -153,6 +153,22 @@ def double_backward(
     return [next(found) if need else None for need in needed]
 
 
+def vmap_loops(info: Any, in_dims: tuple[Any, ...], function: type[torch.autograd.Function], *args: Any) -> Any:
+    """The `vmap` of an autograd.Function whose operators have no dimension to spare: a call for each entry."""
+    calls = [
+        function.apply(
+            *(
+                x.select(dim, entry) if isinstance(x, Tensor) and dim is not None else x
+                for x, dim in zip(args, in_dims, strict=True)
+            )
+        )
+        for entry in range(info.batch_size)
+    ]
+    if isinstance(calls[0], Tensor):
+        return torch.stack(calls), 0
+    return tuple(map(torch.stack, zip(*calls, strict=True))), (0,) * len(calls[0])
+
+
 def wants_graph() -> bool:
     """Whether a backward is asked for gradients that are differentiated again (create_graph=True)."""
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
