@@ -141,7 +141,8 @@ def test_a_parametrization_is_asked_once(at, name, make, device, triton_backend)
     plain, model, _ = twins(model)
     for _ in range(2):
         found, want = (results(each, torch.ones(2, 3, 5, 5, device=device).tril()) for each in (model, plain))
-        assert_same(found, want)
+        names = [key for key in want if key == "output" or key.startswith("buffer")]
+        assert_same(*({key: values[key] for key in names} for values in (found, want)))
 
 
 class Loud(nn.ReLU):
