@@ -399,6 +399,16 @@ def test_what_the_kernels_do_not_cover_runs_as_before(device, triton_backend):
     assert model.eval()(empty).shape == empty.shape
 
 
+def test_tensors_of_another_class_go_through_the_layers(device, triton_backend):
+    class Own(torch.Tensor):
+        pass
+
+    plain, model, _ = twins(block(nn.ReLU()).to(device))
+    x = torch.randn(2, 3, 5, 5, device=device).as_subclass(Own)
+    found, want = model(x), plain(x)
+    assert type(found) is type(want) is Own and torch.equal(found, want)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_other_dtypes_and_autocast(dtype, device, triton_backend):
     plain, model, _ = twins(block(nn.ReLU(), nn.MaxPool2d(2)).to(device))
