@@ -161,6 +161,13 @@ def test_the_weight_is_looked_at_once(device, monkeypatch, triton_backend):
     assert len(looks) == 2  # the weight and its diagonal
 
 
+def test_a_weight_made_in_inference_mode_is_not_looked_at(device, triton_backend):
+    """Such a tensor counts no changes."""
+    with torch.inference_mode():
+        layer, x = module(device), torch.randn(1, 5, 3, 4, device=device)
+        torch.testing.assert_close(layer(x), F.conv_transpose2d(x, layer.weight, None, 2, 1), rtol=1e-4, atol=1e-5)
+
+
 def test_a_frozen_weight_compiles_in_one_graph(device, triton_backend):
     layer, x = module(device), torch.randn(1, 5, 3, 4, device=device)
     torch._dynamo.reset()

@@ -102,7 +102,7 @@ def test_filter_fn_and_sequences():
     model = nn.Sequential(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()), nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()))
     report = fastseg.swap(model, filter_fn=lambda _, name: name == "1")
     assert [type(m).__module__.startswith("fastseg") for m in model] == [False, True]
-    assert reasons(report) == {"0": "filter_fn said no"}
+    assert reasons(report) == {"0": "filter_fn said no"} and report.left[0].together == ()
 
 
 @pytest.mark.parametrize("wrong", ["head", 3, ["a"]])
