@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 BACKENDS = ("auto", "triton", "cuda", "torch")
 NAMES = {"triton": "Triton", "cuda": "CUDA C++"}  # of the backends that are kernels, best first
@@ -46,15 +47,13 @@ def _checked(name: str, source: str) -> str:
     return name
 
 
-_setting: str | None = None  # None: what the environment says
+_setting = os.environ.get("FASTSEG_BACKEND", "auto")  # read once: it is asked for at each call
 _watched: list[Choice] | None = None
 
 
 def get_backend() -> str:
     """The backend of the process: what was set, else FASTSEG_BACKEND, else "auto". ValueError if that names none."""
-    if _setting is not None:
-        return _setting
-    return _checked(os.environ.get("FASTSEG_BACKEND", "auto"), "the environment variable FASTSEG_BACKEND")
+    return _checked(_setting, "the environment variable FASTSEG_BACKEND")  # what is set later is checked then
 
 
 def set_backend(name: str) -> None:
@@ -113,6 +112,23 @@ def choose(
     return choice
 
 
+def torch_alone(tensor: Tensor) -> bool:
+    """Whether torch runs every call on `tensor`, whatever the operator and its other arguments."""
+    setting = get_backend()
+    if setting == "auto":
+        return tensor.device.type != "cuda" or not (TRITON_INSTALLED or CUPY_INSTALLED)
+    return setting == "torch"
+
+
+def left_to_torch(operator: str, tensor: Any) -> bool:
+    """torch_alone for a module that calls torch's own forward then: `explain` lists the call. No tensor: False."""
+    if not isinstance(tensor, Tensor) or not torch_alone(tensor):
+        return False
+    if _watched is not None:
+        choose(operator, tensor)
+    return True
+
+
 def _decide(
     operator: str, device: str, uncovered: str | None, preferred: Preference | None,
     cuda_uncovered: str | None = NO_KERNELS,
@@ -133,6 +149,8 @@ def _decide(
         backend, missing = "cuda", "triton is not installed; "
     if reasons[backend] is not None:
         return Choice(operator, "torch", f"{missing}the {NAMES[backend]} kernels do not cover {reasons[backend]}")
+    if forward_ad._current_level >= 0:
+        return Choice(operator, "torch", "inside forward-mode differentiation, which the kernels have no rule for")
     if preferred is not None and backend == "triton":
         return Choice(operator, *preferred)
     return Choice(operator, backend, f"{missing}a CUDA tensor, covered by the {NAMES[backend]} kernels")

@@ -113,7 +113,7 @@ def test_who_runs_depthwise(device):
     with torch.no_grad():
         assert "depthwise" in kernels_of(layer, x)
     layer.requires_grad_(False).groups = 5
-    assert layer._mixes_no_channels() is False
+    assert "depthwise" not in kernels_of(layer, x)
 
 
 @interpreted
@@ -139,13 +139,40 @@ def test_weights_that_change_are_looked_at_again(device):
     assert not right()
 
 
-def test_the_weight_is_looked_at_once(device, monkeypatch):
+def test_another_weight_in_the_same_memory_is_looked_at(device, triton_backend):
+    """With the same counter of changes too: what tells them apart is that they are two."""
+    layer, x = module(device), torch.randn(1, 5, 3, 4, device=device)
+    memory = layer.weight.detach().clone()
+    layer.weight = torch.nn.Parameter(memory[:], requires_grad=False)
+    layer(x)
+    version, layer.weight = layer.weight._version, None
+    memory.data.copy_(torch.randn_like(memory))
+    layer.weight = torch.nn.Parameter(memory[:], requires_grad=False)
+    assert layer.weight._version == version
+    torch.testing.assert_close(layer(x), F.conv_transpose2d(x, memory, None, 2, 1), rtol=1e-4, atol=1e-5)
+
+
+def test_the_weight_is_looked_at_once(device, monkeypatch, triton_backend):
     layer, x, looks = module(device), torch.randn(1, 5, 3, 4, device=device), []
     count = torch.Tensor.count_nonzero
     monkeypatch.setattr(torch.Tensor, "count_nonzero", lambda self: looks.append(self) or count(self))
     for _ in range(3):
         layer(x)
     assert len(looks) == 2  # the weight and its diagonal
+
+
+def test_a_weight_made_in_inference_mode_is_not_looked_at(device, triton_backend):
+    """Such a tensor counts no changes."""
+    with torch.inference_mode():
+        layer, x = module(device), torch.randn(1, 5, 3, 4, device=device)
+        torch.testing.assert_close(layer(x), F.conv_transpose2d(x, layer.weight, None, 2, 1), rtol=1e-4, atol=1e-5)
+
+
+def test_a_frozen_weight_compiles_in_one_graph(device, triton_backend):
+    layer, x = module(device), torch.randn(1, 5, 3, 4, device=device)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), F.conv_transpose2d(x, layer.weight, None, 2, 1), rtol=1e-4, atol=1e-5)
 
 
 def test_a_trained_weight_keeps_its_whole_gradient(device, triton_backend):

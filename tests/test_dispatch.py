@@ -2,6 +2,7 @@ import os
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -93,6 +94,27 @@ def test_explain_names_each_operator_and_computes_nothing():
 def test_auto(device, uncovered, preferred, backend, reason):
     choice = dispatch._decide("op", device, uncovered, preferred)
     assert choice.backend == backend and reason in choice.reason
+
+
+def test_where_torch_is_alone(monkeypatch):
+    on_gpu, on_cpu = (SimpleNamespace(device=torch.device(kind)) for kind in ("cuda", "cpu"))
+    assert dispatch.torch_alone(on_cpu) and not dispatch.torch_alone(on_gpu)
+    for setting, alone in (("triton", False), ("cuda", False), ("torch", True)):
+        with fastseg.backend(setting):
+            assert dispatch.torch_alone(on_cpu) is dispatch.torch_alone(on_gpu) is alone
+    monkeypatch.setattr(dispatch, "TRITON_INSTALLED", False)
+    monkeypatch.setattr(dispatch, "CUPY_INSTALLED", False)
+    assert dispatch.torch_alone(on_gpu)
+    with pytest.raises(TypeError, match="input must be a Tensor"):
+        fastseg.nn.MaxPool2d(2)([1])
+
+
+def test_forward_mode_goes_to_torch_unless_kernels_are_demanded():
+    with torch.autograd.forward_ad.dual_level():
+        assert dispatch._decide("op", "cuda", None, None).reason.startswith("inside forward-mode")
+        with fastseg.backend("triton"):
+            assert dispatch._decide("op", "cuda", None, None).backend == "triton"
+    assert dispatch._decide("op", "cuda", None, None).backend == "triton"
 
 
 def test_triton_overrules_what_is_preferred_but_not_uncovered(triton_backend):

@@ -120,14 +120,44 @@ def test_undo_leaves_a_class_that_came_later(net):
 
 
 def test_undo_leaves_nothing_behind(device, triton_backend):
-    """Not what a transposed convolution knew of its weight either."""
+    """Not what a transposed convolution knows of its weight either."""
     up = nn.ConvTranspose2d(3, 3, 2, 2).to(device).requires_grad_(False)
     before = dict(vars(up))
     report = fastseg.swap(up)
     up(torch.randn(1, 3, 2, 2, device=device))
-    assert vars(up).keys() - before.keys()
     report.undo()
     assert vars(up).keys() == before.keys()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of calls on a CPU")
+def test_on_a_cpu_torchs_own_forward_runs(monkeypatch):
+    """Nothing of fastseg's stands before it but the question where to run."""
+    model = nn.Sequential(nn.MaxPool2d(2), nn.ConvTranspose2d(3, 4, 2))
+    plain, model, _ = twins(model)
+    x = torch.randn(1, 3, 6, 6)
+    assert operators(model, x) == ["max_pool2d", "conv_transpose2d"]
+    for name in ("max_pool2d", "conv_transpose2d"):
+        monkeypatch.setattr(fastseg.functional, name, None)
+    assert_same(results(model, x), results(plain, x), exactly=True)
+    assert model[1](x, output_size=(7, 7)).shape == (1, 4, 7, 7)
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_a_forward_that_somebody_keeps_works_after_undo(backend, device):
+    """accelerate, and others, set a forward on the instance that calls the one it had."""
+    up = nn.Sequential(nn.ConvTranspose2d(3, 3, 2), nn.BatchNorm2d(3), nn.ReLU())
+    layers = nn.Sequential(nn.MaxPool2d(2), nn.MaxPool2d(2, return_indices=True), nn.MaxUnpool2d(2), *up, up)
+    plain, layers, report = twins(layers.to(device).eval(), compact_indices=True)
+    kept = [layer.forward for layer in layers]
+    report.undo()
+    x = torch.randn(1, 3, 6, 6, device=device)
+    values, indices = plain[1](x)
+    with fastseg.backend(backend):
+        for layer, forward in zip(plain, kept, strict=True):
+            arguments = (values, indices) if isinstance(layer, nn.MaxUnpool2d) else (x,)
+            found, want = forward(*arguments), layer(*arguments)
+            found, want = (y[0] if isinstance(y, tuple) else y for y in (found, want))
+            torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-5)
 
 
 def test_swapping_twice_is_harmless(net, batch):
@@ -321,6 +351,10 @@ class MyPool(nn.MaxPool2d):
         return -super().forward(-input)
 
 
+class Stock(nn.MaxPool2d):
+    """With torch's forward."""
+
+
 class MaxPool2d(nn.Module):
     """Of the name, and nothing else."""
 
@@ -368,7 +402,8 @@ def test_other_layers_are_no_candidates():
 # --- the report ------------------------------------------------------------------------------------------------------
 
 
-def test_report_is_a_table_and_a_dictionary():
+def test_report_is_a_table_and_a_dictionary(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
     model = nn.ModuleDict({"[red]pool": nn.MaxPool2d(2), "mine": MyPool(2)})
     report = fastseg.swap(model)
     text = str(report)
@@ -398,3 +433,23 @@ def test_report_is_a_table_and_a_dictionary():
         "compact_indices": False,
         "compact_reason": None,
     }
+
+
+def test_the_table_is_as_wide_as_the_terminal(monkeypatch):
+    model = nn.ModuleDict({"a_name_of_some_length" * 3: nn.Sequential(*[nn.BatchNorm2d(3), nn.ReLU()] * 8)})
+    report = fastseg.swap(model)
+    for columns in (60, 80, 200):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        assert max(map(len, str(report).splitlines())) <= columns
+    assert len(str(report).splitlines()) == 6  # nothing is broken in a terminal as wide as that
+
+
+@pytest.mark.parametrize("make", [lambda: nn.MaxPool2d(2), lambda: Stock(2)])
+def test_a_report_goes_where_its_model_goes(make):
+    """Kept in the model, into copies and files."""
+    model = nn.Sequential(make())
+    model.report = fastseg.swap(model)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert twin.report.candidates[0].module is twin[0] and type(twin[0]) is type(model[0])
+        twin.report.undo()
+        assert type(twin[0]) is type(make()) is not type(model[0])

@@ -102,7 +102,7 @@ def test_filter_fn_and_sequences():
     model = nn.Sequential(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()), nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()))
     report = fastseg.swap(model, filter_fn=lambda _, name: name == "1")
     assert [type(m).__module__.startswith("fastseg") for m in model] == [False, True]
-    assert reasons(report) == {"0": "filter_fn said no"}
+    assert reasons(report) == {"0": "filter_fn said no"} and report.left[0].together == ()
 
 
 @pytest.mark.parametrize("wrong", ["head", 3, ["a"]])
@@ -249,6 +249,22 @@ def test_a_subclass_gives_offsets_too(device):
     assert model.dtypes == [(torch.uint8, torch.uint8)] and isinstance(model.second, Mine)
     model.first.return_indices = False
     assert torch.equal(model.first(x), F.max_pool2d(x, 2))
+
+
+def test_offsets_where_fastsegs_layers_are_there_already(device):
+    x = torch.randn(1, 2, 8, 8, device=device)
+    with_unpools = Pooled(fastseg.nn.MaxUnpool2d(2))
+    assert fastseg.swap(with_unpools, compact_indices=True, strict=True).compact_indices
+    for _ in range(2):  # nothing left to do
+        assert fastseg.swap(with_unpools, compact_indices=True, strict=True).compact_reason is None
+    with_unpools(x)
+    assert with_unpools.dtypes == [(torch.uint8, torch.uint8)]
+    swapped = Pooled()
+    first = fastseg.swap(swapped)
+    report = fastseg.swap(swapped, compact_indices=True)
+    assert report.compact_reason == "first is fastseg's already; undo that swap first"
+    first.undo()
+    assert fastseg.swap(swapped, compact_indices=True).compact_indices
 
 
 class MyUnpool(nn.MaxUnpool2d):

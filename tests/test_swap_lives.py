@@ -12,6 +12,7 @@ import pytest
 import torch
 from swap_common import assert_same, operators, results, twins
 from torch import nn
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import fastseg
@@ -207,6 +208,32 @@ def test_onnx_of_the_plain_model(x, tmp_path, capsys):
     session = onnxruntime.InferenceSession(tmp_path / "net.onnx", providers=["CPUExecutionProvider"])
     (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     torch.testing.assert_close(torch.from_numpy(found), plain(x), rtol=1e-3, atol=1e-4)
+
+
+# --- torch.func ------------------------------------------------------------------------------------------------------
+
+
+def test_gradients_of_each_sample(device, triton_backend):
+    """vmap over grad, and an ensemble's vmap over parameters, as the layers of torch have them."""
+    model = nn.ModuleDict(
+        {"pool": nn.MaxPool2d(2), "up": nn.ConvTranspose2d(3, 4, 2, 2), "loss": nn.CrossEntropyLoss()}
+    )
+    plain, model, _ = twins(model.to(device))
+    x, labels = torch.randn(3, 1, 3, 4, 4, device=device), torch.randint(0, 4, (3, 1, 4, 4), device=device)
+
+    def per_sample(model, parameter_dims=None):
+        def loss(parameters, x, labels):
+            return model["loss"](functional_call(model["up"], parameters, (model["pool"](x),)), labels)
+
+        parameters = dict(model["up"].named_parameters())
+        if parameter_dims == 0:
+            parameters = {name: torch.stack([value, 2 * value, -value]) for name, value in parameters.items()}
+        return torch.func.vmap(torch.func.grad(loss), (parameter_dims, 0, 0))(parameters, x, labels)
+
+    for dims in (None, 0):
+        found, want = per_sample(model, dims), per_sample(plain, dims)
+        for name in want:
+            torch.testing.assert_close(found[name], want[name], rtol=1e-4, atol=1e-5)
 
 
 # --- processes -------------------------------------------------------------------------------------------------------

@@ -95,6 +95,56 @@ def test_each_group_runs_as_one_with_the_same_numbers(name, device, triton_backe
     assert_same(results(model, x), results(plain, x), exactly=True)
 
 
+class Scaled(nn.Conv2d):
+    """Its bias is scaled with the rest."""
+
+    def _conv_forward(self, input, weight, bias):
+        return 3 * super()._conv_forward(input, weight, bias)
+
+
+class WithOwnBias(nn.Conv2d):
+    def _conv_forward(self, input, weight, bias):
+        return F.conv2d(input, weight, self.bias)
+
+
+@pytest.mark.parametrize("conv", [Scaled(3, 4, 3), WithOwnBias(3, 4, 3), nn.Conv2d(3, 4, 3)], ids=str)
+def test_a_convolution_with_a_convolution_of_its_own_keeps_its_bias(conv, device, triton_backend):
+    plain, model, report = twins(nn.Sequential(copy.deepcopy(conv), nn.BatchNorm2d(4), nn.ReLU()).to(device))
+    if type(conv) is nn.Conv2d:  # set on the instance
+        assert report.swapped[0].together == (("0", "1", "2"),)
+        for each in (plain, model):
+            each[0]._conv_forward = lambda input, weight, bias, bound=each[0].bias: 2 * F.conv2d(input, weight, bound)
+    else:
+        assert report.swapped[0].together == (("1", "2"),)
+    x = torch.randn(2, 3, 5, 5, device=device)
+    assert operators(model, x) == [NORM]
+    assert_same(results(model, x), results(plain, x))
+
+
+class Counting(nn.Module):
+    """A parametrization that gives another value each time it is asked."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("asked", torch.zeros(()))
+
+    def forward(self, value):
+        self.asked += 1
+        return value * self.asked
+
+
+@pytest.mark.parametrize("make", [block, deconv], ids=["conv", "deconv"])
+@pytest.mark.parametrize("at, name", [(0, "weight"), (0, "bias"), (1, "weight"), (1, "bias")])
+def test_a_parametrization_is_asked_once(at, name, make, device, triton_backend):
+    model = make(nn.ReLU()).to(device)
+    nn.utils.parametrize.register_parametrization(model[at], name, Counting(), unsafe=True)
+    plain, model, _ = twins(model)
+    for _ in range(2):
+        found, want = (results(each, torch.ones(2, 3, 5, 5, device=device).tril()) for each in (model, plain))
+        names = [key for key in want if key == "output" or key.startswith("buffer")]
+        assert_same(*({key: values[key] for key in names} for values in (found, want)))
+
+
 class Loud(nn.ReLU):
     def __call__(self, input):
         return super().__call__(input) + 1
@@ -347,6 +397,16 @@ def test_what_the_kernels_do_not_cover_runs_as_before(device, triton_backend):
             model(wrong)
     empty = torch.randn(0, 3, 4, 4, device=device)
     assert model.eval()(empty).shape == empty.shape
+
+
+def test_tensors_of_another_class_go_through_the_layers(device, triton_backend):
+    class Own(torch.Tensor):
+        pass
+
+    plain, model, _ = twins(block(nn.ReLU()).to(device))
+    x = torch.randn(2, 3, 5, 5, device=device).as_subclass(Own)
+    found, want = model(x), plain(x)
+    assert type(found) is type(want) is Own and torch.equal(found, want)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])

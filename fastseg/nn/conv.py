@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
+from .. import dispatch
 from .. import functional as F
 from ..ops.conv_transpose import runs_on_kernels
 from ..ops.conv_transpose_norm import folded_norm
@@ -29,42 +31,51 @@ class ConvTranspose2d(nn.ConvTranspose2d):
     """
 
     __prepare_scriptable__ = refuse_script
-    _looked: tuple[tuple[object, ...], bool] | None = None
 
     def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
-        return self._convolved(input, self.bias, output_size)
+        # By name and by function: a bound `forward` that somebody keeps must work after a swap is undone.
+        if dispatch.left_to_torch("conv_transpose2d", input):
+            return nn.ConvTranspose2d.forward(self, input, output_size)
+        return convolved(self, input, self.bias, output_size)
 
-    def _convolved(self, input: Tensor, bias: Tensor | None, output_size: Sequence[int] | None = None) -> Tensor:
-        if self.padding_mode != "zeros":
-            raise ValueError(f"ConvTranspose2d: padding_mode must be 'zeros', but is {self.padding_mode!r}")
-        output_padding = self._output_padding(
-            input, output_size, self.stride, self.padding, self.kernel_size, 2, self.dilation
-        )
-        geometry = (self.stride, self.padding, output_padding)
-        if self._mixes_no_channels():
-            weight = self.weight.diagonal().permute(2, 0, 1).unsqueeze(1)
-            depthwise = (input, weight, bias, *geometry, self.in_channels, self.dilation)
-            if runs_on_kernels(*depthwise):
-                return F.conv_transpose2d(*depthwise)
-        return F.conv_transpose2d(input, self.weight, bias, *geometry, self.groups, self.dilation)
 
-    def _mixes_no_channels(self) -> bool:
-        """Whether all weights off the channels' diagonal are zero, as far as that is known or can be asked."""
-        weight = self.weight
-        if self.groups != 1 or not 1 < self.in_channels == self.out_channels:
+def convolved(
+    conv: nn.ConvTranspose2d, input: Tensor, bias: Tensor | None, output_size: Sequence[int] | None = None
+) -> Tensor:
+    """What ConvTranspose2d computes, with another bias."""
+    weight = conv.weight  # once: a parametrization computes it, and may change with each time
+    if conv.padding_mode != "zeros":
+        raise ValueError(f"ConvTranspose2d: padding_mode must be 'zeros', but is {conv.padding_mode!r}")
+    output_padding = conv._output_padding(
+        input, output_size, conv.stride, conv.padding, conv.kernel_size, 2, conv.dilation
+    )
+    geometry = (conv.stride, conv.padding, output_padding)
+    if conv.groups == 1 and 1 < conv.in_channels == conv.out_channels and _mixes_no_channels(weight):
+        diagonal = weight.diagonal().permute(2, 0, 1).unsqueeze(1)
+        depthwise = (input, diagonal, bias, *geometry, conv.in_channels, conv.dilation)
+        if runs_on_kernels(*depthwise):
+            return F.conv_transpose2d(*depthwise)
+    return F.conv_transpose2d(input, weight, bias, *geometry, conv.groups, conv.dilation)
+
+
+_looked: MutableMapping[nn.Parameter, tuple[tuple[object, ...], bool]] = WeakIdKeyDictionary()
+
+
+def _mixes_no_channels(weight: Tensor) -> bool:
+    """Whether all weights off the channels' diagonal are zero, as far as that is known or can be asked."""
+    if torch.compiler.is_compiling() or (weight.requires_grad and torch.is_grad_enabled()):
+        return False
+    if type(weight) is not nn.Parameter or weight.is_meta or weight.is_inference():
+        return False  # what a parametrization has just computed would be looked at in each call
+    state = (weight.data_ptr(), weight._version, weight.dtype, weight.shape)
+    known = _looked.get(weight)
+    if known is None or known[0] != state:
+        if weight.is_cuda and torch.cuda.is_current_stream_capturing():
             return False
-        if (weight.requires_grad and torch.is_grad_enabled()) or weight.is_inference() or torch.compiler.is_compiling():
-            return False
-        if type(weight) not in (nn.Parameter, torch.Tensor) or weight.is_meta:
-            return False
-        state = (weight.data_ptr(), weight._version, weight.dtype, weight.shape)
-        if self._looked is None or self._looked[0] != state:
-            if weight.is_cuda and torch.cuda.is_current_stream_capturing():
-                return False
-            with torch.no_grad():
-                on_diagonal = weight.diagonal().count_nonzero()
-                self._looked = state, bool(weight.count_nonzero() == on_diagonal)
-        return self._looked[1]
+        with torch.no_grad():
+            on_diagonal = weight.diagonal().count_nonzero()
+            known = _looked[weight] = state, bool(weight.count_nonzero() == on_diagonal)
+    return known[1]
 
 
 class ConvTranspose2dBeforeNorm(ConvTranspose2d):
@@ -73,7 +84,7 @@ class ConvTranspose2dBeforeNorm(ConvTranspose2d):
     leaves_bias = True
 
     def forward(self, input: Tensor) -> Tensor:
-        return self._convolved(input, None)
+        return convolved(self, input, None)
 
 
 class ConvTransposeBatchNormReLU2d(nn.Sequential):
@@ -122,9 +133,10 @@ def evaluated(conv: nn.ConvTranspose2d, norm: nn.BatchNorm2d, input: Tensor) -> 
     """relu(norm(conv(input))) in evaluation as one kernel; None in training and where the kernels do not run it."""
     if norm.training or norm.running_mean is None:
         return None
+    weight = conv.weight  # once: a parametrization computes it
     geometry = (conv.stride, conv.padding, conv.output_padding, conv.groups, conv.dilation)
     stand_ins = norm.running_mean, norm.running_var  # as long as shift and scale, which need not be made to ask
-    if not runs_on_kernels(input, conv.weight, stand_ins[0], *geometry, stand_ins[1], True):
+    if not runs_on_kernels(input, weight, stand_ins[0], *geometry, stand_ins[1], True):
         return None
     scale, shift = folded_norm(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps, conv.bias)
-    return F.conv_transpose2d_affine_relu(input, conv.weight, scale, shift, *geometry)
+    return F.conv_transpose2d_affine_relu(input, weight, scale, shift, *geometry)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from .. import dispatch
 from .. import functional as F
 from .scripting import refuse_script
 
@@ -21,6 +22,8 @@ class MaxPool2d(nn.MaxPool2d):
     __prepare_scriptable__ = refuse_script
 
     def forward(self, input: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        if dispatch.left_to_torch("max_pool2d", input):
+            return nn.MaxPool2d.forward(self, input)  # not super(): a bound forward works after a swap is undone
         return F.max_pool2d(
             input, self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode, self.return_indices
         )
@@ -34,7 +37,7 @@ class MaxPool2dWithOffsets(MaxPool2d):
 
     def forward(self, input: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         if not self.return_indices:
-            return super().forward(input)
+            return MaxPool2d.forward(self, input)
         return F.max_pool2d_with_offsets(
             input, self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode
         )

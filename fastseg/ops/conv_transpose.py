@@ -23,7 +23,7 @@ from .conv_transpose_operators import (
     torch_gradients,
     uncovered,
 )
-from .library import double_backward, wants_graph
+from .library import double_backward, vmap_loops, wants_graph
 from .windows import IntOrPair, pair
 
 NAME = "conv_transpose2d"
@@ -105,6 +105,10 @@ class ConvTranspose2dFunction(torch.autograd.Function):
         ctx.geometry, (scale, relu) = rest[:5], rest[5:]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(input, weight, bias, scale, output if relu else None)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+        return vmap_loops(info, in_dims, ConvTranspose2dFunction, *args)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -32,7 +32,7 @@ from .cross_entropy_operators import (
     uncovered,
 )
 from .cross_entropy_reference import differentiable, right_ones
-from .library import dense, double_backward, memory_format, wants_graph
+from .library import dense, double_backward, memory_format, vmap_loops, wants_graph
 
 NOTHING = (None,) * (3 + len(Arguments._fields))  # the gradients of all but input
 
@@ -65,6 +65,10 @@ class CrossEntropyFunction(torch.autograd.Function):
         ctx.mark_non_differentiable(lse, denominator, *rest)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(input, target, weight, lse, denominator)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+        return vmap_loops(info, in_dims, CrossEntropyFunction, *args)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
@@ -102,6 +106,10 @@ class CrossEntropyOnePassFunction(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(input, target, weight, packed, denominator)
         ctx.grad_input = grad_input
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+        return vmap_loops(info, in_dims, CrossEntropyOnePassFunction, *args)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:

@@ -58,6 +58,8 @@ class Operator:
 
     def choose(self, *args: Any, asks: bool = False) -> dispatch.Choice:
         """The backend for these arguments, the first of which is a tensor. asks: a call may not follow."""
+        if dispatch.torch_alone(args[0]):
+            return dispatch.choose(self.name, args[0], asks=asks)
         uncovered = self.uncovered(*args)
         preferred = self.preferred(*args) if uncovered is None and dispatch.get_backend() == "auto" else None
         return dispatch.choose(self.name, args[0], uncovered, preferred, asks, self.cuda_uncovered(*args))
@@ -149,6 +151,22 @@ def double_backward(
         wanted = [x for x, need in zip(inputs, needed, strict=True) if need]
         found = iter(torch.autograd.grad(output, wanted, grad, create_graph=True))
     return [next(found) if need else None for need in needed]
+
+
+def vmap_loops(info: Any, in_dims: tuple[Any, ...], function: type[torch.autograd.Function], *args: Any) -> Any:
+    """The `vmap` of an autograd.Function whose operators have no dimension to spare: a call for each entry."""
+    calls = [
+        function.apply(
+            *(
+                x.select(dim, entry) if isinstance(x, Tensor) and dim is not None else x
+                for x, dim in zip(args, in_dims, strict=True)
+            )
+        )
+        for entry in range(info.batch_size)
+    ]
+    if isinstance(calls[0], Tensor):
+        return torch.stack(calls), 0
+    return tuple(map(torch.stack, zip(*calls, strict=True))), (0,) * len(calls[0])
 
 
 def wants_graph() -> bool:

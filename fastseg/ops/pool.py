@@ -213,7 +213,7 @@ def max_pool2d(
     int64 indices (h * W + w in the plane). Without them, training keeps one byte per pooled element (eight for
     windows of more than 256 elements). Deterministic: where windows overlap each element of the gradient adds up what
     its windows give in row-major order, in float32 (float64 for float64). Raises RuntimeError for arguments that torch
-    refuses, NotImplementedError for forward-mode derivatives of the kernels.
+    refuses, NotImplementedError for forward-mode derivatives where the kernels are demanded.
     """
     arguments = pool_arguments("max_pool2d", input, kernel_size, stride, padding, dilation, ceil_mode)
     positions = INDICES if return_indices else _kept(input, arguments[0])

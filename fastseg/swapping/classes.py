@@ -83,6 +83,15 @@ def of_both(found: type, fused: type) -> type:
     return types.new_class(found.__name__, (_OfBoth, found, fused), {}, lambda namespace: namespace.update(contents))
 
 
+def named(cls: type) -> Any:
+    """What stands for a class in a pickle: `of_both`'s cannot be imported, those it is made of can."""
+    return vars(cls).get("_made_of", cls)
+
+
+def of_name(name: Any) -> type:
+    return of_both(*name) if isinstance(name, tuple) else name
+
+
 def fused_class(cls: type, torchs: type, fused: type) -> type:
     """The class for a module of class `cls`, which is or extends `torchs`: `fused` in the place of that."""
     inner = bare(cls)

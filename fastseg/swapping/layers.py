@@ -226,11 +226,17 @@ def _incompatible(layers: list[Candidate]) -> str | None:
     pools = [layer for layer in layers if _gives_indices(layer)]
     unpools = [layer for layer in layers if layer.op == "max_unpool2d"]
     if not pools:
+        already = [layer for layer in layers if layer.reason == ALREADY and isinstance(layer.module, nn.MaxPool2d)]
+        already = [layer for layer in already if layer.module.return_indices]
+        if any(isinstance(layer.module, fused.MaxPool2dWithOffsets) for layer in already):
+            return None  # by an earlier swap
+        if already:
+            return f"{already[0].names[0]} is fastseg's already; undo that swap first"
         return "no MaxPool2d that was swapped has return_indices"
     if not unpools:
         return "no MaxUnpool2d reads them"
     for layer in unpools:
-        if not layer.swapped:
+        if not layer.swapped and layer.reason != ALREADY:
             return f"{layer.names[0]} is not swapped, and torch's MaxUnpool2d takes int64 alone"
     first = _geometry(pools[0].module)
     for layer in (*pools, *unpools):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from .classes import exchange
+from .classes import exchange, named, of_name
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,12 @@ class Candidate:
     reason: str | None = None
     wanted: bool = True
     together: tuple[tuple[str, ...], ...] = ()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"given": named(self.given)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state | {"given": of_name(state["given"])})
 
     @property
     def swapped(self) -> bool:
@@ -83,7 +90,6 @@ class SwapReport:
         """
         for candidate in self.swapped:
             exchange(candidate.module, candidate.given, candidate.found)
-            vars(candidate.module).pop("_looked", None)  # what ConvTranspose2d knew of its weight
 
     @contextlib.contextmanager
     def undone(self) -> Iterator[None]:
@@ -140,7 +146,8 @@ class SwapReport:
     def __str__(self) -> str:
         from rich.console import Console
 
-        console = Console(file=io.StringIO(), width=160, color_system=None)
+        width = shutil.get_terminal_size((160, 24)).columns  # 160 where there is no terminal
+        console = Console(file=io.StringIO(), width=width, color_system=None)
         console.print(self)
         return console.file.getvalue().rstrip("\n")
 

@@ -20,7 +20,7 @@ from .. import dispatch
 from .. import functional as F
 from .. import nn as fused
 from ..nn.batch_norm import normalise
-from ..nn.conv import evaluated
+from ..nn.conv import convolved, evaluated
 from ..nn.scripting import refuse_script
 from ..ops.batch_norm import BATCH_NORM_RELU
 from ..ops.batch_norm_windows import fusible
@@ -44,7 +44,7 @@ class Group(NamedTuple):
             output = evaluated(conv, norm, input) if relu and pool is None else None
             if output is not None:
                 return output
-            input, bias = conv._convolved(input, None), conv.bias
+            input, bias = convolved(conv, input, None), conv.bias
         elif conv is not None:
             input, bias = conv._conv_forward(input, conv.weight, None), conv.bias
         if pool is None:
@@ -65,9 +65,8 @@ class Sequential(nn.Sequential):
     __prepare_scriptable__ = refuse_script
 
     def forward(self, input: Any) -> Any:
-        # On a CPU most likely not: asked once, before the layers are looked at.
-        if not isinstance(input, Tensor) or not _kernels_run_on(input) or _watched_from_outside():
-            return super().forward(input)
+        if not isinstance(input, Tensor) or dispatch.torch_alone(input) or _watched_from_outside():
+            return nn.Sequential.forward(self, input)  # not super(): a bound forward works after undo
         layers, at = list(self), 0
         while at < len(layers):
             group = group_at(layers, at)
@@ -101,9 +100,10 @@ def group_at(layers: Sequence[nn.Module], at: int, kind: Kind = type, watched: b
         return place < len(layers) and _stock(layers[place], base, kind) and (watched or not _is_watched(layers[place]))
 
     conv, end = None, at
-    if layer_is(at, fused.ConvTranspose2d) or (layer_is(at, nn.Conv2d) and layers[at].bias is not None):
+    biased = layers[at]._parameters.get("bias") is not None  # which computes none that has a parametrization
+    if layer_is(at, fused.ConvTranspose2d) or (biased and layer_is(at, nn.Conv2d) and _convolves(layers[at])):
         conv, end = layers[at], at + 1
-    if not layer_is(end, nn.BatchNorm2d):
+    if not layer_is(end, nn.BatchNorm2d) or "parametrizations" in layers[end]._modules:
         return None
     norm, end = layers[end], end + 1
     relu = layer_is(end, nn.ReLU)
@@ -111,7 +111,7 @@ def group_at(layers: Sequence[nn.Module], at: int, kind: Kind = type, watched: b
     pool = layers[end] if layer_is(end, fused.MaxPool2d) and _joins(layers[end]) else None
     end += pool is not None
     # Without a bias, a transposed convolution gains by its epilogue alone, which has a ReLU.
-    if conv is not None and conv.bias is None and (not relu or pool is not None):
+    if conv is not None and not biased and (not relu or pool is not None):
         return None
     return Group(conv, norm, relu, pool, end - at) if end - at > 1 else None
 
@@ -125,6 +125,11 @@ def _stock(layer: nn.Module, base: type, kind: Kind) -> bool:
         and cls.__call__ is base.__call__
         and "forward" not in layer.__dict__
     )
+
+
+def _convolves(conv: nn.Conv2d) -> bool:
+    """Whether a bias that torch's convolution would add can be kept from it: nobody else has a say in that."""
+    return type(conv)._conv_forward is nn.Conv2d._conv_forward and "_conv_forward" not in conv.__dict__
 
 
 def _is_watched(layer: nn.Module) -> bool:
@@ -148,10 +153,6 @@ def _watched_from_outside() -> bool:
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
     )
-
-
-def _kernels_run_on(input: Tensor) -> bool:
-    return dispatch.choose(BATCH_NORM_RELU.name, input, asks=True, cuda_uncovered=None).backend != "torch"
 
 
 def _covered(input: Any, norm: nn.BatchNorm2d) -> bool:
