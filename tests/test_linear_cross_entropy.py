@@ -223,3 +223,12 @@ def test_gradients_made_in_the_forward(options, layout, monkeypatch):
     twice = torch.autograd.grad(want, exact[1], create_graph=True)[0].square().sum()
     torch.testing.assert_close(second.double(), torch.autograd.grad(twice, exact[0])[0], rtol=1e-4, atol=1e-5)
     assert not calls
+
+
+@pytest.mark.parametrize("chunk", [None, 7])
+def test_nothing_valid(chunk, device):
+    x, weight, bias, target = make((1, 3, 4, 5), 6, device)
+    target.fill_(255)
+    leaves = [t.requires_grad_() for t in (x, weight, bias)]
+    loss = FS.linear_cross_entropy(x, weight, target, linear_bias=bias, ignore_index=255, chunk=chunk)
+    assert loss.isnan() and not any(grad.any() for grad in torch.autograd.grad(loss, leaves))

@@ -82,6 +82,14 @@ def chunk_losses_and_gradient(
     return losses, divisor
 
 
+def factor_of(grad: Tensor, denominator: Tensor, reduction: str, target: Tensor, ignore_index: int) -> Tensor:
+    """What the gradient of the losses' sum is multiplied by, on a CPU: 0 where no label counts, whose mean is NaN."""
+    if reduction == "sum":
+        return grad
+    nothing = denominator.item() == 0 and not bool((target.long() != ignore_index).any())
+    return torch.zeros_like(grad) if nothing else grad / denominator
+
+
 def reduced(parts: list[tuple[Tensor, Tensor]], reduction: str, count: int, loss: Tensor, denominator: Tensor) -> None:
     """Write loss and denominator from the chunks' sums of losses and of what they are divided by."""
     total, divisor = torch.stack([torch.stack(part) for part in parts] or [loss.new_zeros(2)]).sum(0)

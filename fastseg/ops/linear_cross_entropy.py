@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from .chunks import chunk_losses_and_gradient, even_shares, reduced
+from .chunks import chunk_losses_and_gradient, even_shares, factor_of, reduced
 from .conv_transpose import _dtype
 from .cross_entropy import as_images, labels_as_images
 from .cross_entropy_checks import (
@@ -123,7 +123,8 @@ class LinearCrossEntropyOnePassFunction(torch.autograd.Function):
             inputs = (*tensors, *ctx.arguments)
             found = double_backward(_differentiable, inputs, (*ctx.needed, *(False,) * len(NOTHING)), grad)[:3]
             return *found, *nothing
-        scale = grad if Arguments(*ctx.arguments).reduction == "sum" else grad / denominator
+        a = Arguments(*ctx.arguments)
+        scale = factor_of(grad, denominator, a.reduction, tensors[3], a.ignore_index)
         grads = (grad_input, grad_weight, grad_bias)
         return *(x * scale if need else None for x, need in zip(grads, ctx.needed, strict=True)), *nothing
 

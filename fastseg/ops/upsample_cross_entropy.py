@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
 from .. import dispatch, kernels
-from .chunks import chunk_gradient, chunk_losses, even_shares, reduced
+from .chunks import chunk_gradient, chunk_losses, chunk_losses_and_gradient, even_shares, factor_of, reduced
 from .cross_entropy import CrossEntropyOutput
 from .cross_entropy_checks import (
     LABEL_DTYPES,
@@ -47,7 +47,7 @@ class Arguments(NamedTuple):
 
 
 RESIZING = "float[]? scales, str mode, bool align_corners"
-FEW_CLASSES = {"bilinear": 10, "nearest": 20}  # up to which a CPU resizes all in less time than bands, twice
+FEW_CLASSES = {"bilinear": 8, "nearest": 32}  # up to which a CPU resizes all in less time than in bands
 NOTHING = (None,) * (3 + len(Arguments._fields))  # the gradients of all but input
 
 
@@ -113,29 +113,47 @@ def _kernel(input: Tensor, target: Tensor, weight: Tensor | None, *rest: Any) ->
 
 
 def _reference(input: Tensor, target: Tensor, weight: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    return _in_bands(input, target, weight, None, *rest)
+
+
+def _in_bands(
+    input: Tensor, target: Tensor, weight: Tensor | None, gradient: Tensor | None, *rest: Any
+) -> tuple[Tensor, ...]:
+    """The operator in torch, a band of rows at a time.
+
+    gradient: None, or what takes the gradient of the losses' sum, in the computed dtype; then lse is not written.
+    """
     *arguments, predicted = rest
     a = Arguments(*arguments)
     refuse_strays(NAME, input.shape[1], target, a.ignore_index)
     loss, lse, denominator, prediction, counts = _empty_results(input, target, weight, *rest)
     counts.zero_()
     bands = Bands.of(input, target.shape[1:], a.scales, a.mode, a.align_corners)
-    buffer = bands.buffer()
+    buffer, small = bands.buffer(), None if gradient is None else bands.empty(*input.shape[2:])
     shares = even_shares(weight, a.label_smoothing, buffer)
     options = (a.reduction, a.ignore_index, a.label_smoothing, a.z_loss)
     parts = []
     for n, picture in enumerate(input):
+        if small is not None:
+            small.zero_()
         for rows in bands:
-            values = bands.values(picture, rows, buffer)
-            if predicted is not None:  # chunk_losses overwrites the values
+            values, labels = bands.values(picture, rows, buffer), target[n, rows].long()
+            if predicted is not None:  # what follows overwrites the values
                 best, found = right_ones(values, target[n : n + 1, rows], a.ignore_index)
                 prediction[n, rows] = best[0]
                 counts += found
-            losses, divisor, *terms = chunk_losses(values, target[n, rows].long(), weight, shares, *options)
-            lse[:, n, rows] = torch.stack(terms) if len(lse) == 2 else sum(terms)
+            if small is not None:
+                losses, divisor = chunk_losses_and_gradient(values, labels, weight, shares, *options)
+                bands.add_back(values, rows, small)
+            else:
+                losses, divisor, *terms = chunk_losses(values, labels, weight, shares, *options)
+                lse[:, n, rows] = torch.stack(terms) if len(lse) == 2 else sum(terms)
             if a.reduction == "none":
                 loss[n, rows] = losses
             else:
                 parts.append((losses.sum(), divisor.sum(dtype=losses.dtype)))
+        if small is not None:
+            gradient[n] = small[0]
     if a.reduction != "none":
         reduced(parts, a.reduction, a.count, loss, denominator)
     return loss, lse, denominator, prediction, counts
@@ -239,6 +257,48 @@ class UpsampleCrossEntropyFunction(torch.autograd.Function):
         return UPSAMPLE_CROSS_ENTROPY_BACKWARD(grad, input, target, weight, *rest, *ctx.arguments), *NOTHING
 
 
+class UpsampleCrossEntropyOnePassFunction(torch.autograd.Function):
+    """The same on torch, of a mean or a sum, whose forward makes the gradient too, but for a factor."""
+
+    @staticmethod
+    def forward(
+        input: Tensor, target: Tensor, weight: Tensor | None, predicted: torch.dtype | None, *arguments: Any
+    ) -> tuple[Tensor, ...]:
+        dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+        gradient = empty(input, input.shape, memory_format(input), dtype)
+        loss, _, *rest = _in_bands(input, target, weight, gradient, *arguments, predicted)
+        return loss, gradient, *rest
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        input, target, weight, _, *ctx.arguments = inputs
+        _, gradient, denominator, *predictions = output
+        ctx.mark_non_differentiable(gradient, denominator, *predictions)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(input, target, weight, gradient, denominator)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return None, *NOTHING
+        input, target, weight, gradient, denominator = ctx.saved_tensors
+        if wants_graph():
+            inputs = (input, target, weight, *ctx.arguments)
+            needed = (True, *(False,) * (len(inputs) - 1))
+            return double_backward(_differentiable, inputs, needed, grad)[0], *NOTHING
+        a = Arguments(*ctx.arguments)
+        scale = factor_of(grad, denominator, a.reduction, target, a.ignore_index)
+        return (gradient * scale).to(input.dtype), *NOTHING
+
+
+def _takes_one_pass(input: Tensor, target: Tensor, reduction: str) -> bool:
+    """Whether the forward makes the gradient, which resizes once in place of twice: eagerly on a CPU."""
+    wanted = torch.is_grad_enabled() and input.requires_grad and reduction != "none"
+    eager = not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+    on_torch = dispatch.choose(NAME, input, _uncovered(input, target), asks=True).backend == "torch"
+    return wanted and eager and on_torch and input.device.type == "cpu"
+
+
 def _check_target_kind(name: str, input: Tensor, target: Tensor) -> None:
     """Labels (N, H, W) or class probabilities (N, C, H, W), of any H and W."""
     probabilities = target.is_floating_point()
@@ -297,9 +357,9 @@ def _call(
         except IndexError:
             refuse_strays(name, input.shape[1], target, ignore_index)  # torch's message does not say where
             raise
-    loss, _, _, *predictions = UpsampleCrossEntropyFunction.apply(
-        input, target.contiguous(), weight, predicted, *arguments
-    )
+    one_pass = _takes_one_pass(input, target, arguments.reduction)
+    function = UpsampleCrossEntropyOnePassFunction if one_pass else UpsampleCrossEntropyFunction
+    loss, _, _, *predictions = function.apply(input, target.contiguous(), weight, predicted, *arguments)
     return loss, *predictions
 
 
@@ -323,7 +383,7 @@ def upsample_cross_entropy(
 
     The resized logits are never in memory: on the kernels a call needs the losses or their partial sums, 4 bytes a
     pixel for the backward (8 for float32 logits) and the gradient of `input`; on torch a band of rows besides. On a CPU
-    under backend "auto" logits of few classes (10; 20 in mode "nearest") are resized whole, which is faster and holds
+    under backend "auto" logits of few classes (8; 32 in mode "nearest") are resized whole, which is faster and holds
     12 bytes a class and pixel.
 
     input: logits (N, C, h, w) of any strides; float32, float16 and bfloat16 run on the kernels, float64 on torch.
