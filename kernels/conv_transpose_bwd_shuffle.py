@@ -213,8 +213,9 @@ def bwd(
         return
     tiles = blocks(c, columns, n * h * w, x, fill=False)
     if together:
-        most = 64 if capability(x) >= 90 else 32  # so that nothing spills
-        tiles |= {"BLOCK_M": min(most, tiles["BLOCK_M"]), "BLOCK_N": _columns(weight), "BLOCK_R": 32, "num_warps": 8}
+        most, stages = (64, 3) if capability(x) >= 90 else (32, 2)  # so that nothing spills
+        tiles |= {"BLOCK_M": min(most, tiles["BLOCK_M"]), "BLOCK_N": _columns(weight), "BLOCK_R": 32}
+        tiles |= {"num_warps": 8, "num_stages": stages}
     steps, products = triton.cdiv(n * h * w, tiles["BLOCK_R"]), programs(c, columns, tiles)
     each, shares = split(steps, products)
     partials = x.new_empty(shares, grad_weight.numel(), dtype=torch.float32)
