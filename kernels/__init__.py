@@ -18,6 +18,7 @@ FAMILIES = (
     "confusion",
     "conv_transpose",
     "conv_transpose_bwd",
+    "conv_transpose_bwd_shuffle",
     "conv_transpose_depthwise",
     "conv_transpose_geometry",
     "conv_transpose_tma",

@@ -253,7 +253,7 @@ def conv_transpose2d_fwd(x: Tensor, weight: Tensor, after: Epilogue, y: Tensor, 
             conv_transpose_tma.fetches(geometry, x, y, weight) and conv_transpose_tma.fwd(x, weight, after, y, geometry)
         ):
             _fwd_cells(x, weight, after, y, geometry, common)
-    elif geometry.shuffles(x, y):
+    elif geometry.shuffles(x.shape[-2:], y.shape[-2:]):
         _fwd_shuffle(x, transposed(weight, torch.contiguous_format), after, y, geometry, common)
     elif geometry.stride[1] <= 2:
         x, weight = transposed(x, torch.channels_last), transposed(weight, torch.channels_last)

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import conv_transpose_depthwise, conv_transpose_tma
+from . import conv_transpose_bwd_shuffle, conv_transpose_depthwise, conv_transpose_tma
 from .conv_transpose_geometry import Geometry
 from .launch import INTERPRETED, launch, vector_width
 from .products import blocks, multiply, place, precision, programs, split, sum_shares, transposed, wide
@@ -194,6 +194,13 @@ def conv_transpose2d_bwd(
     grad_x lies as the geometry says, every other tensor in NCHW or in channels_last.
     """
     products = grad_x is not None or grad_weight is not None
+    if products and conv_transpose_bwd_shuffle.applies(
+        x, grad_y, weight, geometry, both=grad_x is not None and grad_weight is not None
+    ):
+        if grad_bias is not None and grad_weight is None:
+            _bwd_epilogue(grad_y, y, grad_bias, write=False)
+            grad_bias = None
+        return conv_transpose_bwd_shuffle.bwd(grad_y, y, x, weight, grad_x, grad_weight, grad_bias, geometry)
     if y is not None or grad_bias is not None:
         write = products and (y is not None or not grad_y.is_contiguous(memory_format=torch.channels_last))
         grad_y = _bwd_epilogue(grad_y, y, grad_bias, write)

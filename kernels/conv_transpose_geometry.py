@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+LEAST_BLOCK = 64  # columns of a product of which there are so many
+
 
 @triton.jit
 def rectangle(
@@ -97,11 +99,15 @@ class Geometry(NamedTuple):
         """Whether every group is one channel in and one out."""
         return self.groups > 1 and self.channels(weight) == (1, 1)
 
-    def shuffles(self, x: Tensor, y: Tensor) -> bool:
-        """Whether each pixel of x makes a rectangle of its own in y, with sides that are powers of two."""
-        whole = list(y.shape[-2:]) == [size * s for size, s in zip(x.shape[-2:], self.stride, strict=True)]
+    def shuffles(self, image: Sequence[int], output: Sequence[int]) -> bool:
+        """Whether each pixel of an image of this height and width makes a rectangle of its own in the output.
+
+        Its sides are powers of two, and a row of it fits a block of a product.
+        """
+        whole = list(output) == [size * s for size, s in zip(image, self.stride, strict=True)]
         powers_of_two = not any(s & (s - 1) for s in self.stride)
-        return whole and powers_of_two and self.kernel == self.stride and not any(self.padding)
+        whole = whole and self.kernel == self.stride and not any(self.padding)
+        return whole and powers_of_two and self.stride[1] <= LEAST_BLOCK
 
     def channels(self, weight: Tensor) -> tuple[int, int]:
         """Of one group: (input's, output's)."""

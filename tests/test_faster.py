@@ -137,7 +137,7 @@ def known(monkeypatch):
     """known(direction=(ours, theirs), ...): what is known about each direction, whatever the shape."""
 
     def know(**times):
-        names = {"forward": operators.FORWARD, "of_input": operators.OF_INPUT, "of_weight": operators.OF_WEIGHT}
+        names = dict(zip(("forward", "of_input", "of_weight", "of_both"), operators.DIRECTIONS, strict=True))
         found = {names[name]: took for name, took in times.items()}
         monkeypatch.setattr(
             faster, "times", lambda key, *rest: next((t for way, t in found.items() if repr(way) in key), None)
@@ -197,6 +197,31 @@ def test_a_compiled_call_chooses_when_it_runs(known, monkeypatch):
     assert chosen(x, weight)[0]
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert chosen(x, weight) == (False, {})
+
+
+def test_gradients_that_one_kernel_makes_are_chosen_together(known):
+    known(forward=(2.0, 1.0), of_both=(1.0, 3.0))
+    x, weight, bias = (t.bfloat16().requires_grad_() for t in tensors())
+    torch_alone, found = chosen(x, weight, bias)
+    assert not torch_alone and set(found) == {"conv_transpose2d", "conv_transpose2d, gradients of input and weight"}
+    assert found["conv_transpose2d, gradients of input and weight"][0] == "triton"
+    known(forward=(2.0, 1.0), of_both=(3.0, 1.0), of_input=(1.0, 3.0), of_weight=(1.0, 3.0))
+    assert chosen(x, weight, bias)[0]
+    assert not chosen(x, weight.detach(), bias)[0], "one gradient alone is timed alone"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="counts what is launched where it is interpreted")
+@pytest.mark.parametrize("ours", [False, True])
+def test_the_backward_runs_both_gradients_where_they_are_faster(ours, known):
+    known(of_both=(1.0, 2.0 if ours else 0.5))
+    x, weight, _ = (t.bfloat16() for t in tensors())
+    arguments = (x, weight, [2, 2], [0, 0], [0, 0], 1, [1, 1], [True] * 3)
+    grad = torch.randn(1, 8, 8, 8).bfloat16()
+    with fastseg.backend("auto"), metering() as launches:
+        found = operators._conv_transpose2d_backward_kernel(grad, *arguments)
+    assert ("bwd_shuffle" in str([traffic.kernel for traffic in launches])) == ours
+    for a, b in zip(found, operators._conv_transpose2d_backward_reference(grad, *arguments), strict=True):
+        torch.testing.assert_close(a, b, rtol=0.02, atol=0.05)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="counts what is launched where it is interpreted")

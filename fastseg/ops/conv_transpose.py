@@ -14,9 +14,8 @@ from .conv_transpose_operators import (
     CONV_TRANSPOSE2D,
     CONV_TRANSPOSE2D_BACKWARD,
     FORWARD,
-    OF_INPUT,
-    OF_WEIGHT,
     affine_relu,
+    gradient_directions,
     output_size,
     preferred,
     torch_forward,
@@ -240,17 +239,13 @@ def _all_on_torch(
     if torch.compiler.is_compiling():
         return False
     image, differentiated = input if input.dim() == 4 else input.unsqueeze(0), torch.is_grad_enabled()
-    asked = {
-        FORWARD: True,
-        OF_INPUT: differentiated and input.requires_grad,
-        OF_WEIGHT: differentiated and weight.requires_grad,
-    }
+    asked = [differentiated and t.requires_grad for t in (input, weight)]
     choices = [
         dispatch.choose(
             NAME if way == FORWARD else f"{NAME}, {way}", input, None,
             preferred(way, image, weight, geometry, bias, scale, relu, _dtype(input)), asks,
         )
-        for way, need in asked.items() if need
+        for way in (FORWARD, *gradient_directions(image, weight, geometry, asked, _dtype(input)))
     ]  # fmt: skip
     return all(choice.backend == "torch" for choice in choices)
 

@@ -14,7 +14,10 @@ from .library import Operator, dense, empty, memory_format
 from .windows import KERNEL_DTYPES
 
 UNMEASURED = "no measurement says that the kernels beat cuDNN for this shape"
-FORWARD, OF_INPUT, OF_WEIGHT = DIRECTIONS = ("forward", "gradient of input", "gradient of weight")
+FORWARD, OF_INPUT, OF_WEIGHT, OF_BOTH = DIRECTIONS = (
+    "forward", "gradient of input", "gradient of weight", "gradients of input and weight"
+)  # fmt: skip
+GRADIENTS = {OF_INPUT: [True, False, False], OF_WEIGHT: [False, True, False], OF_BOTH: [True, True, False]}
 
 
 def output_size(
@@ -144,8 +147,7 @@ def preferred(
         forward = (x, w, bias, *geometry, scale, relu)
         if direction == FORWARD:
             return lambda: _conv_transpose2d_kernel(*forward), lambda: torch_forward(*forward)
-        mask = [direction == OF_INPUT, direction == OF_WEIGHT, False]
-        backward = (torch.randn_like(_empty_output(*forward)), x, w, *geometry, mask)
+        backward = (torch.randn_like(_empty_output(*forward)), x, w, *geometry, GRADIENTS[direction])
         return lambda: _run_backward(*backward), lambda: torch_gradients(*backward)
 
     took = faster.times(f"conv_transpose2d {words}", input, calls)
@@ -197,21 +199,38 @@ def _conv_transpose2d_backward_kernel(
     return tuple(b if other else a for a, b, other in zip(gradients, others, theirs, strict=True))
 
 
+def gradient_directions(
+    input: Tensor, weight: Tensor, geometry: Sequence[Any], asked: Sequence[bool], dtype: torch.dtype
+) -> list[str]:
+    """What a backward that is asked for the gradients of input and weight, in a dtype, chooses for itself."""
+    stride, padding, output_padding, groups, dilation = geometry
+    if all(asked):
+        sizes = (
+            input.shape[-2:],
+            output_size(input.shape[-2:], weight.shape[-2:], stride, padding, output_padding, dilation),
+        )
+        places = _geometry(input, weight, stride, padding, dilation, groups)
+        if kernels.conv_transpose_bwd_shuffle.one_kernel(*sizes, weight, dtype, places):
+            return [OF_BOTH]
+    return [way for way, need in zip((OF_INPUT, OF_WEIGHT), asked, strict=True) if need]
+
+
 def _directions_of(
     backend: str, input: Tensor, weight: Tensor, geometry: Sequence[Any], output_mask: list[bool]
 ) -> list[bool]:
     """Which gradients a backend is preferred for, of those asked for; never the bias's."""
     if dispatch.get_backend() != "auto":
         return [False] * 3
-    asked = zip((OF_INPUT, OF_WEIGHT), output_mask, strict=False)
-    return [need and preferred(way, input, weight, geometry)[0] == backend for way, need in asked] + [False]
+    ways = gradient_directions(input, weight, geometry, output_mask[:2], input.dtype)
+    masks = [GRADIENTS[way] for way in ways if preferred(way, input, weight, geometry)[0] == backend]
+    return [any(column) for column in zip(*masks, [False] * 3, strict=True)]
 
 
 def _preferred_backward(grad: Tensor, input: Tensor, weight: Tensor, *rest: Any) -> dispatch.Preference:
     """torch as soon as no asked gradient is faster on the kernels."""
     geometry, output_mask = rest[:5], rest[5]
-    asked = [way for way, need in zip((OF_INPUT, OF_WEIGHT), output_mask, strict=False) if need]
-    found = {way: preferred(way, input, weight, geometry) for way in asked}
+    ways = gradient_directions(input, weight, geometry, output_mask[:2], input.dtype)
+    found = {way: preferred(way, input, weight, geometry) for way in ways}
     ours = [way for way, (backend, _) in found.items() if backend == "triton"]
     why = "; ".join(f"{way}: {reason}" for way, (_, reason) in found.items()) or UNMEASURED
     return "triton" if ours else "torch", why
