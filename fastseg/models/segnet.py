@@ -24,6 +24,7 @@ from .blocks import (
     stages,
     unpool,
 )
+from .evaluation import unpool_and_decode
 
 DECODER = ((512, 512, 512), (512, 512, 256), (256, 256, 128), (128, 64), (64,))
 BASIC = ((64,),) * 4
@@ -57,7 +58,7 @@ class SegNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x, kept = encode(self.encoder, x)
-        return self.classifier(decode(self.decoder, unpool(x, kept.pop()), kept))
+        return self.classifier(unpool_and_decode(self.decoder, x, kept))
 
 
 class SegNetBasic(nn.Module):
