@@ -50,7 +50,7 @@ OPERATOR_TESTS = (
     "windows",
     *NORM_TESTS,
     *CONV_TESTS,
-    "unpool_conv",
+    "unpool_conv*",
     *LOSS_TESTS,
     "nn",
     "swap",

@@ -1,5 +1,9 @@
 """SegNet's decoder in evaluation: unpooling, convolution and norms in one kernel, or the layers as they stand."""
 
+import json
+import os
+import subprocess
+import sys
 from collections import Counter
 from types import SimpleNamespace
 
@@ -152,6 +156,41 @@ def test_gate_bytes(before, triton_backend):
     assert moved[0] <= 1.05 * (pooled * (15 if before else 11) + weights)
     apart = moved[1] + pooled * (8 + 8) + weights  # the convolution's own
     assert apart == pytest.approx(pooled * 43 + weights, rel=0.05)
+
+
+COMPILED = """
+import json, sys
+sys.path.insert(0, "tests")
+import torch
+import test_unpool_conv_norm as tests
+from fastseg import dispatch
+from fastseg.inspect.codegen import compile_for, disassemble, record
+def launches(channels, h, w):
+    x, offsets = torch.empty(8, channels, h, w, dtype=torch.bfloat16), torch.empty(8, channels, h, w, dtype=torch.uint8)
+    weight = torch.empty(channels, channels, 3, 3, dtype=torch.bfloat16)
+    images = (t.to(memory_format=torch.channels_last) for t in (x, offsets, weight))
+    norms = [*(torch.empty(channels) for _ in range(5)), 1e-5, True, *tests.NO_NORM]
+    arguments = (*images, *tests.GEOMETRY, [2 * h, 2 * w], *norms)
+    return record(lambda: tests.unpool_conv_norm._joined(*arguments))
+
+with torch.device("meta"), dispatch.backend("triton"):
+    found = launches(128, 90, 120) + launches(64, 180, 240)
+kernels = [compile_for(launch, 90) for launch in found]
+disassemble(kernels)
+print(json.dumps([[k.name, k.spills, k.count("HGMMA"), list(k.widths("STG"))] for k in kernels]))
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled in a process of their own")
+def test_gate_machine_code():
+    """At SegNet's widths, with the norm in the epilogue: no spills, tensor cores, stores of 16 bytes."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    found = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, env=env)
+    assert found.returncode == 0, found.stderr
+    rows = json.loads(found.stdout)
+    assert [row[0] for row in rows] == JOINED[1:] * 2
+    for _, spills, products, stores in rows:
+        assert spills == 0 and products > 0 and stores == [16]
 
 
 # --- the decoder -----------------------------------------------------------------------------------------------------
