@@ -27,6 +27,13 @@ JOINED = ["batch_norm_relu_fwd_kernel", "max_unpool2d_conv2d_fwd_kernel"]
 APART = ["bn_relu_max_unpool2d_fwd_kernel", "batch_norm_relu_fwd_kernel"]
 
 
+@pytest.fixture(autouse=True)
+def exact_products():
+    before, torch.backends.cudnn.conv.fp32_precision = torch.backends.cudnn.conv.fp32_precision, "ieee"
+    yield
+    torch.backends.cudnn.conv.fp32_precision = before
+
+
 def norm(channels, device, shifted=True, affine=True, relu=True, dtype=torch.float32):
     """mean, shift, var, weight, bias, eps, relu: away from where they start."""
     vectors = [torch.randn(channels, device=device) * 0.3 for _ in range(5)]
@@ -391,6 +398,31 @@ def test_segnet(triton_backend, device):
             torch.testing.assert_close(ours, model(x))
     norm = "batch_norm_relu"
     assert choices == {norm: 8 + 3, f"{norm}_max_pool2d": 5, unpool_conv_norm.NAME: 5}
+
+
+@pytest.mark.gpu
+def test_segnet_on_a_gpu(monkeypatch, tmp_path):
+    """Both ways of each stage are timed in the first run and never again, also not while a graph is captured."""
+    monkeypatch.setenv("FASTSEG_CACHE", str(tmp_path))
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    faster._known.cache_clear()
+    try:
+        model = models.SegNet(width=0.25).cuda().bfloat16().to(memory_format=torch.channels_last).eval()
+        x = torch.randn(2, 3, 96, 128, device="cuda").bfloat16().contiguous(memory_format=torch.channels_last)
+        with fastseg.backend("auto"), torch.no_grad():
+            y = model(x)
+            kept = json.loads(faster.cache_file(0).read_text())["ms"]
+            assert len(kept) == 5 and all(key.startswith(unpool_conv_norm.NAME) for key in kept)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                captured = model(x)
+            graph.replay()
+        assert len(faster._known(0)) == 5
+        torch.testing.assert_close(captured, y)
+        with torch.no_grad(), fastseg.backend("torch"):
+            torch.testing.assert_close(y, model(x), rtol=0.05, atol=0.05 * float(y.abs().max()))
+    finally:
+        faster._known.cache_clear()
 
 
 @pytest.mark.parametrize("name", ["segnet-basic", "deconvnet"])
