@@ -12,12 +12,11 @@ from torch import Tensor
 from .. import dispatch, faster
 from . import batch_norm, unpool_conv
 from .batch_norm import BATCH_NORM_RELU, Norm
-from .batch_norm_windows import UNPOOL, fusible
+from .batch_norm_windows import UNPOOL
 from .conv_transpose_norm import folded_norm
 from .conv_transpose_operators import layout_of
 from .library import Operator, placed
-from .unpool import MAX_UNPOOL2D, unpool_arguments
-from .windows import IntOrPair
+from .unpool import MAX_UNPOOL2D
 
 NAME = "max_unpool2d_conv2d_batch_norm_relu"
 UNMEASURED = "no measurement says that one kernel beats cuDNN's convolution of the unpooled map for this shape"
@@ -82,15 +81,14 @@ MAX_UNPOOL2D_CONV2D_BATCH_NORM_RELU = Operator(
 
 
 def max_unpool2d_conv2d_batch_norm_relu(
-    input: Tensor, offsets: Tensor, weight: Tensor, kernel_size: IntOrPair, stride: IntOrPair | None,
-    padding: IntOrPair, output_size: Sequence[int], behind: Norm, before: Norm | None = None,
-) -> Tensor | None:  # fmt: skip
+    input: Tensor, offsets: Tensor, weight: Tensor, geometry: Sequence[list[int]], behind: Norm, before: Norm | None
+) -> Tensor | None:
     """behind(conv2d(max_unpool2d_with_offsets(before(input), offsets, ...), weight, padding=1)), or None.
 
-    behind, before: a batch norm in evaluation, with relu its ReLU too; before may be missing. A shift is the bias of
-    the convolution in front of the norm. None where the unpooled map is to be made: for what the kernels do not cover
-    or torch refuses, and under backend "auto" as long as no measurement of both ways says that this one is faster.
-    Nothing is differentiated.
+    geometry: kernel_size, stride, padding and output_size, of a pooling that made the offsets. behind, before: a batch
+    norm in evaluation, with relu its ReLU too; before may be missing. A shift is the bias of the convolution in front
+    of the norm. None where the unpooled map is to be made: for what the kernels do not cover or torch refuses, and
+    under backend "auto" as long as no measurement of both ways says that this one is faster. Nothing is differentiated.
     """
     if input.dim() != 4 or offsets.shape != input.shape or weight.shape[1:] != (input.shape[1], 3, 3):
         return None
@@ -98,15 +96,19 @@ def max_unpool2d_conv2d_batch_norm_relu(
     autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     if input.dtype != (torch.get_autocast_dtype(device) if autocast else weight.dtype):
         return None
-    for norm, channels in ((behind, weight.shape[0]), (before, input.shape[1])):
-        if norm is not None and (norm[0] is None or norm[2] is None):
-            return None
-        if any(t is not None and t.shape != (channels,) for t in (norm or ())[:5]):
-            return None
-    geometry = unpool_arguments(NAME, input, kernel_size, stride, padding, output_size)
+    if not _fits(behind, weight.shape[:1]) or (before is not None and not _fits(before, input.shape[1:2])):
+        return None
     arguments = (*geometry, *behind, *(before or NO_NORM))
-    if not fusible(*geometry[:2]) or _uncovered(input, offsets, weight, *arguments) is not None:
+    if dispatch.get_backend() == "triton" and _uncovered(input, offsets, weight, *arguments) is not None:
         return None
     if MAX_UNPOOL2D_CONV2D_BATCH_NORM_RELU.choose(input, offsets, weight, *arguments).backend != "triton":
         return None
     return MAX_UNPOOL2D_CONV2D_BATCH_NORM_RELU(input, offsets, weight.to(input.dtype), *arguments)
+
+
+def _fits(norm: Norm, shape: torch.Size) -> bool:
+    """Whether there are statistics, and all vectors are of the channels' shape."""
+    mean, shift, var, gamma, beta, *_ = norm
+    if mean is None or var is None:
+        return False
+    return all(t is None or t.shape == shape for t in (mean, shift, var, gamma, beta))
