@@ -17,7 +17,7 @@ from fastseg import dispatch, faster, models
 from fastseg import functional as FS
 from fastseg.inspect.traffic import metering
 from fastseg.models import blocks, evaluation
-from fastseg.ops import unpool_conv_norm
+from fastseg.ops import unpool_conv, unpool_conv_norm
 from fastseg.ops.unpool_conv_norm import MAX_UNPOOL2D_CONV2D_BATCH_NORM_RELU as OPERATOR
 from fastseg.ops.unpool_conv_norm import NO_NORM
 
@@ -374,17 +374,29 @@ def test_float64_and_another_dtype_than_the_weights(triton_backend, device):
     built, (x, kept) = decoder(device, torch.float64), pooled(device, torch.float64)
     assert seen(built, x, kept) == 0
     torch.testing.assert_close(run(built, x, kept), as_it_stands(built, x, kept))
-    with pytest.raises(RuntimeError):  # torch's convolution, of what dtypes it takes
-        run(decoder(device), *pooled(device, torch.float16))
+    x, offsets, weight, geometry = entrance((1, 4, 6), 8, 8, device, torch.float16)
+    for dtype, there in ((torch.float16, True), (torch.float32, False)):  # which torch's convolution refuses
+        y = unpool_conv_norm.max_unpool2d_conv2d_batch_norm_relu(
+            x, offsets, weight.to(dtype), geometry, norm(8, device), None
+        )
+        assert (y is not None) == there
 
 
-def test_autocast(triton_backend, device):
+def test_autocast(triton_backend, device, monkeypatch):
     """In autocast's dtype, from weights in float32; a map of another dtype is left to the layers."""
     built, (x, kept) = decoder(device), pooled(device, torch.bfloat16)
+    dtypes, in_one_kernel = [], unpool_conv.in_one_kernel
+
+    def noted(input, offsets, weight, *rest):
+        dtypes.append((input.dtype, weight.dtype))
+        return in_one_kernel(input, offsets, weight, *rest)
+
+    monkeypatch.setattr(unpool_conv, "in_one_kernel", noted)
     with torch.autocast(device, torch.bfloat16):
         assert seen(built, x, kept) == 2
         found, want = run(built, x, kept), as_it_stands(built, x, kept)
         assert seen(built, x.float(), kept) == 1  # the first convolution's output is bfloat16 again
+    assert dtypes == [(torch.bfloat16, torch.bfloat16)] * 2
     assert found.dtype == want.dtype == torch.bfloat16
     torch.testing.assert_close(found, want, rtol=0.05, atol=0.05)
 
