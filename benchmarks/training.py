@@ -28,7 +28,7 @@ from torch import nn
 
 import fastseg
 from fastseg import data, models, swap
-from fastseg.bench.models import PlainTwin
+from fastseg.bench.networks import PlainTwin
 from fastseg.checkpoint import TrainConfig
 from fastseg.files import atomic_write
 from fastseg.train import Interrupt, parse_size, summary

@@ -120,6 +120,11 @@ def torch_alone(tensor: Tensor) -> bool:
     return setting == "torch"
 
 
+def explaining() -> bool:
+    """Whether `explain` lists the choices: also those are to be made that are known to change nothing."""
+    return _watched is not None
+
+
 def left_to_torch(operator: str, tensor: Any) -> bool:
     """torch_alone for a module that calls torch's own forward then: `explain` lists the call. No tensor: False."""
     if not isinstance(tensor, Tensor) or not torch_alone(tensor):

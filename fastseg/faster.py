@@ -47,6 +47,14 @@ def times(key: str, tensor: Tensor, calls: Callable[[], tuple[Callable[[], Any],
     return known.get(key) or _recorded(torch.cuda.get_device_name(tensor.device)).get(key)
 
 
+def may_know(tensor: Tensor) -> bool:
+    """Whether `times` knows of any call on the tensor's GPU, or may measure one: where not, none need be described."""
+    if not tensor.is_cuda:
+        return False
+    known = may_measure(tensor) or _known(tensor.device.index or 0)
+    return bool(known or _recorded(torch.cuda.get_device_name(tensor.device)))
+
+
 def may_measure(tensor: Tensor) -> bool:
     """Whether a call on this tensor may be timed: asked for, and neither traced nor captured."""
     return (

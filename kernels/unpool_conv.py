@@ -1,4 +1,8 @@
-"""Max-unpooling and the 3x3 convolution behind it as one implicit matrix product: the map between is never stored."""
+"""Max-unpooling and the 3x3 convolution behind it as one implicit matrix product: the map between is never stored.
+
+A batch norm in evaluation and the ReLU behind the convolution go into its epilogue. Those in front of the unpooling do
+not go into the loader, which would do for each of the nine taps what a pass over the small map does once.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .conv_transpose_geometry import Epilogue, epilogue
 from .launch import INTERPRETED, launch, vector_width
 from .products import blocks, multiply, place, precision, programs, transpose_into, transposed, wide
 from .windows import Windows
@@ -27,10 +32,11 @@ def window_of(
 
 @triton.jit
 def max_unpool2d_conv2d_fwd_kernel(
-    x, offsets, w, bias, y, PIXELS, H, W, OH, OW, C_RUNS, K_RUNS,
+    x, offsets, w, scale, bias, y, PIXELS, H, W, OH, OW, C_RUNS, K_RUNS,
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
-    C_VEC: tl.constexpr, K_VEC: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-    WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    C_VEC: tl.constexpr, K_VEC: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr, RELU: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """channels_last: one program makes BLOCK_M pixels x BLOCK_N channels of y (N, H, W, K).
 
@@ -76,13 +82,12 @@ def max_unpool2d_conv2d_fwd_kernel(
         c0 += BLOCK_R
         tap = tl.where(c0 < C, tap, tap + 1)
         c0 = tl.where(c0 < C, c0, 0)
-    if BIAS:
-        acc += tl.load(bias + n, mask=live_n, other=0.0).to(tl.float32)[None, :]
+    acc = epilogue(acc, scale, bias, n, live_n, SCALE, BIAS, RELU)
     tl.store(y + ((m * K)[:, None] + n[None, :]), acc.to(y.dtype.element_ty), mask=live_m[:, None] & live_n[None, :])
 
 
 def max_unpool2d_conv2d_fwd(
-    x: Tensor, offsets: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, windows: Windows
+    x: Tensor, offsets: Tensor, weight: Tensor, after: Epilogue, y: Tensor, windows: Windows
 ) -> None:
     """Write y (N, K, H, W) from x and offsets (N, C, OH, OW) and weight (K, C, 3, 3).
 
@@ -98,8 +103,8 @@ def max_unpool2d_conv2d_fwd(
     c_vec, k_vec = vector_width(x.element_size(), c), vector_width(x.element_size(), k)
     launch(
         max_unpool2d_conv2d_fwd_kernel, programs(n * h * w, k, tiles),
-        x, offsets, weight, y if bias is None else bias, target, n * h * w, h, w, oh, ow, c // c_vec, k // k_vec,
-        C_VEC=c_vec, K_VEC=k_vec, BIAS=bias is not None, PRECISION=precision(x), UPCAST=INTERPRETED,
+        x, offsets, weight, *after.pointers(y), target, n * h * w, h, w, oh, ow, c // c_vec, k // k_vec,
+        C_VEC=c_vec, K_VEC=k_vec, **after.constants(), PRECISION=precision(x), UPCAST=INTERPRETED,
         WIDE=wide(x, weight, y), **windows.taps(), **tiles, debug=True, sanitize_overflow=False,
     )  # fmt: skip
     if target is not y:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastseg import bench, cases, cli, dispatch
-from fastseg.bench import models, operators, providers, report, results, shapes, timing
+from fastseg.bench import models, networks, operators, providers, report, results, shapes, timing
 from fastseg.cases import Case
 
 ROOT = Path(__file__).parent.parent
@@ -224,10 +224,10 @@ def test_a_network_that_is_wrong_gets_no_time(monkeypatch, fast):
             if type(module) is torch.nn.MaxPool2d:
                 module.__class__ = Wrong
 
-    monkeypatch.setattr(models, "swap", swap)
+    monkeypatch.setattr(networks, "swap", swap)
     recorder = results.Recorder(None, FACTS)
     whole = models.ModelBench(recorder, "cpu", "float32", "channels_last", float("inf"), small=True, seconds=0)
-    whole.run([network for network in models.NETWORKS if network.name == "segnet-basic"], compile=False)
+    whole.run([network for network in networks.NETWORKS if network.name == "segnet-basic"], compile=False)
     notes = {r["provider"]: r["note"] for r in recorder.records if r["metric"] == "status"}
     assert notes["fastseg swap"].startswith("wrong") and notes["torch"] == notes["fastseg"] == "right"
     timed = {(r["provider"], r["mode"]) for r in recorder.records if r["metric"] == "ms"}

@@ -118,6 +118,22 @@ def test_when_a_call_may_be_timed(monkeypatch):
     assert not faster.may_measure(x)
 
 
+def test_whether_anything_may_be_known(machine, monkeypatch):
+    assert faster.may_know(GPU) and not faster.may_know(torch.empty(1))
+    monkeypatch.setattr(faster, "may_measure", lambda tensor: False)
+    assert not faster.may_know(GPU)
+    faster.RECORDED.mkdir()
+    (faster.RECORDED / "a.json").write_text(json.dumps({"machine": MACHINE, "ms": {"a": [5, 4]}}))
+    restart()
+    assert faster.may_know(GPU)
+    (faster.RECORDED / "a.json").unlink()
+    restart()
+    assert not faster.may_know(GPU)
+    faster._remember(0, "a", (1.0, 2.0))
+    restart()
+    assert faster.may_know(GPU)
+
+
 def test_records_of_a_gpu_of_that_name_count_where_nothing_was_measured(machine, monkeypatch):
     monkeypatch.setattr(faster, "may_measure", lambda tensor: False)
     faster.RECORDED.mkdir()

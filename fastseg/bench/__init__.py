@@ -14,7 +14,7 @@ import torch
 
 from .. import cases, terminal
 from . import compare as comparison
-from . import models, providers, report, results
+from . import models, networks, providers, report, results
 from .operators import Bench
 from .shapes import sites, sizes
 
@@ -35,7 +35,7 @@ def _run_options(parser: argparse.ArgumentParser, again: bool) -> None:
         parser.add_argument(*names, default=argparse.SUPPRESS if again else default, **options)
 
     add("--op", action="append", help="only operators whose name begins so (may be repeated)")
-    names = [network.name for network in models.NETWORKS]
+    names = [network.name for network in networks.NETWORKS]
     add("--network", action="append", choices=names, help="only this network (may be repeated)")
     add("--part", action="append", choices=PARTS, help="only this part (default: all on a GPU, operators on a CPU)")
     add("--dtype", choices=list(cases.DTYPES), help="default: bfloat16 on a GPU, float32 on a CPU")
@@ -141,7 +141,7 @@ def measure_all(args: argparse.Namespace, device: str, recorder: results.Recorde
         bench.overhead(args.op, who)
     if "models" in parts:
         whole = models.ModelBench(recorder, device, dtype, args.layout, deadline, small, **quick)
-        whole.run([n for n in models.NETWORKS if not args.network or n.name in args.network], compile)
+        whole.run([n for n in networks.NETWORKS if not args.network or n.name in args.network], compile)
 
 
 def _run(args: argparse.Namespace) -> int:

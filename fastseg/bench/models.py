@@ -6,118 +6,26 @@ import contextlib
 import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .. import cases, dispatch, models, swap
-from .. import nn as fused
+from .. import cases, dispatch
 from . import timing
+from .networks import Built, Form, Network
 from .operators import OUT_OF_TIME
 from .results import Recorder, Unable
 
 SECONDS = 1.0
+ROUNDING = 64 * torch.finfo(torch.float32).eps
 SLACK = 2.0
 """A network's logits, loss and gradients may be so many times as far from float64 as plain torch's."""
-FLIPS = 0.05
-"""What gradients may differ at least: a maximum of two nearly equal values moves a whole gradient, in any dtype."""
+LEAST = {"logits": ROUNDING, "loss": ROUNDING, "gradients": 0.05, "labels": 1e-3}
+"""What each may be off at least. A maximum of two nearly equal values moves a whole gradient, in any dtype; two nearly
+equal logits a label."""
 CHECKED_BATCH = 4
-BN_EPS = 1e-5  # torch's own: with the authors' 1e-9 a check of few pictures sees little but rounding
-
-
-class PlainTwin(nn.Module):
-    """SegNet, SegNetBasic or DeconvNet as one writes it in torch alone: nn.MaxPool2d with indices, nn.MaxUnpool2d.
-
-    Takes the layers of one of fastseg.models' networks and makes torch's own of them.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.norm = getattr(model, "norm", nn.Identity())
-        self.encoder = nn.ModuleList(self.stage(*blocks) for blocks in model.encoder)
-        middle = (getattr(model, name, None) for name in ("fc6", "fc7", "fc6_deconv"))
-        self.middle = self.stage(*(layer for layer in middle if layer is not None))
-        self.decoder = nn.ModuleList(self.stage(*blocks) for blocks in model.decoder)
-        self.classifier = model.classifier  # all in the order of the network's own parameters
-        self.pools = nn.ModuleList(nn.MaxPool2d(2, return_indices=True, ceil_mode=True) for _ in self.encoder)
-        self.unpools = nn.ModuleList(nn.MaxUnpool2d(2) for _ in self.decoder)
-
-    @staticmethod
-    def stage(*blocks: nn.Module) -> nn.Sequential:
-        """Convolution, nn.BatchNorm2d and ReLU for each pair of a convolution and what is fused behind it."""
-        made = []
-        for conv, norm in blocks:
-            conv.__class__ = nn.ConvTranspose2d if isinstance(conv, nn.ConvTranspose2d) else nn.Conv2d
-            relus = [nn.ReLU(inplace=True)] * norm.relu
-            norm.__class__ = nn.BatchNorm2d
-            made.append(nn.Sequential(conv, norm, *relus))
-        return nn.Sequential(*made)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x, places = self.norm(x), []
-        for stage, pool in zip(self.encoder, self.pools, strict=True):
-            x = stage(x)
-            size = x.shape
-            x, indices = pool(x)
-            places.append((indices, size))
-        x = self.middle(x)
-        for stage, unpool in zip(self.decoder, self.unpools, strict=True):
-            indices, size = places.pop()
-            x = stage(unpool(x, indices, output_size=size))
-        return self.classifier(x)
-
-
-class UNet(nn.Module):
-    """A small U-Net in plain torch: max-pooling down, 2x2 transposed convolutions with stride 2 up, skips between."""
-
-    def __init__(self, num_classes: int, width: float = 1.0) -> None:
-        super().__init__()
-        channels = [max(8, int(c * width)) for c in (32, 64, 128, 256, 512)]
-        self.down = nn.ModuleList(self.stage(i, o) for i, o in zip([3, *channels], channels, strict=False))
-        self.pool = nn.MaxPool2d(2)
-        pairs = list(zip(channels[:0:-1], channels[-2::-1], strict=True))
-        self.up = nn.ModuleList(nn.ConvTranspose2d(i, o, 2, 2) for i, o in pairs)
-        self.merge = nn.ModuleList(self.stage(2 * o, o) for _, o in pairs)
-        self.classifier = nn.Conv2d(channels[0], num_classes, 1)
-
-    @staticmethod
-    def stage(inputs: int, outputs: int) -> nn.Sequential:
-        layers: list[nn.Module] = []
-        for channels in (inputs, outputs):
-            layers += [nn.Conv2d(channels, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
-        return nn.Sequential(*layers)
-
-    def forward(self, x: Tensor) -> Tensor:
-        kept = []
-        for stage in self.down:
-            x = stage(x)
-            kept.append(x)
-            x = self.pool(x)
-        x = kept.pop()  # the last map is not pooled
-        for up, merge in zip(self.up, self.merge, strict=True):
-            x = merge(torch.cat([kept.pop(), up(x)], 1))
-        return self.classifier(x)
-
-
-@dataclass(frozen=True)
-class Network:
-    """A network, its classes, and the pictures it is timed on: at full size, and small for a CPU."""
-
-    name: str
-    classes: int
-    pictures: tuple[int, int, int]
-    small: tuple[int, int, int]
-
-
-NETWORKS = [
-    Network("segnet", 11, (8, 360, 480), (4, 48, 64)),
-    Network("deconvnet", 21, (16, 224, 224), (4, 224, 224)),
-    Network("unet", 19, (8, 512, 512), (4, 64, 64)),
-    Network("segnet-basic", 11, (8, 360, 480), (4, 48, 64)),
-]
-SMALL_WIDTH = 0.125
 
 
 @dataclass(frozen=True)
@@ -140,32 +48,6 @@ VARIANTS = [
     Variant("fastseg, torch.compile", "native", compile="default"),
     Variant("torch.compile max-autotune", "plain", compile="max-autotune-no-cudagraphs"),
 ]
-
-
-class Built:
-    """The forms of one network, all with the same weights: plain, swapped, native."""
-
-    def __init__(self, network: Network, small: bool) -> None:
-        width = SMALL_WIDTH if small else 1.0
-        torch.manual_seed(0)
-        if network.name == "unet":
-            self.native, self.plain = None, UNet(network.classes, width)
-        else:
-            self.native = models.MODELS[network.name](network.classes, width=width, bn_eps=BN_EPS)
-            self.plain = PlainTwin(copy.deepcopy(self.native))
-
-    def model(self, build: str, backend: str) -> nn.Module | None:
-        """None where this network has no such form, or it would run what another one does."""
-        if backend == "triton" and not any(isinstance(m, nn.ConvTranspose2d) for m in self.plain.modules()):
-            return None  # the same kernels as under "auto"
-        if build == "native" and self.native is not None:
-            return copy.deepcopy(self.native)
-        if build == "native" and backend != "triton":
-            return None
-        made = copy.deepcopy(self.plain)
-        if build != "plain":
-            swap(made)
-        return made
 
 
 class ModelBench:
@@ -199,9 +81,9 @@ class ModelBench:
             return
         job = None
         with self.recorder.shown(**identity, provider="inputs", mode="", launch=""):
-            images = torch.randn(n, 3, h, w, device=self.device).contiguous(memory_format=self.format)
-            labels = torch.randint(network.classes, (n, h, w), device=self.device)
-            job = Job(self, Built(network, self.small), images, labels)
+            inputs = [torch.randn(shape, device=self.device) for shape in network.inputs(n, h, w)]
+            inputs = [x.contiguous(memory_format=self.format) for x in inputs]
+            job = Job(self, Built(network, self.small), inputs, network.labels(n, h, w, self.device))
         for variant in variants if job else ():
             who = identity | {"provider": variant.provider}
             if time.monotonic() > self.deadline:
@@ -214,31 +96,30 @@ class ModelBench:
 
 
 class Job:
-    """One network on its pictures: what is right, from plain torch, and the variants checked and timed."""
+    """One network on its inputs: what is right, from plain torch, and the variants checked and timed."""
 
-    def __init__(self, bench: ModelBench, built: Built, images: Tensor, labels: Tensor) -> None:
-        self.bench, self.built, self.images, self.labels = bench, built, images, labels
+    def __init__(self, bench: ModelBench, built: Built, inputs: list[Tensor], labels: Tensor) -> None:
+        self.bench, self.built, self.inputs, self.labels = bench, built, inputs, labels
         few = slice(CHECKED_BATCH)
-        self.few = images[few].contiguous(memory_format=bench.format), labels[few]
-        self.truth = self._outcome(self._place(built.plain).double(), nn.CrossEntropyLoss(), exact=True)
-        plain = self._outcome(self._place(built.plain), nn.CrossEntropyLoss())
-        self.plain_errors = _errors(plain, self.truth)
-        model, loss = self._place(built.plain), nn.CrossEntropyLoss()
-        self.wanted = {mode: self._result(mode, model, make(model, loss)) for mode, make in self._modes()}
+        self.few = [x[few].contiguous(memory_format=bench.format) for x in inputs], labels[few]
+        plain = built.forms["plain"]
+        self.truth = self._outcome(self._place(plain, torch.float64), exact=True)
+        self.plain_errors = _errors(self._outcome(self._place(plain)), self.truth)
+        form = self._place(plain)
+        self.wanted = {mode: self._result(mode, form, make(form)) for mode, make in self._modes()}
 
     def run(self, variant: Variant, who: dict[str, str]) -> None:
         """Check a variant, and time it if it is right."""
         bench = self.bench
-        built = self.built.model(variant.build, variant.backend)
-        if built is None:
+        form = self.built.form(variant.build, variant.backend)
+        if form is None:
             return
         if variant.backend == "triton" and bench.device != "cuda":
             raise Unable("the kernels need a GPU: interpreted, they have no times")
-        model = self._place(built)
-        loss = nn.CrossEntropyLoss() if variant.build == "plain" else fused.CrossEntropyLoss()
+        form = self._place(form)
         if variant.compile is None:
-            errors = _errors(self._outcome(model, loss), self.truth)
-            allowed = {name: SLACK * self.plain_errors[name] + self._least(name) for name in errors}
+            errors = _errors(self._outcome(form), self.truth)
+            allowed = {name: SLACK * self.plain_errors[name] + LEAST[name] for name in errors}
             verdict = _verdict(errors, allowed)
             bench.recorder.add("status", (max(errors.values()),) * 3, verdict, **who, mode="", launch="")
             if verdict != "right":
@@ -246,11 +127,11 @@ class Job:
         for mode, make in self._modes():
             identity = who | {"mode": mode, "launch": "eager"}
             with bench.recorder.shown(**identity):
-                call = make(model, loss, variant.compile)
+                call = make(form, variant.compile)
                 # Both have errors of their own, of the size that plain torch has against float64.
-                name = "logits" if mode == "inference" else "gradients"
-                errors = _errors({name: self._result(mode, model, call)}, {name: self.wanted[mode]})
-                verdict = _verdict(errors, {name: 2 * SLACK * self.plain_errors[name] + self._least(name)})
+                name = "gradients" if mode != "inference" else "logits" if form.predict is None else "labels"
+                errors = _errors({name: self._result(mode, form, call)}, {name: self.wanted[mode]})
+                verdict = _verdict(errors, {name: 2 * SLACK * self.plain_errors[name] + LEAST[name]})
                 if verdict != "right" or variant.compile is not None:
                     bench.recorder.add("status", (max(errors.values()),) * 3, verdict, **identity)
                 if verdict == "right":
@@ -262,65 +143,72 @@ class Job:
         if took.peak_bytes is not None:
             self.bench.recorder.add("MiB", (took.peak_bytes / 2**20,) * 3, **identity)
 
-    def _least(self, name: str) -> float:
-        return FLIPS if name == "gradients" else 64 * torch.finfo(torch.float32).eps
-
     def _modes(self) -> list[tuple[str, Callable[..., Callable[[], Any]]]]:
         return [("inference", self._inference), ("training step", self._training)]
 
     @staticmethod
-    def _result(mode: str, model: nn.Module, call: Callable[[], Any]) -> list[Tensor]:
-        """Logits of an inference, gradients of a training step."""
+    def _result(mode: str, form: Form, call: Callable[[], Any]) -> list[Tensor]:
+        """Logits or labels of an inference, gradients of a training step."""
         result = call()
-        return [result] if mode == "inference" else [p.grad.clone() for p in model.parameters()]
+        return [result] if mode == "inference" else [p.grad.clone() for p in form.model.parameters()]
 
-    def _place(self, model: nn.Module) -> nn.Module:
-        return copy.deepcopy(model).to(self.bench.device).to(memory_format=self.bench.format)
+    def _place(self, form: Form, dtype: torch.dtype | None = None) -> Form:
+        model = copy.deepcopy(form.model).to(self.bench.device, dtype).to(memory_format=self.bench.format)
+        return replace(form, model=model)
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.bench.dtype == torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self.bench.device, self.bench.dtype)
 
-    def _outcome(self, model: nn.Module, loss: nn.Module, exact: bool = False) -> dict[str, list[Tensor]]:
-        """Logits in eval mode, loss and gradients in training mode, for few pictures and a copy of the model."""
-        model = copy.deepcopy(model)
-        images, labels = (self.few[0].double(), self.few[1]) if exact else self.few
+    def _outcome(self, form: Form, exact: bool = False) -> dict[str, list[Tensor]]:
+        """Logits and labels in eval mode, loss and gradients in training mode, for few pictures and a copy."""
+        model, (inputs, labels) = copy.deepcopy(form.model), self.few
+        inputs = [x.double() for x in inputs] if exact else inputs
+        found = {}
         with _no_search() if exact else self._autocast():
             model.eval()
             with torch.no_grad():
-                logits = model(images)
+                found["logits"] = [model(*inputs)]
+                if form.predict is not None:
+                    found["labels"] = [form.predict(*found["logits"], labels.shape[-2:])]
             model.train()
-            value = loss(model(images), labels)
+            value = form.loss(model(*inputs), labels)
             if exact:
                 value.backward()
         if not exact:
             value.backward()  # outside autocast, as one writes it
-        return {"logits": [logits], "loss": [value.detach()], "gradients": [p.grad for p in model.parameters()]}
+        return found | {"loss": [value.detach()], "gradients": [p.grad for p in model.parameters()]}
 
-    def _inference(self, model: nn.Module, loss: nn.Module, compile: str | None = None) -> Callable[[], Any]:
-        model.eval()
-        call = model if compile is None else torch.compile(model, mode=compile, dynamic=False)
+    def _inference(self, form: Form, compile: str | None = None) -> Callable[[], Any]:
+        form.model.eval()
+        size = self.labels.shape[-2:]
+
+        def forward(*inputs: Tensor) -> Tensor:
+            logits = form.model(*inputs)
+            return logits if form.predict is None else form.predict(logits, size)
+
+        call = forward if compile is None else torch.compile(forward, mode=compile, dynamic=False)
 
         def run() -> Tensor:
             with torch.no_grad(), self._autocast():
-                return call(self.images)
+                return call(*self.inputs)
 
         return run
 
-    def _training(self, model: nn.Module, loss: nn.Module, compile: str | None = None) -> Callable[[], Any]:
-        model.train()
-        optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
+    def _training(self, form: Form, compile: str | None = None) -> Callable[[], Any]:
+        form.model.train()
+        optimizer = torch.optim.SGD(form.model.parameters(), lr=1e-4, momentum=0.9)
 
-        def forward(images: Tensor, labels: Tensor) -> Tensor:
-            return loss(model(images), labels)
+        def forward(labels: Tensor, *inputs: Tensor) -> Tensor:
+            return form.loss(form.model(*inputs), labels)
 
         call = forward if compile is None else torch.compile(forward, mode=compile, dynamic=False)
 
         def run() -> None:
             optimizer.zero_grad(set_to_none=True)
             with self._autocast():
-                value = call(self.images, self.labels)
+                value = call(self.labels, *self.inputs)
             value.backward()
             optimizer.step()
 
@@ -338,9 +226,12 @@ def _no_search() -> Iterator[None]:
 
 
 def _errors(found: dict[str, list[Tensor]], truth: dict[str, list[Tensor]]) -> dict[str, float]:
-    """The norm of the difference over the norm of the truth, for each kind of result."""
+    """The norm of the difference over the norm of the truth, for each kind of result; of labels how many differ."""
     errors = {}
     for name, wanted in truth.items():
+        if name == "labels":
+            errors[name] = max(float((a != b).double().mean()) for a, b in zip(found[name], wanted, strict=True))
+            continue
         pairs = list(zip(found[name], wanted, strict=True))
         off = sum(float((got.double() - want).square().sum()) for got, want in pairs)
         norm = sum(float(want.double().square().sum()) for want in wanted)

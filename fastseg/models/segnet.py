@@ -24,6 +24,7 @@ from .blocks import (
     stages,
     unpool,
 )
+from .evaluation import unpool_and_decode
 
 DECODER = ((512, 512, 512), (512, 512, 256), (256, 256, 128), (128, 64), (64,))
 BASIC = ((64,),) * 4
@@ -39,6 +40,9 @@ class SegNet(nn.Module):
     torch's own default is 1e-5. Their BN starts from gamma 1 and beta 0.001, their convolutions from MSRA with bias 0,
     and the last one has neither BN nor ReLU. Theirs keeps no running statistics but averages them in a pass over the
     training set; here BatchNorm2d's running ones serve in eval mode.
+
+    In evaluation without gradients each unpooling runs in one kernel with the convolution behind it where that was
+    measured to be faster on this GPU, see docs/conv_transpose.md.
     """
 
     def __init__(self, num_classes: int = 11, in_channels: int = 3, width: float = 1.0, bn_eps: float = 1e-9) -> None:
@@ -57,7 +61,7 @@ class SegNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x, kept = encode(self.encoder, x)
-        return self.classifier(decode(self.decoder, unpool(x, kept.pop()), kept))
+        return self.classifier(unpool_and_decode(self.decoder, x, kept))
 
 
 class SegNetBasic(nn.Module):

@@ -19,23 +19,24 @@ NAME = "max_unpool2d_conv2d"
 UNMEASURED = "no measurement says that one kernel beats unpooling and cuDNN's convolution for this shape"
 
 
-def _empty_output(
+def empty_output(
     input: Tensor, offsets: Tensor, weight: Tensor, bias: Tensor | None, kernel: list[int], stride: list[int],
     padding: list[int], size: list[int],
 ) -> Tensor:  # fmt: skip
     return empty(input, [input.shape[0], weight.shape[0], *size], layout_of(input, weight))
 
 
-def _kernel(
+def in_one_kernel(
     input: Tensor, offsets: Tensor, weight: Tensor, bias: Tensor | None, kernel: list[int], stride: list[int],
-    padding: list[int], size: list[int],
+    padding: list[int], size: list[int], scale: Tensor | None = None, relu: bool = False,
 ) -> Tensor:  # fmt: skip
+    """relu(convolution * scale + bias), where scale and relu are given."""
     refuse_strays(offsets, kernel, stride, padding, size)
-    output = _empty_output(input, offsets, weight, bias, kernel, stride, padding, size)
+    output = empty_output(input, offsets, weight, bias, kernel, stride, padding, size)
     layout = layout_of(input, weight)
     kernels.unpool_conv.max_unpool2d_conv2d_fwd(
         *(dense(t, layout) for t in (input, offsets, weight)),
-        bias if bias is None else bias.contiguous(),
+        kernels.conv_transpose_geometry.Epilogue(*(t if t is None else t.contiguous() for t in (scale, bias)), relu),
         output,
         kernels.windows.Windows(kernel, stride, padding, layout == torch.channels_last),
     )
@@ -50,7 +51,7 @@ def _reference(input: Tensor, offsets: Tensor, weight: Tensor, bias: Tensor | No
     return placed(_two_steps(input, offsets, weight, bias, *geometry), layout_of(input, weight))
 
 
-def _uncovered(input: Tensor, offsets: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> str | None:
+def uncovered(input: Tensor, offsets: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> str | None:
     kernel, stride = geometry[:2]
     if input.dtype not in KERNEL_DTYPES:
         return f"dtype {input.dtype}"
@@ -59,12 +60,20 @@ def _uncovered(input: Tensor, offsets: Tensor, weight: Tensor, bias: Tensor | No
     return None
 
 
+def described(input: Tensor, weight: Tensor, *geometry: Any) -> str:
+    """All that the time of a call depends on, but for what stands around the unpooling and the convolution."""
+    numbers = torch.backends.cudnn.conv.fp32_precision if input.dtype == torch.float32 else ""
+    deterministic = torch.are_deterministic_algorithms_enabled() or torch.backends.cudnn.deterministic
+    words = (input.dtype, tuple(input.shape), tuple(weight.shape), layout_of(input, weight), *map(list, geometry))
+    return str((*words, numbers, deterministic))
+
+
 def _preferred(
     input: Tensor, offsets: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any
 ) -> dispatch.Preference:
     arguments = (input, offsets, weight, bias, *geometry)
-    words = (input.dtype, tuple(input.shape), tuple(weight.shape), layout_of(input, weight), *geometry)
-    took = faster.times(f"{NAME} {words}", input, lambda: (lambda: _kernel(*arguments), lambda: _two_steps(*arguments)))
+    key = f"{NAME} {described(input, weight, *geometry)} bias={bias is not None}"
+    took = faster.times(key, input, lambda: (lambda: in_one_kernel(*arguments), lambda: _two_steps(*arguments)))
     if took is None:
         return "torch", UNMEASURED
     return "triton" if took[0] < took[1] else "torch", f"{took[0]:.3g} ms in one kernel, {took[1]:.3g} ms in two steps"
@@ -73,15 +82,15 @@ def _preferred(
 MAX_UNPOOL2D_CONV2D = Operator(
     "max_unpool2d_conv2d(Tensor input, Tensor offsets, Tensor weight, Tensor? bias, int[2] kernel_size, "
     "int[2] stride, int[2] padding, SymInt[2] output_size) -> Tensor",
-    kernel=_kernel,
+    kernel=in_one_kernel,
     reference=_reference,
-    fake=_empty_output,
-    uncovered=_uncovered,
+    fake=empty_output,
+    uncovered=uncovered,
     preferred=_preferred,
 )
 
 
-def _check(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def check(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     require_tensor(NAME, "weight", weight)
     if weight.dim() != 4 or weight.shape[2:] != (3, 3) or weight.shape[0] == 0:
         raise RuntimeError(f"{NAME}: weight must be (K, C, 3, 3), but has shape {tuple(weight.shape)}")
@@ -125,7 +134,7 @@ def max_unpool2d_conv2d(
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and input.dtype != torch.float64:
         low = torch.get_autocast_dtype(device)
         input, weight, bias = (t if t is None else t.to(low) for t in (input, weight, bias))
-    _check(input, weight, bias)
+    check(input, weight, bias)
     images = [t if t.dim() == 4 else t.unsqueeze(0) for t in (input, offsets)]
     if differentiated or MAX_UNPOOL2D_CONV2D.choose(*images, weight, bias, *geometry).backend == "torch":
         return F.conv2d(max_unpool2d_with_offsets(input, offsets, *geometry), weight, bias, padding=1)
