@@ -175,6 +175,10 @@ SIZES: dict[str, list[tuple[Callable[..., Iterator[Case]], tuple[Any, ...]]]] = 
         (cases.conv_transpose2d_affine_relu, size)
         for size in [((2, 16, 4, 6), 16, 2, 2, 0, 0), ((1, 5, 7, 9), 3, 3, 2, 1, 1), ((1, 8, 6, 5), 12, 3, 1, 1, 0)]
     ],
+    "max_unpool2d_conv2d": [  # shape, output channels, kernel of the pooling
+        (cases.max_unpool2d_conv2d, size)
+        for size in [((2, 16, 4, 6), 16, 2), ((1, 5, 3, 7), 3, 3), ((1, 70, 2, 3), 40, 2)]
+    ],
     "cross_entropy": [  # shape, ignore_index, weighted, reduction, label_smoothing, probabilities, one_pass
         (cases.cross_entropy, size)
         for size in [
