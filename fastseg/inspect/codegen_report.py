@@ -27,6 +27,7 @@ def network_cases(at: Placement) -> Iterator[Case]:
         yield from cases.batch_norm_relu(at, shape)
     yield from cases.max_pool2d(at, (8, 64, 112, 112), 3, 2, 1)
     yield from cases.max_unpool2d(at, (8, 64, 112, 112), 3, 2, 1)
+    yield from cases.max_unpool2d_conv2d(at, (8, 128, 90, 120), 64)
     yield from cases.conv_transpose2d_affine_relu(at, (8, 128, 180, 240), 64, 2, 2)
     yield from cases.conv_transpose2d(at, (8, 256, 90, 120), 128, 2, 2)
     yield from cases.conv_transpose2d(at, (16, 512, 14, 14), 512, 3, 1, 1)
