@@ -16,7 +16,7 @@ INT32_MAX = 2**31 - 1
 
 
 def _loops_with_numpy_2_4() -> None:
-    """Triton 3.6's interpreter makes a loop's bound an int by way of an array of one element, which NumPy 2.4 refuses."""
+    """Triton 3.6's interpreter makes a bound of a loop an int from an array of one element: NumPy 2.4 refuses that."""
     from triton.runtime import interpreter
 
     patch = interpreter._patch_lang_tensor
