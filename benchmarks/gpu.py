@@ -40,7 +40,8 @@ SHARES = {
 }
 LEAST = 10.0  # seconds: with less left a part is not begun
 MARGIN = 12.0  # seconds before its limit at which a benchmark begins nothing new
-LOG_BYTES = 2_000_000  # of each part: what is beyond is dropped
+GRACE = 8.0  # seconds beyond its limit in which a part, interrupted, may still say what it found
+LOG_BYTES = 1_000_000  # of each part: what is beyond is dropped
 CONV_TESTS = ("conv_transpose", "conv_transpose_tma", "conv_transpose_depthwise", "conv_transpose_norm", "faster")
 NORM_TESTS = ("batch_norm", "batch_norm_modules", "models")
 LOSS_TESTS = ("cross_entropy*", "dice_cross_entropy", "linear_cross_entropy", "upsample*", "confusion")
@@ -106,7 +107,7 @@ def plan(chosen: Sequence[str], quick: bool, results: Path) -> list[Part]:
     )
     small = ["--quick", "--op", "max_pool2d"] if quick else []
     few = ["--op", "max_pool2d", "--layout", "nchw", "--sm", "90"] if quick else []
-    share = dict(SHARES)
+    share, cupy = dict(SHARES), importlib.util.find_spec("cupy") is not None
     gpu_tests = ["tests/test_unpool.py"] if quick else ["tests"]
     halves = [*fastseg, "verify", "--dtype", "float16", *(small or ["--quick"])]
     sanitizer = [find_sanitizer(), "--error-exitcode", "9", "--tool"]
@@ -114,13 +115,13 @@ def plan(chosen: Sequence[str], quick: bool, results: Path) -> list[Part]:
         Part("doctor", [*fastseg, "doctor", "--json"], share["doctor"], "doctor.json"),
         Part("tests-gpu", [*pytest, *gpu_tests, "-m", "gpu"], share["tests"] * 0.4),
         Part("tests-operators", [*pytest, *tests, "-m", "not gpu"], share["tests"] * 0.6),
-        Part("verify", [*fastseg, "verify", "--json", *small], share["verify"], "verify.json"),
+        Part("verify", [*fastseg, "verify", "--json", *small], share["verify"] * (0.7 if cupy else 1), "verify.json"),
         *(
             Part(f"sanitizer-{tool}", [*sanitizer, tool, *halves], share["sanitizer"] / 2)
             for tool in ("memcheck", "racecheck")
         ),
-        *([Part("verify-cuda", [*fastseg, "verify", "--backend", "cuda", "--json", *small], share["verify"] / 2,
-                "verify-cuda.json")] if importlib.util.find_spec("cupy") else []),
+        *([Part("verify-cuda", [*fastseg, "verify", "--backend", "cuda", "--json", *small], share["verify"] * 0.3,
+                "verify-cuda.json")] if cupy else []),
         Part("operators", [*bench, "--part", "operators", "--part", "overhead"], share["operators"] * 0.7, None, True),
         Part("operators-nchw", [*bench, "--part", "operators", "--layout", "nchw", "--no-compile"],
              share["operators"] * 0.3, None, True),
@@ -204,6 +205,9 @@ class Run:
                 outcome.status = "ok" if outcome.code == 0 else f"failed with code {outcome.code}"
             except subprocess.TimeoutExpired:
                 outcome.status = "stopped at its time limit"
+                process.send_signal(signal.SIGINT)  # pytest tells its failures, verify writes the cases that are done
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=GRACE)
             finally:
                 with contextlib.suppress(ProcessLookupError):  # its children too: they would hold the GPU
                     os.killpg(process.pid, signal.SIGKILL)
