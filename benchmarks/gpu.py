@@ -26,17 +26,17 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 # verify: of CUDA C++ too where CuPy is
-PARTS = ("doctor", "tests", "verify", "sanitizer", "operators", "models", "codegen")
+PARTS = ("doctor", "tests", "verify", "operators", "models", "codegen", "sanitizer")
 BUDGET = 510.0
 # Of the budget, for each part; the doctor's is for the first import of torch, and what a part leaves goes to the next.
 SHARES = {
     "doctor": 0.12,
     "tests": 0.22,
     "verify": 0.10,
-    "sanitizer": 0.06,
     "operators": 0.24,
     "models": 0.19,
     "codegen": 0.07,
+    "sanitizer": 0.06,
 }
 LEAST = 10.0  # seconds: with less left a part is not begun
 MARGIN = 12.0  # seconds before its limit at which a benchmark begins nothing new
@@ -116,10 +116,6 @@ def plan(chosen: Sequence[str], quick: bool, results: Path) -> list[Part]:
         Part("tests-gpu", [*pytest, *gpu_tests, "-m", "gpu"], share["tests"] * 0.4),
         Part("tests-operators", [*pytest, *tests, "-m", "not gpu"], share["tests"] * 0.6),
         Part("verify", [*fastseg, "verify", "--json", *small], share["verify"] * (0.7 if cupy else 1), "verify.json"),
-        *(
-            Part(f"sanitizer-{tool}", [*sanitizer, tool, *halves], share["sanitizer"] / 2)
-            for tool in ("memcheck", "racecheck")
-        ),
         *([Part("verify-cuda", [*fastseg, "verify", "--backend", "cuda", "--json", *small], share["verify"] * 0.3,
                 "verify-cuda.json")] if cupy else []),
         Part("operators", [*bench, "--part", "operators", "--part", "overhead"], share["operators"] * 0.7, None, True),
@@ -127,6 +123,11 @@ def plan(chosen: Sequence[str], quick: bool, results: Path) -> list[Part]:
              share["operators"] * 0.3, None, True),
         Part("models", [*bench, "--part", "models"], share["models"], None, True),
         Part("codegen", [*fastseg, "inspect", "codegen", "--json", *few], share["codegen"], "codegen.json"),
+        # Last, with what the others have left: it takes as long as it is given.
+        *(
+            Part(f"sanitizer-{tool}", [*sanitizer, tool, *halves], share["sanitizer"] / 2)
+            for tool in ("memcheck", "racecheck")
+        ),
     ]  # fmt: skip
     return [part for part in found if part.name == "doctor" or part.name.partition("-")[0] in chosen]
 
