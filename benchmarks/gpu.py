@@ -147,6 +147,11 @@ def environment(out: Path) -> dict[str, str]:
     return found | {"PYTHONUNBUFFERED": "1", "FASTSEG_CACHE": str(out.resolve())}
 
 
+def interruptible() -> None:
+    """In a part's process: SIGINT is heard there, also where a shell started this one in the background, deaf to it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Run:
     """Runs parts one after another into a folder, and says so as it goes."""
 
@@ -197,6 +202,7 @@ class Run:
             process = subprocess.Popen(
                 command, cwd=ROOT, env=environment(self.out), stdin=subprocess.DEVNULL, stdout=target,
                 stderr=subprocess.STDOUT if part.output is None else subprocess.PIPE, start_new_session=True,
+                preexec_fn=interruptible,
             )  # fmt: skip
             stream = process.stdout if part.output is None else process.stderr
             reader = threading.Thread(target=self.follow, args=(stream, outcome), daemon=True)
