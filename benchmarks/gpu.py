@@ -26,21 +26,22 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 # verify: of CUDA C++ too where CuPy is
-PARTS = ("doctor", "tests", "verify", "sanitizer", "operators", "models", "codegen")
+PARTS = ("doctor", "tests", "verify", "operators", "models", "codegen", "sanitizer")
 BUDGET = 510.0
 # Of the budget, for each part; the doctor's is for the first import of torch, and what a part leaves goes to the next.
 SHARES = {
     "doctor": 0.12,
     "tests": 0.22,
     "verify": 0.10,
-    "sanitizer": 0.06,
     "operators": 0.24,
     "models": 0.19,
     "codegen": 0.07,
+    "sanitizer": 0.06,
 }
 LEAST = 10.0  # seconds: with less left a part is not begun
 MARGIN = 12.0  # seconds before its limit at which a benchmark begins nothing new
-LOG_BYTES = 2_000_000  # of each part: what is beyond is dropped
+GRACE = 8.0  # seconds beyond its limit in which a part, interrupted, may still say what it found
+LOG_BYTES = 1_000_000  # of each part: what is beyond is dropped
 CONV_TESTS = ("conv_transpose", "conv_transpose_tma", "conv_transpose_depthwise", "conv_transpose_norm", "faster")
 NORM_TESTS = ("batch_norm", "batch_norm_modules", "models")
 LOSS_TESTS = ("cross_entropy*", "dice_cross_entropy", "linear_cross_entropy", "upsample*", "confusion")
@@ -106,7 +107,7 @@ def plan(chosen: Sequence[str], quick: bool, results: Path) -> list[Part]:
     )
     small = ["--quick", "--op", "max_pool2d"] if quick else []
     few = ["--op", "max_pool2d", "--layout", "nchw", "--sm", "90"] if quick else []
-    share = dict(SHARES)
+    share, cupy = dict(SHARES), importlib.util.find_spec("cupy") is not None
     gpu_tests = ["tests/test_unpool.py"] if quick else ["tests"]
     halves = [*fastseg, "verify", "--dtype", "float16", *(small or ["--quick"])]
     sanitizer = [find_sanitizer(), "--error-exitcode", "9", "--tool"]
@@ -114,18 +115,19 @@ def plan(chosen: Sequence[str], quick: bool, results: Path) -> list[Part]:
         Part("doctor", [*fastseg, "doctor", "--json"], share["doctor"], "doctor.json"),
         Part("tests-gpu", [*pytest, *gpu_tests, "-m", "gpu"], share["tests"] * 0.4),
         Part("tests-operators", [*pytest, *tests, "-m", "not gpu"], share["tests"] * 0.6),
-        Part("verify", [*fastseg, "verify", "--json", *small], share["verify"], "verify.json"),
-        *(
-            Part(f"sanitizer-{tool}", [*sanitizer, tool, *halves], share["sanitizer"] / 2)
-            for tool in ("memcheck", "racecheck")
-        ),
-        *([Part("verify-cuda", [*fastseg, "verify", "--backend", "cuda", "--json", *small], share["verify"] / 2,
-                "verify-cuda.json")] if importlib.util.find_spec("cupy") else []),
+        Part("verify", [*fastseg, "verify", "--json", *small], share["verify"] * (0.7 if cupy else 1), "verify.json"),
+        *([Part("verify-cuda", [*fastseg, "verify", "--backend", "cuda", "--json", *small], share["verify"] * 0.3,
+                "verify-cuda.json")] if cupy else []),
         Part("operators", [*bench, "--part", "operators", "--part", "overhead"], share["operators"] * 0.7, None, True),
         Part("operators-nchw", [*bench, "--part", "operators", "--layout", "nchw", "--no-compile"],
              share["operators"] * 0.3, None, True),
         Part("models", [*bench, "--part", "models"], share["models"], None, True),
         Part("codegen", [*fastseg, "inspect", "codegen", "--json", *few], share["codegen"], "codegen.json"),
+        # Last, with what the others have left: it takes as long as it is given.
+        *(
+            Part(f"sanitizer-{tool}", [*sanitizer, tool, *halves], share["sanitizer"] / 2)
+            for tool in ("memcheck", "racecheck")
+        ),
     ]  # fmt: skip
     return [part for part in found if part.name == "doctor" or part.name.partition("-")[0] in chosen]
 
@@ -143,6 +145,11 @@ def environment(out: Path) -> dict[str, str]:
     found = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     found["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), found.get("PYTHONPATH"))))
     return found | {"PYTHONUNBUFFERED": "1", "FASTSEG_CACHE": str(out.resolve())}
+
+
+def interruptible() -> None:
+    """In a part's process: SIGINT is heard there, also where a shell started this one in the background, deaf to it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 class Run:
@@ -195,6 +202,7 @@ class Run:
             process = subprocess.Popen(
                 command, cwd=ROOT, env=environment(self.out), stdin=subprocess.DEVNULL, stdout=target,
                 stderr=subprocess.STDOUT if part.output is None else subprocess.PIPE, start_new_session=True,
+                preexec_fn=interruptible,
             )  # fmt: skip
             stream = process.stdout if part.output is None else process.stderr
             reader = threading.Thread(target=self.follow, args=(stream, outcome), daemon=True)
@@ -204,6 +212,9 @@ class Run:
                 outcome.status = "ok" if outcome.code == 0 else f"failed with code {outcome.code}"
             except subprocess.TimeoutExpired:
                 outcome.status = "stopped at its time limit"
+                process.send_signal(signal.SIGINT)  # pytest tells its failures, verify writes the cases that are done
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=GRACE)
             finally:
                 with contextlib.suppress(ProcessLookupError):  # its children too: they would hold the GPU
                     os.killpg(process.pid, signal.SIGKILL)

@@ -17,6 +17,7 @@ import copy
 import json
 import math
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -56,7 +57,6 @@ def train(variant: str, config: TrainConfig, interrupt: Interrupt) -> dict[str, 
     train_set, val_set = datasets(config)
     test_set = data.FolderDataset(config.data, "test", config.size, config.ignore_index, config.num_classes)
     trainer = Trainer(config, build(variant, config, len(train_set.classes)), train_set, val_set)
-    (Path(config.out) / "metrics.jsonl").unlink(missing_ok=True)
     on_gpu = trainer.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(trainer.device)
@@ -130,14 +130,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     with Interrupt() as interrupt:
         for variant in args.variant or VARIANTS:
-            folder = args.out / variant.replace(" ", "-")
             backend = "torch" if variant == "torch" else "auto"
-            config = TrainConfig(**shared, class_weights="camvid", out=str(folder), backend=backend)
-            print(f"{variant}: {config.steps} steps", file=sys.stderr)
-            result = train(variant, config, interrupt)
+            print(f"{variant}: {args.steps} steps", file=sys.stderr)
+            with tempfile.TemporaryDirectory() as folder:  # for checkpoints, of hundreds of MB
+                config = TrainConfig(**shared, class_weights="camvid", out=folder, backend=backend)
+                result = train(variant, config, interrupt)
             if result is None:
                 return 130
-            with atomic_write(folder.with_suffix(".json")) as temporary:
+            with atomic_write(args.out / f"{variant.replace(' ', '-')}.json") as temporary:
                 temporary.write_text(json.dumps(result) + "\n")
     found = [json.loads(path.read_text()) for path in sorted(args.out.glob("*.json"))]
     chart(found, args.out / "training.png")

@@ -28,6 +28,7 @@ from .files import atomic_write
 
 Times = tuple[float, float]  # milliseconds: of the kernels, of torch
 RECORDED = Path(__file__).with_name("recorded")
+DRIVER = Path("/proc/driver/nvidia/version")
 WARM_UP, ROUNDS, CALLS = 3, 7, 5
 
 Timer = Callable[[Callable[[], Any], Callable[[], Any]], Times]
@@ -86,6 +87,17 @@ def gpu_times(ours: Callable[[], Any], theirs: Callable[[], Any]) -> Times:
 timer: Timer = gpu_times
 
 
+def _driver() -> str | None:
+    """The version in "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.95.05 ...", or without "for ...".
+
+    None where the kernel does not tell.
+    """
+    with contextlib.suppress(OSError):
+        if found := re.search(r"Module.*?(\d+\.[\d.]+)", DRIVER.read_text()):
+            return found[1]
+    return None
+
+
 @functools.cache
 def _machine(index: int) -> dict[str, Any]:
     """All that a time depends on besides the call."""
@@ -96,11 +108,8 @@ def _machine(index: int) -> dict[str, Any]:
     digest = hashlib.sha1()
     for path in sorted(Path(kernels.__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())
-    driver = None
-    with contextlib.suppress(OSError):
-        driver = re.search(r"Module\D*([\d.]+)", Path("/proc/driver/nvidia/version").read_text())
     return {
-        "gpu": torch.cuda.get_device_name(index), "driver": driver[1] if driver else None,
+        "gpu": torch.cuda.get_device_name(index), "driver": _driver(),
         "torch": torch.__version__, "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(),
         "triton": triton.__version__, "fastseg": __version__, "kernels": digest.hexdigest(),
     }  # fmt: skip

@@ -286,19 +286,24 @@ def main(args: argparse.Namespace) -> int:
     console = terminal.console(stderr=args.json)
     runs = verify(args.op or list(SIZES), args.dtype or list(cases.DTYPES), args.quick, device, seed, args.backend)
     progress = Console(file=sys.stderr)
-    for what, comparisons in track(
-        runs, "verifying", console=progress, transient=True, disable=not progress.is_terminal
-    ):
-        if comparisons:
-            rows.append((what, comparisons))
-        else:
-            uncovered += 1
+    interrupted = False
+    try:
+        for what, comparisons in track(
+            runs, "verifying", console=progress, transient=True, disable=not progress.is_terminal
+        ):
+            if comparisons:
+                rows.append((what, comparisons))
+            else:
+                uncovered += 1
+    except KeyboardInterrupt:  # what is done is shown all the same
+        interrupted = True
     failed = [(what, c) for what, comparisons in rows for c in comparisons if not c.passed]
+    code = 130 if interrupted else 1 if failed else 0
     if args.json:
         runs = [{**what, "results": [c.as_dict() for c in cs]} for what, cs in rows]
-        print(json.dumps({"device": where, "seed": seed, "passed": not failed, "cases": runs,
+        print(json.dumps({"device": where, "seed": seed, "passed": code == 0, "interrupted": interrupted, "cases": runs,
                           "backend": args.backend, "uncovered": uncovered}))  # fmt: skip
-        return 1 if failed else 0
+        return code
     table = Table(title=f"largest error against float64, on {where}, seed {seed}")
     for column in ("operator", "dtype", "layout", "cases", "fastseg", "torch", ""):
         table.add_column(column)
@@ -317,4 +322,6 @@ def main(args: argparse.Namespace) -> int:
     console.print(f"{len(rows)} cases, {len(failed)} failed results, {seconds:.0f} s")
     if uncovered:
         console.print(f"{uncovered} cases are not covered by the {dispatch.NAMES[args.backend]} kernels")
-    return 1 if failed else 0
+    if interrupted:
+        console.print("interrupted: the other cases were not run")
+    return code

@@ -65,5 +65,6 @@ def confusion_matrix(pred: Tensor, target: Tensor, classes: int, ignore_index: i
         pred, target, counts, pixels, span, 0 if ignore_index is None else ignore_index,
         C=classes, CLASSES=block, IGNORES=ignore_index is not None, BLOCK=BLOCK,
         WIDE=pixels + MOST_PIXELS > INT32_MAX, debug=True, sanitize_overflow=False,
+        num_stages=1,  # Triton 3.6 would load ahead past the assertion, and spill for it; 3.7 does not
     )  # fmt: skip
     return counts

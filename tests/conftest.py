@@ -13,12 +13,14 @@ import pytest
 import fastseg
 from fastseg import verify
 
+NOT_HERE = {True: ("interpreted", "runs kernels on CPU tensors"), False: ("gpu", "needs a CUDA GPU")}
+
 
 def pytest_collection_modifyitems(items):
-    if not torch.cuda.is_available():
-        for item in items:
-            if "gpu" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+    mark, reason = NOT_HERE[torch.cuda.is_available()]
+    for item in items:
+        if item.get_closest_marker(mark) is not None:
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ struct Dimension { unsigned x; };
 static thread_local Dimension blockIdx, threadIdx, blockDim;
 
 struct half;
+static inline bool larger(float a, float b) { return a > b; }
 static inline float float_of(unsigned bits) { float x; memcpy(&x, &bits, 4); return x; }
 static inline unsigned bits_of(float x) { unsigned bits; memcpy(&bits, &x, 4); return bits; }
 float widen(half x);

@@ -431,7 +431,7 @@ def test_bad_arguments_of_our_own():
         fused.BatchNormReLU2d(4)(x[0])
 
 
-@pytest.mark.parametrize("backend", ["auto", "triton"])
+@pytest.mark.parametrize("backend", ["auto", pytest.param("triton", marks=pytest.mark.interpreted)])
 def test_a_stray_offset_is_refused(backend):
     x, v = torch.zeros(1, 2, 2, 2), torch.ones(2)
     with fastseg.backend(backend), pytest.raises(RuntimeError, match="invalid max offset: 4"):

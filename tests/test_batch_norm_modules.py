@@ -175,7 +175,7 @@ dist.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize("backend", ["auto", "triton"])
+@pytest.mark.parametrize("backend", ["auto", pytest.param("triton", marks=pytest.mark.interpreted)])
 def test_two_processes_equal_one_with_the_whole_batch(backend, tmp_path):
     """One has one image and the other three; gradients of parameters are sums over both, as DDP makes them."""
     model = Up(4).double()

@@ -98,7 +98,7 @@ def test_what_is_not_covered_falls_back_with_a_reason(reason, x, target, kwargs,
 
 
 @pytest.mark.parametrize("shape", [(5,), (2, 5), (1, 5, 2), (1, 5, 2, 2), (1, 5, 2, 1, 2)], ids=str)
-@pytest.mark.parametrize("backend", ["auto", "triton"])
+@pytest.mark.parametrize("backend", ["auto", pytest.param("triton", marks=pytest.mark.interpreted)])
 def test_a_bad_label_is_named_where_it_stands(shape, backend):
     target = torch.zeros((*shape[:1], *shape[2:]) if len(shape) > 1 else (), dtype=torch.int64)
     target.view(-1)[-1] = 7

@@ -196,7 +196,7 @@ def test_predictions_cost_no_pass(device, triton_backend):
     ({"reduction": "max"}, ValueError, "reduction must"),
     ({"target": torch.full((1, 2, 2), 3)}, IndexError, "Target 3 is out of bounds"),
 ])  # fmt: skip
-@pytest.mark.parametrize("backend", ["auto", "triton"])
+@pytest.mark.parametrize("backend", ["auto", pytest.param("triton", marks=pytest.mark.interpreted)])
 def test_bad_arguments_of_predictions(kwargs, error, said, backend):
     arguments = {"input": torch.rand(1, 3, 2, 2), "target": torch.zeros(1, 2, 2, dtype=torch.int64)} | kwargs
     with fastseg.backend(backend), pytest.raises(error, match=said):

@@ -64,6 +64,17 @@ def test_other_types_and_an_older_gpu(dtype, sm):
         assert cuda_codegen.compile_for(request, sm).resources["STACK"] == 0, request.instance
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_small_floats_are_compared_as_they_are(dtype):
+    """CuPy compiles with -ftz=true, by which a comparison of C++ takes them for 0: the first would be the largest."""
+    found = _cuda_launches(argparse.Namespace(dtype=dtype, layout=None, op=["max_pool2d"], first=False))
+    pools = [request for _, request in found if request.kernel == "max_pool2d_fwd"]
+    assert len(pools) >= 4 and "-ftz=true" in launch.OPTIONS
+    for request in pools:
+        ptx = cuda_codegen.compile_for(request, 90).ptx
+        assert "setp.gt.f32" in ptx and not re.search(r"setp\.[gl]\w+\.ftz", ptx), request.instance
+
+
 def test_float64():
     found = cuda_codegen.record(
         lambda: [

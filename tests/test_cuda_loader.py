@@ -22,11 +22,16 @@ class OnGpu(torch.Tensor):
 
 
 class Cupy(types.SimpleNamespace):
-    """CuPy's names that the loader uses; `said` is what was done with them, in order."""
+    """The names of CuPy 14, or 13, that the loader uses; `said` is what was done with them, in order."""
 
-    def __init__(self):
+    def __init__(self, version):
         self.said, self.compiled = [], 0
-        self.cuda = types.SimpleNamespace(Device=self.entering("device"), ExternalStream=self.entering("stream"))
+        self.cuda = types.SimpleNamespace(Device=self.entering("device"), Stream=types.SimpleNamespace())
+        stream = self.entering("stream")
+        if version == 13:
+            self.cuda.ExternalStream = lambda address, device: stream(address)
+        else:
+            self.cuda.Stream.from_external = lambda other: stream(other.__cuda_stream__()[1])
 
     def entering(self, what):
         @contextlib.contextmanager
@@ -38,7 +43,7 @@ class Cupy(types.SimpleNamespace):
         return enter
 
     def RawModule(self, *, code, options, name_expressions):
-        assert "#include" not in code and options == ("-std=c++17",)
+        assert "#include" not in code and options == launch.OPTIONS
         (instance,) = name_expressions
         family = next(file.stem for file in launch.FOLDER.glob("*.cu") if launch.source(file.stem) == code)
         self.compiled += 1
@@ -52,13 +57,18 @@ class Cupy(types.SimpleNamespace):
         return types.SimpleNamespace(get_function=lambda name: {instance: function}[name])
 
 
-@pytest.fixture
-def cupy(monkeypatch):
-    made = Cupy()
+class Stream(types.SimpleNamespace):
+    """torch's stream, as far as CuPy looks at it."""
+
+    def __cuda_stream__(self):
+        return 0, self.cuda_stream
+
+
+@pytest.fixture(params=[13, 14])
+def cupy(request, monkeypatch):
+    made = Cupy(request.param)
     monkeypatch.setitem(sys.modules, "cupy", made)
-    monkeypatch.setattr(
-        torch.cuda, "current_stream", lambda device: types.SimpleNamespace(cuda_stream=7000 + device.index)
-    )
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream(cuda_stream=7000 + device.index))
     launch._compiled.cache_clear()
     yield made
     launch._compiled.cache_clear()
@@ -75,8 +85,16 @@ def test_a_launch_goes_to_torchs_stream_and_device_and_is_compiled_once(cupy):
     assert torch.equal(y, want[0]) and torch.equal(positions, want[1])
     instance = next(said[1] for said in cupy.said if said[0] == "kernel")
     assert instance.startswith("max_pool2d_fwd<float, int64, int, false,") and cupy.compiled == 1
-    once = [("device", 1), ("stream", 7001, 1), ("kernel", instance), ("end of stream",), ("end of device",)]
+    once = [("device", 1), ("stream", 7001), ("kernel", instance), ("end of stream",), ("end of device",)]
     assert cupy.said == once * 2
+
+
+def test_the_real_cupy_and_torch_know_each_others_streams():
+    cupy = pytest.importorskip("cupy")
+    if not hasattr(cupy.cuda.Stream, "from_external"):
+        pytest.skip("CuPy 13 takes a stream by its address")
+    assert callable(torch.cuda.Stream.__cuda_stream__)
+    assert launch._on(cupy, Stream(cuda_stream=77), 0).ptr == 77
 
 
 def test_arguments_keep_their_types():

@@ -1,4 +1,5 @@
 import contextlib
+import importlib.util
 import sys
 import warnings
 
@@ -7,6 +8,8 @@ import pytest
 import torch
 
 from fastseg import data
+
+needs_digits = pytest.mark.skipif(importlib.util.find_spec("sklearn") is None, reason="needs scikit-learn")
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -30,6 +33,7 @@ def folder(tmp_path):
     return write_folder(tmp_path / "set", rng.integers(0, 12, (6, 10, 14)))
 
 
+@needs_digits
 @pytest.mark.parametrize("size", [64, (40, 52)])
 def test_a_scene_is_a_function_of_seed_split_and_index(size):
     scenes = data.DigitScenes("train", size=size, seed=3, length=5)
@@ -45,6 +49,7 @@ def test_a_scene_is_a_function_of_seed_split_and_index(size):
         assert (image != other).float().mean() > 0.9  # the ground too
 
 
+@needs_digits
 def test_no_digit_is_in_both_splits():
     (train, train_labels), (val, val_labels) = data._digits("train"), data._digits("val")
     assert len(train) + len(val) == len(train_labels) + len(val_labels) == 1797 and len(val) == 359
@@ -65,6 +70,7 @@ def test_the_mask_is_where_the_digits_are(monkeypatch):
         assert (mask == 7).sum() >= 8 * 8
 
 
+@needs_digits
 def test_scenes_refuse(monkeypatch):
     with pytest.raises(ValueError, match="split must be one of train, val"):
         data.DigitScenes("test")

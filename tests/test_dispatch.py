@@ -64,6 +64,7 @@ def test_works_without_triton_and_cupy():
     assert "CuPy, which is not installed" in output
 
 
+@pytest.mark.interpreted
 def test_explain_names_each_operator_and_computes_nothing():
     x = torch.zeros(1, 4, 8, 8, requires_grad=True)
 

@@ -71,6 +71,17 @@ def test_another_machine_has_another_file(machine, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    "words",
+    ["NVIDIA UNIX x86_64 Kernel Module  580.95.05  ", "NVIDIA UNIX Open Kernel Module for x86_64  580.95.05  Release"],
+)
+def test_the_drivers_version(words, monkeypatch, tmp_path):
+    monkeypatch.setattr(faster, "DRIVER", tmp_path / "version")
+    assert faster._driver() is None
+    faster.DRIVER.write_text(f"NVRM version: {words} Tue Sep  9 2025\nGCC version:  gcc version 13.3.0\n")
+    assert faster._driver() == "580.95.05"
+
+
+@pytest.mark.parametrize(
     "content", ["", "{", "[]", '{"ms": {"a": 1}, "machine": {}}', '{"ms": {"a": [1, "x"]}}', "\x00"]
 )
 def test_a_damaged_file_is_as_none(machine, content):

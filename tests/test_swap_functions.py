@@ -300,6 +300,7 @@ def test_autocast(net, batch, device, triton_backend):
     assert all(a.dtype == b.dtype and relative_error(a, b) < 0.05 for a, b in zip(got, want, strict=True))
 
 
+@pytest.mark.interpreted
 def test_a_second_derivative(triton_backend):
     x = torch.randn(1, 1, 2, 4, dtype=torch.double, requires_grad=True)
     with fastseg.swap_functions():

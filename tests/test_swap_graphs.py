@@ -291,6 +291,7 @@ def test_indices_that_nobody_reads_are_compact(device, triton_backend):
     assert ours.rewritten == {"max_pool2d_with_offsets": 1}
 
 
+@pytest.mark.interpreted
 def test_unpooling_that_autocast_casts_on_a_cpu(triton_backend):
     def function(x):
         y, indices = F.max_pool2d(x, 2, return_indices=True)

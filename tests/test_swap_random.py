@@ -31,6 +31,7 @@ def assert_same(got, want):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-8 * max(1.0, b.abs().max().item()), equal_nan=True)
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("inner, share", [("eager", 1.0), ("aot_eager", 0.1)])
 def test_a_rewritten_program_computes_the_same(inner, share, seed):
     tried = rewritten = 0

@@ -28,6 +28,7 @@ def test_three_trainings_side_by_side(training, tmp_path, capsys):
     assert training.main(arguments) == 0
     found = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "out").glob("*.json")}
     assert found.keys() == {"torch", "fastseg-swap", "fastseg"}
+    assert len(list((tmp_path / "out").iterdir())) == 4  # with the picture, and no checkpoints
     losses = {name: [record["loss"] for record in result["history"]] for name, result in found.items()}
     assert losses["fastseg-swap"] == pytest.approx(losses["torch"], rel=1e-5)
     assert losses["fastseg"] == pytest.approx(losses["torch"], rel=1e-3)

@@ -87,7 +87,7 @@ def test_output_size_of_an_unbatched_map(device):
     )
 
 
-@pytest.mark.parametrize("backend", ["auto", "triton"])
+@pytest.mark.parametrize("backend", ["auto", pytest.param("triton", marks=pytest.mark.interpreted)])
 @pytest.mark.parametrize("bad", [-1, 64, 2**32 + 3])
 def test_an_index_outside_the_plane_is_refused(bad, backend):
     """2^32 + 3 narrows to 3 in 32 bits."""
@@ -97,7 +97,7 @@ def test_an_index_outside_the_plane_is_refused(bad, backend):
         FS.max_unpool2d(x, indices, 2)
 
 
-@pytest.mark.parametrize("backend", ["auto", "triton"])
+@pytest.mark.parametrize("backend", ["auto", pytest.param("triton", marks=pytest.mark.interpreted)])
 def test_an_offset_outside_its_window_is_refused(backend):
     x, offsets = torch.randn(1, 2, 4, 4), torch.zeros(1, 2, 4, 4, dtype=torch.uint8)
     with fastseg.backend(backend):
@@ -115,6 +115,7 @@ def test_an_offset_outside_its_window_is_refused(backend):
             FS.max_unpool2d_with_offsets(x, offsets, 2, padding=1, output_size=(7, 7))
 
 
+@pytest.mark.interpreted
 def test_nothing_is_touched_outside_the_tensors(triton_backend):
     """The kernel itself, past the check that a CPU tensor gets: strays are not written anywhere."""
     from fastseg import kernels

@@ -131,7 +131,7 @@ def bad_calls():
     yield "offset", (x, offsets + 4, weight)
 
 
-@pytest.mark.parametrize("backend", ["auto", "triton"])
+@pytest.mark.parametrize("backend", ["auto", pytest.param("triton", marks=pytest.mark.interpreted)])
 @pytest.mark.parametrize("name, arguments", list(bad_calls()))
 def test_bad_arguments(name, arguments, backend):
     with fastseg.backend(backend), pytest.raises(RuntimeError, match=f"max_unpool2d.*{name}"):

@@ -1,3 +1,4 @@
+import itertools
 import json
 import math
 
@@ -84,3 +85,22 @@ def test_a_case_that_raises_fails_and_the_others_go_on(monkeypatch, capsys):
     cases = json.loads(capsys.readouterr().out)["cases"]
     assert [all(r["passed"] for r in c["results"]) for c in cases] == [False] * 4 + [True] * 4
     assert "no such kernel" in cases[0]["results"][0]["tensor"] and cases[0]["results"][0]["error"] is None
+
+
+@pytest.mark.parametrize("json_option", [["--json"], []])
+def test_an_interrupted_run_tells_what_it_did(json_option, monkeypatch, capsys):
+    whole = verify.verify
+
+    def interrupted(*arguments):
+        yield from itertools.islice(whole(*arguments), 3)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(verify, "verify", interrupted)
+    assert cli.main(["verify", "--quick", "--op", "max_unpool2d", "--dtype", "float32", *json_option]) == 130
+    output = capsys.readouterr().out
+    if json_option:
+        report = json.loads(output)
+        assert report["interrupted"] and not report["passed"] and len(report["cases"]) == 3
+        assert all(result["passed"] for case in report["cases"] for result in case["results"])
+    else:
+        assert "3 cases, 0 failed" in output and "interrupted" in output

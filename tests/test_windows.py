@@ -159,6 +159,7 @@ def test_large_windows_run_in_a_loop(kernel, stride, shape, device, triton_backe
     torch.testing.assert_close(*(torch.autograd.grad(v, x, grad)[0] for v, x in ((y, ours), (want, theirs))))
 
 
+@pytest.mark.interpreted
 def test_strays_are_not_written_anywhere():
     """The kernels themselves, past the check that a CPU tensor gets, where windows overlap."""
     guard = torch.full((3, 1, 1, 8, 8), 7.0)

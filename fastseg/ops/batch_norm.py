@@ -100,9 +100,10 @@ def _stats_reference(
 def movable(running: Tensor) -> Tensor:
     """Running statistics, to be moved as torch moves them: autograd, which may hold them for another call, is not told.
 
-    torch.export has no autograd, and takes what `.data` gives for another tensor.
+    torch.export has no autograd, and takes what `.data` gives for another tensor. The flag is read itself: for torch
+    2.11's Dynamo `is_exporting()` is true in every trace.
     """
-    return running if torch.compiler.is_exporting() else running.data
+    return running if torch.compiler._is_exporting_flag else running.data
 
 
 def move_running(

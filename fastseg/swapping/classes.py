@@ -48,6 +48,9 @@ def exchange(module: nn.Module, old: type, new: type) -> None:
     if given.__bases__ == new.__bases__ and _contents(given) == _contents(new):
         given = new
     object.__setattr__(module, "__class__", given)  # past a __setattr__ of the user's
+    # torch 2.11 asks for the classes in a compiled model again only where a dictionary in it has changed since.
+    vars(module)["_fastseg_swapped"] = True
+    del vars(module)["_fastseg_swapped"]
 
 
 class _OfBoth:

@@ -33,7 +33,7 @@ __global__ void bn_relu_max_pool2d_fwd(
         auto see = [&](int k, T stored, int at) {
             int lane = CHANNELS_LAST ? k : 0;
             Wide value = norm.template normalised<T>(lane, norm.centred(lane, widen(stored)), relu);
-            if (value > best[k] || value != value) best[k] = value, tap[k] = at;
+            if (larger(value, best[k]) || value != value) best[k] = value, tap[k] = at;
         };
 #pragma unroll
         for (int i = 0; i < (KH ? KH : kernel_h); ++i) {

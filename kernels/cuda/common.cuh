@@ -25,9 +25,17 @@ __device__ inline void narrow(half& narrowed, float x) {
 }
 __device__ inline unsigned bits_of(float x) { return __float_as_uint(x); }
 __device__ inline float float_of(unsigned bits) { return __uint_as_float(bits); }
+// CuPy compiles with -ftz=true: a comparison written in C++ takes a float below 2^-126 for 0.
+__device__ inline bool larger(float a, float b) {
+    int is;
+    asm("{ .reg .pred p; setp.gt.f32 p, %1, %2; selp.s32 %0, 1, 0, p; }" : "=r"(is) : "f"(a), "f"(b));
+    return is;
+}
 extern "C" __device__ void __assertfail(const char*, const char*, unsigned, const char*, decltype(sizeof 0));
 __device__ inline void fail(const char* message) { __assertfail(message, "fastseg", 0, "", 1); }
 #endif
+
+__device__ inline bool larger(double a, double b) { return a > b; }
 
 __device__ inline float widen(bfloat16 x) { return float_of(unsigned(x.bits) << 16); }
 __device__ inline float widen(float x) { return x; }

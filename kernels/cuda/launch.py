@@ -19,7 +19,7 @@ from torch import Tensor
 
 THREADS = 256  # of a block
 INT32_MAX = 2**31 - 1
-OPTIONS = ("-std=c++17",)
+OPTIONS = ("-std=c++17", "-ftz=true")  # the second CuPy adds whatever is asked for: others are to compile the same
 FOLDER = Path(__file__).parent
 CUPY = "the package CuPy, which is not installed: pip install 'fastseg-kernels[cuda12]' (or [cuda13])"
 TYPES = {
@@ -114,14 +114,21 @@ def _compiled(family: str, instance: str, device: int) -> Any:
     return module.get_function(instance)
 
 
+def _on(cupy: Any, stream: Any, device: int) -> Any:
+    """Makes torch's stream CuPy's: by the protocol that both know from CuPy 14 on, which warns of the way before."""
+    if hasattr(cupy.cuda.Stream, "from_external"):
+        return cupy.cuda.Stream.from_external(stream)
+    return cupy.cuda.ExternalStream(stream.cuda_stream, device)
+
+
 def _run(request: Launch) -> None:
     device = next(a for a in request.args if isinstance(a, Tensor)).device
     if device.type != "cuda":
         raise RuntimeError(f"backend 'cuda' runs on CUDA tensors, not on device type '{device.type}'")
-    cupy, stream = _cupy(), torch.cuda.current_stream(device).cuda_stream
+    cupy, stream = _cupy(), torch.cuda.current_stream(device)
     args = tuple(np.intp(0 if a is None else a.data_ptr()) if a is None or isinstance(a, Tensor) else a
                  for a in request.args)  # fmt: skip
-    with cupy.cuda.Device(device.index), cupy.cuda.ExternalStream(stream, device.index):
+    with cupy.cuda.Device(device.index), _on(cupy, stream, device.index):
         _compiled(request.family, request.instance, device.index)((request.blocks,), (THREADS,), args)
 
 

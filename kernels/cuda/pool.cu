@@ -26,7 +26,7 @@ __global__ void max_pool2d_fwd(
     int tap[VEC];
     for (int k = 0; k < VEC; ++k) best[k] = -infinity(), tap[k] = first;
     auto see = [&](int k, Computed<T> value, int at) {
-        if (value > best[k] || value != value) best[k] = value, tap[k] = at;
+        if (larger(value, best[k]) || value != value) best[k] = value, tap[k] = at;
     };
 
 #pragma unroll

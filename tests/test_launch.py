@@ -1,0 +1,65 @@
+"""Every launch through what Triton launches compiled kernels with, up to the compiler: no GPU, nothing interpreted."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import collections, itertools, json, sys
+import triton
+from triton.backends.compiler import GPUTarget
+
+launched = collections.Counter()
+
+
+class Driver:
+    get_current_device = get_current_stream = lambda self, *device: 0
+    get_current_target = lambda self: GPUTarget("cuda", SM, 32)
+
+
+class Kernel:
+    function = packed_metadata = None
+    launch_metadata = lambda self, *arguments: None
+
+    def __init__(self, name):
+        self.name = name
+
+    def run(self, *arguments):
+        launched[self.name] += 1
+
+
+SM = int(sys.argv[1])
+triton.runtime.driver.set_active(Driver())
+triton.runtime.jit.JITFunction._do_compile = lambda self, *arguments: Kernel(self.__name__)
+
+import torch
+from fastseg import cases, dispatch, verify
+from fastseg.kernels import conv_transpose_tma, launch
+
+conv_transpose_tma.SPARE = 99  # small images too
+dispatch.interpreted = lambda: True  # CPU tensors may go to the kernels, which are not interpreted
+without = []
+for (operator, sizes), dtype, layout in itertools.product(verify.SIZES.items(), ("float16", "float32"), cases.LAYOUTS):
+    before = launched.total()
+    for make, size in sizes:
+        for case in make(cases.Placement(cases.DTYPES[dtype], cases.LAYOUTS[layout], "cpu"), *size):
+            with dispatch.backend("triton"), launch.targeting(SM):
+                case.step(case.ours, True)()
+    if launched.total() == before:
+        without.append(operator)
+print(json.dumps({"launched": launched, "without": without}))
+"""
+
+
+@pytest.mark.parametrize("sm", [80, 90])
+def test_the_launcher_takes_what_every_kernel_is_given(sm):
+    """It refuses options that it does not know, arguments too many or too few, and descriptors of unaligned tensors."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, "-c", PROGRAM, str(sm)], capture_output=True, text=True, env=env)
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout)
+    assert found["without"] == [] and len(found["launched"]) >= 30
+    assert any("tma" in name for name in found["launched"]) == (sm >= 90)
