@@ -168,6 +168,9 @@ def test_the_floors_are_the_published_ones():
     floors = [[t.floor / elements for t in modes.values()] for modes in norms]
     assert floors[0] == pytest.approx([6, 10], rel=0.01) and floors[1] == pytest.approx([4.75, 7.5], rel=0.01)
     assert floors[2][0] == pytest.approx(13 / 4, rel=0.02)
+    (dice,) = cases.dice_cross_entropy(at, (2, 4, 16, 32), 255)
+    modes = traffic_report.by_mode(traffic_report.operator_traffic(dice))
+    assert [t.floor / pixels for t in modes.values()] == pytest.approx([2 * 4 + 8, 4 * 4 + 8], rel=0.01)
     (case,) = cases.cross_entropy(at, (2, 19, 16, 32), one_pass=False)
     assert sum(t.floor for t in traffic_report.operator_traffic(case)) == pytest.approx(
         (6 * 19 + 24) * pixels, rel=1e-3
@@ -207,7 +210,9 @@ def test_views_move_nothing_and_copies_move_twice():
         x.t().contiguous()
         assert counter.least.total() == 2 * 512
         F.relu_(x)
+        torch.mm(x, x.t(), out=torch.empty(8, 8, device="meta"))
     assert counter.least["aten::relu_"] > 0
+    assert counter.least["aten::mm"] == 2 * 512 + 256
 
 
 def test_the_traffic_command(tmp_path, capsys):
@@ -401,7 +406,8 @@ def test_the_gates_see_bad_kernels():
 
 
 @pytest.mark.parametrize(
-    "words", ["traffic --sm 90", "traffic --sass k", "codegen --png a.png", "codegen --bandwidth 2"]
+    "words",
+    ["traffic --sm 90", "traffic --sass k", "codegen --png a.png", "codegen --bandwidth 2", "codegen --compile"],
 )
 def test_an_option_of_the_other_instrument_is_refused(words, capsys):
     assert cli.main(["inspect", *words.split()]) == 2

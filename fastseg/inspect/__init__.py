@@ -17,8 +17,9 @@ BANDWIDTH = 3.0  # TB/s that an H100 copies at
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Instruments that need no GPU. traffic: run the kernels in Triton's interpreter and count the bytes and "
-        "32-byte sectors that they move, beside the floor and torch eager. codegen: compile the kernels for GPUs that "
-        "need not be here and read registers, spills, access widths and tensor-core use from the machine code."
+        "32-byte sectors that they move, beside the floor, torch eager and torch.compile. codegen: compile the kernels "
+        "for GPUs that need not be here and read registers, spills, access widths and tensor-core use from the machine "
+        "code."
     )
     parser.epilog = (
         "examples:\n  fastseg inspect traffic --op max_unpool2d --png traffic.png\n  fastseg inspect codegen --json\n"
@@ -32,6 +33,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     traffic = parser.add_argument_group("traffic")
     traffic.add_argument("--bandwidth", type=float, help=f"TB/s of the model column ({BANDWIDTH:g})")
     traffic.add_argument("--png", type=Path, help="write a bar chart here")
+    traffic.add_argument(
+        "--compile", action="store_true", default=None,
+        help="also what torch.compile's kernels for a GPU move; about 3 s more a case",
+    )  # fmt: skip
     codegen = parser.add_argument_group("codegen")
     codegen.add_argument("--sm", type=int, action="append", choices=[80, 90, 100], help="default: all three")
     codegen.add_argument("--first", action="store_true", default=None, help="one configuration a kernel and layout")
@@ -40,7 +45,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    others = ("sm", "first", "sass", "ptx") if args.instrument == "traffic" else ("png", "bandwidth")
+    others = ("sm", "first", "sass", "ptx") if args.instrument == "traffic" else ("png", "bandwidth", "compile")
     for name in others:
         if getattr(args, name) is not None:
             raise ValueError(f"--{name} is not an option of {args.instrument}")

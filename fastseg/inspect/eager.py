@@ -107,7 +107,9 @@ class ByteCounter(TorchDispatchMode):
         self.sectors: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        kwargs = dict(kwargs or {})
+        out = func(*args, **kwargs)
+        kwargs.pop("out", None)  # which is written only
         view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
         if not view and "empty" not in func.__name__:
             rule = RULES.get(func, lambda args, out: _count(nbytes(args, kwargs, out)))

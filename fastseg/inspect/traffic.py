@@ -10,7 +10,7 @@ lanes that hold nothing too: what the tensor cores execute.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +29,6 @@ class KernelTraffic:
     """What one launch of a kernel moved, in bytes."""
 
     kernel: str
-    programs: int
     requested: dict[str, int] = field(default_factory=lambda: dict.fromkeys(ACCESSES, 0))
     touched: dict[str, list[np.ndarray]] = field(default_factory=lambda: {access: [] for access in ACCESSES})
     ranges: list[tuple[int, int]] = field(default_factory=list)
@@ -39,7 +38,7 @@ class KernelTraffic:
     def sectors(self, access: str | None = None) -> int:
         """Bytes of the distinct sectors touched by one kind of access, or by all kinds."""
         if access is None:
-            return sum(map(self.sectors, ACCESSES))
+            return sum(map(self.sectors, ACCESSES)) + self.sectors("atomic")  # which reads and writes
         found = self.touched[access]
         return SECTOR * len(np.unique(np.concatenate(found))) if found else 0
 
@@ -68,11 +67,8 @@ def metering() -> Iterator[list[KernelTraffic]]:
     launches: list[KernelTraffic] = []
 
     def run(kernel: Any, programs: int, args: tuple[Any, ...], meta: dict[str, Any]) -> None:
-        tensors = [a.base if isinstance(a, TensorDescriptor) else a for a in args]
-        tensors = [a for a in tensors if isinstance(a, Tensor)]
-        ranges = [(t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in tensors]
-        launches.append(KernelTraffic(kernel.__name__, programs, ranges=ranges))
-        with _metered(launches[-1]):
+        with counting(kernel.__name__, args) as traffic:
+            launches.append(traffic)
             kernel[(programs,)](*args, **meta)
 
     with launch.recording(run):
@@ -80,10 +76,14 @@ def metering() -> Iterator[list[KernelTraffic]]:
 
 
 @contextlib.contextmanager
-def _metered(traffic: KernelTraffic) -> Iterator[None]:
-    """Count the interpreter's memory accesses while this stands."""
+def counting(kernel: str, args: Sequence[Any]) -> Iterator[KernelTraffic]:
+    """The traffic of one launch with these arguments, which the interpreter makes while this stands."""
     from triton.runtime.interpreter import InterpreterBuilder as Builder
 
+    tensors = [a.base if isinstance(a, TensorDescriptor) else a for a in args]
+    tensors = [a for a in tensors if isinstance(a, Tensor)]
+    ranges = [(t.data_ptr(), t.data_ptr() + _extent(t) * t.element_size()) for t in tensors]
+    traffic = KernelTraffic(kernel, ranges=ranges)
     names = ("create_masked_load", "create_masked_store", "create_atomic_rmw", "create_atomic_cas", "create_dot")
     load, store, rmw, cas, dot = originals = [getattr(Builder, name) for name in names]
 
@@ -111,10 +111,15 @@ def _metered(traffic: KernelTraffic) -> Iterator[None]:
     for name, replacement in zip(names, replacements, strict=True):
         setattr(Builder, name, replacement)
     try:
-        yield
+        yield traffic
     finally:
         for name, original in zip(names, originals, strict=True):
             setattr(Builder, name, original)
+
+
+def _extent(t: Tensor) -> int:
+    """Elements from a tensor's first to its last, of rows with gaps between them too."""
+    return 1 + sum((size - 1) * step for size, step in zip(t.shape, t.stride(), strict=True)) if t.numel() else 0
 
 
 class _All:

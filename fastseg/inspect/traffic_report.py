@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from ..checkpoint import atomic_write
 from ..kernels import launch
 from ..ops.library import Operator, observing
 from .eager import ByteCounter
+from .inductor import compiled
 from .traffic import KernelTraffic, metering
 
 # Small enough for the interpreter; per-element figures are those of a large size, as tests show with two sizes. The
@@ -25,6 +26,7 @@ OVERLAPPED = ((1, 32, 8, 32), (1, 24, 9, 13))
 STEM = (3, 2, 1)  # kernel, stride, padding of a ResNet's first pool: windows that overlap
 NORMED = ((2, 16, 32, 64), (1, 24, 38, 54))
 LOGITS = (11, 19, 21, 150)
+COMPILED = ("compiled least", "compiled sectors")
 
 
 def sized_cases(at: Placement) -> Iterator[Case]:
@@ -123,6 +125,24 @@ def _eager_bytes(case: Case, backward: bool) -> tuple[int, int]:
     return counter.least.total(), counter.sectors.total()
 
 
+def compiled_bytes(case: Case, backward: bool) -> dict[str, tuple[int, int]]:
+    """What torch.compile's kernels move on a GPU for what `eager_bytes` counts, of a case on CPU tensors."""
+    torch._dynamo.reset()  # else the cases before count against its limit of recompilations
+    function, graphs = compiled(case.eager or case.theirs)
+    case.step(function, backward)()
+    return {"backward" if graph.backward else "forward": graph.moved for graph in graphs}
+
+
+def _compiled_columns(case: Case, modes: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Columns of each mode. Inductor's internals change with torch: where they fail it is not counted, and shown so."""
+    try:
+        found = compiled_bytes(case, "backward" in modes)
+        return {mode: dict(zip(COMPILED, found[mode], strict=True)) for mode in modes}
+    except Exception as error:
+        words = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        return {mode: dict.fromkeys(COMPILED) | {"not counted": words} for mode in modes}
+
+
 def rows(args: argparse.Namespace) -> list[dict[str, Any]]:
     """One row for each operator of each case: bytes as counted, as the floor has them, as eager moves them."""
     found = []
@@ -133,13 +153,16 @@ def rows(args: argparse.Namespace) -> list[dict[str, Any]]:
             if args.op and not case.operator.startswith(tuple(args.op)):
                 continue
             eager = eager_bytes(bare)
-            for mode, traffic in by_mode(operator_traffic(case)).items():
+            modes = by_mode(operator_traffic(case))
+            others = _compiled_columns(case, modes) if args.compile else {mode: {} for mode in modes}
+            for mode, traffic in modes.items():
                 least, sectors = eager[mode]
                 found.append({
                     "operator": case.operator, "mode": mode, "layout": layout, "size": case.size,
                     "kernels": [kernel.kernel for kernel in traffic.kernels],
                     "requested": traffic.requested, "moved": traffic.moved, "floor": traffic.floor,
                     "ratio": traffic.ratio, "eager least": least, "eager sectors": sectors,
+                    **others[mode],
                     "model us": traffic.moved / args.bandwidth / 1e6,
                 })  # fmt: skip
     return found
@@ -148,43 +171,61 @@ def rows(args: argparse.Namespace) -> list[dict[str, Any]]:
 NOTE = (
     "Bytes. moved: distinct 32-byte sectors of all kernels, and what torch's operators around them move. floor: each "
     "argument read once, each result written once. eager: torch's own operators on a GPU, under autocast, from their "
-    "nominal bytes to whole sectors. model: what the moved bytes take at the given bandwidth; not a measurement. What "
-    "Inductor's kernels move is left out: it generates none for a GPU that is not there."
+    "nominal bytes to whole sectors. model: what the moved bytes take at the given bandwidth; not a measurement. "
+    "compiled (--compile): the Triton kernels that torch.compile generates for an H100, counted as fastseg's, and what "
+    "it leaves to torch, counted as eager; forward, they write also what the backward reads. They depend on the size: "
+    "a batch norm as small as these may read its input once where one of a network's reads it twice."
 )
 
 
 def table(rows: list[dict[str, Any]], args: argparse.Namespace) -> Any:
     from rich.table import Table
+    from rich.text import Text
 
     made = Table(title=f"bytes moved, {args.dtype}")
     for column in ("operator", "", "layout", "size"):
         made.add_column(column)
-    for column in ("requested", "moved", "floor", "ratio", "eager", "of eager", f"model us at {args.bandwidth:g} TB/s"):
+    others = ("eager", "compiled") if args.compile else ("eager",)
+    beside = [words for other in others for words in (other, f"of {other}")]
+    for column in ("requested", "moved", "floor", "ratio", *beside, f"model us at {args.bandwidth:g} TB/s"):
         made.add_column(column, justify="right")
     for row in rows:
-        low, high = row["eager least"], row["eager sectors"]
         made.add_row(
             row["operator"], row["mode"], row["layout"], row["size"],
             *(f"{row[key]:,}" for key in ("requested", "moved", "floor")), f"{row['ratio']:.3f}",
-            f"{low:,}" if low == high else f"{low:,} to {high:,}",
-            f"{row['moved'] / high:.2f}" + ("" if low == high else f" to {row['moved'] / low:.2f}"),
-            f"{row['model us']:.2f}",
+            *(cell for other in others for cell in _beside(row, other)), f"{row['model us']:.2f}",
         )  # fmt: skip
+    reasons = sorted({f"not counted: {row['not counted']}" for row in rows if "not counted" in row})
+    made.caption = Text("\n".join(reasons)) if reasons else None
     return made
 
 
+def _beside(row: dict[str, Any], other: str) -> tuple[str, str]:
+    """Another's bytes, and ours as a share of them."""
+    low, high = row[f"{other} least"], row[f"{other} sectors"]
+    if low is None:
+        return "not counted", ""
+    share = f"{row['moved'] / high:.2f}"
+    return (f"{low:,}", share) if low == high else (f"{low:,} to {high:,}", f"{share} to {row['moved'] / low:.2f}")
+
+
 def chart(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
-    """A bar for each row: moved and eager's sectors over the floor. Written to args.png, or not at all."""
+    """Bars for each row: what moves, ours and the others', over the floor. Written to args.png, or not at all."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError('--png needs matplotlib: pip install "fastseg-kernels[bench]"') from error
-    figure = Figure(figsize=(10, 0.28 * len(rows) + 1.5), layout="constrained")
+    figure = Figure(figsize=(10, (0.42 if args.compile else 0.28) * len(rows) + 1.5), layout="constrained")
     axes = figure.subplots()
     places = range(len(rows))
-    ours, eager = ([row[key] / row["floor"] for row in rows] for key in ("moved", "eager sectors"))
-    axes.barh([p - 0.2 for p in places], ours, 0.4, label="fastseg")
-    axes.barh([p + 0.2 for p in places], eager, 0.4, label="torch eager")
+    bars = {"fastseg": "moved", "torch eager": "eager sectors"}
+    if args.compile:
+        bars |= {"torch.compile": "compiled sectors"}
+    height = 0.8 / len(bars)
+    for number, (label, key) in enumerate(bars.items()):
+        shown = [p for p in places if rows[p][key] is not None]
+        at = [p + (number - (len(bars) - 1) / 2) * height for p in shown]
+        axes.barh(at, [rows[p][key] / rows[p]["floor"] for p in shown], height, label=label)
     axes.axvline(1, color="black", linewidth=0.8)
     labels = [f"{row['operator']} {row['mode']}, {row['layout']}, {row['size']}" for row in rows]
     axes.set_yticks(list(places), labels, fontsize=7)

@@ -24,7 +24,7 @@ class Operator:
     that have one. fake: shapes, dtypes and strides of the result, for tracing. uncovered: says in words what of a call
     the kernels do not cover, or None, and cuda_uncovered what those in CUDA C++ do not; preferred: the backend that is
     the better choice under "auto", and why, or None for the kernels. backward: whether it is part of a gradient, and so
-    takes a grad_output.
+    takes a tensor named grad_ and of what.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Operator:
         cuda_uncovered: Callable[..., str | None] | None = None,
     ) -> None:
         self.name, _, arguments = schema.partition("(")
-        self.fake, self.backward = fake, "grad_output" in arguments
+        self.fake, self.backward = fake, "Tensor grad_" in arguments
         self.uncovered, self.preferred = uncovered, preferred
         self.implementations = {"triton": kernel, "cuda": cuda, "torch": reference}
         if cuda is None:

@@ -1,0 +1,222 @@
+"""Bytes that the kernels of torch.compile move on a GPU, counted without one.
+
+Inductor is made to generate the Triton code that it would for an H100: a function is traced on CPU tensors, and its
+forward and backward graphs are lowered as if their tensors were on a GPU whose properties stand below. The generated
+program then runs on the CPU tensors: its Triton kernels in the interpreter, where they are counted as fastseg's own
+kernels are, by the addresses they touch; the aten operators that it leaves to torch by the rules for eager torch. So
+results can be compared with torch's, which shows that all of the program ran.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import types
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+import triton.language as tl
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from .eager import ByteCounter
+from .traffic import KernelTraffic, counting
+
+GPU = torch.device("cuda", 0)
+H100 = types.SimpleNamespace(
+    name="NVIDIA H100", major=9, minor=0, multi_processor_count=132, warp_size=32, total_memory=80 << 30,
+    L2_cache_size=50 << 20, regs_per_multiprocessor=65536, max_threads_per_multi_processor=2048,
+    max_threads_per_block=1024, shared_memory_per_block=48 << 10, shared_memory_per_block_optin=227 << 10,
+    gcnArchName="",
+)  # fmt: skip
+LARGEST_BLOCK = 1 << 18
+
+
+@dataclass
+class Graph:
+    """What the last run of one compiled graph moved: its kernels, and the aten operators between them."""
+
+    backward: bool
+    kernels: list[KernelTraffic] = field(default_factory=list)
+    operators: ByteCounter = field(default_factory=ByteCounter)
+
+    @property
+    def moved(self) -> tuple[int, int]:
+        """Bytes: (least, in sectors), which differ where torch's operators scatter."""
+        own = sum(kernel.sectors() for kernel in self.kernels)
+        return own + self.operators.least.total(), own + self.operators.sectors.total()
+
+
+def compiled(function: Callable[..., Any]) -> tuple[Callable[..., Any], list[Graph]]:
+    """The function on CPU tensors by Inductor's kernels for a GPU, interpreted; and its graphs, as they are compiled.
+
+    Needs TRITON_INTERPRET=1. Inductor's internals are used as they are in torch 2.13; what they raise is raised.
+    """
+    from torch._dynamo.utils import detect_fake_mode
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+    from torch.fx.node import map_aggregate
+    from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+
+    graphs: list[Graph] = []
+
+    def lower(module: torch.fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Callable[[list[Any]], Any]:
+        """A graph of aten operators, on CPU tensors, as a program of kernels for a GPU, that runs on CPU tensors."""
+        mode = detect_fake_mode(inputs)
+        for node in module.graph.nodes:
+            node.args, node.kwargs = (map_aggregate(x, _on_gpu) for x in (node.args, node.kwargs))
+        module.recompile()
+        with mode:
+            moved = [_on_gpu(x) for x in inputs]
+        with _a_gpu(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            FakeTensorProp(module, mode).propagate_dont_convert_inputs(*moved)
+            program = compile_fx_inner(module, moved, **options)
+        graph = Graph(bool(options.get("is_backward")))
+        graphs.append(graph)
+
+        def run(args: list[Any]) -> Any:
+            graph.kernels, graph.operators = [], ByteCounter()
+            with _interpreted(graph.kernels), graph.operators:
+                return program(args)
+
+        run._boxed_call = True
+        return run
+
+    def backend(module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        patches = {"force_disable_caches": True, "compile_threads": 1}
+        with _decomposed_for_a_gpu():
+            return compile_fx(module, inputs, inner_compile=lower, config_patches=patches)
+
+    return torch.compile(function, backend=backend, dynamic=False, fullgraph=True), graphs
+
+
+def _on_gpu(x: Any) -> Any:
+    if isinstance(x, Tensor):
+        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=GPU)
+    return GPU if isinstance(x, torch.device) else x
+
+
+@contextlib.contextmanager
+def _decomposed_for_a_gpu() -> Iterator[None]:
+    """What torch and Inductor decompose otherwise on a CPU: gradients of biases, and resizing of few channels."""
+    from torch._decomp import decompositions
+    from torch._inductor import decomposition
+
+    resize = decompositions._upsample_linear
+    contiguous = mock.patch.object(decompositions.utils, "suggest_memory_format", lambda x: torch.contiguous_format)
+
+    def resized(x: Tensor, *rest: Any) -> Tensor:
+        with contiguous if x.shape[1] < 16 else contextlib.nullcontext():
+            return resize(x, *rest)
+
+    with (
+        mock.patch.object(decomposition, "is_gpu", lambda device: True),
+        mock.patch.object(decompositions, "_upsample_linear", resized),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def _a_gpu() -> Iterator[None]:
+    """Inductor finds an H100; the programs that it writes take CPU tensors and wait for no stream."""
+    from torch._dynamo.device_interface import CudaInterface
+    from torch._inductor import scheduler
+    from torch._inductor.codegen import common
+    from torch._inductor.runtime import triton_helpers
+
+    on_cpu = common.get_device_op_overrides("cpu")
+    with contextlib.ExitStack() as stack:
+        for owner, name, value in (
+            (torch.cuda, "current_device", lambda: 0),
+            (torch.cuda, "device", lambda index: contextlib.nullcontext()),
+            (torch.cuda, "get_device_properties", lambda *device: H100),
+            (torch.cuda, "get_device_capability", lambda *device: (9, 0)),
+            (CudaInterface, "get_device_properties", staticmethod(lambda *device: H100)),
+            (CudaInterface, "get_compute_capability", staticmethod(lambda *device: 90)),
+            (CudaInterface, "is_bf16_supported", staticmethod(lambda *a, **k: True)),
+            (CudaInterface.Worker, "get_device_properties", staticmethod(lambda *device: H100)),
+            (CudaInterface.Worker, "current_device", staticmethod(lambda: 0)),
+            (scheduler, "has_triton", lambda *device: True),
+            (torch.utils._triton, "triton_hash_with_backend", lambda: "interpreted"),
+            (triton_helpers, "set_driver_to_gpu", lambda: None),
+            (triton_helpers, "libdevice", Libdevice()),
+            (type(on_cpu), "device_guard", lambda self, index: "torch.no_grad()"),  # code: some context
+            (torch._C, "_conv_determine_backend_memory_format", _cudnn_format),
+            (torch._C._dynamo.guards, "_empty_strided_cuda", torch._C._dynamo.guards._empty_strided_cpu),
+        ):
+            stack.enter_context(mock.patch.object(owner, name, value))
+        stack.enter_context(mock.patch.dict(common.device_op_overrides_dict, {"cuda": on_cpu}))
+        yield
+
+
+def _cudnn_format(input: Tensor, weight: Tensor, backend: Any) -> torch.memory_format:
+    """The format of a convolution's result by cuDNN, which is not asked in a build without CUDA."""
+    formats = [torch._prims_common.suggest_memory_format(x) for x in (input, weight)]
+    return torch.channels_last if torch.channels_last in formats else torch.contiguous_format
+
+
+@contextlib.contextmanager
+def _interpreted(launches: list[KernelTraffic]) -> Iterator[None]:
+    """Each kernel of Inductor's is launched in the interpreter, and its traffic goes into the list."""
+    from torch._inductor.runtime import triton_helpers
+    from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+    from triton.runtime.interpreter import ReduceOps
+
+    run = CachingAutotuner.run
+
+    def counted(self: Any, *args: Any, **named: Any) -> None:
+        _grow(self.configs[0].kwargs, self.size_hints)
+        lanes_outside = np.errstate(all="ignore")  # which are computed too, of nothing, and masked
+        with _disable_current_modes(), lanes_outside, counting(self.fn.__name__, args) as traffic:
+            run(self, *args, **named)
+        if traffic.outside:
+            raise RuntimeError(f"{traffic.kernel} touched memory outside of its tensors: it was not run as generated")
+        launches.append(traffic)
+
+    with (
+        mock.patch.object(CachingAutotuner, "run", counted),
+        mock.patch.object(ReduceOps, "generic_reduce", _by_halves),
+        mock.patch.object(triton_helpers, "libdevice", Libdevice()),
+    ):
+        yield
+
+
+def _grow(blocks: dict[str, Any], sizes: dict[str, int]) -> None:
+    """Blocks of the largest size that the code allows: few programs, which touch the same sectors and run fast here."""
+    from torch._inductor.runtime.hints import TRITON_MAX_BLOCK
+
+    for axis, size in sizes.items():
+        name, most = f"{axis.upper()}BLOCK", min(size, TRITON_MAX_BLOCK[axis.upper()])
+        while name in blocks and blocks[name] < most and math.prod(blocks.values()) < LARGEST_BLOCK:
+            blocks[name] *= 2
+
+
+class Libdevice:
+    """CUDA's mathematical functions, which the interpreter lacks, by Triton's own."""
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        return getattr(tl.math, name)
+
+    @staticmethod
+    def isnan(x: Any) -> Any:
+        return x != x
+
+
+def _by_halves(self: Any, values: Sequence[Any]) -> list[Any]:
+    """A reduction by any function, of a block's whole halves: the interpreter's own, lane by lane, takes minutes."""
+    dtypes = [x.dtype for x in values]
+    blocks = [x.handle.data for x in values]
+    blocks = [x.ravel() if self.axis is None else np.moveaxis(x, self.axis, 0) for x in blocks]
+    while half := len(blocks[0]) // 2:
+        sides = [x[:half] for x in blocks], [x[half:] for x in blocks]
+        left, right = ([self.to_tensor(x, dtype) for x, dtype in zip(side, dtypes, strict=True)] for side in sides)
+        combined = self.combine_fn.fn(*left, *right)
+        blocks = [x.handle.data for x in (combined if isinstance(combined, tuple) else (combined,))]
+    if self.keep_dims:
+        raise NotImplementedError("a reduction that keeps its dimension, which Inductor does not generate")
+    return [self.to_tensor(x[0], dtype) for x, dtype in zip(blocks, dtypes, strict=True)]
