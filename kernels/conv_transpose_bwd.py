@@ -27,31 +27,44 @@ from torch import Tensor
 from . import conv_transpose_depthwise, conv_transpose_tma
 from .conv_transpose_geometry import Geometry
 from .launch import INTERPRETED, launch, vector_width
-from .products import blocks, multiply, place, precision, programs, split, sum_shares, transposed, wide
+from .products import (
+    affordable_shares,
+    blocks,
+    multiply,
+    place,
+    precision,
+    programs,
+    split,
+    sum_shares,
+    transposed,
+    wide,
+)
 
 EPILOGUE_BLOCK = 4096  # elements of grad_y that a program of that pass takes at a time
 
 
 @triton.jit
 def conv_transpose2d_bwd_input_kernel(
-    grad_y, w, grad_x, PIXELS, H, W_RUNS, OH, OW, C_RUNS, K_RUNS,
+    grad_y, w, out, SHARE, PIXELS, H, W_RUNS, OH, OW, C_RUNS, K_RUNS,
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
     DH: tl.constexpr, DW: tl.constexpr, GROUPS: tl.constexpr, C_VEC: tl.constexpr, K_VEC: tl.constexpr,
     W_VEC: tl.constexpr, CUT: tl.constexpr, CHANNELS_LAST: tl.constexpr, PRECISION: tl.constexpr,
     UPCAST: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """One program makes BLOCK_M pixels x BLOCK_N channels of grad_x, a strided convolution of grad_y.
+    """One program sums SHARE blocks of BLOCK_R along the runs for BLOCK_M pixels x BLOCK_N channels of grad_x.
 
-    grad_y and w are channels_last; grad_x is it or not. CUT: some windows pass the edge of grad_y. Reads the windows
-    once for each BLOCK_N channels; writes grad_x once.
+    grad_y and w are channels_last. out: grad_x, channels_last or not, or where one share is not all of the sum partials
+    (shares, N, H, W, C). CUT: some windows pass the edge of grad_y. Reads the windows once for each BLOCK_N channels;
+    writes out once.
     """
     C, K, W = C_RUNS * C_VEC, K_RUNS * K_VEC, W_RUNS * W_VEC
     program = tl.program_id(0)
     if WIDE:
         C, K, program = tl.cast(C, tl.int64), tl.cast(K, tl.int64), program.to(tl.int64)
-    tiles = tl.cdiv(C, BLOCK_N)
+    tiles, tiles_m = tl.cdiv(C, BLOCK_N), tl.cdiv(PIXELS, BLOCK_M)
     group = program // tiles % GROUPS
-    first = program // tiles // GROUPS * BLOCK_M
+    first = program // tiles // GROUPS % tiles_m * BLOCK_M
+    share = program // tiles // GROUPS // tiles_m
     m = first + tl.arange(0, BLOCK_M)
     n = program % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     live_m, live_n = tl.max_constancy(m < PIXELS, W_VEC), n < C
@@ -63,8 +76,10 @@ def conv_transpose2d_bwd_input_kernel(
     o_w = (group * C + n) * (KH * KW * K)
     r = tl.arange(0, BLOCK_R)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    i, j, r0 = 0, 0, 0
-    for _ in range(KH * (KW // JOINED) * tl.cdiv(run, BLOCK_R)):
+    steps = tl.cast(tl.cdiv(run, BLOCK_R), tl.int32)
+    step = share.to(tl.int32) * SHARE
+    i, j, r0 = step // steps // (KW // JOINED), step // steps % (KW // JOINED) * JOINED, step % steps * BLOCK_R
+    for _ in range(tl.minimum(SHARE, KH * (KW // JOINED) * steps - step)):
         live_r = r < run - r0
         inside = live_m[:, None] & live_r[None, :]
         if CUT:
@@ -81,11 +96,11 @@ def conv_transpose2d_bwd_input_kernel(
         i = tl.where(j < KW, i, i + 1)
         j = tl.where(j < KW, j, 0)
     if CHANNELS_LAST:
-        out = ((m * GROUPS + group) * C)[:, None] + n[None, :]
+        to = (((share * PIXELS + m) * GROUPS + group) * C)[:, None] + n[None, :]
     else:
         pixel = tl.max_contiguous(tl.multiple_of(((image * GROUPS + group) * C * H + h) * W + v, W_VEC), W_VEC)
-        out = pixel[:, None] + (n * (H * W))[None, :]
-    tl.store(grad_x + out, acc.to(grad_x.dtype.element_ty), mask=live_m[:, None] & live_n[None, :])
+        to = pixel[:, None] + (n * (H * W))[None, :]
+    tl.store(out + to, acc.to(out.dtype.element_ty), mask=live_m[:, None] & live_n[None, :])
 
 
 @triton.jit
@@ -226,14 +241,20 @@ def conv_transpose2d_bwd(
 
 def _bwd_input(grad_y: Tensor, weight: Tensor, grad_x: Tensor, geometry: Geometry, common: dict[str, Any]) -> None:
     (n, _, h, w), (oh, ow), (c, k) = grad_x.shape, grad_y.shape[-2:], geometry.channels(weight)
-    joined = geometry.groups == 1 and geometry.dilation[1] == 1
-    tiles = blocks(n * h * w, c, k * weight.shape[-1] if joined else k, grad_x)
+    run = k * weight.shape[-1] if geometry.groups == 1 and geometry.dilation[1] == 1 else k
     c_vec, k_vec, w_vec = (vector_width(grad_x.element_size(), size) for size in (c, k, w))
+    tiles = blocks(n * h * w, c, run, grad_x, vector=_window_vector(grad_y, k, geometry))
+    steps = triton.cdiv(weight[0].numel(), run) * triton.cdiv(run, tiles["BLOCK_R"])
+    products = geometry.groups * programs(n * h * w, c, tiles)
+    each, shares = split(steps, products, affordable_shares(grad_x, grad_y, weight))
+    out = grad_x if shares == 1 else grad_x.new_empty(shares, grad_x.numel(), dtype=torch.float32)
     launch(
-        conv_transpose2d_bwd_input_kernel, geometry.groups * programs(n * h * w, c, tiles),
-        grad_y, weight, grad_x, n * h * w, h, w // w_vec, oh, ow, c // c_vec, k // k_vec,
-        C_VEC=c_vec, K_VEC=k_vec, W_VEC=w_vec, CHANNELS_LAST=geometry.channels_last, **common, **tiles,
+        conv_transpose2d_bwd_input_kernel, shares * products,
+        grad_y, weight, out, each, n * h * w, h, w // w_vec, oh, ow, c // c_vec, k // k_vec, C_VEC=c_vec, K_VEC=k_vec,
+        W_VEC=w_vec, CHANNELS_LAST=geometry.channels_last or shares > 1, **common, **tiles,
     )  # fmt: skip
+    if shares > 1:
+        sum_shares(out, grad_x, grad_x.shape[1])
 
 
 def _bwd_weight(grad_y: Tensor, x: Tensor, grad_weight: Tensor, geometry: Geometry, common: dict[str, Any]) -> None:
@@ -243,7 +264,8 @@ def _bwd_weight(grad_y: Tensor, x: Tensor, grad_weight: Tensor, geometry: Geomet
     if not channels_last and w_vec * x.element_size() < 16:
         x, channels_last = transposed(x, torch.channels_last), True
     columns = grad_weight[0].numel()
-    tiles = blocks(c, columns, n * h * w, x, fill=False)
+    vector = min(c_vec if channels_last else w_vec, _window_vector(grad_y, k, geometry))
+    tiles = blocks(c, columns, n * h * w, x, fill=False, vector=vector)
     block_w = min(tiles["BLOCK_R"], triton.next_power_of_2(w))
     tiles_h, tiles_w = triton.cdiv(h, tiles["BLOCK_R"] // block_w), triton.cdiv(w, block_w)
     steps, products = n * tiles_h * tiles_w, geometry.groups * programs(c, columns, tiles)
@@ -257,6 +279,13 @@ def _bwd_weight(grad_y: Tensor, x: Tensor, grad_weight: Tensor, geometry: Geomet
     )  # fmt: skip
     if not in_place:
         sum_shares(partials, grad_weight, k)
+
+
+def _window_vector(grad_y: Tensor, k: int, geometry: Geometry) -> int:
+    """Elements at whole multiples of which the runs of every window of a channels_last grad_y begin and end."""
+    joined = geometry.groups == 1 and geometry.dilation[1] == 1
+    pixels = [grad_y.shape[-1], *(pair[1] for pair in geometry[:3])] if joined else [1]
+    return vector_width(grad_y.element_size(), *(count * k for count in pixels))
 
 
 def _bwd_epilogue(grad_y: Tensor, y: Tensor | None, grad_bias: Tensor | None, write: bool) -> Tensor:

@@ -12,18 +12,18 @@ from torch import Tensor
 
 @triton.jit
 def rectangle(
-    tile, tiles_k, KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, SHARE: tl.constexpr
+    tile, columns, KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, BLOCK: tl.constexpr
 ):
     """(first tile, rh0, phases_h, taps_h, rw0, phases_w, taps_w) of the rectangle of phases that a tile belongs to.
 
     Of a kernel KH = A * SH + B the first B phases have A + 1 taps, the others A: up to four rectangles with equal taps,
-    those with the most taps first. A tile is tiles_k blocks of channels of SHARE phases of one of them.
+    those with the most taps first. A phase has so many columns, and a tile is BLOCK of those of one rectangle.
     """  # fmt: skip
     more_h: tl.constexpr = KH % SH
     more_w: tl.constexpr = KW % SW
-    tiles_00 = (more_h * more_w + SHARE - 1) // SHARE * tiles_k
-    tiles_01 = (more_h * (SW - more_w) + SHARE - 1) // SHARE * tiles_k
-    tiles_10 = ((SH - more_h) * more_w + SHARE - 1) // SHARE * tiles_k
+    tiles_00 = (more_h * more_w * columns + BLOCK - 1) // BLOCK
+    tiles_01 = (more_h * (SW - more_w) * columns + BLOCK - 1) // BLOCK
+    tiles_10 = ((SH - more_h) * more_w * columns + BLOCK - 1) // BLOCK
     few_h = tile >= tiles_00 + tiles_01
     first = tl.where(few_h, tiles_00 + tiles_01, 0)
     before = tl.where(few_h, tiles_10, tiles_00)
@@ -48,11 +48,15 @@ def epilogue(acc, scale, bias, k, live_k, SCALE: tl.constexpr, BIAS: tl.constexp
 
 
 class Epilogue(NamedTuple):
-    """What follows the sum before its one rounding: relu(sum * scale + bias); scale and bias are (K,) or None."""
+    """What follows the sum before its one rounding: relu(sum * scale + bias); scale and bias are (K,) or None.
+
+    Of a product of matrices `spread` columns side by side are one of those K channels.
+    """
 
     scale: Tensor | None
     bias: Tensor | None
     relu: bool
+    spread: int = 1
 
     def pointers(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """(scale, bias) for a launch; y stands for what there is not, and is not read."""
@@ -84,7 +88,7 @@ class Geometry(NamedTuple):
         return self._replace(stride=stride)
 
     def cells(self, output: Sequence[int]) -> list[int]:
-        """Height and width of the map of cells that cover an output of this height and width."""
+        """Height and width of the map of cells that cover an output of this height and width, as the padding cuts it."""
         sizes = zip(output, self.stride, self.padding, strict=True)
         return [triton.cdiv(size + p, s) - p // s for size, s, p in sizes]
 
