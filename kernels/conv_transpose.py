@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import conv_transpose_depthwise, conv_transpose_tma
-from .conv_transpose_geometry import Epilogue, Geometry, epilogue, rectangle
+from .conv_transpose_geometry import MATRICES, Epilogue, Geometry, as_matrix, epilogue, rectangle
 from .launch import INTERPRETED, launch, vector_width
 from .products import (
     blocks,
@@ -246,6 +246,10 @@ def conv_transpose2d_fwd(x: Tensor, weight: Tensor, after: Epilogue, y: Tensor, 
         return
     if geometry.depthwise(weight):
         return conv_transpose_depthwise.fwd(x, weight, after, y, geometry)
+    if geometry.multiplies_matrices(x, y) and not geometry.channels_last:  # which reads the weight as it lies too
+        weight, spread = transposed(weight, torch.contiguous_format), weight[0, 0].numel()
+        weight, y = as_matrix(weight), as_matrix(y)
+        after, geometry = after._replace(spread=spread), MATRICES
     geometry = geometry.tightened(x, y)
     common: dict[str, Any] = {
         **after.constants(), "PRECISION": precision(x), "UPCAST": INTERPRETED, "WIDE": wide(x, weight, y),

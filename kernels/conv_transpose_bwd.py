@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import conv_transpose_depthwise, conv_transpose_tma
-from .conv_transpose_geometry import Geometry
+from .conv_transpose_geometry import MATRICES, Geometry, as_matrix
 from .launch import INTERPRETED, launch, vector_width
 from .products import (
     affordable_shares,
@@ -214,6 +214,12 @@ def conv_transpose2d_bwd(
         grad_y = _bwd_epilogue(grad_y, y, grad_bias, write)
     if not products:
         return
+    if geometry.multiplies_matrices(x, grad_y):
+        leader = weight if grad_weight is None else grad_weight
+        last = leader.is_contiguous(memory_format=torch.channels_last)
+        layout = torch.channels_last if last else torch.contiguous_format
+        grad_y, weight = (as_matrix(transposed(t, layout)) for t in (grad_y, weight))
+        grad_weight, geometry = None if grad_weight is None else as_matrix(grad_weight), MATRICES
     grad_y = transposed(grad_y, torch.channels_last)
     if geometry.depthwise(weight):
         if grad_x is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -107,6 +108,11 @@ class Geometry(NamedTuple):
         powers_of_two = not any(s & (s - 1) for s in self.stride)
         return whole and powers_of_two and self.kernel == self.stride and not any(self.padding)
 
+    def multiplies_matrices(self, image: Tensor, output: Tensor) -> bool:
+        """Whether one pixel becomes one window: output (N, K * KH * KW) = image (N, C) @ weight (C, K * KH * KW)."""
+        whole = list(output.shape[-2:]) == self.kernel and not any(self.padding)
+        return whole and image.shape[-2:] == (1, 1) and self.groups == 1
+
     def channels(self, weight: Tensor) -> tuple[int, int]:
         """Of one group: (input's, output's)."""
         return weight.shape[0] // self.groups, weight.shape[1]
@@ -116,3 +122,12 @@ class Geometry(NamedTuple):
         return {
             "KH": kh, "KW": kw, "SH": sh, "SW": sw, "PH": ph, "PW": pw, "DH": dh, "DW": dw, "GROUPS": self.groups,
         }  # fmt: skip
+
+
+MATRICES = Geometry([1, 1], [1, 1], [0, 0], [1, 1], 1, channels_last=True)
+
+
+def as_matrix(t: Tensor) -> Tensor:
+    """(N, C, H, W) in NCHW or in channels_last as (N, C * H * W, 1, 1): a view, in the order in memory."""
+    channels_last = t.is_contiguous(memory_format=torch.channels_last)
+    return (t.permute(0, 2, 3, 1) if channels_last else t).flatten(1)[:, :, None, None]

@@ -101,7 +101,7 @@ def blocks(m: int, n: int, depth: int, x: Tensor, fill: bool = True, vector: int
     128 x 128 x 64 for the tensor cores: two such programs with three stages of loads fit a multiprocessor. Less where
     the product is smaller or, to fill a GPU, where it would make too few programs; half as deep for float32, and
     64 x 64 where that is multiplied exactly, without tensor cores. 64 x 64 x 32 where `vector` elements, of which an
-    operand's accesses are, have not the 4 bytes of an asynchronous copy: it comes through registers.
+    operand's accesses are, have not the 4 bytes of an asynchronous copy: it comes through registers, those of more warps.
     """
     through_registers = vector * x.element_size() < 4
     exact = precision(x) == "ieee" and x.dtype == torch.float32
@@ -111,7 +111,7 @@ def blocks(m: int, n: int, depth: int, x: Tensor, fill: bool = True, vector: int
         block_m, block_n = (block_m // 2, block_n) if block_m > 64 else (block_m, block_n // 2)
     deepest = 32 if through_registers else 128 // x.element_size()
     block_r = min(deepest, max(16, triton.next_power_of_2(depth)))
-    warps = 8 if block_m * block_n > 64 * 128 else 4
+    warps = 8 if block_m * block_n > (32 * 64 if through_registers else 64 * 128) else 4
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_R": block_r, "num_warps": warps, "num_stages": 3}
 
 
