@@ -28,12 +28,10 @@ from .conv_transpose_geometry import MATRICES, Epilogue, Geometry, as_matrix, ep
 from .launch import INTERPRETED, launch, vector_width
 from .products import (
     blocks,
-    channel_block,
     multiply,
     place,
     precision,
     programs,
-    quotient,
     transpose_into,
     transposed,
     wide,

@@ -48,23 +48,25 @@ def conv_transpose2d_bwd_input_kernel(
     grad_y, w, out, SHARE, PIXELS, H, W_RUNS, OH, OW, C_RUNS, K_RUNS,
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
     DH: tl.constexpr, DW: tl.constexpr, GROUPS: tl.constexpr, C_VEC: tl.constexpr, K_VEC: tl.constexpr,
-    W_VEC: tl.constexpr, CUT: tl.constexpr, CHANNELS_LAST: tl.constexpr, PRECISION: tl.constexpr,
+    W_VEC: tl.constexpr, CUT: tl.constexpr, SPLIT: tl.constexpr, CHANNELS_LAST: tl.constexpr, PRECISION: tl.constexpr,
     UPCAST: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """One program sums SHARE blocks of BLOCK_R along the runs for BLOCK_M pixels x BLOCK_N channels of grad_x.
+    """One program makes BLOCK_M pixels x BLOCK_N channels of grad_x, a strided convolution of grad_y.
 
-    grad_y and w are channels_last. out: grad_x, channels_last or not, or where one share is not all of the sum partials
-    (shares, N, H, W, C). CUT: some windows pass the edge of grad_y. Reads the windows once for each BLOCK_N channels;
-    writes out once.
+    grad_y and w are channels_last. out: grad_x, channels_last or not; if SPLIT, partials (shares, N, H, W, C), each the
+    sum over SHARE blocks of BLOCK_R. CUT: some windows pass the edge of grad_y. Reads the windows once for each BLOCK_N
+    channels; writes out once.
     """
     C, K, W = C_RUNS * C_VEC, K_RUNS * K_VEC, W_RUNS * W_VEC
     program = tl.program_id(0)
     if WIDE:
         C, K, program = tl.cast(C, tl.int64), tl.cast(K, tl.int64), program.to(tl.int64)
-    tiles, tiles_m = tl.cdiv(C, BLOCK_N), tl.cdiv(PIXELS, BLOCK_M)
+    tiles = tl.cdiv(C, BLOCK_N)
     group = program // tiles % GROUPS
-    first = program // tiles // GROUPS % tiles_m * BLOCK_M
-    share = program // tiles // GROUPS // tiles_m
+    block, share = program // tiles // GROUPS, 0
+    if SPLIT:
+        block, share = block % tl.cdiv(PIXELS, BLOCK_M), block // tl.cdiv(PIXELS, BLOCK_M)
+    first = block * BLOCK_M
     m = first + tl.arange(0, BLOCK_M)
     n = program % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     live_m, live_n = tl.max_constancy(m < PIXELS, W_VEC), n < C
@@ -76,10 +78,14 @@ def conv_transpose2d_bwd_input_kernel(
     o_w = (group * C + n) * (KH * KW * K)
     r = tl.arange(0, BLOCK_R)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    steps = tl.cast(tl.cdiv(run, BLOCK_R), tl.int32)
-    step = share.to(tl.int32) * SHARE
-    i, j, r0 = step // steps // (KW // JOINED), step // steps % (KW // JOINED) * JOINED, step % steps * BLOCK_R
-    for _ in range(tl.minimum(SHARE, KH * (KW // JOINED) * steps - step)):
+    i, j, r0 = 0, 0, 0
+    steps = KH * (KW // JOINED) * tl.cdiv(run, BLOCK_R)
+    if SPLIT:
+        step = share * SHARE
+        tap, r0 = step // tl.cdiv(run, BLOCK_R), step % tl.cdiv(run, BLOCK_R) * BLOCK_R
+        i, j = tap // (KW // JOINED), tap % (KW // JOINED) * JOINED
+        steps = tl.minimum(SHARE, steps - step)
+    for _ in range(steps):
         live_r = r < run - r0
         inside = live_m[:, None] & live_r[None, :]
         if CUT:
@@ -257,7 +263,7 @@ def _bwd_input(grad_y: Tensor, weight: Tensor, grad_x: Tensor, geometry: Geometr
     launch(
         conv_transpose2d_bwd_input_kernel, shares * products,
         grad_y, weight, out, each, n * h * w, h, w // w_vec, oh, ow, c // c_vec, k // k_vec, C_VEC=c_vec, K_VEC=k_vec,
-        W_VEC=w_vec, CHANNELS_LAST=geometry.channels_last or shares > 1, **common, **tiles,
+        W_VEC=w_vec, SPLIT=shares > 1, CHANNELS_LAST=geometry.channels_last or shares > 1, **common, **tiles,
     )  # fmt: skip
     if shares > 1:
         sum_shares(out, grad_x, grad_x.shape[1])

@@ -89,7 +89,7 @@ class Geometry(NamedTuple):
         return self._replace(stride=stride)
 
     def cells(self, output: Sequence[int]) -> list[int]:
-        """Height and width of the map of cells that cover an output of this height and width, as the padding cuts it."""
+        """Height and width of the map of cells that cover an output of this size from its padding on."""
         sizes = zip(output, self.stride, self.padding, strict=True)
         return [triton.cdiv(size + p, s) - p // s for size, s, p in sizes]
 

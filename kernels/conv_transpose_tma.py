@@ -44,8 +44,9 @@ def conv_transpose2d_fwd_tma_kernel(
     x, w, scale, bias, y, N, TILES_H, TILES_W, TILES, OH, OW, C, K_RUNS,
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
     DH: tl.constexpr, DW: tl.constexpr, FOLD: tl.constexpr, SPREAD: tl.constexpr, K_VEC: tl.constexpr,
-    SCALE: tl.constexpr, BIAS: tl.constexpr, RELU: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, WIDE: tl.constexpr,
-    BLOCK_I: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    SCALE: tl.constexpr, BIAS: tl.constexpr, RELU: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    WIDE: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """One program makes a box of cells x BLOCK_N channels of one phase; x: (N, H, W, C), w: (C, KH * KW, K).
 
@@ -90,27 +91,34 @@ def conv_transpose2d_fwd_tma_kernel(
 def conv_transpose2d_bwd_input_tma_kernel(
     grad_y, w, out, SHARE, N, H, W_RUNS, TILES_I, TILES_H, TILES_W, C_RUNS, K,
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
-    DH: tl.constexpr, DW: tl.constexpr, C_VEC: tl.constexpr, W_VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr, WIDE: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_H: tl.constexpr,
-    BLOCK_W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    DH: tl.constexpr, DW: tl.constexpr, C_VEC: tl.constexpr, W_VEC: tl.constexpr, SPLIT: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_I: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """One program sums SHARE blocks of BLOCK_R of (i, j, k) for a box of pixels x BLOCK_N channels of grad_x.
+    """One program makes a box of pixels x BLOCK_N channels of grad_x; w: (C, KH * KW, K), and K is blocks of BLOCK_R.
 
-    w: (C, KH * KW, K), and K is whole blocks. out: grad_x, channels_last or not, or where one share is not all of the
-    sum partials (shares, N, H, W, C). Writes it once.
+    out: grad_x, channels_last or not; if SPLIT, partials (shares, N, H, W, C), each the sum over SHARE blocks of
+    BLOCK_R. Writes it once.
     """
     C, W = C_RUNS * C_VEC, W_RUNS * W_VEC
     tiles = tl.cdiv(C, BLOCK_N)
     n0 = tl.program_id(0) % tiles * BLOCK_N
-    boxes = TILES_I * TILES_H * TILES_W
-    tile, share = tl.program_id(0) // tiles % boxes, tl.program_id(0) // tiles // boxes
+    tile, share = tl.program_id(0) // tiles, 0
+    if SPLIT:
+        boxes = TILES_I * TILES_H * TILES_W
+        tile, share = tile % boxes, tile // boxes
     first_i, h0, w0, image, h, v = box(tile, TILES_H, TILES_W, BLOCK_I, BLOCK_H, BLOCK_W)
     before_h: tl.constexpr = (PH + SH - 1) // SH  # so that what is divided is not negative
     before_w: tl.constexpr = (PW + SW - 1) // SW
     acc = tl.zeros((BLOCK_I * BLOCK_H * BLOCK_W, BLOCK_N), tl.float32)
-    steps, step = K // BLOCK_R, share * SHARE
-    i, j, r0 = step // steps // KW, step // steps % KW, step % steps * BLOCK_R
-    for _ in range(tl.minimum(SHARE, KH * KW * steps - step)):
+    i, j, r0 = 0, 0, 0
+    steps = KH * KW * (K // BLOCK_R)
+    if SPLIT:
+        step = share * SHARE
+        tap, r0 = step // (K // BLOCK_R), step % (K // BLOCK_R) * BLOCK_R
+        i, j = tap // KW, tap % KW
+        steps = tl.minimum(SHARE, steps - step)
+    for _ in range(steps):
         t, u = i * DH - PH + before_h * SH, j * DW - PW + before_w * SW
         place = [first_i, h0 + t // SH - before_h, t % SH, w0 + u // SW - before_w, u % SW * K + r0]
         grads = grad_y.load(place).reshape(BLOCK_I * BLOCK_H * BLOCK_W, BLOCK_R)
@@ -260,8 +268,9 @@ def fwd(x: Tensor, weight: Tensor, after: Epilogue, y: Tensor, geometry: Geometr
         conv_transpose2d_fwd_tma_kernel, math.prod(counts) * columns,
         pixels_of(x, cells, tiles["BLOCK_R"]), folded.weight(weight, [tiles["BLOCK_R"], 1, block_n]),
         *after.pointers(y), y, n, *counts[1:], columns, oh, ow, c, k // k_vec,
-        FOLD=fold, SPREAD=after.spread, K_VEC=k_vec, PRECISION=precision(x), UPCAST=INTERPRETED, WIDE=wide(x, weight, y),
-        **folded.constants(), **after.constants(), **cells.constants(), **tiles | {"BLOCK_N": block_n},
+        FOLD=fold, SPREAD=after.spread, K_VEC=k_vec, PRECISION=precision(x), UPCAST=INTERPRETED,
+        WIDE=wide(x, weight, y), **folded.constants(), **after.constants(), **cells.constants(),
+        **tiles | {"BLOCK_N": block_n},
     )  # fmt: skip
     return True
 
@@ -288,9 +297,9 @@ def bwd_input(grad_y: Tensor, weight: Tensor, grad_x: Tensor, geometry: Geometry
     launch(
         conv_transpose2d_bwd_input_tma_kernel, shares * products,
         folded.windows(grad_y, pixels, tiles["BLOCK_R"]), weights, out, each, n, h, w // w_vec, *counts, c // c_vec,
-        folded.channels, C_VEC=c_vec, W_VEC=w_vec, CHANNELS_LAST=geometry.channels_last or shares > 1,
-        PRECISION=precision(grad_x), UPCAST=INTERPRETED, WIDE=wide(out, grad_y), **folded.constants(),
-        **pixels.constants(), **tiles,
+        folded.channels, C_VEC=c_vec, W_VEC=w_vec, SPLIT=shares > 1,
+        CHANNELS_LAST=geometry.channels_last or shares > 1, PRECISION=precision(grad_x), UPCAST=INTERPRETED,
+        WIDE=wide(out, grad_y), **folded.constants(), **pixels.constants(), **tiles,
     )  # fmt: skip
     if shares > 1:
         sum_shares(out, grad_x, c)
