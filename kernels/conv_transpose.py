@@ -76,7 +76,7 @@ def conv_transpose2d_fwd_kernel(
     x, w, scale, bias, y, CELLS, TILES, QH, QW, H, W, OH, OW, C_RUNS, K_RUNS,
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
     DH: tl.constexpr, DW: tl.constexpr, GROUPS: tl.constexpr, ALONE: tl.constexpr, C_VEC: tl.constexpr,
-    K_VEC: tl.constexpr, W_VEC: tl.constexpr, Y_VEC: tl.constexpr, SPREAD: tl.constexpr, SCALE: tl.constexpr,
+    K_VEC: tl.constexpr, ROW_VEC: tl.constexpr, Y_VEC: tl.constexpr, SPREAD: tl.constexpr, SCALE: tl.constexpr,
     BIAS: tl.constexpr, RELU: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -84,8 +84,8 @@ def conv_transpose2d_fwd_kernel(
 
     Up to four such rectangles of phases stand one behind the other in the grid, those with the most taps first, and
     all columns of a block of cells are neighbours. ALONE: a block has one phase, so that cells start at oh = 0 and each
-    phase has its own first row and column of x; else where the padding starts, which cuts some. W_VEC, Y_VEC: columns
-    side by side in w and in y. SPREAD of them are one channel of scale and bias. Reads a block of x once for each
+    phase has its own first row and column of x; else where the padding starts, which cuts some. ROW_VEC, Y_VEC: columns
+    side by side in w and in y, over phases too. SPREAD columns are one channel of scale and bias. Reads a block of x once for each
     BLOCK_N columns and tap, from the L2 but for the first; writes y once.
     """
     C, K = C_RUNS * C_VEC, K_RUNS * K_VEC
@@ -111,9 +111,9 @@ def conv_transpose2d_fwd_kernel(
         live_n = rh < phases_h
         rh, rw = rh0 + rh, rw0 + rw
         qh, qw = qh + PH // SH, qw + PW // SW
-    live_n = tl.max_constancy(live_n, W_VEC)
+    live_n = tl.max_constancy(live_n, ROW_VEC)
     o_w = (group * C * (KH * KW) + rh * KW + rw) * K + k
-    o_w = tl.max_contiguous(tl.multiple_of(o_w, W_VEC), W_VEC)
+    o_w = tl.max_contiguous(tl.multiple_of(o_w, ROW_VEC), ROW_VEC)
     acc = correlate(
         tl.zeros((BLOCK_M, BLOCK_N), tl.float32), x, w, live_m,
         (((image * H + qh) * W + qw) * GROUPS + group) * C, qh, qw, o_w, live_n,
@@ -278,21 +278,21 @@ def _fwd_cells(
     qh, qw = triton.cdiv(oh, sh), triton.cdiv(ow, sw)
     phases, more = geometry.phases(), geometry.kernel[1] % sw
     c_vec, k_vec = vector_width(size, c), vector_width(size, k)
-    tiles = blocks(n * qh * qw, max(phases) * k, c, x, vector=c_vec)
+    row_vec = vector_width(size, sw * k, more * k)
+    y_vec = vector_width(size, row_vec, pw * k, ow * k) if geometry.groups == 1 else k_vec
+    tiles = blocks(n * qh * qw, max(phases) * k, c, x, vector=min(c_vec, y_vec))
     tiles_k = triton.cdiv(k, tiles["BLOCK_N"])
     alone = max(phases) == 1 or 8 * tiles_k * tiles["BLOCK_N"] <= 9 * k
     if alone:
-        columns, w_vec, y_vec = tiles_k * sh * sw, k_vec, k_vec
+        columns, row_vec, y_vec = tiles_k * sh * sw, k_vec, k_vec
     else:
         qh, qw = geometry.cells(y.shape[-2:])
         columns = sum(triton.cdiv(count * k, tiles["BLOCK_N"]) for count in phases)
-        w_vec = vector_width(size, sw * k, more * k)
-        y_vec = vector_width(size, sw * k, more * k, pw * k, ow * k) if geometry.groups == 1 else k_vec
     launch(
         conv_transpose2d_fwd_kernel, triton.cdiv(n * qh * qw, tiles["BLOCK_M"]) * geometry.groups * columns,
         x, weight, *after.pointers(y), y, n * qh * qw, columns, qh, qw, h, w, oh, ow, c // c_vec, k // k_vec,
-        ALONE=alone, C_VEC=c_vec, K_VEC=k_vec, W_VEC=w_vec, Y_VEC=y_vec, SPREAD=after.spread, **geometry.constants(),
-        **common, **tiles,
+        ALONE=alone, C_VEC=c_vec, K_VEC=k_vec, ROW_VEC=row_vec, Y_VEC=y_vec, SPREAD=after.spread,
+        **geometry.constants(), **common, **tiles,
     )  # fmt: skip
 
 

@@ -255,7 +255,8 @@ def _bwd_input(grad_y: Tensor, weight: Tensor, grad_x: Tensor, geometry: Geometr
     (n, _, h, w), (oh, ow), (c, k) = grad_x.shape, grad_y.shape[-2:], geometry.channels(weight)
     run = k * weight.shape[-1] if geometry.groups == 1 and geometry.dilation[1] == 1 else k
     c_vec, k_vec, w_vec = (vector_width(grad_x.element_size(), size) for size in (c, k, w))
-    tiles = blocks(n * h * w, c, run, grad_x, vector=_window_vector(grad_y, k, geometry))
+    vector = min(c_vec if geometry.channels_last else w_vec, _window_vector(grad_y, k, geometry))
+    tiles = blocks(n * h * w, c, run, grad_x, vector=vector)
     steps = triton.cdiv(weight[0].numel(), run) * triton.cdiv(run, tiles["BLOCK_R"])
     products = geometry.groups * programs(n * h * w, c, tiles)
     each, shares = split(steps, products, affordable_shares(grad_x, grad_y, weight))

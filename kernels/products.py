@@ -100,8 +100,8 @@ def blocks(m: int, n: int, depth: int, x: Tensor, fill: bool = True, vector: int
 
     128 x 128 x 64 for the tensor cores: two such programs with three stages of loads fit a multiprocessor. Less where
     the product is smaller or, to fill a GPU, where it would make too few programs; half as deep for float32, and
-    64 x 64 where that is multiplied exactly, without tensor cores. 64 x 64 x 32 where accesses of `vector` elements have
-    not the 4 bytes of an asynchronous copy: what is loaded so comes through registers, which more warps have.
+    64 x 64 where that is multiplied exactly, without tensor cores. 64 x 64 x 32 where the narrowest access, of `vector`
+    elements, has not the 4 bytes of an asynchronous copy: such are many, and through registers, which more warps have.
     """
     through_registers = vector * x.element_size() < 4
     exact = precision(x) == "ieee" and x.dtype == torch.float32
