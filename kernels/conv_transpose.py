@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import conv_transpose_depthwise, conv_transpose_tma
-from .conv_transpose_geometry import MATRICES, Epilogue, Geometry, as_matrix, epilogue, rectangle
+from .conv_transpose_geometry import MATRICES, Epilogue, Geometry, as_matrix, as_pixels, epilogue, rectangle
 from .launch import INTERPRETED, launch, vector_width
 from .products import (
     blocks,
@@ -85,8 +85,8 @@ def conv_transpose2d_fwd_kernel(
     Up to four such rectangles of phases stand one behind the other in the grid, those with the most taps first, and
     all columns of a block of cells are neighbours. ALONE: a block has one phase, so that cells start at oh = 0 and each
     phase has its own first row and column of x; else where the padding starts, which cuts some. ROW_VEC, Y_VEC: columns
-    side by side in w and in y, over phases too. SPREAD columns are one channel of scale and bias. Reads a block of x once for each
-    BLOCK_N columns and tap, from the L2 but for the first; writes y once.
+    side by side in w and in y, over phases too. SPREAD columns are one channel of scale and bias. Reads a block of x
+    once for each BLOCK_N columns and tap, from the L2 but for the first; writes y once.
     """
     C, K = C_RUNS * C_VEC, K_RUNS * K_VEC
     columns = K
@@ -246,7 +246,7 @@ def conv_transpose2d_fwd(x: Tensor, weight: Tensor, after: Epilogue, y: Tensor, 
         return conv_transpose_depthwise.fwd(x, weight, after, y, geometry)
     if geometry.multiplies_matrices(x, y) and not geometry.channels_last:  # which reads the weight as it lies too
         weight, spread = transposed(weight, torch.contiguous_format), weight[0, 0].numel()
-        weight, y = as_matrix(weight), as_matrix(y)
+        x, weight, y = as_pixels(x), as_matrix(weight), as_pixels(y)
         after, geometry = after._replace(spread=spread), MATRICES
     geometry = geometry.tightened(x, y)
     common: dict[str, Any] = {

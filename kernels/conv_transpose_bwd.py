@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import conv_transpose_depthwise, conv_transpose_tma
-from .conv_transpose_geometry import MATRICES, Geometry, as_matrix
+from .conv_transpose_geometry import MATRICES, Geometry, as_matrix, as_pixels
 from .launch import INTERPRETED, launch, vector_width
 from .products import (
     affordable_shares,
@@ -215,16 +215,19 @@ def conv_transpose2d_bwd(
     grad_x lies as the geometry says, every other tensor in NCHW or in channels_last.
     """
     products = grad_x is not None or grad_weight is not None
+    matrices = geometry.multiplies_matrices(x, grad_y)
     if y is not None or grad_bias is not None:
-        write = products and (y is not None or not grad_y.is_contiguous(memory_format=torch.channels_last))
+        as_it_lies = matrices or grad_y.is_contiguous(memory_format=torch.channels_last)
+        write = products and (y is not None or not as_it_lies)
         grad_y = _bwd_epilogue(grad_y, y, grad_bias, write)
     if not products:
         return
-    if geometry.multiplies_matrices(x, grad_y):
+    if matrices:
         leader = weight if grad_weight is None else grad_weight
         last = leader.is_contiguous(memory_format=torch.channels_last)
         layout = torch.channels_last if last else torch.contiguous_format
-        grad_y, weight = (as_matrix(transposed(t, layout)) for t in (grad_y, weight))
+        x, grad_y, weight = as_pixels(x), as_pixels(transposed(grad_y, layout)), as_matrix(transposed(weight, layout))
+        grad_x = None if grad_x is None else as_pixels(grad_x)
         grad_weight, geometry = None if grad_weight is None else as_matrix(grad_weight), MATRICES
     grad_y = transposed(grad_y, torch.channels_last)
     if geometry.depthwise(weight):

@@ -131,3 +131,8 @@ def as_matrix(t: Tensor) -> Tensor:
     """(N, C, H, W) in NCHW or in channels_last as (N, C * H * W, 1, 1): a view, in the order in memory."""
     channels_last = t.is_contiguous(memory_format=torch.channels_last)
     return (t.permute(0, 2, 3, 1) if channels_last else t).flatten(1)[:, :, None, None]
+
+
+def as_pixels(t: Tensor) -> Tensor:
+    """The same matrix as a channels_last image (1, C * H * W, 1, N), of which each row is a pixel."""
+    return as_matrix(t).permute(2, 1, 3, 0)

@@ -26,7 +26,7 @@ def launched(size, sm, layout):
     at = cases.Placement(torch.bfloat16, LAYOUTS[layout], "meta")
     (case,) = cases.conv_transpose2d(at, *size)
     with dispatch.backend("triton"), launch.targeting(sm), observing(lambda operator, call: None):
-        return record(case.step(case.ours, backward=True))
+        return record(lambda: case.step(case.ours, backward=True)())
 
 
 @pytest.fixture
@@ -91,12 +91,9 @@ def test_products_of_few_rows_fill_a_gpu(sm, layout):
     """DeconvNet's fc6_deconv and its like: a program for each multiprocessor at least, and one pass over the weight."""
     for size in (FC6, ((1, *FC6[0][1:]), *FC6[1:]), ((4, 1024, 4, 4), 512, 4, 4)):
         found = {recorded.name: recorded for recorded in launched(size, sm, layout)}
-        large = {name: recorded.programs for name, recorded in found.items() if "_kernel" in name and "conv" in name}
-        large = {name: programs for name, programs in large.items() if "epilogue" not in name}
-        least = (
-            64 if size[0][-1] > 1 else products.PROGRAMS
-        )  # 64 blocks of the partials, which are an eighth of the bytes
-        assert len(large) == 3 and min(large.values()) >= least, large
+        products_of = {n: r.programs for n, r in found.items() if "conv" in n and "epilogue" not in n}
+        least = 64 if size[0][-1] > 1 else products.PROGRAMS  # more would make the partials an eighth of the bytes
+        assert len(products_of) == 3 and min(products_of.values()) >= least, products_of
 
 
 def test_partials_are_a_small_share_of_the_bytes():
@@ -107,7 +104,7 @@ def test_partials_are_a_small_share_of_the_bytes():
     most = products.affordable_shares(grad_x, grad_y, weight)
     read = 2 * (grad_y.numel() + weight.numel())
     assert 8 * most * grad_x.numel() <= read / 8 < 8 * (most + 1) * grad_x.numel()
-    each, shares = products.split(25088 // 64, tiles=64, most=most)
+    _, shares = products.split(25088 // 64, tiles=64, most=most)
     assert shares == 4 and 8 * shares * grad_x.numel() <= 0.011 * read
     large = torch.empty(8, 512, 64, 64, device="meta")
     assert products.split(72, 8, products.affordable_shares(large, large, weight)) == (72, 1)
@@ -118,17 +115,16 @@ def test_partials_are_a_small_share_of_the_bytes():
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("sm", [80, 90])
 def test_gate_one_pixel_moves_each_tensor_once(sm, layout, device, triton_backend):
-    """The weight and its gradient, which are nearly all there is, lie as they are used: no copy in either layout."""
-    x, weight, bias = (t.requires_grad_() for t in tensors((16, 256, 1, 1), 24, 7, torch.float16, layout, device))
+    """Each product, with the partials of its shares; nothing else touches the weight, which is most of the bytes."""
+    x, weight, bias = (t.requires_grad_() for t in tensors((16, 64, 1, 1), 64, 7, torch.float16, layout, device))
     with launch.targeting(sm), metering() as launches:
         y = FS.conv_transpose2d(x, weight, bias)
-        forward = len(launches)
         y.backward(torch.randn_like(y))
-    both = (launches[:forward], x, weight, bias, y), (launches[forward:], x, weight, weight, y, y, x)
     assert not any(traffic.outside for traffic in launches)
-    for some, *floor in both:
-        moved, least = sum(traffic.sectors() for traffic in some), 2 * sum(t.numel() for t in floor)
-        assert moved <= 1.15 * least + (weight.numel() * 2 if some[0] is not launches[0] else 0), moved / least
+    products_of = {traffic.kernel: traffic.sectors() for traffic in launches if traffic.flops}
+    floor = 2 * sum(t.numel() for t in (x, weight, y))
+    assert len(products_of) == 3 and max(products_of.values()) <= 1.15 * floor, products_of
+    assert sum(traffic.sectors() for traffic in launches) - sum(products_of.values()) <= 0.3 * floor
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
@@ -165,17 +161,20 @@ def test_columns_over_phases(draw, device, triton_backend, assert_right):
         )  # fmt: skip
 
 
-@interpreted
-@pytest.mark.parametrize("channels, kernel, stride, most", [(21, 16, 8, 1.1), (40, 3, 1, 1.61), (96, 4, 2, 1.34)])
-def test_gate_columns_that_are_no_channels(channels, kernel, stride, most, device, triton_backend):
-    """Only the last block of a rectangle of phases has some: each phase rounded up to 32 is 1.5, of one block each 4.8."""
-    x, weight, _ = tensors((1, 16, 8, 8), channels, kernel, torch.float16, torch.channels_last, device)
-    with launch.targeting(80), metering() as launches:
-        FS.conv_transpose2d(x, weight, None, stride)
-    (found,) = launches
-    blocks = -(-64 // 64) if stride == 1 else 2
-    needed = 2 * x.numel() * weight.shape[1:].numel()
-    assert found.flops / needed <= most * (blocks if stride != 1 else 1)
+@pytest.mark.parametrize(
+    "size, columns, blocks",
+    [
+        (((1, 24, 16, 16), 21, 16, 8, 4), 64 * 21, 21),  # each phase rounded up to 32 channels: 32
+        (((1, 24, 16, 16), 80, 4, 2, 1), 4 * 80, 5),
+        (((1, 24, 16, 16), 40, 3, 1, 1), 40, 1),  # each block padded by itself: 3
+        (((1, 24, 16, 16), 21, 3, 2, 1, 1), 4 * 21, 4),  # phases of different taps
+    ],
+)
+def test_only_the_last_block_has_columns_that_are_no_channels(size, columns, blocks):
+    forward = next(recorded for recorded in launched(size, 80, "channels_last") if "fwd" in recorded.name)
+    side = 17 if forward.constants["ALONE"] is False else 16  # cells that begin in the padding
+    assert forward.programs == blocks * -(-side * side // forward.constants["BLOCK_M"])
+    assert columns <= blocks * forward.constants["BLOCK_N"]
 
 
 COMPILE = """
@@ -184,7 +183,8 @@ from fastseg.inspect.codegen import compile_for, disassemble
 from test_conv_transpose_columns import launched
 rows = []
 for sm in (80, 90, 100):
-    found = [r for size in CASES for r in launched(size, sm, "channels_last") if "conv" in r.name]
+    found = [r for r in launched(((8, 21, 64, 64), 21, 4, 2, 1), sm, "channels_last") if "conv" in r.name]
+    found += [r for r in launched(((8, 21, 64, 64), 21, 16, 8, 4), sm, "channels_last") if "fwd" in r.name]
     kernels = [compile_for(recorded, sm) for recorded in {repr(r): r for r in found}.values()]
     disassemble(kernels)
     rows += [(sm, k.name, k.spills, k.widths("STG")) for k in kernels]
@@ -195,10 +195,9 @@ print(json.dumps(rows))
 @interpreted
 def test_gate_classes_do_not_spill():
     """Accesses of 2 bytes are many, of 21 channels both loads and stores: blocks of 128 x 128 spilled 409 times."""
-    code = COMPILE.replace("CASES", repr([((8, 21, 64, 64), 21, 4, 2, 1), ((8, 21, 64, 64), 21, 16, 8, 4)]))
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     env["PYTHONPATH"] = os.pathsep.join(["tests", *filter(None, [env.get("PYTHONPATH")])])
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    run = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=env)
     assert run.returncode == 0, run.stderr
     rows = json.loads(run.stdout)
     assert [row for row in rows if row[2]] == []
