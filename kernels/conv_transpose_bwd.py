@@ -48,14 +48,15 @@ def conv_transpose2d_bwd_input_kernel(
     grad_y, w, out, SHARE, PIXELS, H, W_RUNS, OH, OW, C_RUNS, K_RUNS,
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
     DH: tl.constexpr, DW: tl.constexpr, GROUPS: tl.constexpr, C_VEC: tl.constexpr, K_VEC: tl.constexpr,
-    W_VEC: tl.constexpr, CUT: tl.constexpr, SPLIT: tl.constexpr, CHANNELS_LAST: tl.constexpr, PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    W_VEC: tl.constexpr, Y_VEC: tl.constexpr, CUT: tl.constexpr, SPLIT: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """One program makes BLOCK_M pixels x BLOCK_N channels of grad_x, a strided convolution of grad_y.
 
     grad_y and w are channels_last. out: grad_x, channels_last or not; if SPLIT, partials (shares, N, H, W, C), each the
-    sum over SHARE blocks of BLOCK_R. CUT: some windows pass the edge of grad_y. Reads the windows once for each BLOCK_N
-    channels; writes out once.
+    sum over SHARE blocks of BLOCK_R. CUT: some windows pass the edge of grad_y. Their runs begin and end at whole Y_VEC
+    elements. Reads them once for each BLOCK_N channels; writes out once.
     """
     C, K, W = C_RUNS * C_VEC, K_RUNS * K_VEC, W_RUNS * W_VEC
     program = tl.program_id(0)
@@ -91,8 +92,8 @@ def conv_transpose2d_bwd_input_kernel(
         if CUT:
             along = (start + (j * DW * (K * GROUPS) + r0))[:, None] + r[None, :]
             inside = inside & ((oh + i * DH >= 0) & (oh + i * DH < OH))[:, None] & (along >= 0) & (along < row)
-        source = (o_grad + (i * DH * row + j * DW * (K * GROUPS) + r0))[:, None] + r[None, :]
-        grads = tl.load(grad_y + source, mask=inside, other=0.0)
+        source = tl.multiple_of(o_grad + (i * DH * row + j * DW * (K * GROUPS) + r0), Y_VEC)[:, None] + r[None, :]
+        grads = tl.load(grad_y + source, mask=tl.max_constancy(inside, (1, Y_VEC)), other=0.0)
         source = (o_w + ((i * KW + j) * K + r0))[None, :] + r[:, None]
         weights = tl.load(w + source, mask=live_r[:, None] & live_n[None, :], other=0.0)
         acc = multiply(grads, weights, acc, PRECISION, UPCAST)
@@ -114,7 +115,7 @@ def conv_transpose2d_bwd_weight_kernel(
     x, grad_y, partials, STEPS, SHARE, TILES_H, TILES_W, H, W_RUNS, OH, OW, C_RUNS, K_RUNS,
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
     DH: tl.constexpr, DW: tl.constexpr, GROUPS: tl.constexpr, C_VEC: tl.constexpr, K_VEC: tl.constexpr,
-    W_VEC: tl.constexpr, CUT: tl.constexpr, CHANNELS_LAST: tl.constexpr, PRECISION: tl.constexpr,
+    W_VEC: tl.constexpr, Y_VEC: tl.constexpr, CUT: tl.constexpr, CHANNELS_LAST: tl.constexpr, PRECISION: tl.constexpr,
     UPCAST: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):  # fmt: skip
@@ -139,6 +140,7 @@ def conv_transpose2d_bwd_weight_kernel(
     tap, k = n // K, n % K
     i, j = tap // KW * DH, tap % KW * DW
     o_tap = i * row + (n % (KW * K) if GROUPS == 1 and DW == 1 else j * pixel + k)  # a run, where there is one
+    o_tap = tl.max_contiguous(tl.multiple_of(o_tap, Y_VEC), Y_VEC)
     r = tl.arange(0, BLOCK_R)
     step = share * SHARE
     tile_w, tile_h = (step % TILES_W).to(tl.int32), (step // TILES_W % TILES_H).to(tl.int32)
@@ -157,8 +159,8 @@ def conv_transpose2d_bwd_weight_kernel(
         if CUT:
             y_h, y_w = oh[:, None] + i[None, :], ow[:, None] + j[None, :]
             inside = inside & (y_h >= 0) & (y_h < OH) & (y_w >= 0) & (y_w < OW)
-        source = ((image * OH + oh) * row + ow * pixel + group * K)[:, None] + o_tap[None, :]
-        grads = tl.load(grad_y + source, mask=inside, other=0.0)
+        source = tl.multiple_of((image * OH + oh) * row + ow * pixel + group * K, Y_VEC)[:, None] + o_tap[None, :]
+        grads = tl.load(grad_y + source, mask=tl.max_constancy(inside, (1, Y_VEC)), other=0.0)
         acc = multiply(tl.trans(pixels), grads, acc, PRECISION, UPCAST)
         tile_w += 1
         tile_h = tl.where(tile_w < TILES_W, tile_h, tile_h + 1)
@@ -258,8 +260,8 @@ def _bwd_input(grad_y: Tensor, weight: Tensor, grad_x: Tensor, geometry: Geometr
     (n, _, h, w), (oh, ow), (c, k) = grad_x.shape, grad_y.shape[-2:], geometry.channels(weight)
     run = k * weight.shape[-1] if geometry.groups == 1 and geometry.dilation[1] == 1 else k
     c_vec, k_vec, w_vec = (vector_width(grad_x.element_size(), size) for size in (c, k, w))
-    vector = min(c_vec if geometry.channels_last else w_vec, _window_vector(grad_y, k, geometry))
-    tiles = blocks(n * h * w, c, run, grad_x, vector=vector)
+    y_vec = _window_vector(grad_y, k, geometry)
+    tiles = blocks(n * h * w, c, run, grad_x, vector=min(c_vec if geometry.channels_last else w_vec, y_vec))
     steps = triton.cdiv(weight[0].numel(), run) * triton.cdiv(run, tiles["BLOCK_R"])
     products = geometry.groups * programs(n * h * w, c, tiles)
     each, shares = split(steps, products, affordable_shares(grad_x, grad_y, weight))
@@ -267,7 +269,8 @@ def _bwd_input(grad_y: Tensor, weight: Tensor, grad_x: Tensor, geometry: Geometr
     launch(
         conv_transpose2d_bwd_input_kernel, shares * products,
         grad_y, weight, out, each, n * h * w, h, w // w_vec, oh, ow, c // c_vec, k // k_vec, C_VEC=c_vec, K_VEC=k_vec,
-        W_VEC=w_vec, SPLIT=shares > 1, CHANNELS_LAST=geometry.channels_last or shares > 1, **common, **tiles,
+        W_VEC=w_vec, Y_VEC=y_vec, SPLIT=shares > 1, CHANNELS_LAST=geometry.channels_last or shares > 1, **common,
+        **tiles,
     )  # fmt: skip
     if shares > 1:
         sum_shares(out, grad_x, grad_x.shape[1])
@@ -280,8 +283,8 @@ def _bwd_weight(grad_y: Tensor, x: Tensor, grad_weight: Tensor, geometry: Geomet
     if not channels_last and w_vec * x.element_size() < 16:
         x, channels_last = transposed(x, torch.channels_last), True
     columns = grad_weight[0].numel()
-    vector = min(c_vec if channels_last else w_vec, _window_vector(grad_y, k, geometry))
-    tiles = blocks(c, columns, n * h * w, x, fill=False, vector=vector)
+    y_vec = _window_vector(grad_y, k, geometry)
+    tiles = blocks(c, columns, n * h * w, x, fill=False, vector=min(c_vec if channels_last else w_vec, y_vec))
     block_w = min(tiles["BLOCK_R"], triton.next_power_of_2(w))
     tiles_h, tiles_w = triton.cdiv(h, tiles["BLOCK_R"] // block_w), triton.cdiv(w, block_w)
     steps, products = n * tiles_h * tiles_w, geometry.groups * programs(c, columns, tiles)
@@ -291,7 +294,8 @@ def _bwd_weight(grad_y: Tensor, x: Tensor, grad_weight: Tensor, geometry: Geomet
     launch(
         conv_transpose2d_bwd_weight_kernel, shares * products,
         x, grad_y, partials, steps, each, tiles_h, tiles_w, h, w // w_vec, oh, ow, c // c_vec, k // k_vec,
-        C_VEC=c_vec, K_VEC=k_vec, W_VEC=w_vec, CHANNELS_LAST=channels_last, BLOCK_W=block_w, **common, **tiles,
+        C_VEC=c_vec, K_VEC=k_vec, W_VEC=w_vec, Y_VEC=y_vec, CHANNELS_LAST=channels_last, BLOCK_W=block_w, **common,
+        **tiles,
     )  # fmt: skip
     if not in_place:
         sum_shares(partials, grad_weight, k)
