@@ -10,8 +10,9 @@ Phases with equal taps read the same pixels, so they stand side by side as colum
 (and SH 1) tap a reads h = q - a * DH; each group of channels is a convolution of its own.
 
 A channels_last weight is [C][KH][KW][K] in memory: for a tap the columns (rw, k) are contiguous, and it is read as it
-lies. Every other operand that is not channels_last is copied once (read and written once), except where kernel =
-stride in NCHW, which reads and writes all three tensors in place.
+lies. Every other operand that is not channels_last is copied once (read and written once), but in NCHW not where kernel
+= stride, which reads and writes all three tensors in place, nor where one pixel becomes one window: weight and output
+are matrices then, in either layout.
 """
 
 from __future__ import annotations
