@@ -50,7 +50,7 @@ def shares(monkeypatch):
 @pytest.mark.parametrize(
     "size",
     [
-        ((2, 16, 4, 8), 16, 3, 1, 1),
+        ((2, 16, 4, 8), 16, (3, 5), 1, (1, 2)),
         ((16, 32, 1, 1), 16, 4),
         ((1, 40, 3, 5), 19, (3, 4), 2, (1, 2)),  # runs that are no whole blocks, and windows that the edge cuts
         ((1, 8, 3, 4), 70, 3, 1, 1, 0, 1, (1, 2)),  # one tap a run
