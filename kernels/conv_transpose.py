@@ -10,8 +10,9 @@ Phases with equal taps read the same pixels, so they stand side by side as colum
 (and SH 1) tap a reads h = q - a * DH; each group of channels is a convolution of its own.
 
 A channels_last weight is [C][KH][KW][K] in memory: for a tap the columns (rw, k) are contiguous, and it is read as it
-lies. Every other operand that is not channels_last is copied once (read and written once), except where kernel =
-stride in NCHW, which reads and writes all three tensors in place.
+lies. Every other operand that is not channels_last is copied once (read and written once), but in NCHW not where kernel
+= stride, which reads and writes all three tensors in place, nor where one pixel becomes one window: weight and output
+are matrices then, in either layout.
 """
 
 from __future__ import annotations
@@ -24,16 +25,14 @@ import triton.language as tl
 from torch import Tensor
 
 from . import conv_transpose_depthwise, conv_transpose_tma
-from .conv_transpose_geometry import Epilogue, Geometry, epilogue, rectangle
+from .conv_transpose_geometry import MATRICES, Epilogue, Geometry, as_matrix, as_pixels, epilogue, rectangle
 from .launch import INTERPRETED, launch, vector_width
 from .products import (
     blocks,
-    channel_block,
     multiply,
     place,
     precision,
     programs,
-    quotient,
     transpose_into,
     transposed,
     wide,
@@ -77,58 +76,60 @@ def correlate(
 def conv_transpose2d_fwd_kernel(
     x, w, scale, bias, y, CELLS, TILES, QH, QW, H, W, OH, OW, C_RUNS, K_RUNS,
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
-    DH: tl.constexpr, DW: tl.constexpr, GROUPS: tl.constexpr, C_VEC: tl.constexpr, K_VEC: tl.constexpr,
-    SCALE: tl.constexpr, BIAS: tl.constexpr, RELU: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-    WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    DH: tl.constexpr, DW: tl.constexpr, GROUPS: tl.constexpr, ALONE: tl.constexpr, C_VEC: tl.constexpr,
+    K_VEC: tl.constexpr, ROW_VEC: tl.constexpr, Y_VEC: tl.constexpr, SPREAD: tl.constexpr, SCALE: tl.constexpr,
+    BIAS: tl.constexpr, RELU: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """channels_last: one program makes BLOCK_M cells x BLOCK_K channels of BLOCK_N / BLOCK_K phases with equal taps.
+    """channels_last: one program makes BLOCK_M cells x BLOCK_N columns (rh, rw, k) of phases with equal taps.
 
     Up to four such rectangles of phases stand one behind the other in the grid, those with the most taps first, and
-    all columns of a block of cells are neighbours. Reads a block of x once for each BLOCK_N columns and tap, from the
-    L2 but for the first; writes y once.
+    all columns of a block of cells are neighbours. ALONE: a block has one phase, so that cells start at oh = 0 and each
+    phase has its own first row and column of x; else where the padding starts, which cuts some. ROW_VEC, Y_VEC: columns
+    side by side in w and in y, over phases too. SPREAD columns are one channel of scale and bias. Reads a block of x
+    once for each BLOCK_N columns and tap, from the L2 but for the first; writes y once.
     """
     C, K = C_RUNS * C_VEC, K_RUNS * K_VEC
+    columns = K
     program = tl.program_id(0)
     if WIDE:
         C, K, program = tl.cast(C, tl.int64), tl.cast(K, tl.int64), program.to(tl.int64)
-    share: tl.constexpr = BLOCK_N // BLOCK_K
-    tiles_k = tl.cast(tl.cdiv(K, BLOCK_K), tl.int32)
     tile = (program % TILES).to(tl.int32)
     group = program // TILES % GROUPS
-    before, rh0, phases_h, taps_h, rw0, phases_w, taps_w = rectangle(tile, tiles_k, KH, KW, SH, SW, share)
-    tile -= before
-    phase = tile // tiles_k * share
-    n = tl.arange(0, BLOCK_N)
-    k = tile % tiles_k * BLOCK_K + n % BLOCK_K
-    if share > 1:
-        phase += n // BLOCK_K
-        rh = quotient(phase, phases_w)
-    else:
-        rh = phase // phases_w
-    rw, rh = rw0 + phase - rh * phases_w, rh0 + rh
-    live_n = tl.max_constancy((k < K) & (rh < rh0 + phases_h), K_VEC)
     first = program // TILES // GROUPS * BLOCK_M
     live_m = first + tl.arange(0, BLOCK_M) < CELLS
     image, qh, qw = place(first, QH, QW, BLOCK_M)
-    qh, qw = qh + PH // SH, qw + PW // SW
+    if ALONE:
+        tiles_k = tl.cdiv(columns, BLOCK_N)
+        before, rh0, _, taps_h, rw0, phases_w, taps_w = rectangle(tile, tiles_k, KH, KW, SH, SW, 1)
+        phase, k = (tile - before) // tiles_k, (tile - before) % tiles_k * BLOCK_N + tl.arange(0, BLOCK_N)
+        rh, rw = rh0 + phase // phases_w, rw0 + phase % phases_w
+        live_n = k < K
+        qh, qw = qh + (PH - rh + SH - 1) // SH, qw + (PW - rw + SW - 1) // SW
+    else:
+        before, rh0, phases_h, taps_h, rw0, phases_w, taps_w = rectangle(tile, columns, KH, KW, SH, SW, BLOCK_N)
+        rh, rw, k = place((tile - before) * BLOCK_N, phases_w, columns, BLOCK_N)
+        live_n = rh < phases_h
+        rh, rw = rh0 + rh, rw0 + rw
+        qh, qw = qh + PH // SH, qw + PW // SW
+    live_n = tl.max_constancy(live_n, ROW_VEC)
     o_w = (group * C * (KH * KW) + rh * KW + rw) * K + k
-    o_w = tl.max_contiguous(tl.multiple_of(o_w, K_VEC), K_VEC)
+    o_w = tl.max_contiguous(tl.multiple_of(o_w, ROW_VEC), ROW_VEC)
     acc = correlate(
         tl.zeros((BLOCK_M, BLOCK_N), tl.float32), x, w, live_m,
         (((image * H + qh) * W + qw) * GROUPS + group) * C, qh, qw, o_w, live_n,
         H, W, C, K, taps_h, taps_w, KH, KW, SH, SW, DH, DW, GROUPS, PRECISION, UPCAST, BLOCK_R,
     )  # fmt: skip
-    acc = epilogue(acc, scale, bias, group * K + k, k < K, SCALE, BIAS, RELU)
+    acc = epilogue(acc, scale, bias, (group * K + k) // SPREAD, live_n, SCALE, BIAS, RELU)
     oh, ow = qh * SH - PH, qw * SW - PW
-    corner = ((image * OH + oh) * OW + ow) * (K * GROUPS)
-    column = tl.max_contiguous(tl.multiple_of(((rh * OW + rw) * GROUPS + group) * K + k, K_VEC), K_VEC)
-    rows, columns = oh[:, None], ow[:, None]
-    if share > 1:
-        rows, columns = rows + rh[None, :], columns + rw[None, :]
+    corner = tl.multiple_of(((image * OH + oh) * OW + ow) * (K * GROUPS), Y_VEC)
+    column = tl.max_contiguous(tl.multiple_of(((rh * OW + rw) * GROUPS + group) * K + k, Y_VEC), Y_VEC)
+    if ALONE:
+        inside = (live_m & (oh + rh < OH) & (ow + rw < OW))[:, None] & live_n[None, :]
     else:
-        rows, columns = rows + rh, columns + rw
-    inside = (rows >= 0) & (rows < OH) & (columns >= 0) & (columns < OW) & live_m[:, None] & live_n[None, :]
-    inside = tl.max_constancy(inside, (1, K_VEC))
+        rows, columns = oh[:, None] + rh[None, :], ow[:, None] + rw[None, :]
+        inside = (rows >= 0) & (rows < OH) & (columns >= 0) & (columns < OW) & live_m[:, None] & live_n[None, :]
+        inside = tl.max_constancy(inside, (1, Y_VEC))
     tl.store(y + (corner[:, None] + column[None, :]), acc.to(y.dtype.element_ty), mask=inside)
 
 
@@ -142,8 +143,8 @@ def conv_transpose2d_fwd_rows_kernel(
 ):  # fmt: skip
     """NCHW with SW 1 or 2, from channels_last x and w: one program makes BLOCK_M cells of a phase rh x BLOCK_N maps.
 
-    Both phases of a row are made by one program and joined in registers, so that y's rows are stored whole. To that
-    end cells start at ow = 0, wherever the padding puts the phases. Writes y once.
+    Both phases of a row are made by one program and joined in registers, so that y's rows are stored whole. Cells start
+    at oh = ow = 0, wherever the padding puts the phases. Writes y once.
     """
     C, K, OW, ROW = C_RUNS * C_VEC, K_RUNS * K_VEC, OW_RUNS * ROW_VEC, ROW_RUNS * ROW_VEC
     program = tl.program_id(0)
@@ -158,7 +159,8 @@ def conv_transpose2d_fwd_rows_kernel(
     first = program // tiles // SH // GROUPS * BLOCK_M
     live_m = first + tl.arange(0, BLOCK_M) < CELLS
     image, qh, q = place(first, QH, ROW // SW, BLOCK_M)
-    qh = qh + PH // SH
+    from_h = (PH - rh + SH - 1) // SH
+    qh += from_h
     o_x = (((image * H + qh) * W + q) * GROUPS + group) * C
     o_w = group * C * (KH * KW)
     plane = group * K + k
@@ -184,8 +186,8 @@ def conv_transpose2d_fwd_rows_kernel(
         both = tl.join(rows, acc.to(y.dtype.element_ty))
         rows = tl.reshape(tl.permute(both, (0, 2, 1)), (BLOCK_M * SW, BLOCK_N))
     image, qh, ow = place(first * SW, QH, ROW, BLOCK_M * SW)
-    oh = (qh + PH // SH) * SH + rh - PH
-    inside = (first * SW + tl.arange(0, BLOCK_M * SW) < CELLS * SW) & (oh >= 0) & (oh < OH) & (ow < OW)
+    oh = (qh + from_h) * SH + rh - PH
+    inside = (first * SW + tl.arange(0, BLOCK_M * SW) < CELLS * SW) & (oh < OH) & (ow < OW)
     inside = tl.max_constancy(inside, ROW_VEC)
     out = tl.max_contiguous(tl.multiple_of((image * (K * GROUPS) * OH + oh) * OW + ow, ROW_VEC), ROW_VEC)
     tl.store(y + (out[:, None] + (plane * OH * OW)[None, :]), rows, mask=inside[:, None] & live_k[None, :])
@@ -243,6 +245,10 @@ def conv_transpose2d_fwd(x: Tensor, weight: Tensor, after: Epilogue, y: Tensor, 
         return
     if geometry.depthwise(weight):
         return conv_transpose_depthwise.fwd(x, weight, after, y, geometry)
+    if geometry.multiplies_matrices(x, y) and not geometry.channels_last:  # which reads the weight as it lies too
+        weight, spread = transposed(weight, torch.contiguous_format), weight[0, 0].numel()
+        x, weight, y = as_pixels(x), as_matrix(weight), as_pixels(y)
+        after, geometry = after._replace(spread=spread), MATRICES
     geometry = geometry.tightened(x, y)
     common: dict[str, Any] = {
         **after.constants(), "PRECISION": precision(x), "UPCAST": INTERPRETED, "WIDE": wide(x, weight, y),
@@ -269,16 +275,25 @@ def _fwd_cells(
     x: Tensor, weight: Tensor, after: Epilogue, y: Tensor, geometry: Geometry, common: dict[str, Any]
 ) -> None:
     (n, _, h, w), (oh, ow), (c, k) = x.shape, y.shape[-2:], geometry.channels(weight)
-    qh, qw = geometry.cells(y.shape[-2:])
-    tiles = blocks(n * qh * qw, max(geometry.phases()) * k, c, x)
-    block_k = channel_block(k, tiles["BLOCK_N"])
-    share = tiles["BLOCK_N"] // block_k
-    columns = triton.cdiv(k, block_k) * sum(triton.cdiv(count, share) for count in geometry.phases())
-    c_vec, k_vec = vector_width(x.element_size(), c), vector_width(x.element_size(), k, block_k)
+    (sh, sw), pw, size = geometry.stride, geometry.padding[1], x.element_size()
+    qh, qw = triton.cdiv(oh, sh), triton.cdiv(ow, sw)
+    phases, more = geometry.phases(), geometry.kernel[1] % sw
+    c_vec, k_vec = vector_width(size, c), vector_width(size, k)
+    row_vec = vector_width(size, sw * k, more * k)
+    y_vec = vector_width(size, row_vec, pw * k, ow * k) if geometry.groups == 1 else k_vec
+    tiles = blocks(n * qh * qw, max(phases) * k, c, x, vector=min(c_vec, y_vec))
+    tiles_k = triton.cdiv(k, tiles["BLOCK_N"])
+    alone = max(phases) == 1 or 8 * tiles_k * tiles["BLOCK_N"] <= 9 * k
+    if alone:
+        columns, row_vec, y_vec = tiles_k * sh * sw, k_vec, k_vec
+    else:
+        qh, qw = geometry.cells(y.shape[-2:])
+        columns = sum(triton.cdiv(count * k, tiles["BLOCK_N"]) for count in phases)
     launch(
         conv_transpose2d_fwd_kernel, triton.cdiv(n * qh * qw, tiles["BLOCK_M"]) * geometry.groups * columns,
         x, weight, *after.pointers(y), y, n * qh * qw, columns, qh, qw, h, w, oh, ow, c // c_vec, k // k_vec,
-        C_VEC=c_vec, K_VEC=k_vec, BLOCK_K=block_k, **geometry.constants(), **common, **tiles,
+        ALONE=alone, C_VEC=c_vec, K_VEC=k_vec, ROW_VEC=row_vec, Y_VEC=y_vec, SPREAD=after.spread,
+        **geometry.constants(), **common, **tiles,
     )  # fmt: skip
 
 
@@ -287,7 +302,7 @@ def _fwd_rows(
 ) -> None:
     (n, _, h, w), (oh, ow), (c, k) = x.shape, y.shape[-2:], geometry.channels(weight)
     sh, sw = geometry.stride
-    qh, qw = geometry.cells(y.shape[-2:])[0], triton.cdiv(ow, sw)
+    qh, qw = triton.cdiv(oh, sh), triton.cdiv(ow, sw)
     cells = n * qh * qw
     tiles = blocks(cells, min(k, 128 // sw), c, x)
     if sw == 2:

@@ -25,25 +25,38 @@ import triton.language as tl
 from torch import Tensor
 
 from . import conv_transpose_bwd_shuffle, conv_transpose_depthwise, conv_transpose_tma
-from .conv_transpose_geometry import Geometry
+from .conv_transpose_geometry import MATRICES, Geometry, as_matrix, as_pixels
 from .launch import INTERPRETED, launch, vector_width
-from .products import blocks, multiply, place, precision, programs, split, sum_shares, transposed, wide
+from .products import (
+    affordable_shares,
+    blocks,
+    multiply,
+    place,
+    precision,
+    programs,
+    split,
+    sum_shares,
+    transposed,
+    wide,
+)
 
 EPILOGUE_BLOCK = 4096  # elements of grad_y that a program of that pass takes at a time
 
 
 @triton.jit
 def conv_transpose2d_bwd_input_kernel(
-    grad_y, w, grad_x, PIXELS, H, W_RUNS, OH, OW, C_RUNS, K_RUNS,
+    grad_y, w, out, SHARE, PIXELS, H, W_RUNS, OH, OW, C_RUNS, K_RUNS,
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
     DH: tl.constexpr, DW: tl.constexpr, GROUPS: tl.constexpr, C_VEC: tl.constexpr, K_VEC: tl.constexpr,
-    W_VEC: tl.constexpr, CUT: tl.constexpr, CHANNELS_LAST: tl.constexpr, PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    W_VEC: tl.constexpr, Y_VEC: tl.constexpr, CUT: tl.constexpr, SPLIT: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """One program makes BLOCK_M pixels x BLOCK_N channels of grad_x, a strided convolution of grad_y.
 
-    grad_y and w are channels_last; grad_x is it or not. CUT: some windows pass the edge of grad_y. Reads the windows
-    once for each BLOCK_N channels; writes grad_x once.
+    grad_y and w are channels_last. out: grad_x, channels_last or not; if SPLIT, partials (shares, N, H, W, C), each the
+    sum over SHARE blocks of BLOCK_R. CUT: some windows pass the edge of grad_y. Their runs begin and end at whole Y_VEC
+    elements. Reads them once for each BLOCK_N channels; writes out once.
     """
     C, K, W = C_RUNS * C_VEC, K_RUNS * K_VEC, W_RUNS * W_VEC
     program = tl.program_id(0)
@@ -51,7 +64,10 @@ def conv_transpose2d_bwd_input_kernel(
         C, K, program = tl.cast(C, tl.int64), tl.cast(K, tl.int64), program.to(tl.int64)
     tiles = tl.cdiv(C, BLOCK_N)
     group = program // tiles % GROUPS
-    first = program // tiles // GROUPS * BLOCK_M
+    block, share = program // tiles // GROUPS, 0
+    if SPLIT:
+        block, share = block % tl.cdiv(PIXELS, BLOCK_M), block // tl.cdiv(PIXELS, BLOCK_M)
+    first = block * BLOCK_M
     m = first + tl.arange(0, BLOCK_M)
     n = program % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     live_m, live_n = tl.max_constancy(m < PIXELS, W_VEC), n < C
@@ -64,14 +80,20 @@ def conv_transpose2d_bwd_input_kernel(
     r = tl.arange(0, BLOCK_R)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     i, j, r0 = 0, 0, 0
-    for _ in range(KH * (KW // JOINED) * tl.cdiv(run, BLOCK_R)):
+    steps = KH * (KW // JOINED) * tl.cdiv(run, BLOCK_R)
+    if SPLIT:
+        step = share * SHARE
+        tap, r0 = step // tl.cdiv(run, BLOCK_R), step % tl.cdiv(run, BLOCK_R) * BLOCK_R
+        i, j = tap // (KW // JOINED), tap % (KW // JOINED) * JOINED
+        steps = tl.minimum(SHARE, steps - step)
+    for _ in range(steps):
         live_r = r < run - r0
         inside = live_m[:, None] & live_r[None, :]
         if CUT:
             along = (start + (j * DW * (K * GROUPS) + r0))[:, None] + r[None, :]
             inside = inside & ((oh + i * DH >= 0) & (oh + i * DH < OH))[:, None] & (along >= 0) & (along < row)
-        source = (o_grad + (i * DH * row + j * DW * (K * GROUPS) + r0))[:, None] + r[None, :]
-        grads = tl.load(grad_y + source, mask=inside, other=0.0)
+        source = tl.multiple_of(o_grad + (i * DH * row + j * DW * (K * GROUPS) + r0), Y_VEC)[:, None] + r[None, :]
+        grads = tl.load(grad_y + source, mask=tl.max_constancy(inside, (1, Y_VEC)), other=0.0)
         source = (o_w + ((i * KW + j) * K + r0))[None, :] + r[:, None]
         weights = tl.load(w + source, mask=live_r[:, None] & live_n[None, :], other=0.0)
         acc = multiply(grads, weights, acc, PRECISION, UPCAST)
@@ -81,11 +103,11 @@ def conv_transpose2d_bwd_input_kernel(
         i = tl.where(j < KW, i, i + 1)
         j = tl.where(j < KW, j, 0)
     if CHANNELS_LAST:
-        out = ((m * GROUPS + group) * C)[:, None] + n[None, :]
+        to = (((share * PIXELS + m) * GROUPS + group) * C)[:, None] + n[None, :]
     else:
         pixel = tl.max_contiguous(tl.multiple_of(((image * GROUPS + group) * C * H + h) * W + v, W_VEC), W_VEC)
-        out = pixel[:, None] + (n * (H * W))[None, :]
-    tl.store(grad_x + out, acc.to(grad_x.dtype.element_ty), mask=live_m[:, None] & live_n[None, :])
+        to = pixel[:, None] + (n * (H * W))[None, :]
+    tl.store(out + to, acc.to(out.dtype.element_ty), mask=live_m[:, None] & live_n[None, :])
 
 
 @triton.jit
@@ -93,7 +115,7 @@ def conv_transpose2d_bwd_weight_kernel(
     x, grad_y, partials, STEPS, SHARE, TILES_H, TILES_W, H, W_RUNS, OH, OW, C_RUNS, K_RUNS,
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
     DH: tl.constexpr, DW: tl.constexpr, GROUPS: tl.constexpr, C_VEC: tl.constexpr, K_VEC: tl.constexpr,
-    W_VEC: tl.constexpr, CUT: tl.constexpr, CHANNELS_LAST: tl.constexpr, PRECISION: tl.constexpr,
+    W_VEC: tl.constexpr, Y_VEC: tl.constexpr, CUT: tl.constexpr, CHANNELS_LAST: tl.constexpr, PRECISION: tl.constexpr,
     UPCAST: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):  # fmt: skip
@@ -118,6 +140,7 @@ def conv_transpose2d_bwd_weight_kernel(
     tap, k = n // K, n % K
     i, j = tap // KW * DH, tap % KW * DW
     o_tap = i * row + (n % (KW * K) if GROUPS == 1 and DW == 1 else j * pixel + k)  # a run, where there is one
+    o_tap = tl.max_contiguous(tl.multiple_of(o_tap, Y_VEC), Y_VEC)
     r = tl.arange(0, BLOCK_R)
     step = share * SHARE
     tile_w, tile_h = (step % TILES_W).to(tl.int32), (step // TILES_W % TILES_H).to(tl.int32)
@@ -136,8 +159,8 @@ def conv_transpose2d_bwd_weight_kernel(
         if CUT:
             y_h, y_w = oh[:, None] + i[None, :], ow[:, None] + j[None, :]
             inside = inside & (y_h >= 0) & (y_h < OH) & (y_w >= 0) & (y_w < OW)
-        source = ((image * OH + oh) * row + ow * pixel + group * K)[:, None] + o_tap[None, :]
-        grads = tl.load(grad_y + source, mask=inside, other=0.0)
+        source = tl.multiple_of((image * OH + oh) * row + ow * pixel + group * K, Y_VEC)[:, None] + o_tap[None, :]
+        grads = tl.load(grad_y + source, mask=tl.max_constancy(inside, (1, Y_VEC)), other=0.0)
         acc = multiply(tl.trans(pixels), grads, acc, PRECISION, UPCAST)
         tile_w += 1
         tile_h = tl.where(tile_w < TILES_W, tile_h, tile_h + 1)
@@ -194,18 +217,26 @@ def conv_transpose2d_bwd(
     grad_x lies as the geometry says, every other tensor in NCHW or in channels_last.
     """
     products = grad_x is not None or grad_weight is not None
-    if products and conv_transpose_bwd_shuffle.applies(
-        x, grad_y, weight, geometry, both=grad_x is not None and grad_weight is not None
-    ):
+    matrices = geometry.multiplies_matrices(x, grad_y)
+    both = grad_x is not None and grad_weight is not None
+    if products and not matrices and conv_transpose_bwd_shuffle.applies(x, grad_y, weight, geometry, both):
         if grad_bias is not None and grad_weight is None:
             _bwd_epilogue(grad_y, y, grad_bias, write=False)
             grad_bias = None
         return conv_transpose_bwd_shuffle.bwd(grad_y, y, x, weight, grad_x, grad_weight, grad_bias, geometry)
     if y is not None or grad_bias is not None:
-        write = products and (y is not None or not grad_y.is_contiguous(memory_format=torch.channels_last))
+        as_it_lies = matrices or grad_y.is_contiguous(memory_format=torch.channels_last)
+        write = products and (y is not None or not as_it_lies)
         grad_y = _bwd_epilogue(grad_y, y, grad_bias, write)
     if not products:
         return
+    if matrices:
+        leader = weight if grad_weight is None else grad_weight
+        last = leader.is_contiguous(memory_format=torch.channels_last)
+        layout = torch.channels_last if last else torch.contiguous_format
+        x, grad_y, weight = as_pixels(x), as_pixels(transposed(grad_y, layout)), as_matrix(transposed(weight, layout))
+        grad_x = None if grad_x is None else as_pixels(grad_x)
+        grad_weight, geometry = None if grad_weight is None else as_matrix(grad_weight), MATRICES
     grad_y = transposed(grad_y, torch.channels_last)
     if geometry.depthwise(weight):
         if grad_x is not None:
@@ -233,14 +264,22 @@ def conv_transpose2d_bwd(
 
 def _bwd_input(grad_y: Tensor, weight: Tensor, grad_x: Tensor, geometry: Geometry, common: dict[str, Any]) -> None:
     (n, _, h, w), (oh, ow), (c, k) = grad_x.shape, grad_y.shape[-2:], geometry.channels(weight)
-    joined = geometry.groups == 1 and geometry.dilation[1] == 1
-    tiles = blocks(n * h * w, c, k * weight.shape[-1] if joined else k, grad_x)
+    run = k * weight.shape[-1] if geometry.groups == 1 and geometry.dilation[1] == 1 else k
     c_vec, k_vec, w_vec = (vector_width(grad_x.element_size(), size) for size in (c, k, w))
+    y_vec = _window_vector(grad_y, k, geometry)
+    tiles = blocks(n * h * w, c, run, grad_x, vector=min(c_vec if geometry.channels_last else w_vec, y_vec))
+    steps = triton.cdiv(weight[0].numel(), run) * triton.cdiv(run, tiles["BLOCK_R"])
+    products = geometry.groups * programs(n * h * w, c, tiles)
+    each, shares = split(steps, products, affordable_shares(grad_x, grad_y, weight))
+    out = grad_x if shares == 1 else grad_x.new_empty(shares, grad_x.numel(), dtype=torch.float32)
     launch(
-        conv_transpose2d_bwd_input_kernel, geometry.groups * programs(n * h * w, c, tiles),
-        grad_y, weight, grad_x, n * h * w, h, w // w_vec, oh, ow, c // c_vec, k // k_vec,
-        C_VEC=c_vec, K_VEC=k_vec, W_VEC=w_vec, CHANNELS_LAST=geometry.channels_last, **common, **tiles,
+        conv_transpose2d_bwd_input_kernel, shares * products,
+        grad_y, weight, out, each, n * h * w, h, w // w_vec, oh, ow, c // c_vec, k // k_vec, C_VEC=c_vec, K_VEC=k_vec,
+        W_VEC=w_vec, Y_VEC=y_vec, SPLIT=shares > 1, CHANNELS_LAST=geometry.channels_last or shares > 1, **common,
+        **tiles,
     )  # fmt: skip
+    if shares > 1:
+        sum_shares(out, grad_x, grad_x.shape[1])
 
 
 def _bwd_weight(grad_y: Tensor, x: Tensor, grad_weight: Tensor, geometry: Geometry, common: dict[str, Any]) -> None:
@@ -250,7 +289,8 @@ def _bwd_weight(grad_y: Tensor, x: Tensor, grad_weight: Tensor, geometry: Geomet
     if not channels_last and w_vec * x.element_size() < 16:
         x, channels_last = transposed(x, torch.channels_last), True
     columns = grad_weight[0].numel()
-    tiles = blocks(c, columns, n * h * w, x, fill=False)
+    y_vec = _window_vector(grad_y, k, geometry)
+    tiles = blocks(c, columns, n * h * w, x, fill=False, vector=min(c_vec if channels_last else w_vec, y_vec))
     block_w = min(tiles["BLOCK_R"], triton.next_power_of_2(w))
     tiles_h, tiles_w = triton.cdiv(h, tiles["BLOCK_R"] // block_w), triton.cdiv(w, block_w)
     steps, products = n * tiles_h * tiles_w, geometry.groups * programs(c, columns, tiles)
@@ -260,10 +300,18 @@ def _bwd_weight(grad_y: Tensor, x: Tensor, grad_weight: Tensor, geometry: Geomet
     launch(
         conv_transpose2d_bwd_weight_kernel, shares * products,
         x, grad_y, partials, steps, each, tiles_h, tiles_w, h, w // w_vec, oh, ow, c // c_vec, k // k_vec,
-        C_VEC=c_vec, K_VEC=k_vec, W_VEC=w_vec, CHANNELS_LAST=channels_last, BLOCK_W=block_w, **common, **tiles,
+        C_VEC=c_vec, K_VEC=k_vec, W_VEC=w_vec, Y_VEC=y_vec, CHANNELS_LAST=channels_last, BLOCK_W=block_w, **common,
+        **tiles,
     )  # fmt: skip
     if not in_place:
         sum_shares(partials, grad_weight, k)
+
+
+def _window_vector(grad_y: Tensor, k: int, geometry: Geometry) -> int:
+    """Elements at whole multiples of which the runs of every window of a channels_last grad_y begin and end."""
+    joined = geometry.groups == 1 and geometry.dilation[1] == 1
+    pixels = [grad_y.shape[-1], *(pair[1] for pair in geometry[:3])] if joined else [1]
+    return vector_width(grad_y.element_size(), *(count * k for count in pixels))
 
 
 def _bwd_epilogue(grad_y: Tensor, y: Tensor | None, grad_bias: Tensor | None, write: bool) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -14,18 +15,18 @@ LEAST_BLOCK = 64  # columns of a product of which there are so many
 
 @triton.jit
 def rectangle(
-    tile, tiles_k, KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, SHARE: tl.constexpr
+    tile, columns, KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, BLOCK: tl.constexpr
 ):
     """(first tile, rh0, phases_h, taps_h, rw0, phases_w, taps_w) of the rectangle of phases that a tile belongs to.
 
     Of a kernel KH = A * SH + B the first B phases have A + 1 taps, the others A: up to four rectangles with equal taps,
-    those with the most taps first. A tile is tiles_k blocks of channels of SHARE phases of one of them.
+    those with the most taps first. A phase has so many columns, and a tile is BLOCK of those of one rectangle.
     """  # fmt: skip
     more_h: tl.constexpr = KH % SH
     more_w: tl.constexpr = KW % SW
-    tiles_00 = (more_h * more_w + SHARE - 1) // SHARE * tiles_k
-    tiles_01 = (more_h * (SW - more_w) + SHARE - 1) // SHARE * tiles_k
-    tiles_10 = ((SH - more_h) * more_w + SHARE - 1) // SHARE * tiles_k
+    tiles_00 = (more_h * more_w * columns + BLOCK - 1) // BLOCK
+    tiles_01 = (more_h * (SW - more_w) * columns + BLOCK - 1) // BLOCK
+    tiles_10 = ((SH - more_h) * more_w * columns + BLOCK - 1) // BLOCK
     few_h = tile >= tiles_00 + tiles_01
     first = tl.where(few_h, tiles_00 + tiles_01, 0)
     before = tl.where(few_h, tiles_10, tiles_00)
@@ -50,11 +51,15 @@ def epilogue(acc, scale, bias, k, live_k, SCALE: tl.constexpr, BIAS: tl.constexp
 
 
 class Epilogue(NamedTuple):
-    """What follows the sum before its one rounding: relu(sum * scale + bias); scale and bias are (K,) or None."""
+    """What follows the sum before its one rounding: relu(sum * scale + bias); scale and bias are (K,) or None.
+
+    Of a product of matrices `spread` columns side by side are one of those K channels.
+    """
 
     scale: Tensor | None
     bias: Tensor | None
     relu: bool
+    spread: int = 1
 
     def pointers(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """(scale, bias) for a launch; y stands for what there is not, and is not read."""
@@ -86,7 +91,7 @@ class Geometry(NamedTuple):
         return self._replace(stride=stride)
 
     def cells(self, output: Sequence[int]) -> list[int]:
-        """Height and width of the map of cells that cover an output of this height and width."""
+        """Height and width of the map of cells that cover an output of this size from its padding on."""
         sizes = zip(output, self.stride, self.padding, strict=True)
         return [triton.cdiv(size + p, s) - p // s for size, s, p in sizes]
 
@@ -109,6 +114,11 @@ class Geometry(NamedTuple):
         whole = whole and self.kernel == self.stride and not any(self.padding)
         return whole and powers_of_two and self.stride[1] <= LEAST_BLOCK
 
+    def multiplies_matrices(self, image: Tensor, output: Tensor) -> bool:
+        """Whether one pixel becomes one window: output (N, K * KH * KW) = image (N, C) @ weight (C, K * KH * KW)."""
+        whole = list(output.shape[-2:]) == self.kernel and not any(self.padding)
+        return whole and image.shape[-2:] == (1, 1) and self.groups == 1
+
     def channels(self, weight: Tensor) -> tuple[int, int]:
         """Of one group: (input's, output's)."""
         return weight.shape[0] // self.groups, weight.shape[1]
@@ -118,3 +128,17 @@ class Geometry(NamedTuple):
         return {
             "KH": kh, "KW": kw, "SH": sh, "SW": sw, "PH": ph, "PW": pw, "DH": dh, "DW": dw, "GROUPS": self.groups,
         }  # fmt: skip
+
+
+MATRICES = Geometry([1, 1], [1, 1], [0, 0], [1, 1], 1, channels_last=True)
+
+
+def as_matrix(t: Tensor) -> Tensor:
+    """(N, C, H, W) in NCHW or in channels_last as (N, C * H * W, 1, 1): a view, in the order in memory."""
+    channels_last = t.is_contiguous(memory_format=torch.channels_last)
+    return (t.permute(0, 2, 3, 1) if channels_last else t).flatten(1)[:, :, None, None]
+
+
+def as_pixels(t: Tensor) -> Tensor:
+    """The same matrix as a channels_last image (1, C * H * W, 1, N), of which each row is a pixel."""
+    return as_matrix(t).permute(2, 1, 3, 0)

@@ -24,7 +24,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .conv_transpose_geometry import Epilogue, Geometry, epilogue, rectangle
 from .launch import INTERPRETED, capability, launch, vector_width
-from .products import blocks, channel_block, multiply, precision, split, sum_shares, wide
+from .products import affordable_shares, blocks, channel_block, multiply, precision, split, sum_shares, wide
 
 SPARE = 1.1  # boxes may cover so many times the pixels there are; a flat run of pixels is better beyond
 
@@ -43,15 +43,16 @@ def box(tile, TILES_H, TILES_W, BLOCK_I: tl.constexpr, BLOCK_H: tl.constexpr, BL
 def conv_transpose2d_fwd_tma_kernel(
     x, w, scale, bias, y, N, TILES_H, TILES_W, TILES, OH, OW, C, K_RUNS,
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
-    DH: tl.constexpr, DW: tl.constexpr, FOLD: tl.constexpr, K_VEC: tl.constexpr, SCALE: tl.constexpr,
-    BIAS: tl.constexpr, RELU: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, WIDE: tl.constexpr,
-    BLOCK_I: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    DH: tl.constexpr, DW: tl.constexpr, FOLD: tl.constexpr, SPREAD: tl.constexpr, K_VEC: tl.constexpr,
+    SCALE: tl.constexpr, BIAS: tl.constexpr, RELU: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    WIDE: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """One program makes a box of cells x BLOCK_N channels of one phase; x: (N, H, W, C), w: (C, KH * KW, K).
 
     A program has one phase alone, so that cells may start at oh = 0 whatever the padding: each phase has its own first
     row and column of x, and there are no cells that the padding cuts. FOLD pixels of y stand side by side as K
-    channels. Writes y once.
+    channels; SPREAD columns are one channel of scale and bias. Writes y once.
     """
     K = K_RUNS * K_VEC
     tiles_k = tl.cdiv(K, BLOCK_N)
@@ -77,7 +78,7 @@ def conv_transpose2d_fwd_tma_kernel(
         b = tl.where(b < taps_w, b, 0)
     k = k0 + tl.arange(0, BLOCK_N)
     live_n = tl.max_constancy(k < K, K_VEC)
-    acc = epilogue(acc, scale, bias, k % (K // FOLD), live_n, SCALE, BIAS, RELU)
+    acc = epilogue(acc, scale, bias, k % (K // FOLD) // SPREAD, live_n, SCALE, BIAS, RELU)
     oh, ow = qh * SH + oh0, qw * SW + ow0
     live_m = (image < N) & (oh < OH) & (ow < OW)
     if WIDE:
@@ -88,25 +89,36 @@ def conv_transpose2d_fwd_tma_kernel(
 
 @triton.jit
 def conv_transpose2d_bwd_input_tma_kernel(
-    grad_y, w, grad_x, N, H, W_RUNS, TILES_H, TILES_W, C_RUNS, K,
+    grad_y, w, out, SHARE, N, H, W_RUNS, TILES_I, TILES_H, TILES_W, C_RUNS, K,
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
-    DH: tl.constexpr, DW: tl.constexpr, C_VEC: tl.constexpr, W_VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr, WIDE: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_H: tl.constexpr,
-    BLOCK_W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    DH: tl.constexpr, DW: tl.constexpr, C_VEC: tl.constexpr, W_VEC: tl.constexpr, SPLIT: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_I: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """One program makes a box of pixels x BLOCK_N channels of grad_x; w: (C, KH * KW, K), and K is blocks of BLOCK_R.
 
-    grad_x is channels_last or not. Writes it once.
+    out: grad_x, channels_last or not; if SPLIT, partials (shares, N, H, W, C), each the sum over SHARE blocks of
+    BLOCK_R. Writes it once.
     """
     C, W = C_RUNS * C_VEC, W_RUNS * W_VEC
     tiles = tl.cdiv(C, BLOCK_N)
     n0 = tl.program_id(0) % tiles * BLOCK_N
-    first_i, h0, w0, image, h, v = box(tl.program_id(0) // tiles, TILES_H, TILES_W, BLOCK_I, BLOCK_H, BLOCK_W)
+    tile, share = tl.program_id(0) // tiles, 0
+    if SPLIT:
+        boxes = TILES_I * TILES_H * TILES_W
+        tile, share = tile % boxes, tile // boxes
+    first_i, h0, w0, image, h, v = box(tile, TILES_H, TILES_W, BLOCK_I, BLOCK_H, BLOCK_W)
     before_h: tl.constexpr = (PH + SH - 1) // SH  # so that what is divided is not negative
     before_w: tl.constexpr = (PW + SW - 1) // SW
     acc = tl.zeros((BLOCK_I * BLOCK_H * BLOCK_W, BLOCK_N), tl.float32)
     i, j, r0 = 0, 0, 0
-    for _ in range(KH * KW * (K // BLOCK_R)):
+    steps = KH * KW * (K // BLOCK_R)
+    if SPLIT:
+        step = share * SHARE
+        tap, r0 = step // (K // BLOCK_R), step % (K // BLOCK_R) * BLOCK_R
+        i, j = tap // KW, tap % KW
+        steps = tl.minimum(SHARE, steps - step)
+    for _ in range(steps):
         t, u = i * DH - PH + before_h * SH, j * DW - PW + before_w * SW
         place = [first_i, h0 + t // SH - before_h, t % SH, w0 + u // SW - before_w, u % SW * K + r0]
         grads = grad_y.load(place).reshape(BLOCK_I * BLOCK_H * BLOCK_W, BLOCK_R)
@@ -123,11 +135,11 @@ def conv_transpose2d_bwd_input_tma_kernel(
     if WIDE:
         image, C = image.to(tl.int64), tl.cast(C, tl.int64)
     if CHANNELS_LAST:
-        out = (((image * H + h) * W + v) * C)[:, None] + n[None, :]
+        to = ((((share * N + image) * H + h) * W + v) * C)[:, None] + n[None, :]
     else:
         pixel = tl.max_contiguous(tl.multiple_of((image * C * H + h) * W + v, W_VEC), W_VEC)
-        out = pixel[:, None] + (n * (H * W))[None, :]
-    tl.store(grad_x + out, acc.to(grad_x.dtype.element_ty), mask=live_m[:, None] & live_n[None, :])
+        to = pixel[:, None] + (n * (H * W))[None, :]
+    tl.store(out + to, acc.to(out.dtype.element_ty), mask=live_m[:, None] & live_n[None, :])
 
 
 @triton.jit
@@ -256,8 +268,9 @@ def fwd(x: Tensor, weight: Tensor, after: Epilogue, y: Tensor, geometry: Geometr
         conv_transpose2d_fwd_tma_kernel, math.prod(counts) * columns,
         pixels_of(x, cells, tiles["BLOCK_R"]), folded.weight(weight, [tiles["BLOCK_R"], 1, block_n]),
         *after.pointers(y), y, n, *counts[1:], columns, oh, ow, c, k // k_vec,
-        FOLD=fold, K_VEC=k_vec, PRECISION=precision(x), UPCAST=INTERPRETED, WIDE=wide(x, weight, y),
-        **folded.constants(), **after.constants(), **cells.constants(), **tiles | {"BLOCK_N": block_n},
+        FOLD=fold, SPREAD=after.spread, K_VEC=k_vec, PRECISION=precision(x), UPCAST=INTERPRETED,
+        WIDE=wide(x, weight, y), **folded.constants(), **after.constants(), **cells.constants(),
+        **tiles | {"BLOCK_N": block_n},
     )  # fmt: skip
     return True
 
@@ -275,14 +288,21 @@ def bwd_input(grad_y: Tensor, weight: Tensor, grad_x: Tensor, geometry: Geometry
     if tiles["BLOCK_R"] < 16:
         return False
     counts = pixels.tiles(n, h, w)
+    products = math.prod(counts) * triton.cdiv(c, tiles["BLOCK_N"])
+    steps = weight[0].numel() // tiles["BLOCK_R"]
+    each, shares = split(steps, products, affordable_shares(grad_x, grad_y, weight))
+    out = grad_x if shares == 1 else grad_x.new_empty(shares, grad_x.numel(), dtype=torch.float32)
     c_vec, w_vec = vector_width(grad_x.element_size(), c), vector_width(grad_x.element_size(), w, pixels.columns)
     weights = folded.weight(weight, [tiles["BLOCK_N"], 1, tiles["BLOCK_R"]])
     launch(
-        conv_transpose2d_bwd_input_tma_kernel, math.prod(counts) * triton.cdiv(c, tiles["BLOCK_N"]),
-        folded.windows(grad_y, pixels, tiles["BLOCK_R"]), weights, grad_x, n, h, w // w_vec, *counts[1:], c // c_vec,
-        folded.channels, C_VEC=c_vec, W_VEC=w_vec, CHANNELS_LAST=geometry.channels_last, PRECISION=precision(grad_x),
-        UPCAST=INTERPRETED, WIDE=wide(grad_x, grad_y), **folded.constants(), **pixels.constants(), **tiles,
+        conv_transpose2d_bwd_input_tma_kernel, shares * products,
+        folded.windows(grad_y, pixels, tiles["BLOCK_R"]), weights, out, each, n, h, w // w_vec, *counts, c // c_vec,
+        folded.channels, C_VEC=c_vec, W_VEC=w_vec, SPLIT=shares > 1,
+        CHANNELS_LAST=geometry.channels_last or shares > 1, PRECISION=precision(grad_x), UPCAST=INTERPRETED,
+        WIDE=wide(out, grad_y), **folded.constants(), **pixels.constants(), **tiles,
     )  # fmt: skip
+    if shares > 1:
+        sum_shares(out, grad_x, c)
     return True
 
 

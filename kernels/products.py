@@ -99,19 +99,23 @@ def precision(x: Tensor) -> str:
     return "tf32" if tf32 else "ieee"
 
 
-def blocks(m: int, n: int, depth: int, x: Tensor, fill: bool = True) -> dict[str, int]:
+def blocks(m: int, n: int, depth: int, x: Tensor, fill: bool = True, vector: int = 8) -> dict[str, int]:
     """Block sizes of an (m x depth) @ (depth x n) product of x's dtype, and warps.
 
     128 x 128 x 64 for the tensor cores: two such programs with three stages of loads fit a multiprocessor. Less where
     the product is smaller or, to fill a GPU, where it would make too few programs; half as deep for float32, and
-    64 x 64 where that is multiplied exactly, without tensor cores.
+    64 x 64 where that is multiplied exactly, without tensor cores. 64 x 64 x 32 where the narrowest access, of `vector`
+    elements, has not the 4 bytes of an asynchronous copy: such are many, and through registers, which more warps have.
     """
-    most = 64 if precision(x) == "ieee" and x.dtype == torch.float32 else 128
+    through_registers = vector * x.element_size() < 4
+    exact = precision(x) == "ieee" and x.dtype == torch.float32
+    most = 64 if exact or through_registers else 128
     block_m, block_n = (min(most, max(16, triton.next_power_of_2(size))) for size in (m, n))
     while fill and max(block_m, block_n) > 64 and triton.cdiv(m, block_m) * triton.cdiv(n, block_n) < PROGRAMS:
         block_m, block_n = (block_m // 2, block_n) if block_m > 64 else (block_m, block_n // 2)
-    block_r = min(128 // x.element_size(), max(16, triton.next_power_of_2(depth)))
-    warps = 8 if block_m * block_n > 64 * 128 else 4
+    deepest = 32 if through_registers else 128 // x.element_size()
+    block_r = min(deepest, max(16, triton.next_power_of_2(depth)))
+    warps = 8 if block_m * block_n > (32 * 64 if through_registers else 64 * 128) else 4
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_R": block_r, "num_warps": warps, "num_stages": 3}
 
 
@@ -150,18 +154,23 @@ def transpose_into(x: Tensor, copy: Tensor, to_channels_last: bool) -> None:
     )  # fmt: skip
 
 
-def split(steps: int, tiles: int) -> tuple[int, int]:
-    """(steps of a share, shares): about two programs for each multiprocessor, none of too few steps.
+def split(steps: int, tiles: int, most: int = 2 * PROGRAMS) -> tuple[int, int]:
+    """(steps of a share, shares): about two programs for each multiprocessor, none of too few steps; at most `most`.
 
     It depends on the sizes alone, so that a sum is the same on every GPU.
     """
-    shares = max(1, min(2 * PROGRAMS // max(tiles, 1), steps // LEAST_STEPS))
+    shares = max(1, min(2 * PROGRAMS // max(tiles, 1), steps // LEAST_STEPS, most))
     each = max(1, triton.cdiv(steps, shares))
     return each, max(1, triton.cdiv(steps, each))
 
 
+def affordable_shares(out: Tensor, *operands: Tensor) -> int:
+    """As many as have float32 partials of `out` that, written and read, are an eighth of the operands' bytes."""
+    return sum(t.numel() * t.element_size() for t in operands) // max(1, 8 * 8 * out.numel())
+
+
 def sum_shares(partials: Tensor, out: Tensor, k: int) -> None:
-    """Add up partials (shares, ...) into out: (K,), or a weight (C, K, KH, KW) whose partials are (C, KH, KW, K)."""
+    """Add up partials (shares, ...) into out: (K,), or a weight or image (C, K, KH, KW) from (shares, C, KH, KW, K)."""
     shares, size = partials.shape[0], out.numel()
     permuted = out.dim() == 4 and not out.is_contiguous(memory_format=torch.channels_last)
     some = triton.next_power_of_2(shares)

@@ -295,6 +295,9 @@ def test_the_compiler_is_told_the_truth(layout, triton_backend, monkeypatch):
         ((2, 8, 2, 6), 40, 3, 2, 1, 1),
         ((1, 8, 3, 12), 8, 3, 1, 1),
         ((1, 3, 1, 4), 6, (3, 2), (2, 3)),
+        ((1, 3, 2, 5), 7, (4, 8), (2, 4), (1, 2)),  # 4 columns side by side in w, and 2 in y
+        ((1, 3, 2, 5), 6, (3, 5), (2, 4), (0, 1), 1),
+        ((3, 16, 1, 1), 6, 4),
     ]:
         leaves = [t.requires_grad_() for t in tensors(shape, channels, kernel, torch.float16, layout, "cpu")]
         y = FS.conv_transpose2d(*leaves, *geometry)

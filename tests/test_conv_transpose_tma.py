@@ -142,16 +142,29 @@ def test_who_fetches(device, triton_backend):
     assert not {INPUT, WEIGHT} & kernels_of(device, 90, kernel=3)  # an odd grad_y is no whole number of steps
 
 
+def flops_of(x, weight, geometry, sm):
+    """Executed over needed, counted."""
+    with launch.targeting(sm), metering() as launches:
+        FS.conv_transpose2d(x, weight, None, *geometry)
+    return sum(traffic.flops for traffic in launches) / (2 * x.numel() * weight.shape[1:].numel())
+
+
 @interpreted
 @pytest.mark.parametrize("sm", [80, 90])
 @pytest.mark.parametrize("geometry", [(2, 2), (3, 2, 1, 1), (4, 2, 1)])
 def test_gate_flops_executed_over_flops_needed(geometry, sm, device, triton_backend):
-    """At stride 2: at most 1.10 forward, counted. Inserted zeros would make it 4, phases of one size 1.8 for 3x3."""
+    """At stride 2: at most 1.10 forward. Inserted zeros would make it 4, phases of one size 1.8 for 3x3."""
     x, weight, _ = tensors((1, 16, 24, 32), 16, geometry[0], torch.float16, torch.channels_last, device)
-    with launch.targeting(sm), metering() as launches:
-        FS.conv_transpose2d(x, weight, None, *geometry[1:])
-    needed = 2 * x.numel() * weight.shape[1:].numel()
-    assert 1 <= sum(traffic.flops for traffic in launches) / needed <= 1.10
+    assert 1 <= flops_of(x, weight, geometry[1:], sm) <= 1.10
+
+
+@interpreted
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_gate_padding_cuts_no_cells_of_a_phase_alone(layout, device, triton_backend):
+    """Nor of rows in NCHW. Cells that begin in the padding are 1.25 times as many."""
+    for kernel in (3, 4):
+        x, weight, _ = tensors((1, 16, 16, 16), 64, kernel, torch.float16, layout, device)
+        assert flops_of(x, weight, (2, 1, kernel % 2), 80) == 1
 
 
 @interpreted
