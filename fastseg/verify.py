@@ -161,7 +161,8 @@ SIZES: dict[str, list[tuple[Callable[..., Iterator[Case]], tuple[Any, ...]]]] = 
     "conv_transpose2d": [  # shape, output channels, kernel, stride, padding, output_padding, groups, dilation
         (cases.conv_transpose2d, size)
         for size in [
-            ((2, 16, 5, 6), 16, 2, 2, 0, 0),
+            ((2, 16, 5, 8), 16, 2, 2, 0, 0),
+            ((1, 24, 3, 8), 80, 2, 2, 0, 0),
             ((1, 5, 7, 9), 3, 3, 2, 1, 1),
             ((2, 8, 6, 5), 12, 3, 1, 1, 0),
             ((1, 4, 3, 4), 4, (4, 5), (2, 3), (1, 0), 0),

@@ -25,6 +25,7 @@ from .launch import INTERPRETED, capability, launch, vector_width
 from .products import blocks, multiply, place, precision, programs, split, sum_shares, transposed, wide
 
 MOST_COLUMNS = 256  # of the weight, for one kernel to make both gradients: it holds its sums in registers
+FEW_COLUMNS = 32  # so few are left to the other kernels
 MOST_CHANNELS = 256  # of x in NCHW: beyond, grad_y would be shuffled so often that it had better be copied once
 MOST_STRIDE, MOST_AREA = 16, 64  # a block of columns holds whole rows, and for the bias whole rectangles
 
@@ -55,7 +56,7 @@ def rectangles(
     if RELU:
         grads = tl.where(tl.load(y + source, mask=live, other=0.0).to(tl.float32) <= 0, 0.0, grads.to(tl.float32))
         grads = grads.to(grad_y.dtype.element_ty)
-    if not CHANNELS_LAST:
+    if not CHANNELS_LAST and SW > 1:
         grads = tl.permute(tl.reshape(grads, (BLOCK_M, SW, BLOCK_N // SW)), (0, 2, 1))
         grads = tl.reshape(grads, (BLOCK_M, BLOCK_N))
     return grads
@@ -175,9 +176,15 @@ def one_kernel(
 def _covers(
     image: Sequence[int], output: Sequence[int], weight: Tensor, dtype: torch.dtype, geometry: Geometry
 ) -> bool:
-    """Not in float32, whose products outlast a copy of grad_y."""
+    """Not in float32, whose products outlast a copy of grad_y, nor where rows are not whole vectors.
+
+    Nor for few columns: Triton's compiler fails where shuffled rows are shorter than the swizzle of shared memory.
+    """
     area, half = weight[0, 0].numel(), dtype in (torch.float16, torch.bfloat16)
-    if not half or geometry.groups > 1 or weight.shape[0] > MOST_CHANNELS:
+    if not half or geometry.groups > 1 or weight.shape[0] > MOST_CHANNELS or weight[0].numel() <= FEW_COLUMNS:
+        return False
+    rows = (weight.shape[0], geometry.stride[1] * weight.shape[1]) if geometry.channels_last else (image[1],)
+    if vector_width(2, *rows) < 8:
         return False
     return area <= MOST_AREA and geometry.stride[1] <= MOST_STRIDE and geometry.shuffles(image, output)
 

@@ -177,6 +177,11 @@ def tensors():
     return [torch.randn(shape) for shape in ((1, 8, 4, 4), (8, 8, 2, 2), (8,))]
 
 
+def wide_tensors():
+    """Of rows and columns enough for both gradients to be one kernel's."""
+    return [torch.randn(shape) for shape in ((1, 8, 4, 8), (8, 16, 2, 2), (16,))]
+
+
 class OnGPU(torch.Tensor):
     """A CPU tensor that says it is on a GPU, for whoever asks and computes nothing."""
 
@@ -228,7 +233,7 @@ def test_a_compiled_call_chooses_when_it_runs(known, monkeypatch):
 
 def test_gradients_that_one_kernel_makes_are_chosen_together(known):
     known(forward=(2.0, 1.0), of_both=(1.0, 3.0))
-    x, weight, bias = (t.bfloat16().requires_grad_() for t in tensors())
+    x, weight, bias = (t.bfloat16().requires_grad_() for t in wide_tensors())
     torch_alone, found = chosen(x, weight, bias)
     assert not torch_alone and set(found) == {"conv_transpose2d", "conv_transpose2d, gradients of input and weight"}
     assert found["conv_transpose2d, gradients of input and weight"][0] == "triton"
@@ -241,9 +246,9 @@ def test_gradients_that_one_kernel_makes_are_chosen_together(known):
 @pytest.mark.parametrize("ours", [False, True])
 def test_the_backward_runs_both_gradients_where_they_are_faster(ours, known):
     known(of_both=(1.0, 2.0 if ours else 0.5))
-    x, weight, _ = (t.bfloat16() for t in tensors())
+    x, weight, _ = (t.bfloat16() for t in wide_tensors())
     arguments = (x, weight, [2, 2], [0, 0], [0, 0], 1, [1, 1], [True] * 3)
-    grad = torch.randn(1, 8, 8, 8).bfloat16()
+    grad = torch.randn(1, 16, 8, 16).bfloat16()
     with fastseg.backend("auto"), metering() as launches:
         found = operators._conv_transpose2d_backward_kernel(grad, *arguments)
     assert ("bwd_shuffle" in str([traffic.kernel for traffic in launches])) == ours
