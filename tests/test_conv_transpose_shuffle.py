@@ -1,6 +1,9 @@
 """Backward where kernel = stride: both gradients and the bias's from one read, and without a copy to channels_last."""
 
 import itertools
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -154,3 +157,30 @@ def test_nchw_is_not_copied(monkeypatch):
             y.backward(torch.randn_like(y))
     x, grad = (t.numel() * t.element_size() for t in (inputs[0], y))
     assert 2 * grad + 2 * x <= sum(t.sectors("load") + t.sectors("store") for t in launches) <= 1.1 * (2 * grad + 2 * x)
+
+
+COMPILE = """
+from fastseg import cases, dispatch
+from fastseg.inspect.codegen import compile_for, disassemble, record
+from fastseg.kernels.launch import targeting
+from fastseg.ops.library import observing
+import torch
+at = cases.Placement(torch.bfloat16, torch.contiguous_format, "meta")
+for shape, channels, stride in (((1, 150, 45, 24), 40, 1), ((1, 48, 90, 40), 17, (2, 1)), ((2, 200, 5, 8), 9, 2)):
+    (case,) = cases.conv_transpose2d(at, shape, channels, stride, stride)
+    for sm in (80, 90, 100):
+        with dispatch.backend("triton"), targeting(sm), observing(lambda operator, call: None):
+            found = record(lambda: case.step(case.ours, backward=True)())
+        (launch,) = [launch for launch in found if launch.name == "conv_transpose2d_bwd_shuffle_kernel"]
+        kernel = compile_for(launch, sm)
+        disassemble([kernel])
+        assert not kernel.spills, (shape, channels, stride, sm, kernel.spills)
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="compiled here without a GPU")
+def test_gate_what_the_least_rows_and_columns_compile_to():
+    """Triton's compiler fails on fewer columns, and on a shuffle of rows of one column."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=env)
+    assert run.returncode == 0, run.stderr[-2000:]
