@@ -27,6 +27,7 @@ from .products import blocks, multiply, place, precision, programs, split, sum_s
 MOST_COLUMNS = 256  # of the weight, for one kernel to make both gradients: it holds its sums in registers
 FEW_COLUMNS = 32  # so few are left to the other kernels
 MOST_CHANNELS = 256  # of x in NCHW: beyond, grad_y would be shuffled so often that it had better be copied once
+LEAST_PIXELS = 256  # of a share: fewer are not worth its partial sums
 MOST_STRIDE, MOST_AREA = 16, 64  # a block of columns holds whole rows, and for the bias whole rectangles
 
 
@@ -224,7 +225,7 @@ def bwd(
         tiles |= {"BLOCK_M": min(most, tiles["BLOCK_M"]), "BLOCK_N": _columns(weight), "BLOCK_R": 32}
         tiles |= {"num_warps": 8, "num_stages": stages}
     steps, products = triton.cdiv(n * h * w, tiles["BLOCK_R"]), programs(c, columns, tiles)
-    each, shares = split(steps, products)
+    each, shares = split(steps, products, most=max(1, n * h * w // LEAST_PIXELS))
     partials = x.new_empty(shares, grad_weight.numel(), dtype=torch.float32)
     bias_rows = shares * (weight[0, 0].numel() if geometry.channels_last else 1)
     bias_partials = x.new_empty(bias_rows if grad_bias is not None else 0, weight.shape[1], dtype=torch.float32)
