@@ -13,6 +13,8 @@ from triton.runtime.interpreter import TensorHandle
 
 import fastseg.functional as FS
 from fastseg import kernels
+from fastseg.ops.conv_transpose_operators import uncovered
+from fastseg.ops.windows import LONGEST_SIDE
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="reads the values that the interpreter holds")
 
@@ -35,6 +37,7 @@ GEOMETRIES = [
     ((1, 24, 7, 24), 3, (4, 2), (4, 2)),  # pixels past the last
     ((2, 160, 4, 8), 72, 2, 2),  # more columns than one kernel makes both gradients of
     ((1, 8, 8, 8), 16, 3, 1, 1),  # boxes
+    ((1, 8, 4, 4), 8, 3, 1, 1),
 ]
 
 
@@ -106,3 +109,29 @@ def test_hints_are_true_of_random_calls(told, triton_backend, seed):
         print(layout, dtype, shape, outer, kernel, stride, padding, extra, groups)
         step(LAYOUTS[layout], dtype, shape, outer, tuple(kernel), stride, padding, extra, groups)
     assert told
+
+
+def test_places_are_exact_up_to_the_longest_side():
+    """Rows and columns are told apart in float32: by a reciprocal that a GPU may round by two units in its last place.
+
+    Emulated on the largest maps that are covered, whose columns a block of pixels may pass by its own length.
+    """
+    for b in [1, 3, 7, 127, 1000, 99_991, LONGEST_SIDE - 1, LONGEST_SIDE]:
+        edges = torch.arange(b, LONGEST_SIDE + 1024, b)
+        a = torch.cat([edges - 1, edges, torch.arange(max(0, b - 2), b + 1024)])
+        for ulps in (-2, 0, 2):
+            reciprocal = torch.tensor(1.0 / b)
+            reciprocal *= 1 + ulps * 2.0**-23
+            assert torch.equal(((a.float() + 0.5) * reciprocal).int(), (a // b).int()), b
+
+
+@pytest.mark.parametrize("side", [2, 3])
+def test_longer_maps_are_left_to_torch(side, triton_backend):
+    shape, words = [1, 1, 1, 1], f"maps of more than {LONGEST_SIDE} rows or columns"
+    shape[side] = LONGEST_SIDE // 2 + 1
+    x, weight = torch.randn(shape, requires_grad=True), torch.ones(1, 1, 3, 3)
+    with pytest.raises(NotImplementedError, match=words):
+        FS.conv_transpose2d(x, weight, None, 2, 1)
+    with pytest.raises(NotImplementedError, match=words):
+        FS.max_unpool2d_conv2d(x.detach(), torch.zeros(shape, dtype=torch.uint8), weight)
+    assert uncovered(x, weight, [1, 1], [1, 1]) is None
