@@ -37,7 +37,7 @@ GEOMETRIES = [
     ((1, 24, 7, 24), 3, (4, 2), (4, 2)),  # pixels past the last
     ((2, 160, 4, 8), 72, 2, 2),  # more columns than one kernel makes both gradients of
     ((1, 8, 8, 8), 16, 3, 1, 1),  # boxes
-    ((1, 8, 4, 4), 8, 3, 1, 1),
+    ((1, 8, 4, 4), 16, 3, 1, 1),
 ]
 
 
