@@ -269,37 +269,3 @@ def test_every_element_is_written(layout, device, triton_backend):
         x, weight, _ = tensors(shape, channels, kernel, torch.float16, layout, device)
         with verify.poisoned():
             assert FS.conv_transpose2d(x, weight, None, stride, padding, extra).isfinite().all()
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="reads the values that the interpreter holds")
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_the_compiler_is_told_the_truth(layout, triton_backend, monkeypatch):
-    """Loads and stores are as wide as hints allow; a false hint is wrong on a GPU alone."""
-    from triton.runtime.interpreter import TensorHandle
-
-    holds = {
-        "tt.divisibility": lambda runs: runs[:, 0] % runs.shape[1] == 0,
-        "tt.contiguity": lambda runs: runs[:, 1:] == runs[:, :-1] + 1,
-        "tt.constancy": lambda runs: runs == runs[:, :1],
-    }
-    told = []
-
-    def check(handle, name, lengths):
-        told.append(lengths[-1])
-        assert holds[name](handle.data.reshape(-1, told[-1])).all(), name
-
-    monkeypatch.setattr(TensorHandle, "set_attr", check)
-    for shape, channels, kernel, *geometry in [
-        ((2, 8, 3, 8), 12, 2, 2),
-        ((1, 5, 3, 8), 20, 4, 2, 1),
-        ((2, 8, 2, 6), 40, 3, 2, 1, 1),
-        ((1, 8, 3, 12), 8, 3, 1, 1),
-        ((1, 3, 1, 4), 6, (3, 2), (2, 3)),
-        ((1, 3, 2, 5), 7, (4, 8), (2, 4), (1, 2)),  # 4 columns side by side in w, and 2 in y
-        ((1, 3, 2, 5), 6, (3, 5), (2, 4), (0, 1), 1),
-        ((3, 16, 1, 1), 6, 4),
-    ]:
-        leaves = [t.requires_grad_() for t in tensors(shape, channels, kernel, torch.float16, layout, "cpu")]
-        y = FS.conv_transpose2d(*leaves, *geometry)
-        y.backward(torch.randn_like(y))
-    assert max(told) == 8

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import dispatch, faster, kernels
 from .library import Operator, dense, empty, memory_format
-from .windows import KERNEL_DTYPES
+from .windows import INT32_MAX, KERNEL_DTYPES, LONGEST_SIDE
 
 UNMEASURED = "no measurement says that the kernels beat cuDNN for this shape"
 FORWARD, OF_INPUT, OF_WEIGHT, OF_BOTH = DIRECTIONS = (
@@ -34,6 +34,11 @@ def uncovered(input: Tensor, weight: Tensor, stride: list[int], dilation: list[i
         return f"dtype {input.dtype}"
     if any(k > 1 and s > 1 and d > 1 for k, s, d in zip(weight.shape[-2:], stride, dilation, strict=True)):
         return f"dilation {tuple(dilation)} with stride {tuple(stride)}"
+    sides = [size * s for size, s in zip(input.shape[-2:], stride, strict=True)]
+    if max(sides) > LONGEST_SIDE:
+        return f"maps of more than {LONGEST_SIDE} rows or columns"
+    if sides[0] * sides[1] > INT32_MAX:
+        return f"maps of more than {INT32_MAX} pixels"
     return None
 
 
@@ -292,6 +297,6 @@ CONV_TRANSPOSE2D_BACKWARD = Operator(
     kernel=_conv_transpose2d_backward_kernel,
     reference=_conv_transpose2d_backward_reference,
     fake=_empty_gradients,
-    uncovered=lambda grad, input, weight, stride, *rest: uncovered(grad, weight, stride, rest[3]),
+    uncovered=lambda grad, input, weight, stride, *rest: uncovered(input, weight, stride, rest[3]),
     preferred=_preferred_backward,
 )

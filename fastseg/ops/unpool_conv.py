@@ -13,7 +13,7 @@ from .. import dispatch, faster, kernels
 from .conv_transpose_operators import layout_of
 from .library import Operator, dense, empty, placed
 from .unpool import MAX_UNPOOL2D, check_unpool, max_unpool2d_with_offsets, refuse_strays, unpool_arguments
-from .windows import KERNEL_DTYPES, IntOrPair, require_tensor
+from .windows import INT32_MAX, KERNEL_DTYPES, LONGEST_SIDE, IntOrPair, require_tensor
 
 NAME = "max_unpool2d_conv2d"
 UNMEASURED = "no measurement says that one kernel beats unpooling and cuDNN's convolution for this shape"
@@ -52,11 +52,15 @@ def _reference(input: Tensor, offsets: Tensor, weight: Tensor, bias: Tensor | No
 
 
 def uncovered(input: Tensor, offsets: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> str | None:
-    kernel, stride = geometry[:2]
+    kernel, stride, _, size = geometry
     if input.dtype not in KERNEL_DTYPES:
         return f"dtype {input.dtype}"
     if any(k > s for k, s in zip(kernel, stride, strict=True)):
         return f"overlapping windows (kernel_size {tuple(kernel)}, stride {tuple(stride)})"
+    if max(size) > LONGEST_SIDE:
+        return f"maps of more than {LONGEST_SIDE} rows or columns"
+    if size[0] * size[1] > INT32_MAX:
+        return f"maps of more than {INT32_MAX} pixels"
     return None
 
 

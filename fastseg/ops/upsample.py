@@ -14,13 +14,13 @@ from torch import Tensor
 from .. import kernels
 from .chunks import elements
 from .library import Operator, empty
+from .windows import LONGEST_SIDE
 
 MODES = ("nearest", "bilinear")
 LOGITS_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LABELS = (torch.uint8, torch.int16, torch.int32, torch.int64)
 LEAST_CLASSES = 8  # that a band is counted for: what the labels need besides is that of some classes
 FEW_CLASSES = 16  # below which the reference computes in NCHW, from which on in channels_last
-LONGEST_SIDE = 2**20  # that the kernels count in
 
 
 # --- arguments -------------------------------------------------------------------------------------------------------

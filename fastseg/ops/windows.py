@@ -18,6 +18,7 @@ IntOrPair = int | Sequence[int]
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_OFFSETS = 256  # taps that a uint8 can tell apart
 INT32_MAX = 2**31 - 1
+LONGEST_SIDE = 2**20  # of maps whose rows and columns kernels tell apart in float32
 
 
 def require_tensor(function: str, name: str, value: object) -> None:
