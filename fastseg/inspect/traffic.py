@@ -29,6 +29,7 @@ class KernelTraffic:
     """What one launch of a kernel moved, in bytes."""
 
     kernel: str
+    programs: int | None  # where it is known
     requested: dict[str, int] = field(default_factory=lambda: dict.fromkeys(ACCESSES, 0))
     touched: dict[str, list[np.ndarray]] = field(default_factory=lambda: {access: [] for access in ACCESSES})
     ranges: list[tuple[int, int]] = field(default_factory=list)
@@ -67,7 +68,7 @@ def metering() -> Iterator[list[KernelTraffic]]:
     launches: list[KernelTraffic] = []
 
     def run(kernel: Any, programs: int, args: tuple[Any, ...], meta: dict[str, Any]) -> None:
-        with counting(kernel.__name__, args) as traffic:
+        with counting(kernel.__name__, args, programs) as traffic:
             launches.append(traffic)
             kernel[(programs,)](*args, **meta)
 
@@ -76,14 +77,14 @@ def metering() -> Iterator[list[KernelTraffic]]:
 
 
 @contextlib.contextmanager
-def counting(kernel: str, args: Sequence[Any]) -> Iterator[KernelTraffic]:
+def counting(kernel: str, args: Sequence[Any], programs: int | None = None) -> Iterator[KernelTraffic]:
     """The traffic of one launch with these arguments, which the interpreter makes while this stands."""
     from triton.runtime.interpreter import InterpreterBuilder as Builder
 
     tensors = [a.base if isinstance(a, TensorDescriptor) else a for a in args]
     tensors = [a for a in tensors if isinstance(a, Tensor)]
     ranges = [(t.data_ptr(), t.data_ptr() + _extent(t) * t.element_size()) for t in tensors]
-    traffic = KernelTraffic(kernel, ranges=ranges)
+    traffic = KernelTraffic(kernel, programs, ranges=ranges)
     names = ("create_masked_load", "create_masked_store", "create_atomic_rmw", "create_atomic_cas", "create_dot")
     load, store, rmw, cas, dot = originals = [getattr(Builder, name) for name in names]
 
