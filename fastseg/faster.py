@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import kernels
+from . import dispatch, kernels
 from .files import atomic_write
 
 Times = tuple[float, float]  # milliseconds: of the kernels, of torch
@@ -39,7 +39,7 @@ def times(key: str, tensor: Tensor, calls: Callable[[], tuple[Callable[[], Any],
 
     calls: makes the two calls, ours and torch's, if they are to be timed.
     """
-    if not tensor.is_cuda:
+    if not tensor.is_cuda or not dispatch.TRITON_INSTALLED:
         return None
     known = _known(tensor.device.index or 0)
     if key not in known and may_measure(tensor):
@@ -50,7 +50,7 @@ def times(key: str, tensor: Tensor, calls: Callable[[], tuple[Callable[[], Any],
 
 def may_know(tensor: Tensor) -> bool:
     """Whether `times` knows of any call on the tensor's GPU, or may measure one: where not, none need be described."""
-    if not tensor.is_cuda:
+    if not tensor.is_cuda or not dispatch.TRITON_INSTALLED:
         return False
     known = may_measure(tensor) or _known(tensor.device.index or 0)
     return bool(known or _recorded(torch.cuda.get_device_name(tensor.device)))

@@ -214,6 +214,17 @@ def test_each_direction_is_chosen_for_itself(known):
     )
 
 
+def test_without_triton_nothing_is_known_and_no_kernel_is_loaded(monkeypatch):
+    """As on Windows, where torch has a GPU and no triton."""
+    loaded = []
+    monkeypatch.setattr(dispatch, "TRITON_INSTALLED", False)
+    monkeypatch.setattr(faster, "_machine", loaded.append)
+    monkeypatch.setattr(functions, "gradient_directions", lambda *arguments: loaded.append(arguments))
+    assert ask() is None and not faster.may_know(GPU)
+    assert chosen(*(t.bfloat16().requires_grad_() for t in wide_tensors()))[0]
+    assert loaded == []
+
+
 def test_what_is_not_asked_for_does_not_count(known):
     known(forward=(2.0, 1.0), of_input=(1.0, 3.0))
     x, weight, _ = tensors()
