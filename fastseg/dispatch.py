@@ -10,6 +10,7 @@ each call.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import os
 import sys
@@ -26,6 +27,7 @@ BACKENDS = ("auto", "triton", "cuda", "torch")
 NAMES = {"triton": "Triton", "cuda": "CUDA C++"}  # of the backends that are kernels, best first
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 CUPY_INSTALLED = importlib.util.find_spec("cupy") is not None and torch.version.hip is None
+OLDEST = (8, 0)  # compute capability: Triton has no older one
 NO_KERNELS = "this operator"  # what CUDA C++ kernels do not cover where an operator has none
 
 
@@ -106,17 +108,39 @@ def choose(
     list it; cuda_uncovered: why the CUDA C++ kernels cannot. Raises NotImplementedError or RuntimeError where "triton"
     or "cuda" is demanded in vain.
     """
-    choice = _decide(operator, tensor.device.type, uncovered, preferred, cuda_uncovered)
+    choice = _decide(operator, tensor.device, uncovered, preferred, cuda_uncovered)
     if _watched is not None and not asks:
         _watched.append(choice)
     return choice
+
+
+def without_triton(device: torch.device) -> str | None:
+    """Why no Triton kernel runs on a device, whatever the call; None where they do."""
+    if not TRITON_INSTALLED:
+        return "triton is not installed"
+    if device.type != "cuda":
+        return None
+    found = (_capability if torch.compiler.is_compiling() else _capability_once)(device.index)
+    if found >= OLDEST:
+        return None
+    return "triton needs a GPU of compute capability {}.{} or later, and this one has {}.{}".format(*OLDEST, *found)
+
+
+def _capability(index: int | None) -> tuple[int, int]:
+    if not torch.cuda.is_available() or torch.version.hip is not None:  # a traced device; one with other numbers
+        return OLDEST
+    properties = torch.cuda.get_device_properties(index)  # a constant for torch.compile
+    return properties.major, properties.minor
+
+
+_capability_once = functools.cache(_capability)
 
 
 def torch_alone(tensor: Tensor) -> bool:
     """Whether torch runs every call on `tensor`, whatever the operator and its other arguments."""
     setting = get_backend()
     if setting == "auto":
-        return tensor.device.type != "cuda" or not (TRITON_INSTALLED or CUPY_INSTALLED)
+        return tensor.device.type != "cuda" or not (CUPY_INSTALLED or without_triton(tensor.device) is None)
     return setting == "torch"
 
 
@@ -135,7 +159,7 @@ def left_to_torch(operator: str, tensor: Any) -> bool:
 
 
 def _decide(
-    operator: str, device: str, uncovered: str | None, preferred: Preference | None,
+    operator: str, device: torch.device, uncovered: str | None, preferred: Preference | None,
     cuda_uncovered: str | None = NO_KERNELS,
 ) -> Choice:  # fmt: skip
     setting = get_backend()
@@ -145,13 +169,13 @@ def _decide(
     if setting in reasons:
         _refuse(operator, setting, device, reasons[setting])
         return Choice(operator, setting, f"the backend is set to '{setting}'")
-    if device != "cuda":
-        return Choice(operator, "torch", "a CPU tensor" if device == "cpu" else f"a tensor on device type '{device}'")
-    backend, missing = "triton", ""
-    if not TRITON_INSTALLED:
-        if not CUPY_INSTALLED:
-            return Choice(operator, "torch", "triton is not installed")
-        backend, missing = "cuda", "triton is not installed; "
+    kind = device.type
+    if kind != "cuda":
+        return Choice(operator, "torch", "a CPU tensor" if kind == "cpu" else f"a tensor on device type '{kind}'")
+    lacking = without_triton(device)
+    if lacking is not None and not CUPY_INSTALLED:
+        return Choice(operator, "torch", lacking)
+    backend, missing = ("triton", "") if lacking is None else ("cuda", f"{lacking}; ")
     if reasons[backend] is not None:
         return Choice(operator, "torch", f"{missing}the {NAMES[backend]} kernels do not cover {reasons[backend]}")
     if forward_ad._current_level >= 0:
@@ -161,7 +185,7 @@ def _decide(
     return Choice(operator, backend, f"{missing}a CUDA tensor, covered by the {NAMES[backend]} kernels")
 
 
-def _refuse(operator: str, backend: str, device: str, uncovered: str | None) -> None:
+def _refuse(operator: str, backend: str, device: torch.device, uncovered: str | None) -> None:
     """Raise where a backend of kernels cannot run the call that demands it."""
     if uncovered is not None:
         raise NotImplementedError(
@@ -172,20 +196,21 @@ def _refuse(operator: str, backend: str, device: str, uncovered: str | None) -> 
     if backend == "cuda" and launch.recorded():
         return
     demanded = f"{operator}: backend '{backend}'"
-    if not (TRITON_INSTALLED if backend == "triton" else CUPY_INSTALLED):
-        needs = "the package triton, which is not installed" if backend == "triton" else launch.CUPY
-        raise RuntimeError(f"{demanded} needs {needs}")
+    if backend == "triton" and (lacking := without_triton(device)) is not None:
+        raise RuntimeError(f"{demanded} cannot run: {lacking}")
+    if backend == "cuda" and not CUPY_INSTALLED:
+        raise RuntimeError(f"{demanded} needs {launch.CUPY}")
     if backend == "cuda" and not torch.cuda.is_available():
         raise RuntimeError(f"{demanded} needs a CUDA GPU, and torch finds none on this machine")
-    if device == "cpu" and not (backend == "triton" and interpreted()):
+    if device.type == "cpu" and not (backend == "triton" and interpreted()):
         if backend == "triton":
             raise RuntimeError(
                 f"{demanded} on a CPU tensor needs TRITON_INTERPRET=1 in the environment "
                 "before triton is imported; move the tensor to a CUDA device or use backend 'auto'"
             )
         raise RuntimeError(f"{demanded} runs on CUDA tensors; move the tensor to a CUDA device or use backend 'auto'")
-    if device not in ("cpu", "cuda", "meta"):
-        raise RuntimeError(f"{demanded} runs on CUDA tensors, not on device type '{device}'")
+    if device.type not in ("cpu", "cuda", "meta"):
+        raise RuntimeError(f"{demanded} runs on CUDA tensors, not on device type '{device.type}'")
 
 
 def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Choice]:

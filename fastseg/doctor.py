@@ -27,14 +27,14 @@ def _advice(facts: dict[str, object]) -> str:
             "No CUDA GPU: every call takes torch. The kernels can be checked here all the same, interpreted: "
             "fastseg verify"
         )
-    if not dispatch.TRITON_INSTALLED:
+    lacking = dispatch.without_triton(torch.device("cuda"))
+    if lacking is not None:
         if dispatch.CUPY_INSTALLED:
-            return (
-                "triton is not installed: CUDA tensors take the CUDA C++ kernels where they cover a call, else torch."
-            )
+            return f"{lacking}: CUDA tensors take the CUDA C++ kernels where they cover a call, else torch."
+        install = "" if dispatch.TRITON_INSTALLED else "pip install triton or, where there is none, "
         return (
-            "triton is not installed: every call takes torch. pip install triton or, where there is none, "
-            "pip install 'fastseg-kernels[cuda12]' (or [cuda13]) for the kernels in CUDA C++"
+            f"{lacking}: every call takes torch. {install}pip install 'fastseg-kernels[cuda12]' (or [cuda13]) is for "
+            "the kernels in CUDA C++"
         )
     return "CUDA tensors take the Triton kernels where they cover a call; fastseg.explain tells for one call."
 

@@ -39,7 +39,7 @@ def times(key: str, tensor: Tensor, calls: Callable[[], tuple[Callable[[], Any],
 
     calls: makes the two calls, ours and torch's, if they are to be timed.
     """
-    if not tensor.is_cuda or not dispatch.TRITON_INSTALLED:
+    if not tensor.is_cuda or dispatch.without_triton(tensor.device) is not None:
         return None
     known = _known(tensor.device.index or 0)
     if key not in known and may_measure(tensor):
@@ -50,7 +50,7 @@ def times(key: str, tensor: Tensor, calls: Callable[[], tuple[Callable[[], Any],
 
 def may_know(tensor: Tensor) -> bool:
     """Whether `times` knows of any call on the tensor's GPU, or may measure one: where not, none need be described."""
-    if not tensor.is_cuda or not dispatch.TRITON_INSTALLED:
+    if not tensor.is_cuda or dispatch.without_triton(tensor.device) is not None:
         return False
     known = may_measure(tensor) or _known(tensor.device.index or 0)
     return bool(known or _recorded(torch.cuda.get_device_name(tensor.device)))

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .conv_transpose_geometry import Geometry
-from .launch import INTERPRETED, capability, launch, vector_width
+from .launch import INTERPRETED, launch, roomy, vector_width
 from .products import blocks, multiply, place, precision, programs, split, sum_shares, transposed, wide
 
 MOST_COLUMNS = 256  # of the weight, for one kernel to make both gradients: it holds its sums in registers
@@ -221,7 +221,7 @@ def bwd(
         return
     tiles = blocks(c, columns, n * h * w, x, fill=False)
     if together:
-        most, stages = (64, 3) if capability(x) >= 90 else (32, 2)  # so that nothing spills
+        most, stages = (64, 3) if roomy(x) else (32, 2)  # so that nothing spills
         tiles |= {"BLOCK_M": min(most, tiles["BLOCK_M"]), "BLOCK_N": _columns(weight), "BLOCK_R": 32}
         tiles |= {"num_warps": 8, "num_stages": stages}
     steps, products = triton.cdiv(n * h * w, tiles["BLOCK_R"]), programs(c, columns, tiles)

@@ -86,6 +86,11 @@ def _capability(index: int) -> int:
     return 10 * major + minor
 
 
+def roomy(tensor: Tensor) -> bool:
+    """Whether a program may take 227 KiB of shared memory there: since 9.0, but not on the 12.x, which have 99."""
+    return 90 <= capability(tensor) < 120
+
+
 @contextlib.contextmanager
 def targeting(sm: int) -> Iterator[None]:
     """Launch as on a GPU of this compute capability, for those who record launches or interpret them."""

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 import fastseg
-from fastseg import dispatch
+from fastseg import dispatch, doctor
 from fastseg import functional as FS
+
+CUDA = torch.device("cuda")
 
 
 def python(code, **environment):
@@ -60,7 +62,7 @@ def test_works_without_triton_and_cupy():
         "except RuntimeError as error: print(error)\n"
         "from fastseg.kernels.cuda import pool, unpool, cross_entropy, cross_entropy_bwd\n"
     )
-    assert code == 0 and output.startswith("4.0\n") and "triton, which is not installed" in output
+    assert code == 0 and output.startswith("4.0\n") and "triton is not installed" in output
     assert "CuPy, which is not installed" in output
 
 
@@ -93,7 +95,7 @@ def test_explain_names_each_operator_and_computes_nothing():
     ],
 )
 def test_auto(device, uncovered, preferred, backend, reason):
-    choice = dispatch._decide("op", device, uncovered, preferred)
+    choice = dispatch._decide("op", torch.device(device), uncovered, preferred)
     assert choice.backend == backend and reason in choice.reason
 
 
@@ -112,18 +114,18 @@ def test_where_torch_is_alone(monkeypatch):
 
 def test_forward_mode_goes_to_torch_unless_kernels_are_demanded():
     with torch.autograd.forward_ad.dual_level():
-        assert dispatch._decide("op", "cuda", None, None).reason.startswith("inside forward-mode")
+        assert dispatch._decide("op", CUDA, None, None).reason.startswith("inside forward-mode")
         with fastseg.backend("triton"):
-            assert dispatch._decide("op", "cuda", None, None).backend == "triton"
-    assert dispatch._decide("op", "cuda", None, None).backend == "triton"
+            assert dispatch._decide("op", CUDA, None, None).backend == "triton"
+    assert dispatch._decide("op", CUDA, None, None).backend == "triton"
 
 
 def test_triton_overrules_what_is_preferred_but_not_uncovered(triton_backend):
-    assert dispatch._decide("op", "cuda", None, ("torch", "cuDNN is faster")).backend == "triton"
+    assert dispatch._decide("op", CUDA, None, ("torch", "cuDNN is faster")).backend == "triton"
     with pytest.raises(NotImplementedError, match=r"op: .*dilation 2"):
-        dispatch._decide("op", "cuda", "dilation 2", None)
+        dispatch._decide("op", CUDA, "dilation 2", None)
     with pytest.raises(RuntimeError, match="mps"):
-        dispatch._decide("op", "mps", None, None)
+        dispatch._decide("op", torch.device("mps"), None, None)
 
 
 @pytest.mark.parametrize(
@@ -137,15 +139,51 @@ def test_triton_overrules_what_is_preferred_but_not_uncovered(triton_backend):
 def test_auto_without_triton(cupy, uncovered, backend, reason, monkeypatch):
     monkeypatch.setattr(dispatch, "TRITON_INSTALLED", False)
     monkeypatch.setattr(dispatch, "CUPY_INSTALLED", cupy)
-    choice = dispatch._decide("op", "cuda", "all of it", ("torch", "cuDNN is faster than Triton"), uncovered)
+    choice = dispatch._decide("op", CUDA, "all of it", ("torch", "cuDNN is faster than Triton"), uncovered)
     assert choice.backend == backend and re.match(f".*{reason}", choice.reason)
-    assert dispatch._decide("op", "cpu", None, None, None).backend == "torch"
+    assert dispatch._decide("op", torch.device("cpu"), None, None, None).backend == "torch"
+
+
+@pytest.fixture
+def turing(monkeypatch):
+    """torch's facts of a GPU of compute capability 7.5."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(major=7, minor=5))
+    dispatch._capability_once.cache_clear()
+    yield
+    dispatch._capability_once.cache_clear()
+
+
+@pytest.mark.parametrize("cupy, backend", [(True, "cuda"), (False, "torch")])
+def test_a_gpu_too_old_for_triton(cupy, backend, turing, monkeypatch):
+    monkeypatch.setattr(dispatch, "CUPY_INSTALLED", cupy)
+    said = "triton needs a GPU of compute capability 8.0 or later, and this one has 7.5"
+    choice = dispatch._decide("op", CUDA, None, None, None)
+    assert choice.backend == backend and choice.reason.startswith(said)
+    assert dispatch.torch_alone(SimpleNamespace(device=CUDA)) is (not cupy)
+    advice = doctor._advice({"cuda": "13.0"})
+    assert advice.startswith(said) and ("take the CUDA C++ kernels" in advice) is cupy
+    with fastseg.backend("triton"), pytest.raises(RuntimeError, match=f"op: backend 'triton' cannot run: {said}"):
+        dispatch._decide("op", CUDA, None, None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(major=8, minor=0))
+    dispatch._capability_once.cache_clear()
+    assert dispatch._decide("op", CUDA, None, None).backend == "triton"
+
+
+def test_the_gpu_is_asked_for_within_a_graph():
+    """torch.compile takes the answer for a constant: no break."""
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def lacking(x):
+        return x + (1 if dispatch.without_triton(CUDA) is None else 2)
+
+    assert lacking(torch.zeros(1)).item() == 1
 
 
 def test_cuda_says_what_it_needs(monkeypatch):
     with fastseg.backend("cuda"):
         with pytest.raises(NotImplementedError, match=r"op: the CUDA C\+\+ kernels do not cover this operator"):
-            dispatch._decide("op", "cuda", None, None)
+            dispatch._decide("op", CUDA, None, None)
         monkeypatch.setattr(dispatch, "CUPY_INSTALLED", False)
         with pytest.raises(RuntimeError, match=r"fastseg-kernels\[cuda12\]"):
             FS.max_pool2d(torch.zeros(1, 1, 4, 4), 2)
@@ -156,8 +194,8 @@ def test_cuda_says_what_it_needs(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         for device in ("cpu", "mps"):
             with pytest.raises(RuntimeError, match="runs on CUDA tensors"):
-                dispatch._decide("op", device, None, None, None)
-        assert dispatch._decide("op", "cuda", "all of it", None, None).backend == "cuda"
+                dispatch._decide("op", torch.device(device), None, None, None)
+        assert dispatch._decide("op", CUDA, "all of it", None, None).backend == "cuda"
 
 
 def test_explain_leaves_a_model_as_it_was():

@@ -15,7 +15,7 @@ from fastseg.inspect.traffic import metering
 from fastseg.ops import conv_transpose as functions
 from fastseg.ops import conv_transpose_operators as operators
 
-GPU = SimpleNamespace(is_cuda=True, device=SimpleNamespace(index=0))  # as much of a tensor as is looked at
+GPU = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0))  # as much of a tensor as is looked at
 MACHINE = {"gpu": "H100", "driver": "1"}
 
 

@@ -247,7 +247,7 @@ def as_it_stands(built, x, kept):
 def on_a_gpu(monkeypatch, tmp_path):
     """This CPU passes for a GPU: kernels run, interpreted, and `faster` keeps what the test's timer says."""
     decide, times, may_know = dispatch._decide, faster.times, faster.may_know
-    gpu = SimpleNamespace(is_cuda=True, device=SimpleNamespace(index=0))
+    gpu = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0))
     monkeypatch.setattr(dispatch, "torch_alone", lambda tensor: dispatch.get_backend() == "torch")
     monkeypatch.setattr(dispatch, "_decide", lambda operator, device, *rest: decide(operator, "cuda", *rest))
     monkeypatch.setattr(faster, "times", lambda key, tensor, calls: times(key, gpu, calls))

@@ -38,7 +38,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="also what torch.compile's kernels for a GPU move; about 3 s more a case",
     )  # fmt: skip
     codegen = parser.add_argument_group("codegen")
-    codegen.add_argument("--sm", type=int, action="append", choices=[80, 90, 100], help="default: all three")
+    codegen.add_argument(
+        "--sm", type=int, action="append", choices=[80, 86, 89, 90, 100, 120], help="default: 80, 90 and 100"
+    )
     codegen.add_argument("--first", action="store_true", default=None, help="one configuration a kernel and layout")
     codegen.add_argument("--sass", metavar="KERNEL", help="print the disassembly of this kernel and stop")
     codegen.add_argument("--ptx", metavar="KERNEL", help="print the PTX of this kernel and stop")

@@ -33,8 +33,10 @@ POINTERS = {
     torch.uint8: "*u8", torch.int16: "*i16", torch.int32: "*i32", torch.int64: "*i64",
 }  # fmt: skip
 OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg", "debug", "sanitize_overflow")
-REGISTERS_PER_SM, WARPS_PER_SM = 65536, 64
-SHARED_PER_SM = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
+REGISTERS_PER_SM = 65536
+# What a multiprocessor of each compute capability has: KiB of shared memory, of which each program takes one more than
+# it asks for, and warps.
+MULTIPROCESSORS = {80: (164, 64), 86: (100, 48), 89: (100, 48), 90: (228, 64), 100: (228, 64), 120: (100, 48)}
 
 
 @dataclass(frozen=True)
@@ -132,11 +134,12 @@ class Compiled:
     @property
     def occupancy(self) -> float:
         """Share of an SM's warps that registers and shared memory let reside."""
+        shared, warps = MULTIPROCESSORS[self.capability]
         registers = -(-self.resources["REG"] // 8) * 8 * 32 * self.warps
-        blocks = min(REGISTERS_PER_SM // registers, WARPS_PER_SM // self.warps)
+        blocks = min(REGISTERS_PER_SM // registers, warps // self.warps)
         if self.shared:
-            blocks = min(blocks, SHARED_PER_SM[self.capability] // (self.shared + 1024))
-        return blocks * self.warps / WARPS_PER_SM
+            blocks = min(blocks, shared * 1024 // (self.shared + 1024))
+        return blocks * self.warps / warps
 
     shared: int = 0
 

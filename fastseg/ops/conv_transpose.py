@@ -234,7 +234,7 @@ def _all_on_torch(
     Under torch.compile the operators choose when they run.
     """
     no = uncovered(input, weight, geometry[0], geometry[4])
-    if no is not None or not input.is_cuda or dispatch.get_backend() != "auto" or not dispatch.TRITON_INSTALLED:
+    if no is not None or not input.is_cuda or dispatch.get_backend() != "auto" or dispatch.without_triton(input.device):
         return dispatch.choose(NAME, input, no, asks=asks).backend == "torch"
     if torch.compiler.is_compiling():
         return False
