@@ -16,6 +16,7 @@ from torch import nn
 from .checkpoint import atomic_write, build_model, load_checkpoint, load_weights
 from .data import CAMVID_CLASSES, normalise, read_image, read_mask, resize, to_tensor
 from .dispatch import BACKENDS, backend
+from .functional import upsample_argmax
 from .metrics import confusion_matrix, scores
 from .train import parse_size
 from .trainer import pick_device
@@ -80,8 +81,8 @@ class Segmenter:
         """
         images = to_tensor(resize(picture, size or self.size)).to(self.device)
         logits = self.model(normalise(images, self.mean, self.std)[None])
-        own = nn.functional.interpolate(logits, (picture.height, picture.width), mode="bilinear")
-        return own[0].argmax(0).to(torch.uint8).cpu().numpy()
+        labels = upsample_argmax(logits, (picture.height, picture.width), dtype=torch.uint8)
+        return labels[0].cpu().numpy()
 
 
 class Scene(NamedTuple):
