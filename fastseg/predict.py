@@ -5,18 +5,22 @@ from __future__ import annotations
 import argparse
 import colorsys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from rich.console import Console
-from torch import nn
+from rich.progress import track
+from torch import Tensor, nn
 
+from . import terminal
 from .checkpoint import atomic_write, build_model, load_checkpoint, load_weights
 from .data import CAMVID_CLASSES, normalise, read_image, read_mask, resize, to_tensor
 from .dispatch import BACKENDS, backend
 from .functional import upsample_argmax
+from .instancewise import COMBINE, LEAST_SIDE, MOST_BOXES, Box, instance_scores, read_boxes, windows
 from .metrics import confusion_matrix, scores
 from .train import parse_size
 from .trainer import pick_device
@@ -39,11 +43,13 @@ CAMVID_COLOURS = (
 )
 """The colours of CamVid's own label file, in the order of CAMVID_CLASSES."""
 VOID_COLOUR = (0, 0, 0)
+PROPOSAL = (224, 224)  # what a network that was trained at no size of its own sees of a proposal
 
 EXAMPLES = """examples:
   fastseg segment street.jpg --checkpoint runs/train/checkpoint.pt
   fastseg segment val/*.png --checkpoint runs/train/checkpoint.pt --out predictions --labels
   fastseg segment val/0016E5.png --truth valannot/0016E5.png --checkpoint runs/train/checkpoint.pt --overlay
+  fastseg segment dog.jpg --checkpoint deconvnet.pt --boxes dog.csv     instance-wise, from object proposals
 """
 
 
@@ -64,9 +70,8 @@ class Segmenter:
         load_weights(self.model, state, path)
         self.model.to(self.device).eval()
 
-    def check(self, picture: Image, size: tuple[int, int] | None = None) -> None:
-        """ValueError where the network cannot see the picture at `size`, since that is too small."""
-        height, width = size or self.size or (picture.height, picture.width)
+    def check(self, height: int, width: int) -> None:
+        """ValueError where the network cannot see pictures of that size, since they are too small."""
         least = getattr(self.model, "LEAST", 1)
         if min(height, width) < least:
             raise ValueError(
@@ -79,10 +84,24 @@ class Segmenter:
 
         The network sees it at `size`, by default the size it was trained at, and its logits are stretched back.
         """
-        images = to_tensor(resize(picture, size or self.size)).to(self.device)
-        logits = self.model(normalise(images, self.mean, self.std)[None])
+        logits = self.logits(to_tensor(resize(picture, size or self.size)).to(self.device)[None])
         labels = upsample_argmax(logits, (picture.height, picture.width), dtype=torch.uint8)
         return labels[0].cpu().numpy()
+
+    def instance_wise(
+        self, picture: Image, boxes: Sequence[Box], size: tuple[int, int] | None = None, **options: Any
+    ) -> np.ndarray:
+        """The same from the picture's proposals, each seen at `size`, by default that of training, else 224x224.
+
+        options: those of fastseg.instancewise.instance_scores.
+        """
+        image = to_tensor(picture).to(self.device)
+        found = instance_scores(self.logits, image, boxes, size or self.size or PROPOSAL, **options)
+        return found.argmax(0).to(torch.uint8).cpu().numpy()
+
+    def logits(self, images: Tensor) -> Tensor:
+        """The network's logits of images (N, 3, H, W) in 0..1."""
+        return self.model(normalise(images, self.mean, self.std))
 
 
 class Scene(NamedTuple):
@@ -178,12 +197,19 @@ def _truth(path: Path, picture: Image, segmenter: Segmenter) -> np.ndarray:
 
 
 def _read(
-    image: Path, truth: Path | None, segmenter: Segmenter, size: tuple[int, int] | None
-) -> tuple[Image, np.ndarray | None]:
-    """The picture and its true mask, both checked."""
+    image: Path, truth: Path | None, boxes: Path | None, segmenter: Segmenter, args: argparse.Namespace
+) -> tuple[Image, np.ndarray | None, list[Box] | None]:
+    """The picture, its true mask and its proposals, all checked."""
     picture = read_image(image)
-    segmenter.check(picture, size)
-    return picture, _truth(truth, picture, segmenter) if truth else None
+    proposed = None
+    if args.boxes is not None:
+        least = args.least_side or LEAST_SIDE
+        proposed = read_boxes(boxes) if boxes else windows(picture.height, picture.width, least)
+        if not any(min(box.width, box.height) >= least for box in proposed):
+            raise ValueError(f"no box of {boxes or image} has a shorter side of at least {least}: --least-side")
+    own = PROPOSAL if proposed else (picture.height, picture.width)
+    segmenter.check(*(args.size or segmenter.size or own))
+    return picture, _truth(truth, picture, segmenter) if truth else None, proposed
 
 
 def _outputs(images: list[Path], out: Path, labels: bool) -> list[tuple[Path, Path | None]]:
@@ -227,6 +253,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--size", type=parse_size, metavar="HxW", help="what the network sees (default: as in training)"
     )
+    proposals = parser.add_argument_group(
+        "instance-wise", "one object proposal at a time, as DeconvNet's authors predict"
+    )
+    proposals.add_argument(
+        "--boxes", nargs="*", metavar="FILE",
+        help="the pictures' proposals, a line each: left, top, width, height; without a FILE windows of several sizes",
+    )  # fmt: skip
+    proposals.add_argument("--least-side", type=int, metavar="N", help=f"leave out smaller boxes ({LEAST_SIDE})")
+    proposals.add_argument("--most-boxes", type=int, metavar="N", help=f"take the first N ({MOST_BOXES})")
+    proposals.add_argument("--combine", choices=COMBINE, help=f"a pixel's scores in several boxes ({COMBINE[0]})")
     parser.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
     parser.add_argument("--backend", choices=list(BACKENDS), default="auto", help="fused kernels or torch")
 
@@ -234,18 +270,31 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Run `fastseg segment`; 0."""
     images = [Path(name) for name in args.images]
-    if args.truth and len(args.truth) != len(images):
-        raise ValueError(f"{len(images)} pictures need as many --truth masks, not {len(args.truth)}")
+    for option, files in (("--truth", args.truth), ("--boxes", args.boxes)):
+        if files and len(files) != len(images):
+            raise ValueError(f"{len(images)} pictures need as many files for {option}, not {len(files)}")
+    proposals = {"least": args.least_side, "most": args.most_boxes, "combine": args.combine}
+    proposals = {name: value for name, value in proposals.items() if value is not None}
+    if proposals and args.boxes is None:
+        raise ValueError("--least-side, --most-boxes and --combine need --boxes")
+    if min(proposals.get("least", 1), proposals.get("most", 1)) < 1:
+        raise ValueError("--least-side and --most-boxes must be at least 1")
     outputs = _outputs(images, Path(args.out), args.labels)
     segmenter = Segmenter(args.checkpoint, args.device)
     console = Console(markup=False, emoji=False, highlight=False, soft_wrap=True)
     truths = [Path(name) for name in args.truth] if args.truth else [None] * len(images)
-    for image, truth_path in zip(images, truths, strict=True):  # all, before anything is written
-        _read(image, truth_path, segmenter, args.size)
-    for image, truth_path, (drawing, labels_path) in zip(images, truths, outputs, strict=True):
-        picture, truth = _read(image, truth_path, segmenter, args.size)
+    boxes = [Path(name) for name in args.boxes] if args.boxes else [None] * len(images)
+    for files in zip(images, truths, boxes, strict=True):  # all, before anything is written
+        _read(*files, segmenter, args)
+    for image, truth_path, boxes_path, (drawing, labels_path) in zip(images, truths, boxes, outputs, strict=True):
+        picture, truth, proposed = _read(image, truth_path, boxes_path, segmenter, args)
         with backend(args.backend):
-            prediction = segmenter(picture, args.size)
+            if proposed is None:
+                prediction = segmenter(picture, args.size)
+            else:
+                bar = terminal.console(stderr=True)
+                watch = partial(track, description=image.name, console=bar, transient=True, disable=not bar.is_terminal)
+                prediction = segmenter.instance_wise(picture, proposed, args.size, watch=watch, **proposals)
         scene = Scene(np.asarray(picture), truth, prediction)
         draw_scenes(drawing, [scene], segmenter.classes, segmenter.ignore_index, args.overlay)
         note = ""

@@ -82,7 +82,7 @@ def test_several_pictures(weights, scene, tmp_path, capsys):
     Image.open(scene[0]).save(other / "scene.png")
     refused = {
         "--out must be a folder for 2 pictures": [*arguments, "--out", "one.png"],
-        "2 pictures need as many --truth masks, not 1": [*arguments, "--truth", str(scene[1])],
+        "2 pictures need as many files for --truth, not 1": [*arguments, "--truth", str(scene[1])],
         "two pictures have the same name": [*arguments[:2], str(other / "scene.png"), *arguments[3:]],
         "is the picture itself": ["segment", str(scene[0]), "--out", str(scene[0]), "--checkpoint", str(weights)],
     }
