@@ -162,6 +162,8 @@ SIZES: dict[str, list[tuple[Callable[..., Iterator[Case]], tuple[Any, ...]]]] = 
         (cases.conv_transpose2d, size)
         for size in [
             ((2, 16, 5, 8), 16, 2, 2, 0, 0),
+            ((2, 16, 8, 16), 32, 2, 2),
+            ((1, 16, 8, 8), 16, 4, 2, 1),
             ((1, 24, 3, 8), 80, 2, 2, 0, 0),
             ((1, 5, 7, 9), 3, 3, 2, 1, 1),
             ((2, 8, 6, 5), 12, 3, 1, 1, 0),
@@ -182,7 +184,7 @@ SIZES: dict[str, list[tuple[Callable[..., Iterator[Case]], tuple[Any, ...]]]] = 
         (cases.max_unpool2d_conv2d, size)
         for size in [((2, 16, 4, 6), 16, 2), ((1, 5, 3, 7), 3, 3), ((1, 70, 2, 3), 40, 2)]
     ],
-    "cross_entropy": [  # shape, ignore_index, weighted, reduction, label_smoothing, probabilities, one_pass
+    "cross_entropy": [  # shape, ignore_index, weighted, reduction, label_smoothing, probabilities, one_pass, predicted
         (cases.cross_entropy, size)
         for size in [
             ((2, 11, 6, 8), 255, True, "mean"),
@@ -191,6 +193,7 @@ SIZES: dict[str, list[tuple[Callable[..., Iterator[Case]], tuple[Any, ...]]]] = 
             ((1, 150, 3, 5), 255, False, "none"),
             ((2, 1, 4, 4), -100, False, "mean"),
             ((2, 19, 3, 5), 255, True, "mean", 0.1, False, False),
+            ((1, 13, 7, 6), 255, False, "mean", 0.0, False, None, True),
             ((7, 11), -100, True, "mean", 0.1, True, True),
             ((1, 5, 7), -100, False, "sum", 0.0, True, False),
             ((1, 6, 2, 3, 4), -100, True, "mean"),

@@ -1,6 +1,9 @@
 import itertools
 import json
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -104,3 +107,33 @@ def test_an_interrupted_run_tells_what_it_did(json_option, monkeypatch, capsys):
         assert all(result["passed"] for case in report["cases"] for result in case["results"])
     else:
         assert "3 cases, 0 failed" in output and "interrupted" in output
+
+
+EVERY_KERNEL = """
+import importlib, itertools
+from triton.runtime.jit import JITFunction
+from fastseg import cases, dispatch, kernels, verify
+from fastseg.inspect.codegen import record
+from fastseg.kernels.launch import targeting
+from fastseg.ops.library import observing
+
+modules = [importlib.import_module(f"fastseg.kernels.{family}") for family in kernels.FAMILIES]
+wanted = {name for m in modules for name, found in vars(m).items()
+          if isinstance(found, JITFunction) and name.endswith("_kernel")}
+for (operator, sizes), dtype, layout in itertools.product(
+    verify.SIZES.items(), ("float32", "bfloat16"), cases.LAYOUTS.values()
+):
+    at = cases.Placement(cases.DTYPES[dtype], layout, "meta")
+    for case in (case for make, size in sizes for case in make(at, *size)):
+        with dispatch.backend("triton"), targeting(90), observing(lambda operator, call: None):
+            wanted -= {launch.name for launch in record(lambda: case.step(case.ours, backward=True)())}
+print(*sorted(wanted))
+"""
+
+
+def test_every_kernel_is_run():
+    """On an H100, the kernels of its copy engine too."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, "-c", EVERY_KERNEL], capture_output=True, text=True, env=env)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout == "\n"
