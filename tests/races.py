@@ -70,6 +70,7 @@ class Record:
     faults: list[Fault] = field(default_factory=list)
     statements: set[Place] = field(default_factory=set)  # that accessed anything
     programs: dict[str, int] = field(default_factory=dict)  # most of one launch that stored anything, by kernel
+    branches: dict[tuple[str, str], set[bool]] = field(default_factory=dict)  # compile-time flags, by kernel and name
 
     def undeclared(self, declared: dict[tuple[str, str, str], str]) -> list[str]:
         """The faults that no declaration, (kind, kernel, tensor): reason, allows."""
@@ -88,6 +89,9 @@ def recording() -> Iterator[Record]:
         record.faults += seen.faults()
         record.statements |= set(seen.places)
         storing = {program for program, kind in zip(seen.program, seen.kind, strict=True) if kind != LOAD}
+        for name in set(meta) & set(kernel.arg_names):
+            if isinstance(meta[name], bool):
+                record.branches.setdefault((kernel.__name__, name), set()).add(meta[name])
         record.programs[kernel.__name__] = max(len(storing), record.programs.get(kernel.__name__, 0))
 
     with launch.recording(run):

@@ -3,6 +3,7 @@
 import ast
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ import torch
 
 from fastseg import cases, functional, kernels, verify
 from fastseg.kernels.launch import launch
+from fastseg.ops.unpool_conv import in_one_kernel
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="accesses are seen in the interpreter")
 
@@ -28,11 +30,19 @@ DECLARED = {
 }
 ALONE = {"cross_entropy_total_kernel", "cross_entropy_counts_kernel"}  # one program adds up what the others left
 
+ONE_WAY = {  # branches that are constant for all calls
+    ("conv_transpose2d_bwd_input_shuffle_kernel", "CHANNELS_LAST"),  # there one kernel makes both gradients
+}
+WITH_OFFSETS = [
+    "confusion", "cross_entropy_one_pass", "cross_entropy_parts", "dice_cross_entropy", "norm", "products", "upsample",
+    "windows",
+]  # fmt: skip
+
 # Small, so that small tensors make several programs, several steps of each, and shares.
 BLOCKS = {
-    "batch_norm": {"TILE": 32, "REDUCED_TILE": 64},
-    "batch_norm_pool": {"TILE": 16},
-    "batch_norm_unpool": {"TILE": 16},
+    "batch_norm": {"TILE": 64, "REDUCED_TILE": 64},
+    "batch_norm_pool": {"TILE": 32},
+    "batch_norm_unpool": {"TILE": 64},
     "confusion": {"LEAST_PIXELS": 128},
     "conv_transpose_bwd": {"EPILOGUE_BLOCK": 256},
     "conv_transpose_bwd_shuffle": {"LEAST_PIXELS": 32},
@@ -59,6 +69,96 @@ def small_blocks(monkeypatch):
             monkeypatch.setattr(getattr(kernels, module), name, size, raising=True)
 
 
+def call(function, *inputs):
+    return cases.Case("", "", function, function, {str(number): x for number, x in enumerate(inputs)})
+
+
+def pools(at):
+    """Indices that repeat, outside their own windows, which tile the image or overlap; windows with gaps inside."""
+    for geometry, size in [((2, 2, 0), (8, 10)), ((3, 2, 1), (7, 9))]:
+        few = (at.labels(7, 2, 3, 4, 5) * (size[0] * size[1] // 7)).contiguous(memory_format=at.layout)
+        unpool = partial(functional.max_unpool2d, kernel_size=geometry[0], stride=geometry[1], padding=geometry[2])
+        yield call(partial(unpool, output_size=size), at.tensor(2, 3, 4, 5), few)
+    yield from cases.max_unpool2d(at, (1, 4, 9, 16), 3, 2, 1)
+    yield call(partial(functional.max_pool2d_with_offsets, kernel_size=3, dilation=2), at.tensor(1, 2, 13, 12))
+
+
+def batch_norms(at):
+    """Without what a norm may lack, in evaluation, and with gaps between the windows."""
+    yield from cases.batch_norm_relu(at, (2, 3, 5, 8), 2, True)
+    x, offsets = at.tensor(2, 3, 8, 9), at.labels(4, 2, 3, 4, 4).to(torch.uint8).contiguous(memory_format=at.layout)
+    small, vectors = at.tensor(2, 3, 4, 4), [at.parameters(3) for _ in range(4)]
+    evaluated = dict(zip(("running_mean", "running_var"), vectors, strict=False))
+    lacking = {"running_mean": None, "running_var": None, "training": True, "relu": False}
+    for options, affine in ((evaluated, vectors[2:]), (lacking, [])):
+        for function, *inputs in (
+            (functional.batch_norm_relu, x),
+            (functional.batch_norm_relu_max_pool2d, x),
+            (partial(functional.batch_norm_relu_max_unpool2d, offsets=offsets), small),
+            (partial(functional.batch_norm_relu_max_unpool2d, offsets=offsets, output_size=(9, 9)), small),
+        ):
+            named = partial(_affine, function, options)
+            yield call(named, *inputs, *affine)
+    yield call(lambda x: functional.batch_norm_relu_max_pool2d(x.detach(), **evaluated), x)
+
+
+def _affine(function, options, x, weight=None, bias=None):
+    return function(x, weight=weight, bias=bias, **options)
+
+
+def convolutions(at):
+    """Without a bias, behind a ReLU, with few channels in and many out, whose sums are split."""
+    yield from cases.conv_transpose2d_affine_relu(at, (1, 8, 3, 4), 8, 3, 2, 1, 1, 8)
+    yield from cases.conv_transpose2d_affine_relu(at, (2, 24, 3, 8), 80, 2, 2)
+    for shape, channels, *geometry in [((1, 80, 5, 16), 72, 2, 2), ((1, 16, 4, 4), 64, 4, 2, 1)]:
+        yield from cases.conv_transpose2d(at, shape, channels, *geometry)
+    for shape, channels, kernel, stride in [
+        ((2, 16, 5, 8), 16, 2, 2),
+        ((1, 5, 4, 5), 3, 3, 2),
+        ((1, 4, 3, 4), 4, 4, 3),
+        ((1, 16, 8, 8), 16, 1, 1),
+    ]:
+        weight = at.tensor(shape[1], channels, kernel, kernel)
+        yield call(partial(functional.conv_transpose2d, bias=None, stride=stride), at.tensor(*shape), weight)
+        yield call(partial(functional.conv_transpose2d_affine_relu, stride=stride), at.tensor(*shape), weight)
+
+
+def unpooled_convolutions(at):
+    offsets = at.labels(4, 1, 16, 5, 8).to(torch.uint8).contiguous(memory_format=at.layout)
+    inputs = at.tensor(1, 16, 5, 8), offsets, at.tensor(80, 16, 3, 3)
+    geometry = ([2, 2], [2, 2], [0, 0], [10, 16])
+    folded = partial(in_one_kernel, scale=at.parameters(80), relu=True)
+    yield call(lambda *t: folded(*(x.detach() for x in t), None, *geometry), *inputs)
+
+
+def losses(at):
+    """In one pass, which float16 is not made for, and with two terms of lse; another denominator."""
+    for dtype in (torch.bfloat16, torch.float32):
+        there = replace(at, dtype=dtype)
+        yield from cases.cross_entropy(there, (2, 5, 5, 31), 255, True, predicted=True)
+        yield from cases.cross_entropy(there, (1, 40, 5, 16), 255, label_smoothing=0.1)
+        yield from cases.cross_entropy(there, (2, 5, 5, 16), probabilities=True)
+        yield from cases.cross_entropy(there, (2, 5, 5, 31), probabilities=True, one_pass=False)
+    yield from cases.cross_entropy(at, (2, 5, 9, 31), 255, True, predicted=True)
+    by_number = partial(functional.cross_entropy, weight=at.parameters(5), normalization="valid", z_loss=0.1)
+    yield call(by_number, at.tensor(2, 5, 9, 31), at.labels(5, 2, 9, 31))
+
+
+def dice(at):
+    weighted = partial(functional.dice_cross_entropy, weight=at.parameters(5))
+    yield call(weighted, at.tensor(1, 5, 7, 9), at.labels(5, 1, 7, 9))
+
+
+def resized_losses(at):
+    there = replace(at, dtype=torch.float32)
+    yield from cases.upsample_cross_entropy(there, (2, 5, 3, 4), (9, 35), predicted=True)
+    yield call(partial(functional.upsample_argmax, size=(9, 35), align_corners=True), at.tensor(2, 5, 3, 4))
+
+
+def counts(at):
+    yield call(partial(functional.confusion_matrix, num_classes=3), at.labels(3, 300), at.labels(3, 300))
+
+
 class Family(NamedTuple):
     """Operators of verify, modules whose every statement they are to reach, and calls that verify has not."""
 
@@ -67,25 +167,34 @@ class Family(NamedTuple):
     more: Callable[[cases.Placement], Iterable[cases.Case]] = lambda at: ()
 
 
-def none(at):
-    return ()
-
-
 FAMILIES = {
-    "pools": Family(["max_pool2d", "max_unpool2d"], ["pool", "unpool", "overlap"]),
-    "batch_norms": Family(["batch_norm_relu"], ["batch_norm", "batch_norm_pool", "batch_norm_unpool", "norm"]),
+    "pools": Family(["max_pool2d", "max_unpool2d"], ["pool", "unpool", "overlap"], pools),
+    "batch_norms": Family(
+        ["batch_norm_relu"], ["batch_norm", "batch_norm_pool", "batch_norm_unpool", "norm"], batch_norms
+    ),
     "convolutions": Family(
         ["conv_transpose2d", "conv_transpose2d_affine_relu"],
         ["conv_transpose", "conv_transpose_bwd", "conv_transpose_bwd_shuffle", "conv_transpose_depthwise",
-         "conv_transpose_geometry", "conv_transpose_tma", "products"],
+         "conv_transpose_geometry", "conv_transpose_tma", "products"], convolutions,
     ),
-    "unpool_conv": Family(["max_unpool2d_conv2d"], ["unpool_conv"]),
+    "unpool_conv": Family(["max_unpool2d_conv2d"], ["unpool_conv"], unpooled_convolutions),
     "cross_entropy": Family(["cross_entropy", "linear_cross_entropy"], [
-        "cross_entropy", "cross_entropy_bwd", "cross_entropy_one_pass", "cross_entropy_parts"]),
-    "dice": Family(["dice_cross_entropy"], ["dice_cross_entropy"]),
-    "upsample": Family(["upsample_argmax", "upsample_cross_entropy"], ["upsample", "upsample_cross_entropy"]),
-    "confusion": Family(["confusion_matrix"], ["confusion"]),
+        "cross_entropy", "cross_entropy_bwd", "cross_entropy_one_pass", "cross_entropy_parts"], losses),
+    "dice": Family(["dice_cross_entropy"], ["dice_cross_entropy"], dice),
+    "upsample": Family(
+        ["upsample_argmax", "upsample_cross_entropy"], ["upsample", "upsample_cross_entropy"], resized_losses
+    ),
+    "confusion": Family(["confusion_matrix"], ["confusion"], counts),
 }  # fmt: skip
+
+
+def calls(operators, more):
+    for layout in cases.LAYOUTS.values():
+        at = cases.Placement(torch.float16, layout, "cpu")
+        for operator in operators:
+            for make, size in verify.SIZES[operator]:
+                yield from make(at, *size)
+        yield from more(at)
 
 
 def run(case):
@@ -119,22 +228,17 @@ def statements(module):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_no_races(family, small_blocks, triton_backend):
-    """In both layouts, with every statement of the family's kernels run, and more than one program of each kernel."""
+def test_no_races(family, small_blocks, triton_backend, monkeypatch):
+    """Every statement of the family's kernels is run, by more than one program, and both ways of every branch."""
     operators, modules, more = FAMILIES[family]
     with races.recording() as record:
-        for layout in cases.LAYOUTS.values():
-            at = cases.Placement(torch.float16, layout, "cpu")
-            for operator in operators:
-                for make, size in verify.SIZES[operator]:
-                    for case in make(at, *size):
-                        run(case)
-            for case in more(at):
-                run(case)
+        for number, case in enumerate(calls(operators, more)):
+            for module in WITH_OFFSETS:  # every second time of 64 bits
+                monkeypatch.setattr(getattr(kernels, module), "INT32_MAX", (2**31 - 1) * (number % 2))
+            run(case)
     assert not record.undeclared(DECLARED)
-    found = [statements(module) for module in modules]
-    names, places = (set().union(*sets) for sets in zip(*found, strict=True))
-    print(sorted(places - record.statements), record.programs)
-    assert places <= record.statements, sorted(places - record.statements)
-    assert names <= set(record.programs)
-    assert not [name for name in names - ALONE if record.programs[name] < 2]
+    names, places = (set().union(*found) for found in zip(*map(statements, modules), strict=True))
+    assert places - record.statements == set()
+    assert {name for name in names if record.programs.get(name, 0) < 2} <= ALONE
+    one_way = {branch for branch, ways in record.branches.items() if len(ways) < 2 and branch[0] in names}
+    assert one_way - ONE_WAY - {(kernel, "UPCAST") for kernel in names} == set()
