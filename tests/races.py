@@ -55,9 +55,9 @@ class Fault:
     addresses: int
 
     def __str__(self) -> str:
-        (first, second), (file, line), (other_file, other_line) = self.programs, *self.statements
+        first, second = self.programs
         who = f"programs {first} and {second}" if first != second else f"program {first}"
-        where = f"{file}:{line}" + ("" if (file, line) == (other_file, other_line) else f" and {other_file}:{other_line}")
+        where = " and ".join(f"{file}:{line}" for file, line in dict.fromkeys(self.statements))
         values = ", equal values" if self.equal else ""
         more = f", and {self.addresses - 1} more" if self.addresses > 1 else ""
         return f"{self.kind}: {self.kernel}, {self.tensor}[{self.element}]{more}, {who}, {where}{values}"
@@ -124,8 +124,10 @@ class Launch:
 
     def __init__(self, kernel: Any, args: tuple[Any, ...]) -> None:
         self.kernel = kernel.__name__
-        tensors = [(name, getattr(a, "base", a) if isinstance(a, TensorDescriptor) else a)
-                   for name, a in zip(kernel.arg_names, args, strict=False)]
+        tensors = [
+            (name, getattr(a, "base", a) if isinstance(a, TensorDescriptor) else a)
+            for name, a in zip(kernel.arg_names, args, strict=False)
+        ]
         self.tensors = [(name, a) for name, a in tensors if isinstance(a, Tensor)]
         self.places: dict[Place, int] = {}
         self.shapes: dict[tuple[int, ...], int] = {}
@@ -201,8 +203,9 @@ class Launch:
             if begin <= address < begin + t.untyped_storage().nbytes():
                 name, element = tensor, (address - t.data_ptr()) // t.element_size()
                 break
-        return Fault(kind, self.kernel, name, element, tuple(programs), tuple(names[i] for i in statements), equal,
-                     addresses)
+        return Fault(
+            kind, self.kernel, name, element, tuple(programs), tuple(names[i] for i in statements), equal, addresses
+        )
 
 
 @dataclass

@@ -152,4 +152,3 @@ def watching(watcher: Watcher) -> Iterator[None]:
 def _extent(t: Tensor) -> int:
     """Elements from a tensor's first to its last, of rows with gaps between them too."""
     return 1 + sum((size - 1) * step for size, step in zip(t.shape, t.stride(), strict=True)) if t.numel() else 0
-
