@@ -186,23 +186,22 @@ class Launch:
     def _units(self, number: int, unit: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(addresses, lanes, values) of an access, each element divided into units of so many bytes."""
         parts = self.size[number] // unit
-        address, lane, value = self.addresses[number], self.lanes[number], self.values[number]
-        lane = lane + (self.shape[number] << 40)
+        address, lane, value = self.addresses[number], 8 * self.lanes[number], self.values[number]
+        lane += self.shape[number] << 40  # in blocks of one shape a lane is one and the same
         if parts == 1:
             return address, lane, value
         part = np.arange(parts)
         split = value[:, None] >> (8 * unit * part).astype(np.uint64) & np.uint64(2 ** (8 * unit) - 1)
-        return (address[:, None] + unit * part).ravel(), (lane[:, None] * 8 + part).ravel(), split.ravel()
+        return (address[:, None] + unit * part).ravel(), (lane[:, None] + part).ravel(), split.ravel()
 
     def _fault(self, unit: int, kind: str, address: int, pair: tuple[int, int], equal: bool, addresses: int) -> Fault:
         names = list(self.places)
         programs, statements = ([rows[i] for i in pair] for rows in (self.program, self.place))
+        holding = [(name, t) for name, t in self.tensors if address in _storage(t)]
         name, element = "memory of no tensor", address
-        for tensor, t in self.tensors:
-            begin = t.untyped_storage().data_ptr()
-            if begin <= address < begin + t.untyped_storage().nbytes():
-                name, element = tensor, (address - t.data_ptr()) // t.element_size()
-                break
+        if holding:  # a tensor may stand for others that there are not
+            t = holding[-1][1]
+            name, element = "/".join(argument for argument, _ in holding), (address - t.data_ptr()) // t.element_size()
         return Fault(
             kind, self.kernel, name, element, tuple(programs), tuple(names[i] for i in statements), equal, addresses
         )
@@ -274,6 +273,11 @@ class Groups:
     def members(self, group: int) -> np.ndarray:
         ends = np.append(self.starts, len(self.order))
         return np.sort(self.order[ends[group] : ends[group + 1]])
+
+
+def _storage(t: Tensor) -> range:
+    begin = t.untyped_storage().data_ptr()
+    return range(begin, begin + t.untyped_storage().nbytes())
 
 
 def _statement() -> Place:
