@@ -73,8 +73,12 @@ class Record:
     branches: dict[tuple[str, str], set[bool]] = field(default_factory=dict)  # compile-time flags, by kernel and name
 
     def undeclared(self, declared: dict[tuple[str, str, str], str]) -> list[str]:
-        """The faults that no declaration, (kind, kernel, tensor): reason, allows."""
-        return [str(fault) for fault in self.faults if (fault.kind, fault.kernel, fault.tensor) not in declared]
+        """The faults that no declaration, (kind, kernel, tensor): reason, allows: different values in one place none."""
+        return [
+            str(fault)
+            for fault in self.faults
+            if (fault.kind, fault.kernel, fault.tensor) not in declared or not (fault.equal or fault.kind == "in place")
+        ]
 
 
 @contextlib.contextmanager
