@@ -73,7 +73,7 @@ class Record:
     branches: dict[tuple[str, str], set[bool]] = field(default_factory=dict)  # compile-time flags, by kernel and name
 
     def undeclared(self, declared: dict[tuple[str, str, str], str]) -> list[str]:
-        """The faults that no declaration, (kind, kernel, tensor): reason, allows: different values in one place none."""
+        """The faults that no declaration, (kind, kernel, tensor): reason, allows; none allows different values."""
         return [
             str(fault)
             for fault in self.faults
