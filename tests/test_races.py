@@ -20,7 +20,7 @@ from fastseg.ops.unpool_conv import in_one_kernel
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="accesses are seen in the interpreter")
 
 FLAG = "a flag, which whoever sets sets to 1, and which the launch behind reads"
-RUNNING = "a thread stores what it made of its own load of the element; those that hold copies of it store nothing"
+RUNNING = "what is stored was made of the storing thread's own load, or of loads before a barrier in shared memory"
 DECLARED = {
     ("two programs write", "max_unpool2d_fwd_kernel", "foreign"): FLAG,
     ("lanes collide", "max_unpool2d_fwd_kernel", "foreign"): FLAG,
