@@ -41,3 +41,48 @@ def scalar_product_kernel(x, w, y, N, BLOCK: tl.constexpr):
     for r in range(N):
         acc += tl.load(x + o * N + r).to(tl.float32)[:, None] * tl.load(w + r * BLOCK + o).to(tl.float32)[None, :]
     tl.store(y + o[:, None] * BLOCK + o[None, :], acc.to(y.dtype.element_ty))
+
+
+@triton.jit
+def shared_sum_kernel(x, y, N, BLOCK: tl.constexpr):
+    """Programs a pair of which write their sums to one place."""
+    o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y + tl.program_id(0) // 2, tl.sum(tl.load(x + o, mask=o < N, other=0.0), axis=0))
+
+
+@triton.jit
+def shifted_in_place_kernel(x, N, BLOCK: tl.constexpr):
+    """Each program reads the first element of the next one's block, written or not."""
+    o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(x + o, tl.load(x + o + 1, mask=o + 1 < N, other=0.0), mask=o < N)
+
+
+@triton.jit
+def reversed_in_place_kernel(x, y, BARRIER: tl.constexpr, BLOCK: tl.constexpr):
+    """What one thread stores another one loads."""
+    o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y + o, tl.load(x + o))
+    if BARRIER:
+        tl.debug_barrier()
+    tl.store(x + o, tl.load(y + tl.program_id(0) * BLOCK + BLOCK - 1 - tl.arange(0, BLOCK)))
+
+
+@triton.jit
+def doubling_kernel(x, BLOCK: tl.constexpr):
+    """In place, each thread for itself."""
+    o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(x + o, 2 * tl.load(x + o))
+
+
+@triton.jit
+def scatter_kernel(x, indices, y, BLOCK: tl.constexpr):
+    """Where indices repeat, any of the values may stay."""
+    o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y + tl.load(indices + o), tl.load(x + o))
+
+
+@triton.jit
+def two_maps_of_a_workspace_kernel(x, y, N, BLOCK: tl.constexpr):
+    """A program's bytes of one type are another program's of the other: y is a view of x."""
+    o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y + o, tl.load(x + o).to(y.dtype.element_ty))

@@ -28,14 +28,19 @@ template <int N, int... I> struct UpTo : UpTo<N - 1, N - 1, I...> {};
 template <int... I> struct UpTo<0, I...> { using Type = Indices<I...>; };
 
 template <typename... P, int... I>
-const char* walk(void (*kernel)(P...), unsigned blocks, unsigned threads, void** args, Indices<I...>) {
+const char* walk(void (*kernel)(P...), unsigned blocks, unsigned threads, void** args, bool back, Indices<I...>) {
     failure = nullptr;
     blockDim.x = threads;
-    for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x)
-        for (threadIdx.x = 0; threadIdx.x < threads; ++threadIdx.x) kernel(*static_cast<P*>(args[I])...);
+    for (unsigned block = 0; block < blocks; ++block)
+        for (unsigned thread = 0; thread < threads; ++thread) {
+            blockIdx.x = back ? blocks - 1 - block : block;
+            threadIdx.x = back ? threads - 1 - thread : thread;
+            kernel(*static_cast<P*>(args[I])...);
+        }
     return failure;
 }
 
-template <typename... P> const char* walk(void (*kernel)(P...), unsigned blocks, unsigned threads, void** args) {
-    return walk(kernel, blocks, threads, args, typename UpTo<sizeof...(P)>::Type());
+template <typename... P>
+const char* walk(void (*kernel)(P...), unsigned blocks, unsigned threads, void** args, bool back) {
+    return walk(kernel, blocks, threads, args, back, typename UpTo<sizeof...(P)>::Type());
 }

@@ -39,8 +39,8 @@ class Library:
         for family, instances in new.items():
             names = {instance: f"entry_{number}" for number, instance in enumerate(sorted(instances))}
             entries = "".join(
-                f'extern "C" const char* {name}(unsigned blocks, unsigned threads, void** args)'
-                f" {{ return walk(&{instance}, blocks, threads, args); }}\n"
+                f'extern "C" const char* {name}(unsigned blocks, unsigned threads, void** args, bool back)'
+                f" {{ return walk(&{instance}, blocks, threads, args, back); }}\n"
                 for instance, name in names.items()
             )
             text = HEADER.read_text() + launch.source(family) + HALVES + entries
@@ -48,7 +48,7 @@ class Library:
             for instance, name in names.items():
                 function = getattr(built, name)
                 function.restype = ctypes.c_char_p
-                function.argtypes = [ctypes.c_uint, ctypes.c_uint, ctypes.c_void_p]
+                function.argtypes = [ctypes.c_uint, ctypes.c_uint, ctypes.c_void_p, ctypes.c_bool]
                 self.compiled[family, instance] = function
 
     def _built(self, text):
@@ -63,8 +63,11 @@ class Library:
             os.replace(made, target)
         return ctypes.CDLL(str(target))
 
-    def run(self, request):
-        """A launch, as CUDA's void** has its arguments; RuntimeError where a kernel's assertion fails."""
+    def run(self, request, back=False):
+        """A launch, as CUDA's void** has its arguments; RuntimeError where a kernel's assertion fails.
+
+        back: from the last thread to the first.
+        """
         self.add([request])
         held = []
         for a in request.args:
@@ -73,14 +76,14 @@ class Library:
             else:
                 held.append(ctypes.create_string_buffer(a.tobytes(), a.itemsize))
         pointers = (ctypes.c_void_p * len(held))(*(ctypes.addressof(x) for x in held))
-        failure = self.compiled[request.family, request.instance](request.blocks, launch.THREADS, pointers)
+        failure = self.compiled[request.family, request.instance](request.blocks, launch.THREADS, pointers, back)
         if failure:
             raise RuntimeError(f"device-side assertion: {failure.decode()}")
 
     @contextlib.contextmanager
-    def backend(self):
-        """Backend "cuda", its kernels run here."""
-        with fastseg.backend("cuda"), launch.recording(self.run):
+    def backend(self, back=False):
+        """Backend "cuda", its kernels run here, from the last thread to the first if `back`."""
+        with fastseg.backend("cuda"), launch.recording(functools.partial(self.run, back=back)):
             yield
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor
@@ -43,9 +43,8 @@ class KernelTraffic:
         found = self.touched[access]
         return SECTOR * len(np.unique(np.concatenate(found))) if found else 0
 
-    def count(self, access: str, pointers: Any, mask: Any) -> None:
-        mask = np.asarray(mask.data, dtype=bool)  # of a descriptor no handle, but an array
-        live = pointers.data[np.broadcast_to(mask, pointers.data.shape)].ravel()
+    def access(self, access: str, pointers: Any, mask: np.ndarray, value: Any) -> None:
+        live = pointers.data[mask].ravel()
         size = max(pointers.get_element_ty().primitive_bitwidth // 8, 1)
         inside = np.zeros(live.shape, dtype=bool)
         for start, end in self.ranges:
@@ -53,6 +52,12 @@ class KernelTraffic:
         self.outside += int(live.size - inside.sum())
         self.requested[access] += live.size * size
         self.touched[access].append(np.unique(live.astype(np.int64) // SECTOR))
+
+    def dot(self, a: Any, b: Any) -> None:
+        self.flops += 2 * a.data.size * b.data.shape[-1]
+
+    def barrier(self) -> None:
+        """Moves nothing."""
 
 
 @contextlib.contextmanager
@@ -79,51 +84,71 @@ def metering() -> Iterator[list[KernelTraffic]]:
 @contextlib.contextmanager
 def counting(kernel: str, args: Sequence[Any], programs: int | None = None) -> Iterator[KernelTraffic]:
     """The traffic of one launch with these arguments, which the interpreter makes while this stands."""
-    from triton.runtime.interpreter import InterpreterBuilder as Builder
-
     tensors = [a.base if isinstance(a, TensorDescriptor) else a for a in args]
     tensors = [a for a in tensors if isinstance(a, Tensor)]
     ranges = [(t.data_ptr(), t.data_ptr() + _extent(t) * t.element_size()) for t in tensors]
     traffic = KernelTraffic(kernel, programs, ranges=ranges)
-    names = ("create_masked_load", "create_masked_store", "create_atomic_rmw", "create_atomic_cas", "create_dot")
-    load, store, rmw, cas, dot = originals = [getattr(Builder, name) for name in names]
+    with watching(traffic):
+        yield traffic
+
+
+class Watcher(Protocol):
+    """Who is told, in order, what programs do in the interpreter."""
+
+    def access(self, access: str, pointers: Any, mask: np.ndarray, value: Any) -> None:
+        """A load, store or atomic is about to be made of `pointers` where `mask`; value: what a store writes."""
+
+    def dot(self, a: Any, b: Any) -> None: ...
+
+    def barrier(self) -> None: ...
+
+
+@contextlib.contextmanager
+def watching(watcher: Watcher) -> Iterator[None]:
+    """Tells the watcher of every access, product of blocks and barrier that the interpreter makes meanwhile."""
+    from triton.runtime.interpreter import InterpreterBuilder as Builder
+
+    names = ("masked_load", "masked_store", "atomic_rmw", "atomic_cas", "dot", "barrier")
+    load, store, rmw, cas, dot, barrier = originals = [getattr(Builder, f"create_{name}") for name in names]
+
+    def tell(access: str, pointers: Any, mask: Any, value: Any = None) -> None:
+        live = mask if isinstance(mask, np.ndarray) else mask.data  # that of a descriptor is no handle
+        watcher.access(access, pointers, np.broadcast_to(live.astype(bool), pointers.data.shape), value)
 
     def masked_load(self: Any, pointers: Any, mask: Any, *rest: Any, **named: Any) -> Any:
-        traffic.count("load", pointers, mask)
+        tell("load", pointers, mask)
         return load(self, pointers, mask, *rest, **named)
 
     def masked_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any, **named: Any) -> Any:
-        traffic.count("store", pointers, mask)
+        tell("store", pointers, mask, value)
         return store(self, pointers, value, mask, *rest, **named)
 
     def atomic_rmw(self: Any, op: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
-        traffic.count("atomic", pointers, mask)
+        tell("atomic", pointers, mask)
         return rmw(self, op, pointers, value, mask, *rest)
 
     def atomic_cas(self: Any, pointers: Any, *rest: Any) -> Any:
-        traffic.count("atomic", pointers, _All)
+        tell("atomic", pointers, np.ones(1, dtype=bool))
         return cas(self, pointers, *rest)
 
-    def counted_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
-        traffic.flops += 2 * a.data.size * b.data.shape[-1]
+    def watched_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        watcher.dot(a, b)
         return dot(self, a, b, *rest)
 
-    replacements = (masked_load, masked_store, atomic_rmw, atomic_cas, counted_dot)
+    def watched_barrier(self: Any) -> Any:
+        watcher.barrier()
+        return barrier(self)
+
+    replacements = (masked_load, masked_store, atomic_rmw, atomic_cas, watched_dot, watched_barrier)
     for name, replacement in zip(names, replacements, strict=True):
-        setattr(Builder, name, replacement)
+        setattr(Builder, f"create_{name}", replacement)
     try:
-        yield traffic
+        yield
     finally:
         for name, original in zip(names, originals, strict=True):
-            setattr(Builder, name, original)
+            setattr(Builder, f"create_{name}", original)
 
 
 def _extent(t: Tensor) -> int:
     """Elements from a tensor's first to its last, of rows with gaps between them too."""
     return 1 + sum((size - 1) * step for size, step in zip(t.shape, t.stride(), strict=True)) if t.numel() else 0
-
-
-class _All:
-    """The mask of an access that has none."""
-
-    data = np.ones(1, dtype=bool)
