@@ -1,8 +1,9 @@
 """Triton's interpreter as it is, in less than half the time, most of which went into three things.
 
-At each launch, and at each call of a function by a kernel, it looks through all of triton.language for builtins. Each
-sum, difference and product of integers is checked for overflow by ten operations that are interpreted themselves. And
-the table of NumPy's types is made anew at each look into it.
+At each launch, and at each call of a function by a kernel, it looks through all of triton.language for builtins. For
+each sum, difference and product of integers it computes, by ten operations that are interpreted themselves, whether it
+overflows, and drops the answer: here NumPy says so, and what overflows is refused. And the table of NumPy's types is
+made anew at each look into it.
 """
 
 import functools

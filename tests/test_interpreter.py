@@ -1,4 +1,4 @@
-"""That Triton's interpreter, hastened, still sees what it saw: integers that overflow, and calls of functions."""
+"""That Triton's interpreter, hastened, computes what it computed, and refuses integers that overflow."""
 
 import pytest
 import torch
