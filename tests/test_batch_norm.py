@@ -230,11 +230,11 @@ def launches_on_meta(tail, layout, shape):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled here, not interpreted")
 @layouts
-def test_the_last_program_of_10_billion_elements(layout):
+def test_the_last_program_of_5_billion_elements(layout):
     """The statistics' kernels read the first element of each channel besides their tile: nothing before the tensor."""
     from addresses import addresses
 
-    shape = (1, 64, 8192, 20480)
+    shape = (1, 64, 8192, 9600)  # past 32 bits without a sign too
     size = torch.Size(shape).numel()
     stats, merge, forward = launches_on_meta("plain", layout, shape)[:3]
     for launch, kind in ((stats, "load"), (merge, "load"), (forward, "store")):
