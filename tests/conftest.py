@@ -7,16 +7,15 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
+    import interpreter
 
-import interpreter
+    interpreter.hasten()
+
 import machine_code
 import pytest
 
 import fastseg
 from fastseg import verify
-
-if not torch.cuda.is_available():
-    interpreter.hasten()
 
 NOT_HERE = {True: ("interpreted", "runs kernels on CPU tensors"), False: ("gpu", "needs a CUDA GPU")}
 
