@@ -32,7 +32,7 @@ def patch_builtins(pkg: Any, builder: Any, scope: Any) -> None:
             interpreter._patch_attr(pkg, name, member, builder, scope)
 
 
-def check_overflow(lhs: Any, rhs: Any, operation: Any) -> None:
+def check_overflow(self: Any, lhs: Any, rhs: Any, operation: Any) -> None:
     kind = lhs.type.scalar
     if kind.int_bitwidth >= 64:
         return
@@ -52,4 +52,4 @@ def numpy_type(kind: Any) -> np.dtype:
 def hasten() -> None:
     interpreter._patch_builtin = patch_builtins
     interpreter._get_np_dtype = numpy_type
-    interpreter.interpreter_semantic.binary_op_sanitize_overflow_impl = check_overflow
+    interpreter.TritonSemantic.binary_op_sanitize_overflow_impl = check_overflow

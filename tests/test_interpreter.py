@@ -71,7 +71,7 @@ def test_the_language_is_as_before_after_a_launch(monkeypatch):
 
 def test_triton_asks_for_all_that_is_replaced(monkeypatch):
     """Else it would do nothing."""
-    asked, semantic = set(), tritons.interpreter_semantic
+    asked, semantic = set(), tritons.TritonSemantic
     names = {"_patch_builtin": tritons, "_get_np_dtype": tritons, "binary_op_sanitize_overflow_impl": semantic}
     for name, owner in names.items():
         ours = getattr(owner, name)
