@@ -15,21 +15,10 @@ INTERPRETED: bool = triton.knobs.runtime.interpret
 INT32_MAX = 2**31 - 1
 
 
-def _loops_with_numpy_2_4() -> None:
-    """Triton 3.6's interpreter makes a bound of a loop an int from an array of one element: NumPy 2.4 refuses that."""
-    from triton.runtime import interpreter
+if INTERPRETED:
+    from . import interpreter
 
-    patch = interpreter._patch_lang_tensor
-
-    def patched(tensor: Any, scope: Any) -> None:
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    interpreter._patch_lang_tensor = patched
-
-
-if INTERPRETED and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):
-    _loops_with_numpy_2_4()
+    interpreter.prepare()
 
 Recorder = Callable[[Any, int, tuple[Any, ...], dict[str, Any]], None]
 _recorder: Recorder | None = None

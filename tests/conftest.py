@@ -7,7 +7,13 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
+    import overflow
 
+    from fastseg.kernels import launch  # noqa: F401
+
+    overflow.refuse()
+
+import machine_code
 import pytest
 
 import fastseg
@@ -66,3 +72,18 @@ def assert_right():
             assert c.passed, f"{c.tensor}: error {c.error:.3e}, torch's {c.torch_error:.3e}, allowed {c.allowed:.3e}"
 
     return check
+
+
+@pytest.fixture
+def exact():
+    """Products of float32 as they are, for cuDNN too."""
+    before, torch.backends.cudnn.conv.fp32_precision = torch.backends.cudnn.conv.fp32_precision, "ieee"
+    yield
+    torch.backends.cudnn.conv.fp32_precision = before
+
+
+@pytest.fixture(scope="session")
+def facts(tmp_path_factory):
+    """What every kernel compiles to."""
+    base = tmp_path_factory.getbasetemp()
+    return machine_code.table(base.parent if "PYTEST_XDIST_WORKER" in os.environ else base)

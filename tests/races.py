@@ -16,19 +16,15 @@ Atomics are accesses like others, but for one another.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import triton
 from torch import Tensor
-from triton.runtime import interpreter
 from triton.runtime.interpreter import interpreter_builder
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -89,7 +85,7 @@ def recording() -> Iterator[Record]:
 
     def run(kernel: Any, programs: int, args: tuple[Any, ...], meta: dict[str, Any]) -> None:
         seen = Launch(kernel, args)
-        with traffic.watching(seen), _in_haste():
+        with traffic.watching(seen):
             kernel[(programs,)](*args, **meta)
         record.faults += seen.faults()
         record.statements |= set(seen.places)
@@ -101,32 +97,6 @@ def recording() -> Iterator[Record]:
 
     with launch.recording(run):
         yield record
-
-
-@contextlib.contextmanager
-def _in_haste() -> Iterator[None]:
-    """The interpreter looks for no overflow, and makes once what it makes at each call of a function or a cast: its
-    triton.language for a module, NumPy's type for one of Triton's. That is more than half of its time.
-    """
-
-    def once(make: Any, key: Any) -> Any:
-        made: dict[str, Any] = {}
-
-        def kept(given: Any) -> Any:
-            name = key(given)
-            if name not in made:
-                made[name] = make(given)
-            return made[name]
-
-        return kept
-
-    options = dataclasses.replace(interpreter_builder.options, sanitize_overflow=False)
-    with (
-        mock.patch.object(interpreter, "_patch_lang", once(interpreter._patch_lang, attrgetter("__module__"))),
-        mock.patch.object(interpreter, "_get_np_dtype", once(interpreter._get_np_dtype, attrgetter("name"))),
-        mock.patch.object(interpreter_builder, "options", options),
-    ):
-        yield
 
 
 class Launch:

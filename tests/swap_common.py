@@ -1,10 +1,49 @@
-"""What the tests of swap share: a model beside its plain copy."""
+"""What the tests of swap share: networks, and a model beside its plain copy."""
 
 import copy
 
 import torch
+from torch import nn
 
 import fastseg
+
+NORM, POOLED = "batch_norm_relu", "batch_norm_relu_max_pool2d"
+FUSED = {
+    nn.MaxPool2d: fastseg.nn.MaxPool2d,
+    nn.MaxUnpool2d: fastseg.nn.MaxUnpool2d,
+    nn.ConvTranspose2d: fastseg.nn.ConvTranspose2d,
+    nn.CrossEntropyLoss: fastseg.nn.CrossEntropyLoss,
+}
+
+
+class Net(nn.Module):
+    """A small network with each of the layers, and its loss."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+        self.pool = nn.MaxPool2d(2, return_indices=True, ceil_mode=True)
+        self.unpool = nn.MaxUnpool2d(2)
+        self.up = nn.ConvTranspose2d(4, 5, 2, 2)
+        self.loss = nn.CrossEntropyLoss(ignore_index=3)
+
+    def forward(self, x, target):
+        y = self.conv(x)
+        pooled, indices = self.pool(y)
+        return self.loss(self.up(self.unpool(pooled, indices, output_size=y.size())), target)
+
+
+class MyPool(nn.MaxPool2d):
+    def forward(self, input):
+        return -super().forward(-input)
+
+
+def block(*more, bias=True, channels=4):
+    return nn.Sequential(nn.Conv2d(3, channels, 3, bias=bias), nn.BatchNorm2d(channels), *more)
+
+
+def deconv(*more, bias=True):
+    return nn.Sequential(nn.ConvTranspose2d(3, 4, 2, 2, bias=bias), nn.BatchNorm2d(4), *more)
 
 
 def twins(model, **options):
@@ -44,3 +83,11 @@ def assert_same(found, want, exactly=False):
 
 def operators(model, *inputs):
     return [choice.operator for choice in fastseg.explain(model, *inputs)]
+
+
+def kinds(model):
+    return [type(module) for module in model.modules()]
+
+
+def reasons(report):
+    return {name: layer.reason for layer in report.left for name in layer.names}

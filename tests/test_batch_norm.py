@@ -4,63 +4,11 @@ import itertools
 
 import pytest
 import torch
-import torch.nn.functional as F
+from batch_norm_common import DTYPES, LAYOUTS, TAILS, Problem, layouts
 
 import fastseg
 from fastseg import functional as FS
-from fastseg import nn as fused
 from fastseg.verify import compare, poisoned, relative_error
-
-LAYOUTS = [torch.contiguous_format, torch.channels_last]
-DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
-TAILS = ["plain", "pool", "unpool"]
-layouts = pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "channels_last"])
-
-
-class Problem:
-    """Tensors of one call, and the call of ours and of torch's layers on them."""
-
-    def __init__(self, tail, shape, dtype, layout, device, kernel=2, stride=None, padding=0, ceil_mode=False):
-        self.tail, self.windows, self.ceil_mode = tail, (kernel, stride, padding), ceil_mode
-        accumulated = torch.float64 if dtype == torch.float64 else torch.float32
-        channels, self.size = shape[1], shape[2:]
-        if tail == "unpool":
-            small, indices = F.max_pool2d(torch.randn(shape), *self.windows, ceil_mode=ceil_mode, return_indices=True)
-            shape, self.indices = small.shape, indices.to(device)
-            self.offsets = FS.indices_to_offsets(self.indices, *self.windows, width=self.size[1])
-        # No two values near each other in a window: rounding must not choose another maximum.
-        side = max(kernel) if isinstance(kernel, tuple) else kernel
-        rows, columns = (torch.arange(size) % side for size in shape[2:])
-        values = torch.randn(shape).mul(4).round() / 2 + (rows[:, None] * side + columns) * (0.5 / side**2)
-        values += torch.rand(shape) * (0.1 / side**2)  # nor on the ReLU's edge
-        self.x = values.to(device, dtype).contiguous(memory_format=layout)
-        draw = lambda: torch.rand(channels).add(0.5).to(device, accumulated)  # noqa: E731
-        self.weight, self.bias, self.input_bias = draw(), draw() - 1, draw()
-        self.running = draw() - 1, draw()
-
-    def inputs(self, *names):
-        return [self.x, *(getattr(self, name) for name in names)]
-
-    def ours(self, x, weight=None, bias=None, input_bias=None, training=True, relu=True, running=None, **rest):
-        norm = (*(running or [t.clone() for t in self.running]), weight, bias, training)
-        rest |= {"relu": relu, "input_bias": input_bias}
-        if self.tail == "plain":
-            return FS.batch_norm_relu(x, *norm, **rest)
-        rest |= dict(zip(("kernel_size", "stride", "padding"), self.windows, strict=True))
-        if self.tail == "pool":
-            return FS.batch_norm_relu_max_pool2d(x, *norm, ceil_mode=self.ceil_mode, **rest)
-        return FS.batch_norm_relu_max_unpool2d(x, self.offsets, *norm, output_size=self.size, **rest)
-
-    def theirs(self, x, weight=None, bias=None, input_bias=None, training=True, relu=True, running=None):
-        like = x.dtype if x.dtype == torch.float64 else None
-        running = [t.to(like or t.dtype) for t in running or [t.clone() for t in self.running]]
-        y = x if input_bias is None else x + input_bias.to(x.dtype).view(1, -1, 1, 1)
-        y = F.batch_norm(y, *running, weight, bias, training)
-        y = F.relu(y) if relu else y
-        if self.tail == "pool":
-            return F.max_pool2d(y, *self.windows, ceil_mode=self.ceil_mode)
-        return F.max_unpool2d(y, self.indices, *self.windows, self.size) if self.tail == "unpool" else y
-
 
 SHAPES = [  # shape, kernel, stride, padding, ceil_mode
     ((2, 8, 6, 16), 2, None, 0, False),
@@ -282,11 +230,11 @@ def launches_on_meta(tail, layout, shape):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled here, not interpreted")
 @layouts
-def test_the_last_program_of_10_billion_elements(layout):
+def test_the_last_program_of_5_billion_elements(layout):
     """The statistics' kernels read the first element of each channel besides their tile: nothing before the tensor."""
     from addresses import addresses
 
-    shape = (1, 64, 8192, 20480)
+    shape = (1, 64, 8192, 9600)  # past 32 bits without a sign too
     size = torch.Size(shape).numel()
     stats, merge, forward = launches_on_meta("plain", layout, shape)[:3]
     for launch, kind in ((stats, "load"), (merge, "load"), (forward, "store")):
@@ -295,144 +243,3 @@ def test_the_last_program_of_10_billion_elements(layout):
         assert max(touched) == size - 1 or launch is merge
     channel = 1 if layout == torch.channels_last else shape[2] * shape[3]
     assert max(addresses(merge, merge[1] - 1)["load", torch.float16]) == 63 * channel
-
-
-# --- derivatives and compilers ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("tail", TAILS)
-def test_gradients(tail, training, backend, device):
-    """First derivatives of the operators and, of torch's own formulas, second ones."""
-    problem = Problem(tail, (2, 1, 2, 4), torch.float64, LAYOUTS[0], device)
-    leaves = [t.requires_grad_() for t in problem.inputs("weight", "bias")]
-    call = lambda *a: problem.ours(*a, training=training)  # noqa: E731
-    with fastseg.backend(backend):
-        assert torch.autograd.gradcheck(call, leaves, fast_mode=backend == "triton")
-        assert torch.autograd.gradgradcheck(call, leaves, fast_mode=backend == "triton")
-
-
-def test_inputs_that_are_made_of_one_another(device, triton_backend):
-    """Each path counts once, whether or not the gradient is to be differentiated."""
-    problem = Problem("plain", (2, 3, 4, 4), torch.float64, LAYOUTS[0], device)
-
-    def gradients(function, **options):
-        x = problem.x.clone().requires_grad_()
-        weight = x.mean((0, 2, 3)) + 2
-        return torch.autograd.grad(function(x, weight, weight).pow(3).sum(), (x, weight), **options)
-
-    want = gradients(problem.theirs)
-    for got in (gradients(problem.ours), gradients(problem.ours, create_graph=True)):
-        torch.testing.assert_close(got, want)
-
-
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-@layouts
-def test_opcheck(layout, backend, device):
-    problem = Problem("pool", (2, 4, 6, 8), torch.float32, layout, device)
-    x, ops = problem.x, torch.ops.fastseg
-    vector = lambda: torch.rand(4, device=device) + 0.5  # noqa: E731
-    norm = (vector(), vector(), vector(), vector(), vector(), 1e-5, True)
-    windows = ([2, 2], [2, 2], [0, 0])
-    grad = torch.randn_like(x)
-    pooled, offsets = FS.max_pool2d_with_offsets(x, 2)
-    small = torch.randn_like(pooled)
-    with fastseg.backend(backend):
-        for op, arguments in [
-            (ops.batch_norm_stats, (x, vector(), vector(), vector(), 0.1)),
-            (ops.batch_norm_stats, (x, None, None, None, 0.1)),
-            (ops.batch_norm_relu, (x, *norm)),
-            (ops.batch_norm_relu_sums, (grad, x, *norm)),
-            (ops.batch_norm_relu_backward, (grad, x, torch.rand(2, 4, device=device), *norm)),
-            (ops.batch_norm_relu_backward, (grad, x, None, *norm)),
-            (ops.batch_norm_relu_max_pool2d, (x, *windows, False, True, *norm)),
-            (ops.batch_norm_relu_max_pool2d, (x, *windows, True, False, *norm)),
-            (ops.batch_norm_relu_max_pool2d_sums, (small, offsets, x, *windows, *norm)),
-            (ops.batch_norm_relu_max_pool2d_backward, (small, offsets, x, None, *windows, *norm)),
-            (ops.batch_norm_relu_max_unpool2d, (small, offsets, *windows, [6, 8], *norm)),
-            (ops.batch_norm_relu_max_unpool2d_sums, (grad, offsets, small, *windows, *norm)),
-        ]:
-            torch.library.opcheck(op.default, arguments)
-
-
-def test_functional_transforms(device):
-    """grad of one image after another; a mapped batch dimension has no rule and says so."""
-    problem = Problem("plain", (2, 3, 4, 4), torch.float32, LAYOUTS[0], device)
-    with fastseg.backend("triton"):
-        for training in (True, False):
-
-            def loss(x, function, training=training):
-                return function(x, problem.weight, problem.bias, training=training).square().sum()
-
-            ours, theirs = (torch.func.grad(loss)(problem.x, f) for f in (problem.ours, problem.theirs))
-            torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
-        with pytest.raises(RuntimeError, match="vmap"):
-            torch.func.vmap(lambda x: problem.ours(x, training=False))(problem.x[None])
-
-
-# --- other ranks, bad arguments --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("shape", [(6, 4), (3, 4, 5), (2, 4, 3, 2, 5), (0, 4, 3, 3)])
-@pytest.mark.parametrize("training", [True, False])
-def test_what_the_kernels_do_not_cover_is_torchs(shape, training, device):
-    x, vectors = torch.randn(shape, device=device), torch.rand(4, 4, device=device).unbind()
-    got, want = ([t.clone() for t in vectors] for _ in range(2))
-    ours = FS.batch_norm_relu(x, *got, training)
-    assert torch.equal(ours, F.relu(F.batch_norm(x, *want, training)))
-    assert torch.equal(torch.stack(got), torch.stack(want))
-    with fastseg.backend("triton"), pytest.raises(NotImplementedError, match=r"D input|an empty batch"):
-        FS.batch_norm_relu(x, *got, training)
-
-
-def bad_calls():
-    x, v, w = torch.zeros(2, 4, 3, 3), torch.ones(4), torch.ones(5)
-    yield "weight", (x, v, v, w, None)
-    yield "bias", (x, v, v, v, w)
-    yield "running_mean", (x, w, v)
-    yield "running_mean", (x, None, None)
-    yield "running_", (x, v, None, None, None, True)
-    yield "more than 1 value", (x[:1, :, :1, :1], v, v, None, None, True)
-    yield "eps", (x, v, v, None, None, True, 0.1, 0.0)
-    yield "eps", (x, v, v, None, None, False, 0.1, -1.0)
-
-
-@pytest.mark.parametrize("backend", ["auto", "triton"])
-@pytest.mark.parametrize("name, arguments", list(bad_calls()))
-def test_bad_arguments_raise_what_torch_raises(name, arguments, backend):
-    with pytest.raises(Exception) as theirs:
-        F.batch_norm(*arguments)
-    offsets = torch.zeros(arguments[0].shape, dtype=torch.uint8)
-    x, *rest = arguments
-    with fastseg.backend(backend):
-        for call in (
-            lambda: FS.batch_norm_relu(*arguments),
-            lambda: FS.batch_norm_relu_max_pool2d(*arguments, kernel_size=1),
-            lambda: FS.batch_norm_relu_max_unpool2d(x, offsets, *rest),
-        ):
-            with pytest.raises(theirs.type, match=name):
-                call()
-
-
-def test_bad_arguments_of_our_own():
-    x, v = torch.zeros(2, 4, 3, 3), torch.ones(4)
-    with pytest.raises(TypeError, match="input must be a Tensor"):
-        FS.batch_norm_relu([1.0], v, v)
-    with pytest.raises(RuntimeError, match="input_bias must be of shape"):
-        FS.batch_norm_relu(x, v, v, input_bias=torch.ones(3))
-    with pytest.raises(RuntimeError, match=r"must be \(N, C, H, W\)"):
-        FS.batch_norm_relu_max_pool2d(x[0], torch.ones(3), torch.ones(3))
-    with pytest.raises(RuntimeError, match="offsets must be of dtype"):
-        FS.batch_norm_relu_max_unpool2d(x, torch.zeros_like(x), v, v)
-    with pytest.raises(RuntimeError, match="kernel_size must be at least 1"):
-        FS.batch_norm_relu_max_pool2d(x, v, v, kernel_size=0)
-    with pytest.raises(ValueError, match="expected 4D"):
-        fused.BatchNormReLU2d(4)(x[0])
-
-
-@pytest.mark.parametrize("backend", ["auto", pytest.param("triton", marks=pytest.mark.interpreted)])
-def test_a_stray_offset_is_refused(backend):
-    x, v = torch.zeros(1, 2, 2, 2), torch.ones(2)
-    with fastseg.backend(backend), pytest.raises(RuntimeError, match="invalid max offset: 4"):
-        FS.batch_norm_relu_max_unpool2d(x, torch.full(x.shape, 4, dtype=torch.uint8), v, v)

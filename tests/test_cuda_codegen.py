@@ -5,7 +5,6 @@ import re
 
 import pytest
 import torch
-from test_inspect import facts  # noqa: F401
 
 from fastseg import cases
 from fastseg.inspect import cuda_codegen, nvrtc
@@ -22,7 +21,7 @@ KERNELS = {
 
 
 @pytest.fixture
-def rows(facts):  # noqa: F811
+def rows(facts):
     found = [row for row in facts if ".cu " in row["kernel"]]
     assert {(row["kernel"], row["sm"]) for row in found} == {(name, sm) for name in KERNELS for sm in (80, 90, 100)}
     return found

@@ -2,40 +2,15 @@
 
 import copy
 import io
-import json
 import pickle
 
 import pytest
 import torch
-from swap_common import assert_same, operators, results, twins
+from swap_common import FUSED, Net, assert_same, kinds, operators, reasons, results, twins
 from torch import nn
 
 import fastseg
 from fastseg.verify import relative_error
-
-FUSED = {
-    nn.MaxPool2d: fastseg.nn.MaxPool2d,
-    nn.MaxUnpool2d: fastseg.nn.MaxUnpool2d,
-    nn.ConvTranspose2d: fastseg.nn.ConvTranspose2d,
-    nn.CrossEntropyLoss: fastseg.nn.CrossEntropyLoss,
-}
-
-
-class Net(nn.Module):
-    """A small network with each of the layers, and its loss."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv = nn.Conv2d(3, 4, 3, padding=1)
-        self.pool = nn.MaxPool2d(2, return_indices=True, ceil_mode=True)
-        self.unpool = nn.MaxUnpool2d(2)
-        self.up = nn.ConvTranspose2d(4, 5, 2, 2)
-        self.loss = nn.CrossEntropyLoss(ignore_index=3)
-
-    def forward(self, x, target):
-        y = self.conv(x)
-        pooled, indices = self.pool(y)
-        return self.loss(self.up(self.unpool(pooled, indices, output_size=y.size())), target)
 
 
 @pytest.fixture
@@ -53,14 +28,6 @@ def gradients(net, batch):
     loss = net(*batch)
     loss.backward()
     return [loss.detach(), *(p.grad.clone() for p in net.parameters())]
-
-
-def kinds(model):
-    return [type(module) for module in model.modules()]
-
-
-def reasons(report):
-    return {name: layer.reason for layer in report.left for name in layer.names}
 
 
 # --- in and out ------------------------------------------------------------------------------------------------------
@@ -341,115 +308,3 @@ def test_edits_of_each_attribute_after_the_swap(layer, edits, device, triton_bac
     assert len(operators(layer, x)) == 1
     for got, want in zip(layer(x), plain(x), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
-
-
-# --- what is left alone ----------------------------------------------------------------------------------------------
-
-
-class MyPool(nn.MaxPool2d):
-    def forward(self, input):
-        return -super().forward(-input)
-
-
-class Stock(nn.MaxPool2d):
-    """With torch's forward."""
-
-
-class MaxPool2d(nn.Module):
-    """Of the name, and nothing else."""
-
-
-def left_alone():
-    """Layers that no swap may touch, with a word of the reason."""
-    own = nn.MaxPool2d(2)
-    own.forward = lambda input: input
-    strange = nn.ConvTranspose2d(2, 2, 2)
-    strange.weight = type("Strange", (nn.Parameter,), {})(strange.weight.detach())
-    return {
-        "subclass": (MyPool(2), "subclass"),
-        "lazy": (nn.LazyConvTranspose2d(4, 2), "lazy"),
-        "scripted": (torch.jit.script(nn.MaxPool2d(2)), "torch.jit"),
-        "traced": (torch.jit.trace(nn.ConvTranspose2d(2, 2, 2), torch.zeros(1, 2, 3, 3)), "torch.jit"),
-        "quantised": (torch.ao.nn.quantized.ConvTranspose2d(2, 2, 2), "quantised"),
-        "reference": (torch.ao.nn.quantized.reference.ConvTranspose2d(2, 2, 2), "quantised"),
-        "namesake": (MaxPool2d(), "not torch.nn's"),
-        "own forward": (own, "forward of its own"),
-        "strange weight": (strange, "type Strange"),
-    }
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
-def test_leaves_alone_and_says_why():
-    cases = left_alone()
-    model = nn.ModuleDict({name: module for name, (module, _) in cases.items()})
-    model["plain"] = nn.MaxPool2d(2)
-    before = kinds(model)[:-1]
-    report = fastseg.swap(model)
-    assert kinds(model)[:-1] == before and type(model["plain"]) is fastseg.nn.MaxPool2d
-    found = reasons(report)
-    assert found.keys() >= cases.keys()
-    for name, (_, word) in cases.items():
-        assert word in found[name], name
-
-
-def test_other_layers_are_no_candidates():
-    model = nn.Sequential(nn.MaxPool1d(2), nn.MaxPool3d(2), nn.AvgPool2d(2), nn.ConvTranspose1d(1, 1, 1), nn.NLLLoss())
-    before = kinds(model)
-    assert fastseg.swap(model).candidates == []
-    assert kinds(model) == before
-
-
-# --- the report ------------------------------------------------------------------------------------------------------
-
-
-def test_report_is_a_table_and_a_dictionary(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "160")
-    model = nn.ModuleDict({"[red]pool": nn.MaxPool2d(2), "mine": MyPool(2)})
-    report = fastseg.swap(model)
-    text = str(report)
-    why = "is a subclass with a forward of its own"
-    for word in ("ModuleDict: 1 of 2 layers swapped", "[red]pool", "yes", "mine", f"no: {why}"):
-        assert word in text
-    assert json.loads(json.dumps(report.as_dict())) == {
-        "model": "ModuleDict",
-        "layers": [
-            {
-                "names": ["[red]pool"],
-                "op": "max_pool2d",
-                "class": "torch.nn.modules.pooling.MaxPool2d",
-                "swapped": True,
-                "reason": None,
-                "together": [],
-            },
-            {
-                "names": ["mine"],
-                "op": "max_pool2d",
-                "class": f"{__name__}.MyPool",
-                "swapped": False,
-                "reason": why,
-                "together": [],
-            },
-        ],
-        "compact_indices": False,
-        "compact_reason": None,
-    }
-
-
-def test_the_table_is_as_wide_as_the_terminal(monkeypatch):
-    model = nn.ModuleDict({"a_name_of_some_length" * 3: nn.Sequential(*[nn.BatchNorm2d(3), nn.ReLU()] * 8)})
-    report = fastseg.swap(model)
-    for columns in (60, 80, 200):
-        monkeypatch.setenv("COLUMNS", str(columns))
-        assert max(map(len, str(report).splitlines())) <= columns
-    assert len(str(report).splitlines()) == 6  # nothing is broken in a terminal as wide as that
-
-
-@pytest.mark.parametrize("make", [lambda: nn.MaxPool2d(2), lambda: Stock(2)])
-def test_a_report_goes_where_its_model_goes(make):
-    """Kept in the model, into copies and files."""
-    model = nn.Sequential(make())
-    model.report = fastseg.swap(model)
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert twin.report.candidates[0].module is twin[0] and type(twin[0]) is type(model[0])
-        twin.report.undo()
-        assert type(twin[0]) is type(make()) is not type(model[0])

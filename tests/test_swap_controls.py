@@ -7,8 +7,7 @@ import logging
 import pytest
 import torch
 import torch.nn.functional as F
-from swap_common import assert_same, operators, results, twins
-from test_swap import FUSED, MyPool, Net, kinds, reasons
+from swap_common import FUSED, MyPool, Net, assert_same, kinds, operators, reasons, results, twins
 from torch import nn
 
 import fastseg
@@ -127,7 +126,7 @@ def test_strict_names_all_that_would_stay_and_changes_nothing():
     with pytest.raises(RuntimeError) as raised:
         fastseg.swap(model, strict=True)
     assert str(raised.value).split("\n  ")[1:] == [
-        "mine (test_swap.MyPool): is a subclass with a forward of its own",
+        "mine (swap_common.MyPool): is a subclass with a forward of its own",
         "hooked (torch.nn.modules.container.Sequential): has hooks on 0 + 1, which see what would not be made",
     ]
     assert kinds(model) == before

@@ -12,7 +12,7 @@ import fastseg
 from fastseg import functional as FS
 from fastseg.kernels import upsample_cross_entropy as kernels
 from fastseg.ops import chunks
-from fastseg.ops import upsample_cross_entropy as ops
+from fastseg.ops import upsample_cross_entropy_operators as ops
 
 LAYOUTS = pytest.mark.parametrize(
     "layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels_last"]

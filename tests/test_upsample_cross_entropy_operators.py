@@ -7,7 +7,7 @@ from test_upsample_cross_entropy import BACKENDS, RESIZINGS, composed, make, res
 import fastseg
 from fastseg import functional as FS
 from fastseg import nn
-from fastseg.ops import upsample_cross_entropy as ops
+from fastseg.ops import upsample_cross_entropy_operators as ops
 from fastseg.ops.upsample import Bands
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy, where a GPU gives NaN

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from triton.language.semantic import TritonSemantic
+from triton.runtime.errors import InterpreterError
 
 from fastseg import kernels
 from fastseg.kernels.windows import Windows
@@ -114,6 +116,10 @@ def test_addresses_past_two_to_the_31(kind, kernel, padding, layout):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled here, not interpreted")
 @pytest.mark.filterwarnings("ignore:overflow")
 def test_addresses_of_32_bits_would_be_seen(monkeypatch):
+    """By what they are, and before that by the overflow."""
     monkeypatch.setattr(kernels.windows, "INT32_MAX", 2**62)
+    with pytest.raises(InterpreterError, match="int32 overflow"):
+        touched("pool forward", "nchw", 2, 0)
+    monkeypatch.setattr(TritonSemantic, "binary_op_sanitize_overflow_impl", lambda *call: None)
     found, _, stores = touched("pool forward", "nchw", 2, 0)
     assert found["store", torch.float16] != stores

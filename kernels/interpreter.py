@@ -1,0 +1,70 @@
+"""Triton's interpreter as it is, in less than half the time, most of which went into three things.
+
+At each launch, and at each call of a function by a kernel, it looks through all of triton.language for builtins. For
+each sum, difference and product of integers it computes, by ten operations that are interpreted themselves, whether it
+overflows, and drops the answer unless asked to debug. And the table of NumPy's types is made anew at each look into it.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import triton
+from triton.language import core
+from triton.runtime import interpreter
+
+
+@functools.cache
+def builtins(pkg: Any) -> list[str]:
+    """Their names; asked before any is replaced."""
+    return [name for name, member in inspect.getmembers(pkg) if core.is_builtin(member)]
+
+
+def patch_builtins(pkg: Any, builder: Any, scope: Any) -> None:
+    names = builtins(pkg)
+    if not core.is_builtin(getattr(pkg, names[0])):
+        return  # replaced already, for the kernel that calls this function: all at once
+    for name in names:
+        if core.is_builtin(member := getattr(pkg, name)):  # else somebody else's
+            interpreter._patch_attr(pkg, name, member, builder, scope)
+
+
+scalar_type = functools.cache(interpreter._get_np_dtype)
+
+
+def numpy_type(kind: Any) -> np.dtype:
+    return np.dtype(np.uint64) if kind.scalar.is_ptr() else scalar_type(kind.scalar)
+
+
+def where_asked(check: Callable[..., None]) -> Callable[..., None]:
+    """Triton's check of overflow where its answer counts."""
+
+    def checked(self: Any, *operation: Any) -> None:
+        if self.builder.options.debug:
+            check(self, *operation)
+
+    return checked
+
+
+def loops_with_numpy_2_4(patch: Callable[..., None]) -> Callable[..., None]:
+    """Triton 3.6's interpreter makes a bound of a loop an int from an array of one element: NumPy 2.4 refuses that."""
+
+    def patched(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    return patched
+
+
+def prepare() -> None:
+    """Once, in a process whose kernels are interpreted."""
+    semantic = interpreter.TritonSemantic
+    interpreter._patch_builtin = patch_builtins
+    interpreter._get_np_dtype = numpy_type
+    semantic.binary_op_sanitize_overflow_impl = where_asked(semantic.binary_op_sanitize_overflow_impl)
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):
+        interpreter._patch_lang_tensor = loops_with_numpy_2_4(interpreter._patch_lang_tensor)
