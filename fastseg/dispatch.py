@@ -118,7 +118,7 @@ def without_triton(device: torch.device) -> str | None:
     """Why no Triton kernel runs on a device, whatever the call; None where they do."""
     if not TRITON_INSTALLED:
         return "triton is not installed"
-    if device.type != "cuda":
+    if device.type != "cuda" or interpreted():
         return None
     found = (_capability if torch.compiler.is_compiling() else _capability_once)(device.index)
     if found >= OLDEST:

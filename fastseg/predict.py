@@ -20,7 +20,7 @@ from .checkpoint import atomic_write, build_model, load_checkpoint, load_weights
 from .data import CAMVID_CLASSES, normalise, read_image, read_mask, resize, to_tensor
 from .dispatch import BACKENDS, backend
 from .functional import upsample_argmax
-from .instancewise import COMBINE, LEAST_SIDE, MOST_BOXES, Box, instance_scores, read_boxes, windows
+from .instancewise import COMBINE, LEAST_SIDE, MOST_BOXES, Box, instance_scores, read_boxes, taken, windows
 from .metrics import confusion_matrix, scores
 from .train import parse_size
 from .trainer import pick_device
@@ -91,13 +91,21 @@ class Segmenter:
     def instance_wise(
         self, picture: Image, boxes: Sequence[Box], size: tuple[int, int] | None = None, **options: Any
     ) -> np.ndarray:
-        """The same from the picture's proposals, each seen at `size`, by default that of training, else 224x224.
+        """The same from the class probabilities of the picture's proposals, each seen at `size`.
 
-        options: those of fastseg.instancewise.instance_scores.
+        That is by default the size of training, else 224x224. Pixels in no proposal have the class they have when the
+        whole picture is seen at once. options: those of fastseg.instancewise.instance_scores.
         """
-        image = to_tensor(picture).to(self.device)
-        found = instance_scores(self.logits, image, boxes, size or self.size or PROPOSAL, **options)
-        return found.argmax(0).to(torch.uint8).cpu().numpy()
+        seen = size or self.size or PROPOSAL
+        found = instance_scores(
+            lambda images: self.logits(images).softmax(1), to_tensor(picture).to(self.device), boxes, seen, **options
+        )
+        highest, labels = found.max(0)
+        answer = labels.to(torch.uint8).cpu().numpy()
+        outside = (highest == 0).cpu().numpy()
+        if outside.any():
+            answer[outside] = self(picture, seen)[outside]
+        return answer
 
     def logits(self, images: Tensor) -> Tensor:
         """The network's logits of images (N, 3, H, W) in 0..1."""
@@ -203,10 +211,12 @@ def _read(
     picture = read_image(image)
     proposed = None
     if args.boxes is not None:
-        least = args.least_side or LEAST_SIDE
-        proposed = read_boxes(boxes) if boxes else windows(picture.height, picture.width, least)
-        if not any(min(box.width, box.height) >= least for box in proposed):
-            raise ValueError(f"no box of {boxes or image} has a shorter side of at least {least}: --least-side")
+        least, most = args.least_side or LEAST_SIDE, args.most_boxes or MOST_BOXES
+        proposed = read_boxes(boxes) if boxes else windows(picture.height, picture.width, least, most)
+        try:
+            proposed = taken(proposed, picture.height, picture.width, least, most)
+        except ValueError as error:
+            raise ValueError(f"{boxes or image}: {error} (--least-side)") from None
     own = PROPOSAL if proposed else (picture.height, picture.width)
     segmenter.check(*(args.size or segmenter.size or own))
     return picture, _truth(truth, picture, segmenter) if truth else None, proposed
@@ -262,7 +272,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     proposals.add_argument("--least-side", type=int, metavar="N", help=f"leave out smaller boxes ({LEAST_SIDE})")
     proposals.add_argument("--most-boxes", type=int, metavar="N", help=f"take the first N ({MOST_BOXES})")
-    proposals.add_argument("--combine", choices=COMBINE, help=f"a pixel's scores in several boxes ({COMBINE[0]})")
+    proposals.add_argument(
+        "--combine", choices=COMBINE, help=f"a pixel's probabilities in several boxes ({COMBINE[0]})"
+    )
     parser.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
     parser.add_argument("--backend", choices=list(BACKENDS), default="auto", help="fused kernels or torch")
 
@@ -273,11 +285,10 @@ def main(args: argparse.Namespace) -> int:
     for option, files in (("--truth", args.truth), ("--boxes", args.boxes)):
         if files and len(files) != len(images):
             raise ValueError(f"{len(images)} pictures need as many files for {option}, not {len(files)}")
-    proposals = {"least": args.least_side, "most": args.most_boxes, "combine": args.combine}
-    proposals = {name: value for name, value in proposals.items() if value is not None}
-    if proposals and args.boxes is None:
+    given = [value for value in (args.least_side, args.most_boxes, args.combine) if value is not None]
+    if given and args.boxes is None:
         raise ValueError("--least-side, --most-boxes and --combine need --boxes")
-    if min(proposals.get("least", 1), proposals.get("most", 1)) < 1:
+    if any(value < 1 for value in (args.least_side, args.most_boxes) if value is not None):
         raise ValueError("--least-side and --most-boxes must be at least 1")
     outputs = _outputs(images, Path(args.out), args.labels)
     segmenter = Segmenter(args.checkpoint, args.device)
@@ -294,7 +305,8 @@ def main(args: argparse.Namespace) -> int:
             else:
                 bar = terminal.console(stderr=True)
                 watch = partial(track, description=image.name, console=bar, transient=True, disable=not bar.is_terminal)
-                prediction = segmenter.instance_wise(picture, proposed, args.size, watch=watch, **proposals)
+                options = {"combine": args.combine or COMBINE[0], "least": 1, "most": len(proposed)}  # taken already
+                prediction = segmenter.instance_wise(picture, proposed, args.size, watch=watch, **options)
         scene = Scene(np.asarray(picture), truth, prediction)
         draw_scenes(drawing, [scene], segmenter.classes, segmenter.ignore_index, args.overlay)
         note = ""

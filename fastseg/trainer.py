@@ -315,14 +315,15 @@ class Trainer:
             temporary.write_text("".join(json.dumps(record) + "\n" for record in self.history), encoding="utf-8")
 
     def _fits_optimizer(self, state: dict[Any, Any]) -> bool:
-        """Whether every parameter has the state that this optimizer keeps for it."""
+        """Whether every parameter that is trained has the state that this optimizer keeps for it, and no other has."""
         names = {"momentum_buffer"} if self.config.optimizer == "sgd" else {"step", "exp_avg", "exp_avg_sq"}
         if names == {"momentum_buffer"} and not self.config.momentum:
             return not any(state.values())  # none is kept
-        parameters = list(self.model.parameters())
-        if state.keys() != set(range(len(parameters))):
+        trained = {index: p for index, p in enumerate(self.model.parameters()) if p.requires_grad}
+        if state.keys() != trained.keys():
             return False
-        for parameter, entry in zip(parameters, (state[index] for index in range(len(parameters))), strict=True):
+        for index, parameter in trained.items():
+            entry = state[index]
             if not isinstance(entry, dict) or entry.keys() != names:
                 return False
             for name, value in entry.items():

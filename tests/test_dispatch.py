@@ -147,6 +147,7 @@ def test_auto_without_triton(cupy, uncovered, backend, reason, monkeypatch):
 @pytest.fixture
 def turing(monkeypatch):
     """torch's facts of a GPU of compute capability 7.5."""
+    monkeypatch.setattr(dispatch, "interpreted", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(major=7, minor=5))
     dispatch._capability_once.cache_clear()
@@ -170,6 +171,7 @@ def test_a_gpu_too_old_for_triton(cupy, backend, turing, monkeypatch):
     assert dispatch._decide("op", CUDA, None, None).backend == "triton"
 
 
+@pytest.mark.gpu
 def test_the_gpu_is_asked_for_within_a_graph():
     """torch.compile takes the answer for a constant: no break."""
 

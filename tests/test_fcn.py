@@ -12,12 +12,7 @@ from fastseg import models
 from fastseg.models.fcn import bilinear_
 from fastseg.verify import relative_error
 
-NETS = {
-    "fcn-32s": (models.FCN32s, {}),
-    "fcn-16s": (models.FCN16s, {}),
-    "fcn-8s": (models.FCN8s, {}),
-    "fcn-8s at once": (models.FCN8s, {"at_once": True}),
-}
+NETS = {name: kind for name, kind in models.MODELS.items() if name.startswith("fcn")}
 
 
 def plain(weights, x, stride, scales=(1.0, 1.0)):
@@ -54,18 +49,18 @@ def shuffled(model):
     return model
 
 
-def of_state(model, x, options):
+def of_state(model, x):
     """`plain` of a model's weights in float64, and these."""
     weights = {key: p.detach().double().requires_grad_(p.requires_grad) for key, p in model.named_parameters()}
-    return plain(weights, x.double(), model.STRIDE, (0.01, 0.0001) if options else (1.0, 1.0)), weights
+    scales = (0.01, 0.0001) if isinstance(model, models.FCN8sAtOnce) else (1.0, 1.0)
+    return plain(weights, x.double(), model.STRIDE, scales), weights
 
 
 @pytest.mark.parametrize("name", NETS)
 def test_logits_and_gradients(name, device):
-    kind, options = NETS[name]
-    model = shuffled(kind(3, 2, width=0.01, **options)).to(device).double().eval()
+    model = shuffled(NETS[name](3, 2, width=0.01)).to(device).double().eval()
     x = torch.randn(1, 2, 9, 40, device=device, dtype=torch.float64)
-    ours, (theirs, weights) = model(x), of_state(model, x, options)
+    ours, (theirs, weights) = model(x), of_state(model, x)
     assert ours.shape == (1, 3, 9, 40) and relative_error(ours, theirs) < 1e-12
     upstream = torch.randn_like(ours)
     ours.backward(upstream)
@@ -80,7 +75,7 @@ def test_logits_on_the_kernels(device, triton_backend):
     model = shuffled(models.FCN8s(3, 2, width=0.01)).to(device).eval()
     x = torch.randn(1, 2, 9, 40, device=device)
     with torch.no_grad():
-        assert relative_error(model(x).double(), of_state(model, x, {})[0]) < 2e-5
+        assert relative_error(model(x).double(), of_state(model, x)[0]) < 2e-5
 
 
 @pytest.mark.parametrize(
@@ -122,7 +117,7 @@ def test_the_transposed_convolutions_start_as_interpolation(factor):
 
 def test_it_learns():
     torch.manual_seed(0)
-    model = models.FCN8s(2, width=0.02, at_once=True).eval()  # without dropout
+    model = models.FCN8sAtOnce(2, width=0.02).eval()  # without dropout
     x, labels = torch.zeros(1, 3, 64, 64), torch.zeros(1, 64, 64, dtype=torch.int64)
     x[..., 32:], labels[..., 32:] = 1.0, 1
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -184,12 +179,12 @@ def test_weights_that_do_not_fit():
     model = models.FCN32s(2, width=0.01)
     before = copy.deepcopy(model.state_dict())
     state = classifier().state_dict()
-    with pytest.raises(ValueError, match=r"13 convolutions under 'features\.', for FCN32s, but there are 0"):
+    with pytest.raises(ValueError, match=r"weights must be .* 13 convolutions under 'features\.', but there are 0"):
         models.load_vgg16(model, {})
     with pytest.raises(ValueError, match=r"must have 'classifier\.3\.bias' for FCN32s"):
         models.load_vgg16(model, {key: w for key, w in state.items() if key != "classifier.3.bias"})
     with pytest.raises(ValueError, match=r"classifier\.0\.weight must fit \(40, 8, 7, 7\) of FCN32s, .* \(40, 8\)"):
         models.load_vgg16(model, state | {"classifier.0.weight": torch.ones(40, 8)})
-    with pytest.raises(ValueError, match=r"for SegNetBasic, but there are 13"):
+    with pytest.raises(ValueError, match=r"model must have the 13 convolutions .*, but SegNetBasic has 4"):
         models.load_vgg16(models.SegNetBasic(width=0.1), state)
     assert all(torch.equal(before[key], w) for key, w in model.state_dict().items())

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from fastseg import checkpoint, cli, data, predict, train
-from fastseg.instancewise import Box, ensemble, instance_scores, read_boxes, windows
+from fastseg.instancewise import COMBINE, Box, ensemble, instance_scores, read_boxes, taken, windows
 
 INSIDE, BEYOND, SMALL = Box(3, 2, 20, 12), Box(-4, 6, 16, 30), Box(5, 5, 40, 7)
 
@@ -56,43 +56,83 @@ def test_no_box_no_score():
     )
 
 
-def test_what_is_refused():
-    image = torch.rand(3, 24, 32)
-    with pytest.raises(ValueError, match="combine must be one of max, mean, not 'sum'"):
-        instance_scores(network, image, [INSIDE], combine="sum")
-    with pytest.raises(ValueError, match="shorter side of at least 112, but of 2 none has"):
-        instance_scores(network, image, [INSIDE, SMALL])
-    with pytest.raises(ValueError, match="at least 1 pixel wide and high"):
-        instance_scores(network, image, [Box(0, 0, 0, 4)], least=1)
-    with pytest.raises(ValueError, match="mode must be one of code, paper, not 'both'"):
-        ensemble(image, image, "both")
+def test_which_boxes_are_taken():
+    beside = [Box(80, 0, 9, 9), Box(0, 60, 9, 9), Box(-9, 0, 9, 9), Box(0, -9, 9, 9)]
+    edges = [Box(79, 0, 9, 9), Box(0, 59, 9, 9), Box(-8, 0, 9, 9), Box(0, -8, 9, 9)]
+    assert taken([*beside, *edges, Box(0, 0, 8, 60)], 60, 80, 9) == edges
+    assert taken([*beside, *edges], 60, 80, 9, most=2) == edges[:2]
+    assert taken([(-80, -60, 240, 180)], 60, 80) == [Box(-80, -60, 240, 180)]
+    for box in ((-81, 0, 200, 200), (0, -61, 200, 200), (0, 0, 161, 120), (0, 0, 10**9, 10**9)):
+        with pytest.raises(ValueError, match=r"beyond the picture by more than its own 80x60, but there is \("):
+            taken([box], 60, 80)
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"combine": "sum"}, "combine must be one of max, mean, not 'sum'"),
+        ({}, "shorter side of at least 112, but of 2 none is"),
+        ({"boxes": []}, "but of 0 none is"),
+        ({"boxes": [(0, 0, 0, 4)]}, "at least 1 pixel wide and high"),
+        ({"least": 0}, "least must be at least 1, not 0"),
+        ({"most": -1}, "most must be at least 1, not -1"),
+        ({"batch_size": 0}, "batch_size must be at least 1, not 0"),
+        ({"size": (0, 5)}, "size must be at least 1, not 0"),
+        ({"image": torch.zeros(1, 3, 4, 4)}, r"image must be \(C, H, W\), but has shape \(1, 3, 4, 4\)"),
+        (
+            {"scores": lambda x: x[:1, 0], "least": 1},
+            r"scores must give \(2, K, H, W\), but gave shape \(1, 224, 224\)",
+        ),
+    ],
+)
+def test_what_is_refused(options, said):
+    usual = {"scores": network, "image": torch.rand(3, 24, 32), "boxes": [INSIDE, SMALL]}
+    with pytest.raises(ValueError, match=said):
+        instance_scores(**usual | options)
 
 
 def test_ensemble():
     fcn, deconvnet = torch.tensor([-1.0, 2.0]), torch.tensor([3.0, -4.0])
     assert torch.equal(ensemble(fcn, deconvnet), torch.tensor([0.0, -8.0]))
     assert torch.equal(ensemble(fcn, deconvnet, "paper"), torch.tensor([1.0, -1.0]))
+    with pytest.raises(ValueError, match="mode must be one of code, paper, not 'both'"):
+        ensemble(fcn, deconvnet, "both")
+    with pytest.raises(ValueError, match=r"must have one shape, not \(2,\) and \(1,\)"):
+        ensemble(fcn, deconvnet[:1])
 
 
-@pytest.mark.parametrize("size", [(360, 480), (500, 333), (224, 224), (100, 700)])
+SIDES = {
+    (360, 480): [360, 180],
+    (500, 333): [333, 166],
+    (224, 224): [112],
+    (480, 640): [480, 240],
+    (1080, 1920): [1080, 540],
+}
+
+
+@pytest.mark.parametrize("size", SIDES)
 def test_windows(size):
+    """The picture, and squares of each size that cover it, no more than are taken."""
     found = windows(*size)
-    assert found[0] == (0, 0, size[1], size[0]) and len(set(found)) == len(found)
-    sides = sorted({box.height for box in found[1:]}, reverse=True)
-    assert sides == [
-        side for side in (min(size) >> k for k in range(5)) if side >= 112 and (size != (224, 224) or side < 224)
-    ]
-    for side in sides:
-        boxes = [box for box in found[1:] if box.height == side]
+    assert found[0] == (0, 0, size[1], size[0]) and len(set(found)) == len(found) <= 50
+    assert taken(found, *size) == found
+    squares = [box for box in found[1:] if box != found[0]]
+    assert sorted({box.height for box in squares}, reverse=True) == SIDES[size]
+    for side in SIDES[size]:
+        boxes = [box for box in squares if box.height == box.width == side]
         for axis, length in ((0, size[1]), (1, size[0])):
             starts = sorted({box[axis] for box in boxes})
             assert starts[0] == 0 and starts[-1] == length - side
             assert all(b - a <= side / 2 + 1 for a, b in pairwise(starts))
+    assert len(windows(1080, 1920, most=1000)) == 1 + 3 + 3 * 7 + 7 * 14 + 15 * 28
+    assert windows(1080, 1920, 2, 1) == [(0, 0, 1920, 1080)]
+    with pytest.raises(ValueError, match="least must be at least 1, not 0"):
+        windows(*size, 0)
 
 
 def test_boxes_of_a_file(tmp_path):
     path = tmp_path / "boxes.csv"
-    path.write_text("1,2,30,40\n\n-3 4.6 50 60 0.93\n")
+    path.write_text("1,2,30,40\n\n-3 4.6 50 60 0.93\n", encoding="utf-8-sig")  # as Excel writes it
     assert read_boxes(path) == [(1, 2, 30, 40), (-3, 5, 50, 60)]
     for line, said in (
         ("left,top", "must be left, top, width"),
@@ -102,6 +142,10 @@ def test_boxes_of_a_file(tmp_path):
     ):
         path.write_text(f"1,2,30,40\n{line}\n")
         with pytest.raises(ValueError, match=f"line 2, .*{said}"):
+            read_boxes(path)
+    for content, said in ((b"\n", "must hold boxes, and holds none"), (b"\xff\xfe1", "must be a text file of boxes")):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=f"boxes.csv {said}"):
             read_boxes(path)
 
 
@@ -139,8 +183,16 @@ def test_the_segmenter_sees_proposals(weights, picture):
     model.load_state_dict(checkpoint.load_checkpoint(weights)["model"])
     seen = F.interpolate(data.to_tensor(image)[None], (32, 32), mode="bilinear", antialias=True)
     with torch.no_grad():
-        logits = F.interpolate(model.eval()((seen - 0.5) / 0.25), (60, 80), mode="bilinear")
-    assert np.array_equal(whole, logits[0].clamp(min=0).argmax(0).numpy())
+        logits = model.eval()((seen - 0.5) / 0.25)
+        probabilities = F.interpolate(logits.softmax(1), (60, 80), mode="bilinear")
+    assert np.array_equal(whole, probabilities[0].argmax(0).numpy()) and len(np.unique(whole)) > 1
+    for combine in COMBINE:  # what is in no box is as the picture seen at once
+        part = segmenter.instance_wise(image, [Box(-10, 20, 30, 30)], least=1, combine=combine)
+        assert np.array_equal(part[:, 20:], segmenter(image)[:, 20:])
+        assert not np.array_equal(part[20:50, :20], segmenter(image)[20:50, :20])
+    with torch.no_grad():
+        segmenter.model.classifier.bias -= 100  # which changes no probability
+    assert np.array_equal(segmenter.instance_wise(image, [Box(0, 0, 80, 60)], least=1), whole)
 
 
 @pytest.mark.parametrize("given", [True, False])
@@ -162,7 +214,10 @@ def test_the_command_refuses_before_it_writes(weights, picture, tmp_path, capsys
     file.write_text("0 0 8 8\n")
     words = ["segment", str(picture), "--checkpoint", str(weights), "--out", str(out), "--boxes"]
     for more, said in (
-        ([str(file)], f"no box of {file} has a shorter side of at least 112: --least-side"),
+        (
+            [str(file)],
+            f"{file}: boxes must hold one over the picture with a shorter side of at least 112, but of 1 none is",
+        ),
         ([str(file), str(file)], "1 pictures need as many files for --boxes, not 2"),
         ([str(tmp_path / "none.txt")], "none.txt"),
         ([str(file), "--most-boxes", "0"], "--most-boxes must be at least 1"),

@@ -32,9 +32,9 @@ print(json.dumps([[kernel.name, kernel.shared, kernel.resources["STACK"], limit]
 """
 
 
-@pytest.mark.parametrize("sm", [120])
+@pytest.mark.parametrize("sm", [86, 120])
 def test_the_largest_blocks_fit(sm):
-    """The kernels that take more on an H100 take no more than there is; those of 8.0 are the 8.6's and 8.9's.
+    """The kernels that take more on an H100 take no more than there is; the 8.9 has what the 8.6 has.
 
     32 bytes of stack are what ptxas gives one of them for 53 registers fewer.
     """
@@ -42,7 +42,10 @@ def test_the_largest_blocks_fit(sm):
     run = subprocess.run([sys.executable, "-c", COMPILED, str(sm)], capture_output=True, text=True, env=env)
     assert run.returncode == 0, run.stderr
     kernels = json.loads(run.stdout)
-    assert {name for name, *_ in kernels} >= {"conv_transpose2d_bwd_shuffle_kernel", "conv_transpose2d_fwd_tma_kernel"}
+    names = {name for name, *_ in kernels}
+    assert "conv_transpose2d_bwd_shuffle_kernel" in names and ("conv_transpose2d_fwd_tma_kernel" in names) is (
+        sm == 120
+    )
     for name, shared, stack, limit in kernels:
         assert shared <= limit and stack <= 32, (name, shared, stack)
 

@@ -147,6 +147,23 @@ def test_the_command(tmp_path, capsys):
     assert "is at step 6 already" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("model, optimizer", [("fcn-16s", "sgd"), ("fcn-8s-at-once", "adamw")])
+def test_a_network_with_a_frozen_layer_goes_on(model, optimizer, tmp_path):
+    """The optimizer keeps nothing for the bilinear interpolation that FCN ends in."""
+    options = {"model": model, "width": 0.02, "optimizer": optimizer, "lr": 1e-3, "steps": 3, "eval_every": 100}
+    options |= {"size": (16, 16), "out": str(tmp_path)}
+    stopped = run(2, **options)
+    resumed = train.resume(stopped.path, {})
+    assert resumed.step == 2 and same(resumed.model.state_dict(), stopped.model.state_dict())
+    losses = []
+    for one in (resumed, stopped):
+        torch.manual_seed(0)  # of the dropout
+        losses.append(one.training_step(*one.batch(2)))
+    assert torch.equal(*losses) and same(resumed.model.state_dict(), stopped.model.state_dict())
+    state = checkpoint.load_checkpoint(stopped.path)["optimizer"]["state"]
+    assert len(state) == len(list(stopped.model.parameters())) - 1
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("model", ["segnet", "deconvnet"])
 def test_one_step_is_the_optimizer_by_hand(optimizer, model, tmp_path):

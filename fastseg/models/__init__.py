@@ -3,16 +3,17 @@
 from torch import nn
 
 from .deconvnet import DeconvNet
-from .fcn import FCN8s, FCN16s, FCN32s
+from .fcn import FCN8s, FCN8sAtOnce, FCN16s, FCN32s
 from .plain import PlainSegNet
 from .segnet import SegNet, SegNetBasic
 from .vgg16 import load_vgg16
 
 MODELS: dict[str, type[nn.Module]] = {
     "segnet": SegNet, "segnet-basic": SegNetBasic, "deconvnet": DeconvNet,
-    "fcn-32s": FCN32s, "fcn-16s": FCN16s, "fcn-8s": FCN8s,
+    "fcn-32s": FCN32s, "fcn-16s": FCN16s, "fcn-8s": FCN8s, "fcn-8s-at-once": FCN8sAtOnce,
 }  # fmt: skip
 
 __all__ = [
-    "MODELS", "DeconvNet", "FCN8s", "FCN16s", "FCN32s", "PlainSegNet", "SegNet", "SegNetBasic", "load_vgg16",
+    "MODELS", "DeconvNet", "FCN8s", "FCN8sAtOnce", "FCN16s", "FCN32s", "PlainSegNet", "SegNet", "SegNetBasic",
+    "load_vgg16",
 ]  # fmt: skip

@@ -1,8 +1,8 @@
 """FCN-32s, FCN-16s and FCN-8s.
 
 Long, Shelhamer and Darrell, "Fully Convolutional Networks for Semantic Segmentation", CVPR 2015; Shelhamer, Long and
-Darrell, TPAMI 2017. Layers, padding, crops and fillers as in the authors' Caffe files, voc-fcn32s, -16s, -8s and
--8s-atonce. Each of VGG16's fully connected layers is a convolution, and so gives a map of class scores for a picture of
+Darrell, TPAMI 2017. Layers, padding and crops as in the authors' Caffe files, voc-fcn32s, -16s, -8s and -8s-atonce.
+Each of VGG16's fully connected layers is a convolution, and so gives a map of class scores for a picture of
 any size; transposed convolutions that start as bilinear interpolation bring the scores up again, and finer ones from
 earlier pools are added on the way.
 """
@@ -20,7 +20,6 @@ from .blocks import VGG16, check_arguments, scaled
 
 HIDDEN = 4096
 PAD = 100  # of the first convolution, so that fc6's 7x7 window fits behind five pools of the smallest picture
-AT_ONCE = {4: 0.01, 3: 0.0001}  # what the at-once form multiplies each pool by
 
 
 class Skip(NamedTuple):
@@ -33,7 +32,7 @@ class Skip(NamedTuple):
 class FCN32s(nn.Module):
     """VGG16 with its fully connected layers as convolutions, and one bilinear step of 32 up to the picture.
 
-    136.152 M parameters at the authors' 21 classes (PASCAL VOC), of which the 1.806 M of the last transposed
+    136.153 M parameters at the authors' 21 classes (PASCAL VOC), of which the 1.806 M of the last transposed
     convolution stay the bilinear interpolation that they are: they are not trained (requires_grad is False), and where
     the kernels run, they run depthwise.
 
@@ -47,6 +46,7 @@ class FCN32s(nn.Module):
     SKIPS: ClassVar[tuple[Skip, ...]] = ()
     STRIDE: ClassVar[int] = 32  # of the last step up
     CROP: ClassVar[int] = 19  # where the picture begins in what that gives
+    SCALES: ClassVar[dict[int, float]] = {}  # what a pool is multiplied by before it is scored
 
     def __init__(self, num_classes: int = 21, in_channels: int = 3, width: float = 1.0) -> None:
         super().__init__()
@@ -83,22 +83,20 @@ class FCN32s(nn.Module):
         size, pools = x.shape[-2:], {}
         for pool, stage in enumerate(self.encoder, 1):
             pools[pool] = x = stage(x)
-        score, *scores = self.scores
-        x = score(self.fc7(self.fc6(x)))
-        for up, skip, score in zip(self.ups, self.SKIPS, scores, strict=True):
-            x = up(x)
-            x = x + cropped(score(self.scaled(pools[skip.pool], skip.pool)), skip.crop, x.shape[-2:])
+        coarsest, *finer = self.scores
+        x = coarsest(self.fc7(self.fc6(x)))
+        for up, skip, score in zip(self.ups, self.SKIPS, finer, strict=True):
+            x, pooled = up(x), pools[skip.pool]
+            if skip.pool in self.SCALES:
+                pooled = pooled * self.SCALES[skip.pool]
+            x = x + cropped(score(pooled), skip.crop, x.shape[-2:])
         return cropped(self.last_up(x), 0, size)
-
-    def scaled(self, x: Tensor, pool: int) -> Tensor:
-        """What of a pool is scored."""
-        return x
 
 
 class FCN16s(FCN32s):
     """FCN32s that steps up by 2, adds scores of the fourth pool, and steps up by 16; all else as there.
 
-    The transposed convolution between, bilinear at the start, is trained.
+    The transposed convolution between, bilinear at the start, is trained, as the paper says; the files keep it fixed.
     """
 
     SKIPS, STRIDE, CROP = (Skip(4, 5),), 16, 27
@@ -107,19 +105,20 @@ class FCN16s(FCN32s):
 class FCN8s(FCN32s):
     """FCN32s that steps up by 2, adds scores of the fourth pool, by 2, adds the third's, and by 8; all else as there.
 
-    at_once: multiply the fourth pool by 0.01 and the third by 0.0001 before they are scored, so that all layers can be
-    trained together from the start; else the authors train FCN32s, then FCN16s from its weights, all but those of
-    `last_up`, then FCN8s from that's.
+    The authors train FCN32s first, then FCN16s from its weights, all but those of `last_up`, then FCN8s from that's.
     """
 
     SKIPS, STRIDE, CROP = (Skip(4, 5), Skip(3, 9)), 8, 31
 
-    def __init__(self, num_classes: int = 21, in_channels: int = 3, width: float = 1.0, at_once: bool = False) -> None:
-        super().__init__(num_classes, in_channels, width)
-        self.at_once = at_once
 
-    def scaled(self, x: Tensor, pool: int) -> Tensor:
-        return x * AT_ONCE[pool] if self.at_once else x
+class FCN8sAtOnce(FCN8s):
+    """FCN8s with the fourth pool times 0.01 and the third times 0.0001 before they are scored.
+
+    So all layers can be trained together from the start. The state_dict has the keys of FCN8s; the weights mean
+    something else here.
+    """
+
+    SCALES: ClassVar[dict[int, float]] = {4: 0.01, 3: 0.0001}
 
 
 def bilinear_(weight: Tensor) -> Tensor:

@@ -7,13 +7,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+CONVOLUTIONS = 13
 FULLY_CONNECTED = {"fc6": "classifier.0", "fc7": "classifier.3"}
 
 
 def load_vgg16(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Copy VGG16's convolutions into `model.encoder`, and fc6 and fc7 where `model` has them, as convolutions.
 
-    model: SegNet, DeconvNet, FCN32s, FCN16s or FCN8s of width 1. weights: the state_dict of torchvision's vgg16 or
+    model: SegNet, DeconvNet or an FCN of width 1. weights: the state_dict of torchvision's vgg16 or
     vgg16_bn, whose batch norms are left out. A fully connected layer (K, C * 7 * 7) is the convolution (K, C, 7, 7) of
     the same numbers. Pictures are to be normalised as that model's were.
 
@@ -29,10 +30,15 @@ def _pairs(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[nn.Parameter
     """What goes where, checked."""
     convolutions = [module for module in model.encoder.modules() if isinstance(module, nn.Conv2d)]
     names = [name.removesuffix(".weight") for name, w in weights.items() if "features." in name and w.dim() == 4]
-    if len(convolutions) != len(names):
+    if len(convolutions) != CONVOLUTIONS:
         raise ValueError(
-            f"weights must be the state_dict of a VGG16, with {len(convolutions)} convolutions under 'features.', for "
-            f"{type(model).__name__}, but there are {len(names)}"
+            f"model must have the {CONVOLUTIONS} convolutions of a VGG16 in its encoder, but {type(model).__name__} "
+            f"has {len(convolutions)}"
+        )
+    if len(names) != CONVOLUTIONS:
+        raise ValueError(
+            f"weights must be the state_dict of a VGG16, with {CONVOLUTIONS} convolutions under 'features.', but there "
+            f"are {len(names)}"
         )
     targets = dict(zip(names, convolutions, strict=True))
     for ours, theirs in FULLY_CONNECTED.items():
