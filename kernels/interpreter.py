@@ -33,11 +33,9 @@ def patch_builtins(pkg: Any, builder: Any, scope: Any) -> None:
             interpreter._patch_attr(pkg, name, member, builder, scope)
 
 
-scalar_type = functools.cache(interpreter._get_np_dtype)
-
-
-def numpy_type(kind: Any) -> np.dtype:
-    return np.dtype(np.uint64) if kind.scalar.is_ptr() else scalar_type(kind.scalar)
+def kept(numpy_type: Callable[[Any], np.dtype]) -> Callable[[Any], np.dtype]:
+    of_scalar = functools.cache(numpy_type)
+    return lambda kind: np.dtype(np.uint64) if kind.scalar.is_ptr() else of_scalar(kind.scalar)
 
 
 def where_asked(check: Callable[..., None]) -> Callable[..., None]:
@@ -61,10 +59,13 @@ def loops_with_numpy_2_4(patch: Callable[..., None]) -> Callable[..., None]:
 
 
 def prepare() -> None:
-    """Once, in a process whose kernels are interpreted."""
+    """Once, in a process whose kernels are interpreted. Another Triton than these is left as it is."""
+    version = tuple(map(int, triton.__version__.split(".")[:2]))
+    if version not in ((3, 6), (3, 7)):
+        return
     semantic = interpreter.TritonSemantic
     interpreter._patch_builtin = patch_builtins
-    interpreter._get_np_dtype = numpy_type
+    interpreter._get_np_dtype = kept(interpreter._get_np_dtype)
     semantic.binary_op_sanitize_overflow_impl = where_asked(semantic.binary_op_sanitize_overflow_impl)
-    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):
+    if version == (3, 6):
         interpreter._patch_lang_tensor = loops_with_numpy_2_4(interpreter._patch_lang_tensor)

@@ -8,6 +8,8 @@ from triton.language import core
 from triton.runtime import interpreter as tritons
 from triton.runtime.errors import InterpreterError
 
+from fastseg.kernels import interpreter
+
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled here, not interpreted")
 
 
@@ -80,3 +82,10 @@ def test_triton_asks_for_all_that_is_replaced(monkeypatch):
     x = torch.zeros(4, dtype=torch.int32)
     run(x, x, "+")
     assert asked == names.keys()
+
+
+def test_a_triton_that_is_not_known_is_left_alone(monkeypatch):
+    before = vars(tritons) | vars(tritons.TritonSemantic)
+    monkeypatch.setattr(triton, "__version__", "3.8.0")
+    interpreter.prepare()
+    assert vars(tritons) | vars(tritons.TritonSemantic) == before
