@@ -31,11 +31,10 @@ def _advice(facts: dict[str, object]) -> str:
     if lacking is not None:
         if dispatch.CUPY_INSTALLED:
             return f"{lacking}: CUDA tensors take the CUDA C++ kernels where they cover a call, else torch."
-        install = "" if dispatch.TRITON_INSTALLED else "pip install triton or, where there is none, "
-        return (
-            f"{lacking}: every call takes torch. {install}pip install 'fastseg-kernels[cuda12]' (or [cuda13]) is for "
-            "the kernels in CUDA C++"
-        )
+        way = "pip install 'fastseg-kernels[cuda12]' (or [cuda13]) for the kernels in CUDA C++"
+        if not dispatch.TRITON_INSTALLED:
+            way = f"pip install triton or, where there is none, {way}"
+        return f"{lacking}: every call takes torch. {way}"
     return "CUDA tensors take the Triton kernels where they cover a call; fastseg.explain tells for one call."
 
 

@@ -216,7 +216,7 @@ def _read(
         try:
             proposed = taken(proposed, picture.height, picture.width, least, most)
         except ValueError as error:
-            raise ValueError(f"{boxes or image}: {error} (--least-side)") from None
+            raise ValueError(f"{boxes or image}: {error}") from None
     own = PROPOSAL if proposed else (picture.height, picture.width)
     segmenter.check(*(args.size or segmenter.size or own))
     return picture, _truth(truth, picture, segmenter) if truth else None, proposed

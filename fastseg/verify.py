@@ -284,6 +284,8 @@ def main(args: argparse.Namespace) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.backend == "cuda" and device == "cpu":
         raise ValueError("--backend cuda needs a CUDA GPU, and torch finds none on this machine")
+    if args.backend == "triton" and (lacking := dispatch.without_triton(torch.device(device))) is not None:
+        raise ValueError(f"--backend triton cannot run: {lacking}")
     if device == "cpu":
         dispatch.interpret_kernels()
     seed = args.seed if args.seed is not None else torch.seed() % 2**31

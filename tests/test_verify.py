@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from fastseg import cli, verify
+from fastseg import cli, dispatch, verify
 
 
 def test_a_right_function_passes(device):
@@ -88,6 +88,12 @@ def test_a_case_that_raises_fails_and_the_others_go_on(monkeypatch, capsys):
     cases = json.loads(capsys.readouterr().out)["cases"]
     assert [all(r["passed"] for r in c["results"]) for c in cases] == [False] * 4 + [True] * 4
     assert "no such kernel" in cases[0]["results"][0]["tensor"] and cases[0]["results"][0]["error"] is None
+
+
+def test_without_triton_it_says_so_at_once(monkeypatch, capsys):
+    monkeypatch.setattr(dispatch, "TRITON_INSTALLED", False)
+    assert cli.main(["verify", "--quick", "--op", "max_pool2d"]) == 2
+    assert "--backend triton cannot run: triton is not installed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("json_option", [["--json"], []])

@@ -2,9 +2,9 @@
 
 Long, Shelhamer and Darrell, "Fully Convolutional Networks for Semantic Segmentation", CVPR 2015; Shelhamer, Long and
 Darrell, TPAMI 2017. Layers, padding and crops as in the authors' Caffe files, voc-fcn32s, -16s, -8s and -8s-atonce.
-Each of VGG16's fully connected layers is a convolution, and so gives a map of class scores for a picture of
-any size; transposed convolutions that start as bilinear interpolation bring the scores up again, and finer ones from
-earlier pools are added on the way.
+Each of VGG16's fully connected layers is a convolution, and so gives a map of class scores for a picture of any size;
+transposed convolutions that start as bilinear interpolation bring the scores up again, and finer ones from earlier
+pools are added on the way.
 """
 
 from __future__ import annotations

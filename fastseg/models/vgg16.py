@@ -14,9 +14,9 @@ FULLY_CONNECTED = {"fc6": "classifier.0", "fc7": "classifier.3"}
 def load_vgg16(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Copy VGG16's convolutions into `model.encoder`, and fc6 and fc7 where `model` has them, as convolutions.
 
-    model: SegNet, DeconvNet or an FCN of width 1. weights: the state_dict of torchvision's vgg16 or
-    vgg16_bn, whose batch norms are left out. A fully connected layer (K, C * 7 * 7) is the convolution (K, C, 7, 7) of
-    the same numbers. Pictures are to be normalised as that model's were.
+    model: SegNet, DeconvNet or an FCN of width 1. weights: the state_dict of torchvision's vgg16 or vgg16_bn, whose
+    batch norms are left out. A fully connected layer (K, C * 7 * 7) is the convolution (K, C, 7, 7) of the same
+    numbers. Pictures are to be normalised as that model's were.
 
     Raises ValueError, before anything is written, where a weight is missing or has another shape.
     """
