@@ -15,10 +15,9 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    # Device code lives in the top-level kernels/ and installs as fastseg.kernels.
-    packages=[*find_packages(include=["fastseg", "fastseg.*"]), "fastseg.kernels", "fastseg.kernels.cuda"],
-    package_dir={"fastseg.kernels": "kernels"},
-    package_data={"fastseg": ["py.typed", "recorded/*.json"], "fastseg.kernels.cuda": ["*.cu", "*.cuh"]},
+    # Device code lives in the top-level kernels/, which the link fastseg/kernels makes a part of the package.
+    packages=find_packages(include=["fastseg", "fastseg.*"]),
+    package_data={"fastseg": ["py.typed", "recorded/*.json"], "fastseg.kernels.cuda": ["**/*.cu", "**/*.cuh"]},
     install_requires=[
         "torch>=2.11,<2.14",
         "triton>=3.6,<3.8; platform_system == 'Linux'",
@@ -45,8 +44,8 @@ setup(
         ],
     },
     entry_points={
-        "console_scripts": ["fastseg = fastseg.cli:main"],
-        "torch_dynamo_backends": ["fastseg = fastseg.swapping.graphs:compile_backend"],
+        "console_scripts": ["fastseg = fastseg.commands.cli:main"],
+        "torch_dynamo_backends": ["fastseg = fastseg.compiler.backend:compile_backend"],
     },
     classifiers=[
         "License :: OSI Approved :: Apache Software License",

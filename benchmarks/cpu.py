@@ -23,11 +23,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastseg
-from fastseg import cases
 from fastseg import functional as ours
-from fastseg.cases import Case, Placement
 from fastseg.models import SegNet
-from fastseg.models.plain import PlainSegNet
+from fastseg.models.plain_segnet import PlainSegNet
+from fastseg.verification import cases
+from fastseg.verification.cases import Case, Placement
 
 SIZES = [((1, 64, 64), (512, 512)), ((2, 33, 41), (263, 321))]  # pictures and size of logits, size of labels
 CLASSES = (1, 2, 4, 6, 8, 11, 14, 19, 24, 64)

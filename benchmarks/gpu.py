@@ -91,7 +91,7 @@ class Outcome:
 
 def plan(chosen: Sequence[str], quick: bool, results: Path) -> list[Part]:
     """The parts in order. quick: little of each, for trying this file on a machine without a GPU."""
-    fastseg = [sys.executable, "-m", "fastseg.cli"]
+    fastseg = [sys.executable, "-m", "fastseg.commands.cli"]
     pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=5"]
     if importlib.util.find_spec("xdist") is not None and not quick:
         pytest += ["-n", str(min(8, os.cpu_count() or 1)), "--dist", "worksteal"]

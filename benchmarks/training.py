@@ -28,12 +28,13 @@ import torch
 from torch import nn
 
 import fastseg
-from fastseg import data, models, swap
+from fastseg import models, swap
+from fastseg.atomic_write import atomic_write
 from fastseg.bench.networks import PlainTwin
-from fastseg.checkpoint import TrainConfig
-from fastseg.files import atomic_write
-from fastseg.train import Interrupt, parse_size, summary
-from fastseg.trainer import Trainer, datasets
+from fastseg.commands.train import Interrupt, parse_size, summary
+from fastseg.training import data
+from fastseg.training.checkpoint import TrainConfig
+from fastseg.training.trainer import Trainer, datasets
 
 VARIANTS = ("torch", "fastseg swap", "fastseg")
 PUBLISHED = {"global_accuracy": 0.904, "class_accuracy": 0.712, "miou": 0.601}

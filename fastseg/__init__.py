@@ -1,20 +1,13 @@
 """fastseg: fused Triton kernels for image segmentation in PyTorch."""
 
-import importlib.util as _util
-import sys as _sys
-from pathlib import Path as _Path
-
-if not (_Path(__file__).parent / "kernels").is_dir():  # a checkout: device code lies beside the package, see setup.py
-    _spec = _util.spec_from_file_location("fastseg.kernels", _Path(__file__).parent.parent / "kernels" / "__init__.py")
-    kernels = _sys.modules["fastseg.kernels"] = _util.module_from_spec(_spec)
-    _spec.loader.exec_module(kernels)
-
 from . import functional, models, nn
+from .compiler import compile_backend
 from .dispatch import backend, explain, get_backend, set_backend
-from .swapping import compile_backend, swap, swap_functions
+from .swapping import swap, swap_functions
+from .version import __version__
 
-__version__ = "0.1.0"
 __all__ = [
+    "__version__",
     "backend",
     "compile_backend",
     "explain",

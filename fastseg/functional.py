@@ -1,17 +1,17 @@
 """The functions, with torch.nn.functional's names, arguments and errors."""
 
-from .ops.batch_norm_relu import batch_norm_relu, batch_norm_relu_max_pool2d, batch_norm_relu_max_unpool2d
-from .ops.confusion import confusion_matrix
-from .ops.conv_transpose import conv_transpose2d, conv_transpose2d_affine_relu
-from .ops.cross_entropy import cross_entropy, cross_entropy_with_predictions
-from .ops.dice_cross_entropy import dice_cross_entropy
-from .ops.linear_cross_entropy import linear_cross_entropy
-from .ops.pool import max_pool2d, max_pool2d_with_offsets
-from .ops.unpool import max_unpool2d, max_unpool2d_with_offsets
-from .ops.unpool_conv import max_unpool2d_conv2d
-from .ops.upsample import upsample_argmax
-from .ops.upsample_cross_entropy import upsample_cross_entropy, upsample_cross_entropy_with_predictions
-from .ops.windows import indices_to_offsets, offsets_to_indices
+from .ops.batch_norm.functions import batch_norm_relu, batch_norm_relu_max_pool2d, batch_norm_relu_max_unpool2d
+from .ops.convolution.conv_transpose import conv_transpose2d, conv_transpose2d_affine_relu
+from .ops.convolution.unpool_conv import max_unpool2d_conv2d
+from .ops.losses.confusion import confusion_matrix
+from .ops.losses.cross_entropy import cross_entropy, cross_entropy_with_predictions
+from .ops.losses.dice_cross_entropy import dice_cross_entropy
+from .ops.losses.linear_cross_entropy import linear_cross_entropy
+from .ops.losses.upsample import upsample_argmax
+from .ops.losses.upsample_cross_entropy import upsample_cross_entropy, upsample_cross_entropy_with_predictions
+from .ops.pooling.pool import max_pool2d, max_pool2d_with_offsets
+from .ops.pooling.positions import indices_to_offsets, offsets_to_indices
+from .ops.pooling.unpool import max_unpool2d, max_unpool2d_with_offsets
 
 __all__ = [
     "batch_norm_relu",

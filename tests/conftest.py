@@ -7,17 +7,17 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
-    import overflow
+    from support import overflow
 
     from fastseg.kernels import launch  # noqa: F401
 
     overflow.refuse()
 
-import machine_code
 import pytest
+from support import machine_code
 
 import fastseg
-from fastseg import verify
+from fastseg.verification import criterion
 
 NOT_HERE = {True: ("interpreted", "runs kernels on CPU tensors"), False: ("gpu", "needs a CUDA GPU")}
 
@@ -59,7 +59,7 @@ def triton_backend():
 @pytest.fixture
 def poison():
     """New tensors are full of NaN, and non-deterministic operators raise."""
-    with verify.poisoned():
+    with criterion.poisoned():
         yield
 
 
@@ -68,7 +68,7 @@ def assert_right():
     """assert_right(ours, theirs, inputs): error against float64 no more than torch's own plus a tolerance."""
 
     def check(ours, theirs, inputs, names=None):
-        for c in verify.compare(ours, theirs, inputs, names):
+        for c in criterion.compare(ours, theirs, inputs, names):
             assert c.passed, f"{c.tensor}: error {c.error:.3e}, torch's {c.torch_error:.3e}, allowed {c.allowed:.3e}"
 
     return check

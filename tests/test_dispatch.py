@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import fastseg
-from fastseg import dispatch, doctor
+from fastseg import dispatch
 from fastseg import functional as FS
+from fastseg.commands import doctor
 
 CUDA = torch.device("cuda")
 
@@ -60,7 +61,8 @@ def test_works_without_triton_and_cupy():
         "fastseg.set_backend('cuda')\n"
         "try: fastseg.functional.max_pool2d(torch.ones(1, 1, 4, 4), 2)\n"
         "except RuntimeError as error: print(error)\n"
-        "from fastseg.kernels.cuda import pool, unpool, cross_entropy, cross_entropy_bwd\n"
+        "from fastseg.kernels.cuda.pooling import pool, unpool\n"
+        "from fastseg.kernels.cuda.losses import cross_entropy, cross_entropy_bwd\n"
     )
     assert code == 0 and output.startswith("4.0\n") and "triton is not installed" in output
     assert "CuPy, which is not installed" in output

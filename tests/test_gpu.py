@@ -4,15 +4,15 @@ import pytest
 import torch
 
 import fastseg
-from fastseg import cases, verify
+from fastseg.verification import cases, operators
 
 gpu = pytest.mark.gpu
-CASES = [(operator, number) for operator, sizes in verify.SIZES.items() for number in range(len(sizes))]
+CASES = [(operator, number) for operator, sizes in operators.SIZES.items() for number in range(len(sizes))]
 REPEATS = 100 if torch.cuda.is_available() else 2
 
 
 def made(operator, number, dtype, layout, device="cuda"):
-    make, size = verify.SIZES[operator][number]
+    make, size = operators.SIZES[operator][number]
     return list(make(cases.Placement(dtype, layout, device), *size))
 
 

@@ -23,7 +23,7 @@ def test_the_wheel_holds_the_kernels_and_imports(tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         archive.extractall(tmp_path / "installed")
-    assert {"fastseg/kernels/pool.py", "fastseg/py.typed", "fastseg/ops/pool.py"} <= set(names)
+    assert {"fastseg/kernels/pool.py", "fastseg/py.typed", "fastseg/ops/pooling/pool.py"} <= set(names)
     cuda = [path for path in (ROOT / "kernels" / "cuda").iterdir() if path.suffix in (".py", ".cu", ".cuh")]
     assert {f"fastseg/kernels/cuda/{path.name}" for path in cuda} <= set(names) and len(cuda) > 9
     assert not [name for name in names if name.startswith(("kernels/", "tests/"))]

@@ -2,8 +2,8 @@ import ast
 import re
 from pathlib import Path
 
-import packages
 import pytest
+from support import packages
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import cases, dispatch
+from .. import dispatch
+from ..verification import cases
 from . import timing
 from .networks import Built, Form, Network
 from .operators import OUT_OF_TIME

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import cases, dispatch
-from ..cases import LAYOUTS, Case, Placement
-from ..ops.library import Operator, observing
+from .. import dispatch
+from ..ops.operator import Operator, observing
+from ..verification import cases
+from ..verification.cases import LAYOUTS, Case, Placement
 from . import providers, timing
 from .providers import Function, Provider, check, check_full_size
 from .results import Recorder

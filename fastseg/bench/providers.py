@@ -11,14 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import cases, dispatch, verify
-from ..cases import Case
+from .. import dispatch
+from ..verification import cases, criterion
+from ..verification.cases import Case
 from .results import Unable
 
 Function = Callable[..., Any]
 MODES = ("forward", "backward", "forward+backward")
 SLACK = 2.0
-"""How many times the error that fastseg.verify allows ours is allowed to torch's compiler and other libraries."""
+"""How many times the error allowed to fastseg is allowed to torch's compiler and other libraries."""
 FULL_SIZE_EPS = 16
 """Units of the dtype's epsilon that a result at full size may differ from torch's own, each with its own rounding."""
 
@@ -29,8 +30,8 @@ class Provider:
 
     function: makes the callable of a case; None where it has nothing to show that another provider does not, or is not
     for such operators; raises Unable where it should run but cannot. reference: what it must equal, and what
-    `fastseg.verify.compare` runs in float64. context: entered around everything it does. library: entered around its
-    calls alone, since it would change the reference too. poison: fill fresh memory with NaN while it is checked.
+    `criterion.compare` runs in float64. context: entered around everything it does. library: entered around its calls
+    alone, since it would change the reference too. poison: fill fresh memory with NaN while it is checked.
     modes: times of these. compiles: takes seconds for each new shape.
     """
 
@@ -153,9 +154,11 @@ def _inside(provider: Provider, function: Function) -> Function:
 
 
 def check(provider: Provider, case: Case, function: Function) -> tuple[float, str]:
-    """(largest error against float64, "right" or "wrong: ..." by the criterion of fastseg.verify)."""
+    """(largest error against float64, "right" or "wrong: ..." by the criterion of fastseg.verification.criterion)."""
     reference, function = provider.reference(case), _inside(provider, function)
-    found = verify.compare(function, reference, list(case.inputs.values()), list(case.inputs), poison=provider.poison)
+    found = criterion.compare(
+        function, reference, list(case.inputs.values()), list(case.inputs), poison=provider.poison
+    )
     wrong = [c for c in found if not c.error <= c.allowed * provider.slack]
     worst = max((c.error for c in found), default=0.0)
     if wrong:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import cases
-from ..cases import LAYOUTS, Case, Placement
+from ..verification import cases
+from ..verification.cases import LAYOUTS, Case, Placement
 
 
 class DrawnInPlace(Placement):
@@ -28,8 +28,8 @@ class DrawnInPlace(Placement):
 class Site:
     """Where an operator family runs, and on what.
 
-    make, shape, rest: the function of fastseg.cases and its arguments. headline: of those that are timed first, and by
-    torch.compile too.
+    make, shape, rest: the function of fastseg.verification.cases and its arguments. headline: of those that are timed
+    first, and by torch.compile too.
     """
 
     where: str

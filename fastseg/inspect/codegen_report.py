@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from .. import cases, dispatch
-from ..cases import Case, Placement
+from .. import dispatch
 from ..kernels.launch import targeting
-from ..ops.library import observing
-from . import cuda_codegen, nvrtc
+from ..ops.operator import observing
+from ..verification import cases
+from ..verification.cases import Case, Placement
+from . import cuda_codegen
 from .codegen import Compiled, Launch, compile_for, compile_for_amd, disassemble, record
 
 SMS = (80, 90, 100)
@@ -104,7 +105,7 @@ def rows(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def _cuda_launches(args: argparse.Namespace) -> list[tuple[str, Any]]:
     """Distinct launches of the CUDA C++ kernels, none where there is nothing to compile them with."""
-    if nvrtc.found() is None:
+    if cuda_codegen.library_path() is None:
         return []
     found: dict[str, tuple[str, Any]] = {}
     firsts: set[tuple[str, str]] = set()

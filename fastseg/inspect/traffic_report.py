@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import cases, dispatch
-from ..cases import Case, Placement
-from ..checkpoint import atomic_write
+from .. import dispatch
 from ..kernels import launch
-from ..ops.library import Operator, observing
+from ..ops.operator import Operator, observing
+from ..training.checkpoint import atomic_write
+from ..verification import cases
+from ..verification.cases import Case, Placement
 from .eager import ByteCounter
 from .inductor import compiled
 from .traffic import KernelTraffic, metering

@@ -4,7 +4,7 @@ from torch import nn
 
 from .deconvnet import DeconvNet
 from .fcn import FCN8s, FCN8sAtOnce, FCN16s, FCN32s
-from .plain import PlainSegNet
+from .plain_segnet import PlainSegNet
 from .segnet import SegNet, SegNetBasic
 from .vgg16 import load_vgg16
 

@@ -10,19 +10,7 @@ from torch import Tensor, nn
 
 from ..nn import ConvTransposeBatchNormReLU2d
 from ..nn.conv import ConvTranspose2dBeforeNorm
-from .blocks import (
-    VGG16,
-    Block,
-    Conv2d,
-    Norm,
-    Norms,
-    check_arguments,
-    decode,
-    encode,
-    initialise,
-    scaled,
-    stages,
-)
+from .blocks import VGG16, Block, Conv2d, Norm, Norms, check_arguments, decode, encode, initialise, scaled, stages
 
 HIDDEN = 4096
 DECODER = ((512, 512, 512), (512, 512, 256), (256, 256, 128), (128, 64), (64, 64))

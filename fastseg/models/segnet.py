@@ -24,7 +24,7 @@ from .blocks import (
     stages,
     unpool,
 )
-from .evaluation import unpool_and_decode
+from .segnet_inference import unpool_and_decode
 
 DECODER = ((512, 512, 512), (512, 512, 256), (256, 256, 128), (128, 64), (64,))
 BASIC = ((64,),) * 4

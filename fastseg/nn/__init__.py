@@ -2,8 +2,7 @@
 
 from .batch_norm import BatchNormReLU2d, BatchNormReLUMaxPool2d, BatchNormReLUMaxUnpool2d, convert_sync_batchnorm
 from .conv import ConvTranspose2d, ConvTransposeBatchNormReLU2d
-from .head_loss import LinearCrossEntropyLoss, UpsampleCrossEntropyLoss
-from .loss import CrossEntropyLoss, DiceCrossEntropyLoss
+from .loss import CrossEntropyLoss, DiceCrossEntropyLoss, LinearCrossEntropyLoss, UpsampleCrossEntropyLoss
 from .pool import MaxPool2d, MaxPool2dWithOffsets, MaxUnpool2d
 
 __all__ = [

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import functional as F
-from ..ops.windows import IntOrPair
+from ..ops.pooling.positions import IntOrPair
 from .scripting import refuse_script
 
 

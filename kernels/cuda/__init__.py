@@ -1,20 +1,15 @@
-"""CUDA C++ kernels, compiled through CuPy where Triton cannot go: a second implementation of some operators.
+"""CUDA C++ kernels, compiled through CuPy where Triton cannot run: a second implementation of some operators.
 
-Modules are named as the Triton ones above and hold launchers of the same names and arguments, so that an operator
-takes either. They are loaded at first use, CuPy at the first launch.
+Folders, files and launchers are named as the Triton ones above and take the same arguments, so that an operator takes
+either. They are loaded at first use, CuPy at the first launch.
 """
 
-from __future__ import annotations
+from typing import TYPE_CHECKING
 
-import importlib
-from types import ModuleType
+from ..lazy import submodules
 
-FAMILIES = (
-    "batch_norm", "batch_norm_pool", "cross_entropy", "cross_entropy_bwd", "launch", "pool", "unpool", "windows",
-)  # fmt: skip
+if TYPE_CHECKING:
+    from . import batch_norm, launch, losses, pooling
 
-
-def __getattr__(name: str) -> ModuleType:
-    if name in FAMILIES:
-        return importlib.import_module(f"{__name__}.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__all__ = ["batch_norm", "launch", "losses", "pooling"]
+__getattr__ = submodules(__name__, __all__)

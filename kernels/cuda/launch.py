@@ -91,10 +91,10 @@ def spelled(parameter: Any) -> str:
 
 def source(family: str) -> str:
     """The text of <family>.cu with its headers in place: CuPy's caches know a kernel by its text alone."""
-    lines = (FOLDER / f"{family}.cu").read_text(encoding="utf-8").splitlines()
+    file = FOLDER / f"{family}.cu"
     parts = [
-        (FOLDER / line.split('"')[1]).read_text(encoding="utf-8") if line.startswith("#include") else line
-        for line in lines
+        (file.parent / line.split('"')[1]).read_text(encoding="utf-8") if line.startswith("#include") else line
+        for line in file.read_text(encoding="utf-8").splitlines()
     ]
     return "\n".join(parts) + "\n"
 

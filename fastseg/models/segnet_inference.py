@@ -1,0 +1,96 @@
+"""SegNet's decoder in evaluation: unpooling and the convolution behind it as one, where that was found to be faster."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from .. import autotune, dispatch
+from ..nn import BatchNormReLU2d, BatchNormReLUMaxUnpool2d
+from ..ops.batch_norm.operators import Norm
+from ..ops.convolution.unpool_conv_norm import max_unpool2d_conv2d_batch_norm_relu
+from .blocks import Block, Conv2d, Kept, Stage, decode, unpool
+
+CONVOLUTION = ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros")  # what the kernel computes
+WINDOWS = ([2, 2], [2, 2], [0, 0])  # of every pooling
+
+
+def unpool_and_decode(decoder: nn.ModuleList, x: Tensor, kept: list[Kept]) -> Tensor:
+    """decode(decoder, unpool(x, kept.pop()), kept); without gradients in evaluation, by way of no unpooled map.
+
+    The first convolution of a stage alone reads the unpooled map. One kernel can put the maxima in their places as it
+    reads them, and apply the norm and the ReLU behind the convolution before it stores; those in front of the unpooling
+    then run on the small map. It is chosen for each stage by what both ways were measured to take. Where a hook watches
+    a layer, and where a graph is traced, all run as they stand.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not _worth_asking(x) or not _as_built(decoder):
+        return decode(decoder, unpool(x, kept.pop()), kept)
+    before = None  # the block whose convolution has made x, and whose norm has not yet been applied
+    for stage in decoder:
+        first, *rest = stage
+        x = _entered(before, x, kept.pop(), first)
+        if kept:
+            *rest, before = rest
+        for block in rest:
+            x = block(x)
+        if kept:
+            x = before[0](x)
+    return x
+
+
+def _entered(before: Block | None, x: Tensor, kept: Kept, block: Block) -> Tensor:
+    """`block` of the unpooled map."""
+    offsets, size = kept
+    norms = _norm(block), None if before is None else _norm(before)
+    y = max_unpool2d_conv2d_batch_norm_relu(x, offsets, block[0].weight, (*WINDOWS, list(size)), *norms)
+    if y is not None:
+        return y
+    return block(unpool(x, kept) if before is None else before[1](x, offsets, size, input_bias=before[0].bias))
+
+
+def _norm(block: Block) -> Norm:
+    conv, norm = block._modules.values()
+    buffers, parameters = norm._buffers, norm._parameters
+    vectors = buffers["running_mean"], conv._parameters["bias"], buffers["running_var"]
+    return *vectors, parameters["weight"], parameters["bias"], norm.eps, norm.relu
+
+
+def _worth_asking(x: Tensor) -> bool:
+    """Whether a kernel may be chosen; where nobody knows of one that is faster, only to tell."""
+    backend = dispatch.get_backend()
+    if backend == "auto":
+        return not dispatch.torch_alone(x) and (autotune.may_know(x) or dispatch.explaining())
+    return backend == "triton"
+
+
+def _as_built(decoder: nn.ModuleList) -> bool:
+    """Whether the layers that would run in other parts are those it is built from, in evaluation, watched by nobody."""
+    if torch_module._has_any_global_hook():
+        return False
+    stages = list(decoder._modules.values())
+    for stage in stages:
+        if not _plain(stage, Stage):
+            return False
+        first, *rest = stage._modules.values()
+        ends = [(first, BatchNormReLU2d)]
+        if stage is not stages[-1]:
+            ends += [(block, BatchNormReLUMaxUnpool2d) for block in rest[-1:] or [first]]
+        for block, kind in ends:
+            if not _plain(block, Block):
+                return False
+            conv, norm = block._modules.values()
+            if not _plain(conv, Conv2d) or not _plain(norm, kind):
+                return False
+        conv = first._modules["0"]
+        geometry = conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode
+        if geometry != CONVOLUTION:
+            return False
+    return True
+
+
+def _plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    own = module.__dict__
+    watched = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+    own_way = "forward" in own or own.get("_compiled_call_impl")
+    return type(module) is kind and not (own["training"] or watched or own_way)

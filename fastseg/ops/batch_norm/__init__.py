@@ -1,0 +1,1 @@
+"""Batch norm + ReLU, alone or with max-pooling or max-unpooling."""

@@ -1,0 +1,1 @@
+"""Losses over every pixel of a map, and what reads logits as they do."""

@@ -1,0 +1,1 @@
+"""Data, metrics, checkpoints, the training loop, and trained networks applied to pictures."""

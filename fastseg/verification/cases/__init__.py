@@ -1,0 +1,45 @@
+"""Calls of the operators beside torch's own, for whoever verifies, times, counts or compiles them.
+
+Each function makes the cases of one operator family at one size: `ours` and `theirs` take the same inputs and mean
+the same, forward and, by autograd, backward. Inputs are random; on the meta device they have no data.
+"""
+
+from .case import DTYPES, LAYOUTS, Case, Placement, random_gradients
+from .layers import (
+    batch_norm_relu,
+    conv_transpose2d,
+    conv_transpose2d_affine_relu,
+    max_pool2d,
+    max_unpool2d,
+    max_unpool2d_anywhere,
+    max_unpool2d_conv2d,
+)
+from .losses import (
+    confusion_matrix,
+    cross_entropy,
+    dice_cross_entropy,
+    linear_cross_entropy,
+    upsample_argmax,
+    upsample_cross_entropy,
+)
+
+__all__ = [
+    "DTYPES",
+    "LAYOUTS",
+    "Case",
+    "Placement",
+    "batch_norm_relu",
+    "confusion_matrix",
+    "conv_transpose2d",
+    "conv_transpose2d_affine_relu",
+    "cross_entropy",
+    "dice_cross_entropy",
+    "linear_cross_entropy",
+    "max_pool2d",
+    "max_unpool2d",
+    "max_unpool2d_anywhere",
+    "max_unpool2d_conv2d",
+    "random_gradients",
+    "upsample_argmax",
+    "upsample_cross_entropy",
+]

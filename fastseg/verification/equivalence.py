@@ -1,0 +1,186 @@
+"""What a model computes, and whether another form of it computes the same: outputs, gradients, buffers.
+
+`verify` asks this of one operator, this of a whole model, where rounding adds up. An error is the norm of the
+difference from float64 over the norm of the truth; where the truth is zero but for rounding, as the gradient of a bias
+in front of a batch norm is, over the largest norm of all tensors of its kind. A tensor is right when its error is no
+more than SLACK times plain torch's own, plus BASE times the median of torch's errors of its kind, so that no tensor
+needs luck, plus the operators' tolerance.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .criterion import TOLERANCE, Comparison
+
+SLACK, BASE = 2.0, 8.0
+ZERO = 1e-9  # of the largest norm: in float64 what is less is rounding
+KINDS = ("outputs", "gradients", "buffers")
+
+Outcome = dict[str, dict[str, Tensor | None]]
+"""For each of KINDS, tensors by name; None is a gradient that nothing gave."""
+
+
+def tensors(result: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Every tensor in tuples, lists, mappings and dataclasses, however deep, with the way to it for a name."""
+    if isinstance(result, Tensor):
+        yield name or "output", result
+    elif isinstance(result, Mapping):
+        for key, value in result.items():
+            yield from tensors(value, f"{name}.{key}".lstrip("."))
+    elif isinstance(result, (tuple, list)):
+        for index, value in enumerate(result):
+            yield from tensors(value, f"{name}.{index}".lstrip("."))
+    elif dataclasses.is_dataclass(result) and not isinstance(result, type):
+        for field in dataclasses.fields(result):
+            yield from tensors(getattr(result, field.name), f"{name}.{field.name}".lstrip("."))
+
+
+def outcome(
+    model: nn.Module, inputs: Sequence[Any] = (), named: Mapping[str, Any] | None = None, seed: int = 0
+) -> Outcome:
+    """Outputs of `model(*inputs, **named)`, gradients of its parameters and float inputs, and its buffers afterwards.
+
+    In training mode, with gradients; in evaluation without. Every output gets a gradient drawn from `seed`, a scalar
+    gets 1; so does whatever the model draws. The model is left as it was, its buffers and `.grad`s too; it gets copies
+    of the inputs, which it may write to.
+    """
+    leaves = [x.detach().clone().requires_grad_(model.training) if _float(x) else x for x in inputs]
+    keywords = {
+        key: x.detach().clone().requires_grad_(model.training) if _float(x) else x for key, x in (named or {}).items()
+    }
+    parameters = dict(model.named_parameters())
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    kept = {name: parameter.grad for name, parameter in parameters.items()}
+    for parameter in parameters.values():
+        parameter.grad = None
+    try:
+        with torch.random.fork_rng(), torch.set_grad_enabled(model.training):
+            torch.manual_seed(seed)
+            copied = {key: _copy(x) for key, x in keywords.items()}
+            outputs = dict(tensors(model(*map(_copy, leaves), **copied)))
+            _backward([y for y in outputs.values() if y.requires_grad], seed)
+        found = {f"input {n}": x.grad for n, x in enumerate(leaves) if _float(x)}
+        found |= {f"input {key}": x.grad for key, x in keywords.items() if _float(x)}
+        found |= {name: parameter.grad for name, parameter in parameters.items() if parameter.requires_grad}
+        return {
+            "outputs": {name: y.detach().clone() for name, y in outputs.items()},
+            "gradients": found if model.training else {},
+            "buffers": {name: buffer.clone() for name, buffer in model.named_buffers()},
+        }
+    finally:
+        for name, parameter in parameters.items():
+            parameter.grad = kept[name]
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                if name in before:
+                    buffer.copy_(before[name])
+
+
+def _float(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
+
+
+def _copy(x: Any) -> Any:
+    return x.clone() if isinstance(x, Tensor) else x
+
+
+def _backward(outputs: Sequence[Tensor], seed: int) -> None:
+    if not outputs:
+        return
+    generator = torch.Generator().manual_seed(seed)
+    gradients = [
+        torch.randn(y.shape, generator=generator).to(y) if y.dim() else torch.ones_like(y)  # .to: dtype and device
+        for y in outputs
+    ]
+    torch.autograd.backward(outputs, gradients)
+
+
+def in_float64(
+    model: nn.Module, inputs: Sequence[Any] = (), named: Mapping[str, Any] | None = None, seed: int = 0
+) -> Outcome:
+    """`outcome` of a copy of the model in float64."""
+
+    def wide(x: Any) -> Any:
+        return x.double() if _float(x) else x
+
+    exact = copy.deepcopy(model).double()
+    return outcome(exact, [wide(x) for x in inputs], {key: wide(x) for key, x in (named or {}).items()}, seed)
+
+
+def compare(found: Outcome, plain: Outcome, truth: Outcome, flips: float = 0.0) -> dict[str, list[Comparison]]:
+    """For each kind, one Comparison a tensor: `found` and `plain` against `truth`, all of the same model.
+
+    flips: error allowed to gradients on top. Where two values in a window, or a value and zero, are equal but for
+    rounding, the gradient goes one way or the other, and both are right.
+    """
+    return {kind: _compare(found[kind], plain[kind], truth[kind], flips * (kind == "gradients")) for kind in KINDS}
+
+
+def _compare(
+    found: Mapping[str, Tensor | None], plain: Mapping[str, Tensor | None], truth: Mapping[str, Tensor | None],
+    flips: float,
+) -> list[Comparison]:  # fmt: skip
+    norms = {name: _norm(want) for name, want in truth.items() if want is not None and _float(want)}
+    largest = max(norms.values(), default=0.0)
+    scales = {name: norm if norm > ZERO * largest else largest for name, norm in norms.items()}
+    own = {name: error(plain[name], truth[name], scale) for name, scale in scales.items()}
+    usual = statistics.median(own.values()) if own else 0.0
+    made = []
+    for name in dict.fromkeys([*truth, *found]):
+        got, want = found.get(name), truth.get(name)
+        if got is None or want is None:
+            same = got is want and name in found and name in truth
+            made.append(Comparison(name, 0.0 if same else float("inf"), 0.0, 0.0))
+        elif _float(want):
+            dtype = plain[name].dtype
+            tolerance = TOLERANCE[dtype] * torch.finfo(dtype).eps
+            allowed = SLACK * own[name] + BASE * usual + tolerance + flips
+            made.append(Comparison(name, error(got, want, scales[name]), own[name], allowed))
+        else:
+            same = got.shape == want.shape and got.dtype == want.dtype and torch.equal(got, want)
+            made.append(Comparison(name, 0.0 if same else float("inf"), 0.0, 0.0))
+    return made
+
+
+def error(got: Tensor | None, want: Tensor, scale: float) -> float:
+    """Norm of the difference over `scale`; infinite for another shape, or for NaN and infinities elsewhere."""
+    if got is None or got.shape != want.shape:
+        return float("inf")
+    got, want = got.double(), want.double()
+    same = (got == want) | (got.isnan() & want.isnan())
+    if bool(same.all()):
+        return 0.0
+    difference = (got - want).masked_fill(same, 0.0)
+    if not bool(difference.isfinite().all()):
+        return float("inf")
+    return difference.norm().item() / max(scale, torch.finfo(torch.float32).tiny)
+
+
+def _norm(x: Tensor) -> float:
+    return x[x.isfinite()].double().norm().item()
+
+
+def wrong(compared: Mapping[str, Sequence[Comparison]]) -> list[str]:
+    """A sentence for each tensor that is not right."""
+    return [
+        f"{c.tensor} ({kind}) is off by {c.error:.2e}, allowed {c.allowed:.2e}"
+        for kind, comparisons in compared.items()
+        for c in comparisons
+        if not c.passed
+    ]
+
+
+def equal(first: Outcome, second: Outcome) -> bool:
+    """Whether two outcomes have the same tensors, to the bit; NaN is equal to NaN."""
+    if any(first[kind].keys() != second[kind].keys() for kind in KINDS):
+        return False
+    pairs = ((first[kind][name], second[kind][name]) for kind in KINDS for name in first[kind])
+    return all(a is b if a is None or b is None else a.dtype == b.dtype and error(a, b, 1.0) == 0.0 for a, b in pairs)

@@ -1,0 +1,322 @@
+"""Transposed convolution forward: implicit matrix products on the tensor cores, in NCHW and in channels_last.
+
+    y[n, k, oh, ow] = bias[k] + sum over c and taps (i, j) of x[n, c, h, w] * weight[c, k, i, j],
+    for each tap where h = (oh + PH - i) / SH and w = (ow + PW - j) / SW are whole and inside the image.
+
+With t = oh + PH = SH * q + r, the phase r takes the taps i = r + SH * a, and tap a reads h = q - a. So a *cell* q of
+the padded output holds SH phases, and each phase is a small stride-1 correlation over the input: nothing is
+multiplied by inserted zeros, and each output element is written once, without taps (SH > KH) as the bias or zero.
+Phases with equal taps read the same pixels, so they stand side by side as columns of one product. With dilation DH
+(and SH 1) tap a reads h = q - a * DH; each group of channels is a convolution of its own.
+
+A channels_last weight is [C][KH][KW][K] in memory: for a tap the columns (rw, k) are contiguous, and it is read as it
+lies. Every other operand that is not channels_last is copied once (read and written once), but in NCHW not where kernel
+= stride, which reads and writes all three tensors in place, nor where one pixel becomes one window: weight and output
+are matrices then, in either layout.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..launch import INTERPRETED, launch, vector_width
+from . import conv_transpose_depthwise, conv_transpose_tma
+from .gemm import blocks, multiply, place, precision, programs, transpose_into, transposed, wide
+from .geometry import MATRICES, Epilogue, Geometry, as_matrix, as_pixels, epilogue, rectangle
+
+
+@triton.jit
+def correlate(
+    acc, x, w, live_m, o_x, h0, w0, o_w, live_n, H, W, C, K, taps_h, taps_w,
+    KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
+    GROUPS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """acc + sum over taps (a, b) and channels of x at (h0 - a * DH, w0 - b * DW) times weight.
+
+    o_x, o_w: offsets for a = b = 0 of the group's first channel. C, K: channels of the group.
+
+    One flat loop, so that the loads of the next taps are in flight during the product of this one.
+    """
+    r = tl.arange(0, BLOCK_R)
+    a, b, c0 = 0, 0, 0
+    for _ in range(taps_h * taps_w * tl.cdiv(C, BLOCK_R)):
+        h, v = h0 - a * DH, w0 - b * DW
+        inside = live_m & (h >= 0) & (h < H) & (v >= 0) & (v < W)
+        live_r = r < C - c0
+        source = o_x + (c0 - (a * DH * W + b * DW) * (C * GROUPS))
+        pixels = tl.load(x + (source[:, None] + r[None, :]), mask=inside[:, None] & live_r[None, :], other=0.0)
+        source = o_w + (a * (SH * KW) + b * SW + c0 * (KH * KW)) * K
+        weights = tl.load(
+            w + (source[None, :] + (r * (KH * KW) * K)[:, None]), mask=live_r[:, None] & live_n[None, :], other=0.0
+        )
+        acc = multiply(pixels, weights, acc, PRECISION, UPCAST)
+        c0 += BLOCK_R
+        b = tl.where(c0 < C, b, b + 1)
+        c0 = tl.where(c0 < C, c0, 0)
+        a = tl.where(b < taps_w, a, a + 1)
+        b = tl.where(b < taps_w, b, 0)
+    return acc
+
+
+@triton.jit
+def conv_transpose2d_fwd_kernel(
+    x, w, scale, bias, y, CELLS, TILES, QH, QW, H, W, OH, OW, C_RUNS, K_RUNS,
+    KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
+    DH: tl.constexpr, DW: tl.constexpr, GROUPS: tl.constexpr, ALONE: tl.constexpr, C_VEC: tl.constexpr,
+    K_VEC: tl.constexpr, ROW_VEC: tl.constexpr, Y_VEC: tl.constexpr, SPREAD: tl.constexpr, SCALE: tl.constexpr,
+    BIAS: tl.constexpr, RELU: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """channels_last: one program makes BLOCK_M cells x BLOCK_N columns (rh, rw, k) of phases with equal taps.
+
+    Up to four such rectangles of phases stand one behind the other in the grid, those with the most taps first, and
+    all columns of a block of cells are neighbours. ALONE: a block has one phase, so that cells start at oh = 0 and each
+    phase has its own first row and column of x; else where the padding starts, which cuts some. ROW_VEC, Y_VEC: columns
+    side by side in w and in y, over phases too. SPREAD columns are one channel of scale and bias. Reads a block of x
+    once for each BLOCK_N columns and tap, from the L2 but for the first; writes y once.
+    """
+    C, K = C_RUNS * C_VEC, K_RUNS * K_VEC
+    columns = K
+    program = tl.program_id(0)
+    if WIDE:
+        C, K, program = tl.cast(C, tl.int64), tl.cast(K, tl.int64), program.to(tl.int64)
+    tile = (program % TILES).to(tl.int32)
+    group = program // TILES % GROUPS
+    first = program // TILES // GROUPS * BLOCK_M
+    live_m = first + tl.arange(0, BLOCK_M) < CELLS
+    image, qh, qw = place(first, QH, QW, BLOCK_M)
+    if ALONE:
+        tiles_k = tl.cdiv(columns, BLOCK_N)
+        before, rh0, _, taps_h, rw0, phases_w, taps_w = rectangle(tile, tiles_k, KH, KW, SH, SW, 1)
+        phase, k = (tile - before) // tiles_k, (tile - before) % tiles_k * BLOCK_N + tl.arange(0, BLOCK_N)
+        rh, rw = rh0 + phase // phases_w, rw0 + phase % phases_w
+        live_n = k < K
+        qh, qw = qh + (PH - rh + SH - 1) // SH, qw + (PW - rw + SW - 1) // SW
+    else:
+        before, rh0, phases_h, taps_h, rw0, phases_w, taps_w = rectangle(tile, columns, KH, KW, SH, SW, BLOCK_N)
+        rh, rw, k = place((tile - before) * BLOCK_N, phases_w, columns, BLOCK_N)
+        live_n = rh < phases_h
+        rh, rw = rh0 + rh, rw0 + rw
+        qh, qw = qh + PH // SH, qw + PW // SW
+    live_n = tl.max_constancy(live_n, ROW_VEC)
+    o_w = (group * C * (KH * KW) + rh * KW + rw) * K + k
+    o_w = tl.max_contiguous(tl.multiple_of(o_w, ROW_VEC), ROW_VEC)
+    acc = correlate(
+        tl.zeros((BLOCK_M, BLOCK_N), tl.float32), x, w, live_m,
+        (((image * H + qh) * W + qw) * GROUPS + group) * C, qh, qw, o_w, live_n,
+        H, W, C, K, taps_h, taps_w, KH, KW, SH, SW, DH, DW, GROUPS, PRECISION, UPCAST, BLOCK_R,
+    )  # fmt: skip
+    acc = epilogue(acc, scale, bias, (group * K + k) // SPREAD, live_n, SCALE, BIAS, RELU)
+    oh, ow = qh * SH - PH, qw * SW - PW
+    corner = tl.multiple_of(((image * OH + oh) * OW + ow) * (K * GROUPS), Y_VEC)
+    column = tl.max_contiguous(tl.multiple_of(((rh * OW + rw) * GROUPS + group) * K + k, Y_VEC), Y_VEC)
+    if ALONE:
+        inside = (live_m & (oh + rh < OH) & (ow + rw < OW))[:, None] & live_n[None, :]
+    else:
+        rows, columns = oh[:, None] + rh[None, :], ow[:, None] + rw[None, :]
+        inside = (rows >= 0) & (rows < OH) & (columns >= 0) & (columns < OW) & live_m[:, None] & live_n[None, :]
+        inside = tl.max_constancy(inside, (1, Y_VEC))
+    tl.store(y + (corner[:, None] + column[None, :]), acc.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def conv_transpose2d_fwd_rows_kernel(
+    x, w, scale, bias, y, CELLS, QH, ROW_RUNS, H, W, OH, OW_RUNS, C_RUNS, K_RUNS,
+    KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
+    DH: tl.constexpr, DW: tl.constexpr, GROUPS: tl.constexpr, C_VEC: tl.constexpr, K_VEC: tl.constexpr,
+    ROW_VEC: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr, RELU: tl.constexpr, PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """NCHW with SW 1 or 2, from channels_last x and w: one program makes BLOCK_M cells of a phase rh x BLOCK_N maps.
+
+    Both phases of a row are made by one program and joined in registers, so that y's rows are stored whole. Cells start
+    at oh = ow = 0, wherever the padding puts the phases. Writes y once.
+    """
+    C, K, OW, ROW = C_RUNS * C_VEC, K_RUNS * K_VEC, OW_RUNS * ROW_VEC, ROW_RUNS * ROW_VEC
+    program = tl.program_id(0)
+    if WIDE:
+        C, K, program = tl.cast(C, tl.int64), tl.cast(K, tl.int64), program.to(tl.int64)
+    tiles = tl.cdiv(K, BLOCK_N)
+    rh = (program // tiles % SH).to(tl.int32)
+    group = program // tiles // SH % GROUPS
+    taps_h = (KH - rh + SH - 1) // SH
+    k = program % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    live_k = k < K
+    first = program // tiles // SH // GROUPS * BLOCK_M
+    live_m = first + tl.arange(0, BLOCK_M) < CELLS
+    image, qh, q = place(first, QH, ROW // SW, BLOCK_M)
+    from_h = (PH - rh + SH - 1) // SH
+    qh += from_h
+    o_x = (((image * H + qh) * W + q) * GROUPS + group) * C
+    o_w = group * C * (KH * KW)
+    plane = group * K + k
+
+    shift: tl.constexpr = PW // SW
+    phase: tl.constexpr = PW % SW
+    acc = correlate(
+        tl.zeros((BLOCK_M, BLOCK_N), tl.float32), x, w, live_m, o_x + shift * (C * GROUPS), qh, q + shift,
+        (o_w + rh * KW + phase) * K + k, live_k, H, W, C, K, taps_h, (KW - phase + SW - 1) // SW,
+        KH, KW, SH, SW, DH, DW, GROUPS, PRECISION, UPCAST, BLOCK_R,
+    )  # fmt: skip
+    acc = epilogue(acc, scale, bias, plane, live_k, SCALE, BIAS, RELU)
+    rows = acc.to(y.dtype.element_ty)
+    if SW == 2:
+        next_shift: tl.constexpr = (PW + 1) // SW
+        next_phase: tl.constexpr = (PW + 1) % SW
+        acc = correlate(
+            tl.zeros((BLOCK_M, BLOCK_N), tl.float32), x, w, live_m, o_x + next_shift * (C * GROUPS), qh, q + next_shift,
+            (o_w + rh * KW + next_phase) * K + k, live_k, H, W, C, K, taps_h, (KW - next_phase + SW - 1) // SW,
+            KH, KW, SH, SW, DH, DW, GROUPS, PRECISION, UPCAST, BLOCK_R,
+        )  # fmt: skip
+        acc = epilogue(acc, scale, bias, plane, live_k, SCALE, BIAS, RELU)
+        both = tl.join(rows, acc.to(y.dtype.element_ty))
+        rows = tl.reshape(tl.permute(both, (0, 2, 1)), (BLOCK_M * SW, BLOCK_N))
+    image, qh, ow = place(first * SW, QH, ROW, BLOCK_M * SW)
+    oh = (qh + from_h) * SH + rh - PH
+    inside = (first * SW + tl.arange(0, BLOCK_M * SW) < CELLS * SW) & (oh < OH) & (ow < OW)
+    inside = tl.max_constancy(inside, ROW_VEC)
+    out = tl.max_contiguous(tl.multiple_of((image * (K * GROUPS) * OH + oh) * OW + ow, ROW_VEC), ROW_VEC)
+    tl.store(y + (out[:, None] + (plane * OH * OW)[None, :]), rows, mask=inside[:, None] & live_k[None, :])
+
+
+@triton.jit
+def conv_transpose2d_fwd_shuffle_kernel(
+    x, w, scale, bias, y, PIXELS, H, W_RUNS, C, COLUMN_RUNS,
+    SH: tl.constexpr, SW: tl.constexpr, GROUPS: tl.constexpr, W_VEC: tl.constexpr, COLUMN_VEC: tl.constexpr,
+    SCALE: tl.constexpr, BIAS: tl.constexpr, RELU: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """NCHW with kernel = stride, a power of two: one program makes BLOCK_M pixels x BLOCK_N columns (k, rh, rw).
+
+    x is read along its pixels, w as the matrix (C, K * SH * SW) that it is, and the product is shuffled in registers
+    to rows of y. Reads x once for each BLOCK_N columns; writes y once; copies nothing.
+    """
+    W, COLUMNS = W_RUNS * W_VEC, COLUMN_RUNS * COLUMN_VEC
+    program = tl.program_id(0)
+    if WIDE:
+        C, COLUMNS, program = tl.cast(C, tl.int64), tl.cast(COLUMNS, tl.int64), program.to(tl.int64)
+    tiles = tl.cdiv(COLUMNS, BLOCK_N)
+    column = program % tiles * BLOCK_N
+    n = column + tl.arange(0, BLOCK_N)
+    live_n = n < COLUMNS
+    group = program // tiles % GROUPS
+    first = program // tiles // GROUPS * BLOCK_M
+    live_m = tl.max_constancy(first + tl.arange(0, BLOCK_M) < PIXELS, W_VEC)
+    image, h, v = place(first, H, W, BLOCK_M)
+    o_x = tl.max_contiguous(tl.multiple_of(((image * GROUPS + group) * C * H + h) * W + v, W_VEC), W_VEC)
+    r = tl.arange(0, BLOCK_R)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for c0 in range(0, C, BLOCK_R):
+        c = c0 + r
+        source = o_x[:, None] + (c * (H * W))[None, :]
+        pixels = tl.load(x + source, mask=live_m[:, None] & (c < C)[None, :], other=0.0)
+        source = ((group * C + c) * COLUMNS)[:, None] + n[None, :]
+        weights = tl.load(w + source, mask=(c < C)[:, None] & live_n[None, :], other=0.0)
+        acc = multiply(pixels, weights, acc, PRECISION, UPCAST)
+    K = COLUMNS // (SH * SW)
+    acc = epilogue(acc, scale, bias, group * K + n // (SH * SW), live_n, SCALE, BIAS, RELU)
+    shuffled = tl.permute(tl.reshape(acc.to(y.dtype.element_ty), (BLOCK_M, BLOCK_N // SW, SW)), (0, 2, 1))
+    rows = tl.reshape(shuffled, (BLOCK_M * SW, BLOCK_N // SW))
+    live_z = tl.max_constancy(first * SW + tl.arange(0, BLOCK_M * SW) < PIXELS * SW, W_VEC)
+    image, h, ow = place(first * SW, H, W * SW, BLOCK_M * SW)
+    u = column // SW + tl.arange(0, BLOCK_N // SW)
+    out = tl.max_contiguous(tl.multiple_of(((image * GROUPS + group) * K * H + h) * (SH * SW) * W + ow, W_VEC), W_VEC)
+    rows_of_u = (u // SH * H * SH + u % SH) * (SW * W)
+    tl.store(y + (out[:, None] + rows_of_u[None, :]), rows, mask=live_z[:, None] & (u * SW < COLUMNS)[None, :])
+
+
+def conv_transpose2d_fwd(x: Tensor, weight: Tensor, after: Epilogue, y: Tensor, geometry: Geometry) -> None:
+    """Write y (N, K, OH, OW) from x (N, C, H, W) and weight (C, K / groups, KH, KW)."""
+    if y.numel() == 0:
+        return
+    if geometry.depthwise(weight):
+        return conv_transpose_depthwise.fwd(x, weight, after, y, geometry)
+    if geometry.multiplies_matrices(x, y) and not geometry.channels_last:  # which reads the weight as it lies too
+        weight, spread = transposed(weight, torch.contiguous_format), weight[0, 0].numel()
+        x, weight, y = as_pixels(x), as_matrix(weight), as_pixels(y)
+        after, geometry = after._replace(spread=spread), MATRICES
+    geometry = geometry.tightened(x, y)
+    common: dict[str, Any] = {
+        **after.constants(), "PRECISION": precision(x), "UPCAST": INTERPRETED, "WIDE": wide(x, weight, y),
+    }  # fmt: skip
+    if geometry.channels_last:
+        x, weight = transposed(x, torch.channels_last), transposed(weight, torch.channels_last)
+        if not (
+            conv_transpose_tma.fetches(geometry, x, y, weight) and conv_transpose_tma.fwd(x, weight, after, y, geometry)
+        ):
+            _fwd_cells(x, weight, after, y, geometry, common)
+    elif geometry.shuffles(x.shape[-2:], y.shape[-2:]):
+        _fwd_shuffle(x, transposed(weight, torch.contiguous_format), after, y, geometry, common)
+    elif geometry.stride[1] <= 2:
+        x, weight = transposed(x, torch.channels_last), transposed(weight, torch.channels_last)
+        _fwd_rows(x, weight, after, y, geometry, common)
+    else:
+        x, weight = transposed(x, torch.channels_last), transposed(weight, torch.channels_last)
+        scratch = torch.empty_like(y, memory_format=torch.channels_last)
+        _fwd_cells(x, weight, after, scratch, geometry, common)
+        transpose_into(scratch, y, to_channels_last=False)
+
+
+def _fwd_cells(
+    x: Tensor, weight: Tensor, after: Epilogue, y: Tensor, geometry: Geometry, common: dict[str, Any]
+) -> None:
+    (n, _, h, w), (oh, ow), (c, k) = x.shape, y.shape[-2:], geometry.channels(weight)
+    (sh, sw), pw, size = geometry.stride, geometry.padding[1], x.element_size()
+    qh, qw = triton.cdiv(oh, sh), triton.cdiv(ow, sw)
+    phases, more = geometry.phases(), geometry.kernel[1] % sw
+    c_vec, k_vec = vector_width(size, c), vector_width(size, k)
+    row_vec = vector_width(size, sw * k, more * k)
+    y_vec = vector_width(size, row_vec, pw * k, ow * k) if geometry.groups == 1 else k_vec
+    tiles = blocks(n * qh * qw, max(phases) * k, c, x, vector=min(c_vec, y_vec))
+    tiles_k = triton.cdiv(k, tiles["BLOCK_N"])
+    alone = max(phases) == 1 or 8 * tiles_k * tiles["BLOCK_N"] <= 9 * k
+    if alone:
+        columns, row_vec, y_vec = tiles_k * sh * sw, k_vec, k_vec
+    else:
+        qh, qw = geometry.cells(y.shape[-2:])
+        columns = sum(triton.cdiv(count * k, tiles["BLOCK_N"]) for count in phases)
+    launch(
+        conv_transpose2d_fwd_kernel, triton.cdiv(n * qh * qw, tiles["BLOCK_M"]) * geometry.groups * columns,
+        x, weight, *after.pointers(y), y, n * qh * qw, columns, qh, qw, h, w, oh, ow, c // c_vec, k // k_vec,
+        ALONE=alone, C_VEC=c_vec, K_VEC=k_vec, ROW_VEC=row_vec, Y_VEC=y_vec, SPREAD=after.spread,
+        **geometry.constants(), **common, **tiles,
+    )  # fmt: skip
+
+
+def _fwd_rows(
+    x: Tensor, weight: Tensor, after: Epilogue, y: Tensor, geometry: Geometry, common: dict[str, Any]
+) -> None:
+    (n, _, h, w), (oh, ow), (c, k) = x.shape, y.shape[-2:], geometry.channels(weight)
+    sh, sw = geometry.stride
+    qh, qw = triton.cdiv(oh, sh), triton.cdiv(ow, sw)
+    cells = n * qh * qw
+    tiles = blocks(cells, min(k, 128 // sw), c, x)
+    if sw == 2:
+        tiles["num_warps"] *= 2  # two accumulators
+    c_vec, k_vec = vector_width(x.element_size(), c), vector_width(x.element_size(), k)
+    row_vec = vector_width(x.element_size(), ow, sw * qw)
+    launch(
+        conv_transpose2d_fwd_rows_kernel, sh * geometry.groups * programs(cells, k, tiles),
+        x, weight, *after.pointers(y), y, cells, qh, sw * qw // row_vec, h, w, oh, ow // row_vec, c // c_vec,
+        k // k_vec, C_VEC=c_vec, K_VEC=k_vec, ROW_VEC=row_vec, **geometry.constants(), **common, **tiles,
+    )  # fmt: skip
+
+
+def _fwd_shuffle(
+    x: Tensor, weight: Tensor, after: Epilogue, y: Tensor, geometry: Geometry, common: dict[str, Any]
+) -> None:
+    (n, _, h, w), (c, k) = x.shape, geometry.channels(weight)
+    sh, sw = geometry.stride
+    columns = k * sh * sw
+    tiles = blocks(n * h * w, columns, c, x)
+    w_vec, column_vec = vector_width(x.element_size(), w), vector_width(x.element_size(), columns)
+    launch(
+        conv_transpose2d_fwd_shuffle_kernel, geometry.groups * programs(n * h * w, columns, tiles),
+        x, weight, *after.pointers(y), y, n * h * w, h, w // w_vec, c, columns // column_vec,
+        SH=sh, SW=sw, GROUPS=geometry.groups, W_VEC=w_vec, COLUMN_VEC=column_vec, **common, **tiles,
+    )  # fmt: skip

@@ -1,0 +1,67 @@
+#include "../common.cuh"
+#include "tiling.cuh"
+
+// Windows that overlap, seen from the image: a thread writes VEC pixels of y (VEC channels of one in channels_last).
+//
+// Each is what the windows whose maximum stood there hold in x: with ADD the sum in row-major order (the gradient of a
+// pool), else the last in that order (unpooling). y is written once; values and positions are read for each pixel that
+// their window holds, through the cache.
+template <typename T, typename Position, typename Index, bool CHANNELS_LAST, int VEC, bool ADD>
+__global__ void window_gather(
+    const T* x, const Position* positions, T* y, int64 groups, int runs, int height, int width, int pooled_height,
+    int pooled_width, int kernel_h, int kernel_w, int stride_h, int stride_w, int padding_h, int padding_w,
+    int dilation_h, int dilation_w) {
+    static_assert(CHANNELS_LAST || VEC == 1, "a pixel a thread in NCHW");
+    int64 number = thread_number();
+    if (number >= groups) return;
+    auto group = group_of<Index, CHANNELS_LAST, VEC>(Index(number), runs, height, width);
+    int h = group.h + padding_h, w = group.w + padding_w;  // in the padded image
+    int span_h = (kernel_h - 1) * dilation_h, span_w = (kernel_w - 1) * dilation_w;
+    int first_h = h > span_h ? (h - span_h + stride_h - 1) / stride_h : 0;
+    int first_w = w > span_w ? (w - span_w + stride_w - 1) / stride_w : 0;
+    Computed<T> sum[VEC];
+    for (int k = 0; k < VEC; ++k) sum[k] = 0;
+    for (int oh = first_h; oh < pooled_height && oh * stride_h <= h; ++oh) {
+        int i = h - oh * stride_h;
+        if (i % dilation_h) continue;
+        for (int ow = first_w; ow < pooled_width && ow * stride_w <= w; ++ow) {
+            int j = w - ow * stride_w;
+            if (j % dilation_w) continue;
+            Index source =
+                offset_of<Index, CHANNELS_LAST, VEC>(group, oh, ow, runs, pooled_height, pooled_width);
+            auto position = load<VEC>(positions + source);
+            auto value = load<VEC>(x + source);
+            auto here =
+                position_of<Position>(i / dilation_h * kernel_w + j / dilation_w, group.h, group.w, width);
+            for (int k = 0; k < VEC; ++k) {
+                if (position.at[k] != here) continue;
+                sum[k] = ADD ? sum[k] + widen(value.at[k]) : widen(value.at[k]);
+            }
+        }
+    }
+    Pack<T, VEC> values;
+    for (int k = 0; k < VEC; ++k) narrow(values.at[k], sum[k]);
+    store(y + Index(number) * VEC, values);
+}
+
+// Looks for positions outside their own windows or the plane, of which window_gather sees nothing: an offset is an
+// error, an index sets *foreign to 1. A thread looks at one position.
+template <typename Position, typename Index, bool CHANNELS_LAST>
+__global__ void report_strays(
+    const Position* positions, int* foreign, int64 groups, int runs, int height, int width, int pooled_height,
+    int pooled_width, int kernel_h, int kernel_w, int stride_h, int stride_w, int padding_h, int padding_w) {
+    int64 number = thread_number();
+    if (number >= groups) return;
+    auto group = group_of<Index, CHANNELS_LAST, 1>(Index(number), runs, pooled_height, pooled_width);
+    int top = group.h * stride_h - padding_h, left = group.w * stride_w - padding_w;
+    int64 position = int64(positions[Index(number)]);
+    if (Kept<Position>::OFFSETS) {
+        int h = top + int(position) / kernel_w, w = left + int(position) % kernel_w;
+        if (position >= kernel_h * kernel_w || !within(h, w, height, width))
+            fail("max_unpool2d_with_offsets: found an offset outside its window");
+        return;
+    }
+    int64 h = position / width, w = position % width;
+    if (position < 0 || h >= height || h < top || h >= top + kernel_h || w < left || w >= left + kernel_w)
+        *foreign = 1;
+}

@@ -1,0 +1,266 @@
+"""Cross-entropy of (N, C, H, W) logits in two passes, in NCHW and in channels_last: the formulas stand in
+cross_entropy_parts.py, the form of one pass in cross_entropy_one_pass.py.
+
+The forward reads the logits once and keeps lse, 4 bytes a pixel; the backward (cross_entropy_bwd.py) reads logits,
+labels and lse once and writes the gradient once. For bf16 logits and int64 labels that is 6 * C + 24 bytes a pixel in
+all, and for float32 logits, whose lse has two terms, 8 more. Class probabilities are read once in each pass.
+
+A label picks its logit by comparison with the class numbers; only a valid label is ever part of an address. Sums over
+pixels are partial sums of programs, added up in a fixed order: no atomics.
+
+In NCHW a program's pixels lie side by side in each class's plane, and it walks over the classes. In channels_last a
+pixel's classes lie side by side, C of them and seldom a multiple of 16 bytes: the forward reads the whole aligned
+chunks of VEC elements that a pixel's row touches. Where the tensor ends inside a chunk (RAGGED), that chunk is read
+element by element.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..launch import launch, vector_width
+from .common import (
+    accumulate,
+    class_shares,
+    constants,
+    first_maximum,
+    label_weight,
+    long_rows,
+    pixel_loss,
+    read_target,
+    read_tile,
+    row_tile,
+)
+
+FEW_PROGRAMS = 512  # too few to fill a GPU: smaller ones are taken then
+CLASSES = 4  # that a program reads at a time in NCHW: what its registers hold
+ROWS = 256  # pixels of a program in channels_last, and where their rows are long
+LONG_ROWS = 128
+TOTAL_BLOCK = 1024
+
+
+@triton.jit
+def cross_entropy_fwd_kernel(
+    logits, targets, weight, loss, lse, partials, prediction, counts, ELEMENTS, PIXELS, RUNS, TILES, PROGRAMS, IGNORE,
+    C: tl.constexpr, REDUCTION: tl.constexpr, PROBABILITIES: tl.constexpr, WEIGHTED: tl.constexpr,
+    SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr, SPLIT: tl.constexpr, PREDICT: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, RAGGED: tl.constexpr, VEC: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr,
+    UNROLL: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """One program takes BLOCK pixels: of one image in NCHW, of the batch in channels_last.
+
+    Reads their logits once, WIDTH classes at a time, and their targets; writes lse, and the losses (REDUCTION "none")
+    or the sums of the program's losses and of what they are divided by. PREDICT: also the class of each pixel's
+    largest logit, and how many pixels are right and how many count.
+    """
+    program = tl.program_id(0)
+    if WIDE:
+        program = program.to(tl.int64)
+    DTYPE: tl.constexpr = lse.dtype.element_ty
+    SHARED: tl.constexpr = PROBABILITIES or SMOOTHING != 0
+    SIZE = PIXELS if CHANNELS_LAST else tl.cast(RUNS, program.dtype) * VEC
+    p = (program % TILES) * BLOCK + tl.arange(0, BLOCK)
+    live = p < SIZE
+    image = program // TILES
+    pixel = image * SIZE + p
+    label, stray = read_target(targets, pixel, live, C, IGNORE, PROBABILITIES)
+    tl.device_assert(stray == 0, "cross_entropy: a target is neither a class nor ignore_index")
+    highest = tl.full((BLOCK,), float("-inf"), DTYPE)
+    total = tl.zeros((BLOCK,), DTYPE)
+    mass = tl.zeros((BLOCK,), DTYPE)
+    short = tl.zeros((BLOCK,), DTYPE)
+    picked = tl.zeros((BLOCK,), DTYPE)
+    best = tl.zeros((BLOCK,), tl.int32)
+    best_score = tl.full((BLOCK,), float("-inf"), DTYPE)
+    first_nan = tl.full((BLOCK,), C, tl.int32)
+    lane = tl.arange(0, WIDTH)[None, :]
+    for step in tl.range(0, STEPS, loop_unroll_factor=UNROLL):
+        if CHANNELS_LAST:
+            o, c, inside, whole, rest = row_tile(pixel, live, step, ELEMENTS, C, RAGGED, VEC, WIDTH)
+            value = read_tile(logits, o, whole, rest, RAGGED, 0.0).to(DTYPE)
+            value = tl.where(inside, value, float("-inf"))
+        else:
+            c = step * WIDTH + lane
+            o = (image * C + c) * SIZE + p[:, None]
+            inside = live[:, None] & (c < C)
+            whole = inside
+            rest = inside
+            value = tl.load(logits + o, mask=inside, other=float("-inf")).to(DTYPE)
+            if not PROBABILITIES:  # a gather of these would cost a sector for each pixel
+                picked += tl.sum(tl.where(lane == (label - step * WIDTH)[:, None], value, 0.0), axis=1)
+        share = value
+        if SHARED:
+            share = class_shares(
+                targets, weight, o, c, inside, whole, rest, DTYPE, C, PROBABILITIES, WEIGHTED, SMOOTHING, RAGGED
+            )
+        highest, total, mass, short = accumulate(value, share, inside, highest, total, mass, short, SHARED)
+        if PREDICT:
+            best, best_score, first_nan = first_maximum(value, c, inside, best, best_score, first_nan, C)
+    if CHANNELS_LAST and not PROBABILITIES:
+        picked = tl.load(logits + pixel * C + label, mask=label >= 0, other=0.0).to(DTYPE)
+    above = tl.log(total)
+    if SPLIT:
+        tl.store(lse + pixel, highest, mask=live)
+        tl.store(lse + PIXELS + pixel, above, mask=live)
+    else:
+        tl.store(lse + pixel, highest + above, mask=live)
+    if PROBABILITIES:
+        masses = lse + PIXELS + PIXELS if SPLIT else lse + PIXELS  # 2 * PIXELS can pass int32
+        tl.store(masses + pixel, mass, mask=live)
+    factor = label_weight(weight, label, DTYPE, WEIGHTED and not PROBABILITIES)
+    value = pixel_loss(label, factor, picked, highest, total, mass, short, PROBABILITIES, SMOOTHING, Z_LOSS)
+    if REDUCTION == "none":
+        tl.store(loss + pixel, value, mask=live)
+    else:
+        tl.store(partials + program, tl.sum(value, axis=0))
+        if REDUCTION == "weights":
+            tl.store(partials + PROGRAMS + program, tl.sum(factor, axis=0))
+        elif REDUCTION == "valid":
+            tl.store(partials + PROGRAMS + program, tl.sum(tl.where(label >= 0, 1.0, 0.0).to(DTYPE), axis=0))
+    if PREDICT:
+        store_predictions(prediction, counts, pixel, live, label, best, first_nan, program, PROGRAMS, C)
+
+
+@triton.jit
+def store_predictions(prediction, counts, pixel, live, label, best, first_nan, program, PROGRAMS, C: tl.constexpr):
+    """The predicted classes, and the program's numbers of right pixels and of labelled ones."""
+    best = tl.where(first_nan < C, first_nan, best)
+    tl.store(prediction + pixel, best.to(prediction.dtype.element_ty), mask=live)
+    tl.store(counts + program, tl.sum(((label == best) & live).to(tl.int32), axis=0))
+    tl.store(counts + PROGRAMS + program, tl.sum((label >= 0).to(tl.int32), axis=0))
+
+
+@triton.jit
+def cross_entropy_total_kernel(
+    partials, loss, denominator, PARTIALS, DIVIDED: tl.constexpr, SUMMED: tl.constexpr, BLOCK: tl.constexpr
+):
+    """One program adds up the partial sums, in an order that depends on their number alone, and divides for the mean.
+
+    SUMMED: the denominator is a sum of partials too, and written; else it is read. A batch with nothing valid has
+    mean 0 / 0 = NaN and sum 0, as in torch.
+    """
+    losses = tl.zeros((BLOCK,), partials.dtype.element_ty)
+    divisors = tl.zeros((BLOCK,), partials.dtype.element_ty)
+    for start in range(0, PARTIALS, BLOCK):
+        o = start + tl.arange(0, BLOCK)
+        losses += tl.load(partials + o, mask=o < PARTIALS, other=0.0)
+        if SUMMED:
+            divisors += tl.load(partials + PARTIALS + o, mask=o < PARTIALS, other=0.0)
+    total = tl.sum(losses, axis=0)
+    if SUMMED:
+        divisor = tl.sum(divisors, axis=0)
+        tl.store(denominator, divisor)
+        total = total / divisor
+    elif DIVIDED:
+        total = total / tl.load(denominator)
+    tl.store(loss, total)
+
+
+@triton.jit
+def cross_entropy_counts_kernel(partials, counts, PARTIALS, BLOCK: tl.constexpr):
+    """One program adds up the programs' numbers of right pixels, and of labelled ones."""
+    right = tl.zeros((BLOCK,), tl.int64)
+    valid = tl.zeros((BLOCK,), tl.int64)
+    for start in range(0, PARTIALS, BLOCK):
+        o = start + tl.arange(0, BLOCK)
+        right += tl.load(partials + o, mask=o < PARTIALS, other=0)
+        valid += tl.load(partials + PARTIALS + o, mask=o < PARTIALS, other=0)
+    tl.store(counts, tl.sum(right, axis=0))
+    tl.store(counts + 1, tl.sum(valid, axis=0))
+
+
+class Tiles(NamedTuple):
+    """How the pixels of a call are divided among programs: in NCHW, and for the forward in channels_last."""
+
+    runs: int  # pixels of an image in units of vec; NCHW alone uses it
+    tiles: int  # programs of an image (NCHW), of the batch (channels_last)
+    programs: int
+    vec: int  # elements of one access
+    block: int
+    warps: int
+
+    @classmethod
+    def of(cls, logits: Tensor, channels_last: bool) -> Tiles:
+        n, _, h, w = logits.shape
+        warps = 4
+        if channels_last:
+            block = LONG_ROWS if long_rows(logits) else ROWS
+            tiles = triton.cdiv(n * h * w, block)
+            return cls(h * w, tiles, tiles, 16 // logits.element_size(), block, warps)
+        vec = vector_width(logits.element_size(), h * w)
+        lane = max(vec, 4 if logits.element_size() < 8 else 2)  # pixels of a lane: one access, or some narrow ones
+        if n * triton.cdiv(h * w, 32 * warps * lane) < FEW_PROGRAMS:
+            warps = 1
+        block = 32 * warps * lane
+        tiles = triton.cdiv(h * w, block)
+        return cls(h * w // vec, tiles, n * tiles, vec, block, warps)
+
+
+def row_steps(logits: Tensor, vec: int) -> dict[str, int]:
+    """channels_last: WIDTH, classes that are read at a time, STEPS, and UNROLL, steps that are in flight together."""
+    classes = logits.shape[1]
+    width = 4 * vec if long_rows(logits) else vec
+    # A row begins anywhere in its first chunk, at a multiple of gcd(classes, vec).
+    steps = triton.cdiv(classes + vec - math.gcd(classes, vec), width)
+    return {"WIDTH": width, "STEPS": steps, "UNROLL": 1 if long_rows(logits) else min(steps, 4)}
+
+
+class Predicted:
+    """Where a forward writes its predictions and counts, if any; partial counts of the programs on the way."""
+
+    def __init__(self, prediction: Tensor, counts: Tensor, programs: int, stand_in: Tensor) -> None:
+        self.wanted, self.programs, self.counts = counts.numel() > 0, programs, counts
+        self.partials = counts.new_empty((2, programs), dtype=torch.int32) if self.wanted else stand_in
+        self.arguments = (prediction if self.wanted else stand_in, self.partials)
+
+    def total(self) -> None:
+        if self.wanted:
+            launch(cross_entropy_counts_kernel, 1, self.partials, self.counts, self.programs, BLOCK=TOTAL_BLOCK)
+
+
+def cross_entropy_fwd(
+    logits: Tensor, targets: Tensor, weight: Tensor | None, reduction: str, ignore_index: int, label_smoothing: float,
+    z_loss: float, channels_last: bool, loss: Tensor, lse: Tensor, denominator: Tensor, prediction: Tensor,
+    counts: Tensor,
+) -> None:  # fmt: skip
+    """Write loss, lse and, where they are asked for, denominator, predictions and counts. All tensors are dense.
+
+    logits: (N, C, H, W); targets: labels (N, H, W) or class probabilities like logits. reduction: "none", "sum", or
+    what the sum is divided by: "weights" of the valid pixels, number of "valid" ones (both are written into
+    denominator), "count", which stands in denominator already. loss: (N, H, W) for "none", else of no dimension. lse:
+    (terms, N, H, W), one or two terms, and for class probabilities their mass behind. prediction (N, H, W) and counts
+    (right, valid) may be empty.
+    """
+    tiles = Tiles.of(logits, channels_last)
+    pixels = lse[0].numel()
+    summed = reduction != "none"
+    partials = loss.new_empty((2, tiles.programs)) if summed else loss
+    predicted = Predicted(prediction, counts, tiles.programs, loss)
+    steps = {"WIDTH": CLASSES, "STEPS": triton.cdiv(logits.shape[1], CLASSES), "UNROLL": 1}
+    launch(
+        cross_entropy_fwd_kernel, tiles.programs,
+        logits, targets, logits if weight is None else weight, loss, lse, partials, *predicted.arguments,
+        logits.numel(), pixels, tiles.runs, tiles.tiles, tiles.programs, ignore_index,
+        **constants(logits, targets, weight, reduction, label_smoothing, z_loss), PREDICT=predicted.wanted,
+        CHANNELS_LAST=channels_last, RAGGED=channels_last and logits.numel() % tiles.vec != 0, VEC=tiles.vec,
+        **(row_steps(logits, tiles.vec) if channels_last else steps), BLOCK=tiles.block,
+        num_warps=tiles.warps, debug=True, sanitize_overflow=False,
+    )  # fmt: skip
+    predicted.total()
+    if summed:
+        total(partials, loss, denominator, tiles.programs, reduction)
+
+
+def total(partials: Tensor, loss: Tensor, denominator: Tensor, programs: int, reduction: str) -> None:
+    """Add up the programs' losses, and their denominators where the reduction is a sum of them."""
+    launch(
+        cross_entropy_total_kernel, 1,
+        partials, loss, denominator, programs,
+        DIVIDED=reduction != "sum", SUMMED=reduction in ("weights", "valid"), BLOCK=TOTAL_BLOCK,
+    )  # fmt: skip

@@ -1,0 +1,225 @@
+"""The gradient of cross-entropy from lse, the second of two passes: formulas in cross_entropy_parts.py.
+
+In NCHW a program's pixels lie side by side in each class's plane, and it walks over the classes. channels_last is one
+run of chunks of VEC elements, each of which holds classes of one pixel, or of one and the next.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..launch import launch
+from .common import class_shares, constants, exponential, gradient, label_weight, read_target, read_tile, smoothed_mass
+from .cross_entropy import Tiles
+
+CLASSES = 2  # that a program writes at a time in NCHW: what its registers hold
+CHUNKS = 256  # of a program in channels_last
+
+
+@triton.jit
+def read_scale(grad_loss, denominator, o, label, REDUCTION: tl.constexpr):
+    """The gradient of each pixel's loss."""
+    if REDUCTION == "none":
+        return tl.load(grad_loss + o, mask=label >= 0, other=0.0)
+    elif REDUCTION == "sum":
+        return tl.load(grad_loss)
+    else:
+        return tl.load(grad_loss) / tl.load(denominator)
+
+
+@triton.jit
+def read_lse(lse, PIXELS, o, live, SPLIT: tl.constexpr):
+    """The two terms of lse, the second 0 where it is kept as one."""
+    first = tl.load(lse + o, mask=live, other=0.0)
+    second = tl.load(lse + PIXELS + o, mask=live, other=0.0) if SPLIT else tl.zeros_like(first)
+    return first, second
+
+
+@triton.jit
+def pixel_factors(
+    scale, label, factor, highest, above, mass, PROBABILITIES: tl.constexpr, SMOOTHING: tl.constexpr,
+    Z_LOSS: tl.constexpr,
+):  # fmt: skip
+    """(gain, spread), scaled. factor: the label's weight; mass: of the shares that are not the label's own."""
+    spread = tl.zeros_like(highest)
+    if PROBABILITIES or SMOOTHING != 0:
+        spread += mass
+    if Z_LOSS != 0:
+        spread += 2.0 * Z_LOSS * (highest + above)
+    return scale * factor * (1.0 - SMOOTHING), tl.where(label >= 0, spread, 0.0) * scale
+
+
+@triton.jit
+def read_pixels(
+    grad_loss, targets, weight, lse, denominator, o, live, PIXELS, IGNORE, smoothed, C: tl.constexpr,
+    REDUCTION: tl.constexpr, PROBABILITIES: tl.constexpr, WEIGHTED: tl.constexpr, SMOOTHING: tl.constexpr,
+    Z_LOSS: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """All that the gradient takes of a pixel besides its logits and shares."""
+    label, _ = read_target(targets, o, live, C, IGNORE, PROBABILITIES)
+    scale = read_scale(grad_loss, denominator, o, label, REDUCTION) + tl.zeros(label.shape, lse.dtype.element_ty)
+    highest, above = read_lse(lse, PIXELS, o, live, SPLIT)
+    mass = smoothed + tl.zeros_like(highest)
+    if PROBABILITIES:
+        masses = lse + PIXELS + PIXELS if SPLIT else lse + PIXELS  # 2 * PIXELS can pass int32
+        mass = tl.load(masses + o, mask=live, other=0.0)
+    factor = label_weight(weight, label, lse.dtype.element_ty, WEIGHTED and not PROBABILITIES)
+    gain, spread = pixel_factors(scale, label, factor, highest, above, mass, PROBABILITIES, SMOOTHING, Z_LOSS)
+    return label, scale, highest, above, gain, spread
+
+
+@triton.jit
+def cross_entropy_bwd_kernel(
+    grad_loss, logits, targets, weight, lse, denominator, grad_logits, PIXELS, RUNS, TILES, IGNORE,
+    C: tl.constexpr, REDUCTION: tl.constexpr, PROBABILITIES: tl.constexpr, WEIGHTED: tl.constexpr,
+    SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr, SPLIT: tl.constexpr, PADDED: tl.constexpr, VEC: tl.constexpr,
+    WIDTH: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """NCHW: one program writes the gradient of BLOCK pixels of one image, WIDTH classes at a time.
+
+    Reads their logits, targets and lse once. What is ignored gets exactly 0, also where its logits are not finite.
+    """
+    program = tl.program_id(0)
+    if WIDE:
+        program = program.to(tl.int64)
+    DTYPE: tl.constexpr = lse.dtype.element_ty
+    SHARED: tl.constexpr = PROBABILITIES or SMOOTHING != 0
+    SIZE = tl.cast(RUNS, program.dtype) * VEC
+    p = (program % TILES) * BLOCK + tl.arange(0, BLOCK)
+    live = p < SIZE
+    image = program // TILES
+    pixel = image * SIZE + p
+    smoothed = smoothed_mass(weight, DTYPE, C, WEIGHTED, SMOOTHING, PADDED)
+    label, scale, highest, above, gain, spread = read_pixels(
+        grad_loss, targets, weight, lse, denominator, pixel, live, PIXELS, IGNORE, smoothed,
+        C, REDUCTION, PROBABILITIES, WEIGHTED, SMOOTHING, Z_LOSS, SPLIT,
+    )  # fmt: skip
+    lane = tl.arange(0, WIDTH)[None, :]
+    for step in range(STEPS):
+        c = step * WIDTH + lane
+        o = (image * C + c) * SIZE + p[:, None]
+        inside = live[:, None] & (c < C)
+        value = tl.load(logits + o, mask=inside, other=0.0).to(DTYPE)
+        share = value
+        if SHARED:
+            share = class_shares(
+                targets, weight, o, c, inside, inside, inside, DTYPE, C, PROBABILITIES, WEIGHTED, SMOOTHING, False
+            )
+        grad = gradient(
+            exponential((value - highest[:, None]) - above[:, None]), share, lane == (label - step * WIDTH)[:, None],
+            label[:, None], gain[:, None], spread[:, None], scale[:, None],
+            PROBABILITIES, SHARED, SHARED or Z_LOSS != 0,
+        )  # fmt: skip
+        tl.store(grad_logits + o, grad.to(grad_logits.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def cross_entropy_bwd_rows_kernel(
+    grad_loss, logits, targets, weight, lse, denominator, grad_logits, PIXELS, ELEMENTS, IGNORE,
+    C: tl.constexpr, REDUCTION: tl.constexpr, PROBABILITIES: tl.constexpr, WEIGHTED: tl.constexpr,
+    SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr, SPLIT: tl.constexpr, PADDED: tl.constexpr, VEC: tl.constexpr,
+    RAGGED: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """channels_last: one program writes BLOCK chunks of VEC <= C elements of the gradient.
+
+    Reads the same chunks of the logits, and the targets and lse of the pixels in them: a chunk's first `split` elements
+    belong to one pixel, the others to the next. What is ignored gets exactly 0, as in NCHW.
+    """
+    program = tl.program_id(0)
+    if WIDE:
+        program = program.to(tl.int64)
+    DTYPE: tl.constexpr = lse.dtype.element_ty
+    first = (program * BLOCK + tl.arange(0, BLOCK)) * VEC
+    pixel = first // C
+    live = pixel < PIXELS
+    smoothed = smoothed_mass(weight, DTYPE, C, WEIGHTED, SMOOTHING, PADDED)
+    label, scale, highest, above, gain, spread = read_pixels(
+        grad_loss, targets, weight, lse, denominator, pixel, live, PIXELS, IGNORE, smoothed,
+        C, REDUCTION, PROBABILITIES, WEIGHTED, SMOOTHING, Z_LOSS, SPLIT,
+    )  # fmt: skip
+    label, scale, highest = label[:, None], scale[:, None], highest[:, None]
+    above, gain, spread = above[:, None], gain[:, None], spread[:, None]
+    lane = tl.arange(0, VEC)[None, :]
+    c = lane + (first - pixel * C)[:, None]
+    if C % VEC != 0:
+        split = (pixel + 1) * C - first
+        straddles = (split < VEC) & (pixel + 1 < PIXELS)
+        label_2, scale_2, highest_2, above_2, gain_2, spread_2 = read_pixels(
+            grad_loss, targets, weight, lse, denominator, pixel + 1, straddles, PIXELS, IGNORE, smoothed,
+            C, REDUCTION, PROBABILITIES, WEIGHTED, SMOOTHING, Z_LOSS, SPLIT,
+        )  # fmt: skip
+        later = lane >= split[:, None]
+        c = tl.where(later, c - C, c)
+        label = tl.where(later, label_2[:, None], label)
+        scale = tl.where(later, scale_2[:, None], scale)
+        highest = tl.where(later, highest_2[:, None], highest)
+        above = tl.where(later, above_2[:, None], above)
+        gain = tl.where(later, gain_2[:, None], gain)
+        spread = tl.where(later, spread_2[:, None], spread)
+    write_chunks(
+        logits, targets, weight, grad_logits, first, live, c, label, scale, highest, above, gain, spread, ELEMENTS,
+        DTYPE, C, PROBABILITIES, WEIGHTED, SMOOTHING, Z_LOSS, VEC, RAGGED,
+    )  # fmt: skip
+
+
+@triton.jit
+def write_chunks(
+    logits, targets, weight, grad_logits, first, live, c, label, scale, highest, above, gain, spread, ELEMENTS,
+    DTYPE: tl.constexpr, C: tl.constexpr, PROBABILITIES: tl.constexpr, WEIGHTED: tl.constexpr,
+    SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr, VEC: tl.constexpr, RAGGED: tl.constexpr,
+):  # fmt: skip
+    """Gradient of the chunks that begin at `first`: c, label and the rest are those of each element's pixel."""
+    SHARED: tl.constexpr = PROBABILITIES or SMOOTHING != 0
+    o = first[:, None] + tl.arange(0, VEC)[None, :]
+    whole = live[:, None]
+    rest = whole
+    if RAGGED:
+        rest = whole & (first[:, None] + VEC > ELEMENTS) & (o < ELEMENTS)
+        whole = whole & (first[:, None] + VEC <= ELEMENTS)
+    value = read_tile(logits, o, whole, rest, RAGGED, 0.0).to(DTYPE)
+    share = value
+    if SHARED:
+        share = class_shares(
+            targets, weight, o, c, c >= 0, whole, rest, DTYPE, C, PROBABILITIES, WEIGHTED, SMOOTHING, RAGGED
+        )
+    grad = gradient(
+        exponential((value - highest) - above), share, c == label, label, gain, spread, scale,
+        PROBABILITIES, SHARED, SHARED or Z_LOSS != 0,
+    ).to(grad_logits.dtype.element_ty)  # fmt: skip
+    tl.store(grad_logits + o, grad, mask=whole)
+    if RAGGED:
+        tl.store(grad_logits + o, grad, mask=rest)
+
+
+def chunk_width(logits: Tensor) -> int:
+    """Elements of a chunk: 16 bytes, and no more than a pixel has classes, so that it holds at most two pixels'."""
+    return min(16 // logits.element_size(), 1 << (logits.shape[1].bit_length() - 1))
+
+
+def cross_entropy_bwd(
+    grad_loss: Tensor, logits: Tensor, targets: Tensor, weight: Tensor | None, lse: Tensor, denominator: Tensor,
+    reduction: str, ignore_index: int, label_smoothing: float, z_loss: float, channels_last: bool, grad_logits: Tensor,
+) -> None:  # fmt: skip
+    """Write the gradient of the logits; the arguments are cross_entropy_fwd's."""
+    tensors = (grad_loss, logits, targets, logits if weight is None else weight, lse, denominator, grad_logits)
+    classes, pixels = logits.shape[1], lse[0].numel()
+    shared = constants(logits, targets, weight, reduction, label_smoothing, z_loss) | {
+        "PADDED": triton.next_power_of_2(classes)
+    }
+    if channels_last:
+        vec = chunk_width(logits)
+        launch(
+            cross_entropy_bwd_rows_kernel, triton.cdiv(logits.numel(), vec * CHUNKS),
+            *tensors, pixels, logits.numel(), ignore_index,
+            **shared, VEC=vec, RAGGED=logits.numel() % vec != 0, BLOCK=CHUNKS,
+        )  # fmt: skip
+    else:
+        tiles = Tiles.of(logits, channels_last)
+        launch(
+            cross_entropy_bwd_kernel, tiles.programs,
+            *tensors, pixels, tiles.runs, tiles.tiles, ignore_index,
+            **shared, VEC=tiles.vec, WIDTH=CLASSES, STEPS=triton.cdiv(classes, CLASSES),
+            BLOCK=tiles.block, num_warps=tiles.warps,
+        )  # fmt: skip

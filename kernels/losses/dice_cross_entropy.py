@@ -1,0 +1,173 @@
+"""Sums for soft Dice and cross-entropy in one read of the logits, and their gradient in one read and one write.
+
+With p = softmax(x), t the label of a pixel that is not ignored, w the weights of the classes:
+
+    overlap_c = sum p_c * [c = t]     predicted_c = sum p_c     labelled_c = sum [c = t]       of each image
+    loss = sum w_t * (log(sum_c exp(x_c)) - x_t)                weights = sum w_t              of the batch
+
+What is made of these few numbers is torch's: it gives back the gradient of each, a_c, b_c and g, and a pixel's is
+
+    u_c = a_c * [c = t] + b_c,    dx_c = p_c * (u_c - sum_k p_k * u_k) + g * w_t * (p_c - [c = t])
+
+A program holds all classes of its pixels, in either layout, and recomputes the softmax in the backward, which keeps
+nothing but the logits: 2 C + 8 bytes a pixel forward and 4 C + 8 backward for bf16 logits and int64 labels.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..launch import INT32_MAX, launch
+from .common import exponential, label_weight, read_label
+
+TILE = 4096  # logits of a step, which the registers of 8 warps hold
+FEW_PROGRAMS = 512  # too few to fill a GPU: each takes fewer steps then
+REGISTERS = 192  # of a thread in float64, at most
+STEPS = 64  # at most of a program, which writes its sums once
+
+
+@triton.jit
+def read_softmax(
+    logits, labels, image, p, SIZE, IGNORE, DTYPE: tl.constexpr, C: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    WIDTH: tl.constexpr,
+):  # fmt: skip
+    """(offsets, inside, label, stray, softmax, loss of the label, where it stands) of the pixels p of an image."""
+    live = p < SIZE
+    label, stray = read_label(labels, image * SIZE + p, live, C, IGNORE)
+    c = tl.arange(0, WIDTH)[None, :]
+    o = image * SIZE * C + (p[:, None] * C + c if CHANNELS_LAST else c.to(p.dtype) * SIZE + p[:, None])
+    inside = live[:, None] & (c < C)
+    value = tl.load(logits + o, mask=inside, other=float("-inf")).to(DTYPE)
+    highest = tl.max(value, axis=1)
+    shift = tl.where(highest == float("-inf"), 0.0, highest)
+    power = exponential(value - shift[:, None])
+    total = tl.sum(power, axis=1)
+    hit = c == label[:, None]
+    picked = tl.sum(tl.where(hit, value, 0.0), axis=1)
+    return o, inside, label, stray, power * (1.0 / total)[:, None], (highest - picked) + tl.log(total), hit
+
+
+@triton.jit
+def dice_cross_entropy_fwd_kernel(
+    logits, labels, weight, sums, totals, SIZE, PARTS, PROGRAMS, IGNORE,
+    C: tl.constexpr, WEIGHTED: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr,
+    BLOCK: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """One program takes STEPS times BLOCK pixels of one image, reads their logits and labels once and writes the sums:
+    (program, 3, C) of overlap, predicted and labelled, and (2, program) of losses and weights.
+    """
+    program = tl.program_id(0)
+    if WIDE:
+        program = program.to(tl.int64)
+    DTYPE: tl.constexpr = sums.dtype.element_ty
+    image = program // PARTS
+    overlap = tl.zeros((WIDTH,), DTYPE)
+    predicted = tl.zeros((WIDTH,), DTYPE)
+    labelled = tl.zeros((WIDTH,), DTYPE)
+    losses = tl.zeros((BLOCK,), DTYPE)
+    weights = tl.zeros((BLOCK,), DTYPE)
+    for step in range(STEPS):
+        p = (program % PARTS * STEPS + step) * BLOCK + tl.arange(0, BLOCK)
+        _, _, label, stray, softmax, loss, hit = read_softmax(
+            logits, labels, image, p, SIZE, IGNORE, DTYPE, C, CHANNELS_LAST, WIDTH
+        )
+        tl.device_assert(stray == 0, "dice_cross_entropy: a target is neither a class nor ignore_index")
+        softmax = tl.where(label[:, None] >= 0, softmax, 0.0)
+        predicted += tl.sum(softmax, axis=0)
+        overlap += tl.sum(tl.where(hit, softmax, 0.0), axis=0)
+        labelled += tl.sum(tl.where(hit, 1.0, 0.0).to(DTYPE), axis=0)
+        factor = label_weight(weight, label, DTYPE, WEIGHTED)
+        losses += tl.where(label >= 0, factor * loss, 0.0)
+        weights += factor
+    c = tl.arange(0, WIDTH)
+    o = program * 3 * C + c
+    tl.store(sums + o, overlap, mask=c < C)
+    tl.store(sums + C + o, predicted, mask=c < C)
+    tl.store(sums + 2 * C + o, labelled, mask=c < C)
+    tl.store(totals + program, tl.sum(losses, axis=0))
+    tl.store(totals + PROGRAMS + program, tl.sum(weights, axis=0))
+
+
+@triton.jit
+def dice_cross_entropy_bwd_kernel(
+    grad_loss, grad_sums, logits, labels, weight, grad_logits, SIZE, PARTS, IGNORE,
+    C: tl.constexpr, WEIGHTED: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """One program writes the gradient of BLOCK pixels of one image: exactly 0 where a pixel is ignored."""
+    program = tl.program_id(0)
+    if WIDE:
+        program = program.to(tl.int64)
+    DTYPE: tl.constexpr = grad_sums.dtype.element_ty
+    image = program // PARTS
+    p = program % PARTS * BLOCK + tl.arange(0, BLOCK)
+    o, inside, label, _, softmax, _, hit = read_softmax(
+        logits, labels, image, p, SIZE, IGNORE, DTYPE, C, CHANNELS_LAST, WIDTH
+    )
+    c = tl.arange(0, WIDTH)
+    overlap = tl.load(grad_sums + image * 3 * C + c, mask=c < C, other=0.0)[None, :]
+    predicted = tl.load(grad_sums + image * 3 * C + C + c, mask=c < C, other=0.0)[None, :]
+    wanted = tl.where(hit, overlap, 0.0) + predicted
+    scale = tl.load(grad_loss) * label_weight(weight, label, DTYPE, WEIGHTED)
+    grad = softmax * (wanted - tl.sum(softmax * wanted, axis=1)[:, None])
+    grad += scale[:, None] * (softmax - tl.where(hit, 1.0, 0.0))
+    grad = tl.where(label[:, None] >= 0, grad, 0.0)
+    tl.store(grad_logits + o, grad.to(grad_logits.dtype.element_ty), mask=inside)
+
+
+def _tiles(logits: Tensor) -> tuple[int, dict[str, int]]:
+    """(blocks of an image, the compile-time sizes)."""
+    _, classes, h, w = logits.shape
+    width = triton.next_power_of_2(classes)
+    tile = TILE * 4 // max(logits.element_size(), 4)  # float64 takes two registers
+    line = 32 // logits.element_size()  # pixels of a sector, in NCHW
+    block = min(max(tile // width, line), 1024, max(line, triton.next_power_of_2(h * w)))
+    # An offset, also of a lane that is masked, can pass int32.
+    wide = logits.numel() > INT32_MAX - 2 * STEPS * block * width
+    sizes = {"WIDTH": width, "BLOCK": block, "WIDE": wide, "num_warps": max(4, block * width // tile * 8)}
+    if logits.dtype == torch.float64:
+        # Left to itself the assembler spills some in order to have fewer.
+        sizes["maxnreg"] = min(REGISTERS, 2**16 // (32 * sizes["num_warps"]))
+    return triton.cdiv(h * w, block), sizes
+
+
+def dice_cross_entropy_fwd(
+    logits: Tensor, labels: Tensor, weight: Tensor | None, ignore_index: int, channels_last: bool, loss: Tensor,
+    sums: Tensor,
+) -> None:  # fmt: skip
+    """Write loss (2,): of the pixels and their weights, and sums (N, 3, C) of logits (N, C, H, W), all dense."""
+    n, classes, h, w = logits.shape
+    blocks, sizes = _tiles(logits)
+    steps = STEPS
+    while steps > 1 and n * triton.cdiv(blocks, steps) < FEW_PROGRAMS:
+        steps //= 2
+    parts = triton.cdiv(blocks, steps)
+    partial_sums = sums.new_empty((n, parts, 3, classes))
+    partial_losses = sums.new_empty((2, n * parts))
+    launch(
+        dice_cross_entropy_fwd_kernel, n * parts,
+        logits, labels, logits if weight is None else weight, partial_sums, partial_losses,
+        h * w, parts, n * parts, ignore_index,
+        C=classes, WEIGHTED=weight is not None, CHANNELS_LAST=channels_last, STEPS=steps, **sizes,
+        debug=True, sanitize_overflow=False,
+    )  # fmt: skip
+    torch.sum(partial_sums, 1, out=sums)
+    torch.sum(partial_losses, 1, out=loss)
+
+
+def dice_cross_entropy_bwd(
+    grad_loss: Tensor, grad_sums: Tensor, logits: Tensor, labels: Tensor, weight: Tensor | None, ignore_index: int,
+    channels_last: bool, grad_logits: Tensor,
+) -> None:  # fmt: skip
+    """Write the gradient of the logits for that of loss[0] and of sums."""
+    n, classes, h, w = logits.shape
+    blocks, sizes = _tiles(logits)
+    launch(
+        dice_cross_entropy_bwd_kernel, n * blocks,
+        grad_loss, grad_sums, logits, labels, logits if weight is None else weight, grad_logits,
+        h * w, blocks, ignore_index,
+        C=classes, WEIGHTED=weight is not None, CHANNELS_LAST=channels_last, **sizes,
+    )  # fmt: skip

@@ -1,0 +1,246 @@
+"""Resizing of (N, C, h, w) maps to H x W, nearest or bilinear, as part of a kernel that never stores the large map.
+
+An output position has one source coordinate a side; its value is a mean of the taps i and i + 1 with weights 1 - l and
+l (nearest: of i alone). Which taps, torch's formulas say: in bilinear mode they are computed here in integers with 40
+binary digits behind the point, which is exact to more digits than a float32 weight has; in nearest mode in torch's own
+float32 product, whose rounding decides on the tap.
+
+A tile is ROWS output rows high and COLUMNS wide, one column a lane. All of its rows lie between TAPS rows of the small
+map, so each lane interpolates those along x once and mixes them for each of its output rows.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..launch import INT32_MAX, launch
+
+POINT = tl.constexpr(40)  # binary digits behind the point of a source coordinate
+HALF = tl.constexpr(2**39)  # one half, so written
+COLUMNS = 32  # of a tile: the lanes of its one warp
+
+
+@triton.jit
+def _source(o, STEP, IN, NEAREST: tl.constexpr, CORNERS: tl.constexpr):
+    """(first tap, weight of the one behind it) of output positions; at the far edge the weight is 0."""
+    if NEAREST:
+        tap = tl.minimum((o.to(tl.float32) * STEP).to(tl.int32), IN - 1)
+        return tap, tap.to(tl.float32) * 0
+    else:
+        at = o.to(tl.int64) * STEP
+        if not CORNERS:  # pixel centres lie at halves
+            at = tl.maximum(at + (STEP >> 1) - HALF, 0)
+        tap = tl.minimum(at >> POINT, IN - 1).to(tl.int32)
+        weight = ((at >> (POINT - 24)) & 0xFFFFFF).to(tl.int32).to(tl.float32) * (1 / (1 << 24))
+        return tap, tl.where(tap == IN - 1, 0.0, weight)
+
+
+@triton.jit
+def _first(tap, STEP, IN, OUT, NEAREST: tl.constexpr, CORNERS: tl.constexpr):
+    """The first output position whose first tap is `tap` or one behind it; OUT where there is none."""
+    if NEAREST:
+        o = tl.maximum((tap.to(tl.float32) / STEP).to(tl.int64) - 2, 0)
+        for _ in tl.static_range(4):
+            o += ((o.to(tl.float32) * STEP).to(tl.int32) < tap).to(tl.int64)
+    else:
+        at = tap.to(tl.int64) << POINT
+        if not CORNERS:
+            at = at - (STEP >> 1) + HALF
+        step = tl.maximum(STEP, 1).to(tl.int64)
+        o = tl.maximum(at + step - 1, 0) // step
+    return tl.where(tap <= 0, 0, tl.where(tap >= IN, OUT, tl.minimum(o, OUT))).to(tl.int32)
+
+
+@triton.jit
+def _row(low, o, column, behind, weight, inside, NEAREST: tl.constexpr):
+    """A row of the small map at offset o, interpolated along x: at `column` and `behind` it, with behind's weight."""
+    value = tl.load(low + o + column, mask=inside, other=0.0).to(tl.float32)
+    if NEAREST:
+        return value
+    else:
+        return (1 - weight) * value + weight * tl.load(low + o + behind, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _tile(
+    program, TILES_X, TILES_Y, STEP_H, STEP_W, IN_H, IN_W, OUT_H, OUT_W, STRIDE_W,
+    NEAREST: tl.constexpr, CORNERS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """A program's tile: image, pixels [ROWS, COLUMNS] and which exist, topmost tap, taps and weights along y and x."""
+    image = program // (TILES_X * TILES_Y)
+    if WIDE:
+        image = image.to(tl.int64)
+    above = program // TILES_X % TILES_Y * ROWS
+    y = above + tl.arange(0, ROWS)
+    x = program % TILES_X * COLUMNS + tl.arange(0, COLUMNS)
+    live = (y < OUT_H)[:, None] & (x < OUT_W)[None, :]
+    pixel = (image * OUT_H + y[:, None]) * OUT_W + x[None, :]
+    top, _ = _source(above, STEP_H, IN_H, NEAREST, CORNERS)
+    y_tap, y_weight = _source(y, STEP_H, IN_H, NEAREST, CORNERS)
+    x_tap, x_weight = _source(x, STEP_W, IN_W, NEAREST, CORNERS)
+    tap = (y_tap - top)[:, None]
+    if WIDE:  # in one picture a row's offset, or a column's, can pass int32 too
+        top = top.to(tl.int64)
+        x_tap = x_tap.to(tl.int64)
+    behind = tl.minimum(x_tap + 1, IN_W - 1) * STRIDE_W
+    return (
+        image,
+        pixel,
+        live,
+        top,
+        tap,
+        y_weight[:, None],
+        x_tap * STRIDE_W,
+        behind,
+        x_weight,
+        (x < OUT_W),
+    )
+
+
+@triton.jit
+def _class(
+    low, o, c, top, tap, down, column, behind, along, inside, IN_H, STRIDE_C, STRIDE_H,
+    C: tl.constexpr, NEAREST: tl.constexpr, TAPS: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """A class's values [ROWS, COLUMNS] of a tile whose image begins at o; -inf for one past the last."""
+    o += (c.to(tl.int64) if WIDE else c) * STRIDE_C
+    inside = inside & (c < C)
+    for k in tl.static_range(TAPS):
+        row = _row(low, o + tl.minimum(top + k, IN_H - 1) * STRIDE_H, column, behind, along, inside, NEAREST)[None, :]
+        # Chosen, not weighted with 0: what is not finite stays with the pixels that it belongs to.
+        if k == 0:
+            above = row + tl.zeros_like(down)
+            below = above
+        else:
+            above = tl.where(tap == k, row, above)
+            below = tl.where(tap == k - 1, row, below)
+    values = above if NEAREST else (1 - down) * above + down * below
+    return tl.where(c < C, values, float("-inf"))
+
+
+@triton.jit
+def _wins(values, highest):
+    """Whether a class is chosen over those before it: of equal values the first is, and a NaN over any number."""
+    return (values > highest) | ((values != values) & (highest == highest))
+
+
+@triton.jit
+def upsample_argmax_kernel(
+    low, labels, probability, TILES_X, TILES_Y, STEP_H, STEP_W, IN_H, IN_W, OUT_H, OUT_W,
+    STRIDE_N, STRIDE_C, STRIDE_H, STRIDE_W,
+    C: tl.constexpr, PROBABILITY: tl.constexpr, NEAREST: tl.constexpr, CORNERS: tl.constexpr, TAPS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """One program labels a tile: the first class of the largest value, NaN above all, as torch.argmax has it.
+
+    Reads the small map's taps, and writes each pixel's label once, and its softmax probability.
+    """
+    image, pixel, live, top, tap, down, column, behind, along, inside = _tile(
+        tl.program_id(0), TILES_X, TILES_Y, STEP_H, STEP_W, IN_H, IN_W, OUT_H, OUT_W, STRIDE_W,
+        NEAREST, CORNERS, ROWS, COLUMNS, WIDE,
+    )  # fmt: skip
+    highest = tl.full((ROWS, COLUMNS), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    best = tl.zeros((ROWS, COLUMNS), tl.int32)
+    for step in range(0, C):
+        c = step + image * 0  # a tensor, in the interpreter too
+        values = _class(
+            low, image * STRIDE_N, c, top, tap, down, column, behind, along, inside, IN_H, STRIDE_C, STRIDE_H,
+            C, NEAREST, TAPS, WIDE,
+        )  # fmt: skip
+        higher = _wins(values, highest)
+        best = tl.where(higher, c.to(tl.int32), best)
+        peak = tl.where(higher, values, highest)
+        if PROBABILITY:
+            shift = tl.where(peak == float("-inf"), 0.0, peak)
+            total = total * tl.exp(highest - shift) + tl.exp(values - shift)
+        highest = peak
+    tl.store(labels + pixel, best.to(labels.dtype.element_ty), mask=live)
+    if PROBABILITY:
+        tl.store(probability + pixel, tl.where(highest == float("-inf"), float("nan"), 1 / total), mask=live)
+
+
+def _float32(number: float) -> float:
+    return struct.unpack("f", struct.pack("f", number))[0]
+
+
+class Resizing(NamedTuple):
+    """What a kernel is told about the way from h x w to H x W: arguments by name, and compile-time ones."""
+
+    nearest: bool
+    corners: bool
+    ratio: tuple[Fraction, Fraction]  # source positions an output position, along y and x
+    sizes: tuple[int, int, int, int]  # h, w, H, W
+
+    @classmethod
+    def of(
+        cls, low: Tensor, size: Sequence[int], scales: Sequence[float] | None, mode: str, align_corners: bool
+    ) -> Resizing:
+        """scales: the factors that torch divides by in place of the sizes, or None."""
+        nearest = mode == "nearest"
+        if tuple(low.shape[2:]) == tuple(size):  # a copy in torch, whatever the factors
+            scales = None
+        ratios = []
+        for side, (short, long) in enumerate(zip(low.shape[2:], size, strict=True)):
+            if align_corners:
+                ratio = Fraction(short - 1, long - 1) if long > 1 else Fraction(0)
+            elif nearest and long in (short, 2 * short):  # torch takes these without looking at scales
+                ratio = Fraction(short, long)
+            elif nearest:
+                ratio = Fraction(_float32(short / long if scales is None else 1.0 / scales[side]))
+            else:
+                ratio = Fraction(short, long) if scales is None else 1 / Fraction(scales[side])
+            ratios.append(ratio)
+        return cls(nearest, align_corners, (ratios[0], ratios[1]), (*low.shape[2:], *size))
+
+    def steps(self) -> tuple[int | float, int | float]:
+        """STEP_H, STEP_W."""
+        if self.nearest:
+            return float(self.ratio[0]), float(self.ratio[1])
+        return round(self.ratio[0] * 2**POINT.value), round(self.ratio[1] * 2**POINT.value)
+
+    def modes(self) -> dict[str, bool]:
+        return {"NEAREST": self.nearest, "CORNERS": self.corners}
+
+    def tile(self) -> dict[str, int]:
+        """Rows of a tile: no more than share few rows of the small map."""
+        ratio = self.ratio[0]
+        rows = 4 if ratio <= Fraction(1, 2) else 2 if ratio <= 1 else 1
+        return {"ROWS": rows, "TAPS": math.ceil((rows - 1) * ratio) + 2, "COLUMNS": COLUMNS}
+
+    def tiles(self) -> tuple[int, int]:
+        """Tiles along x and y."""
+        return triton.cdiv(self.sizes[3], COLUMNS), triton.cdiv(self.sizes[2], self.tile()["ROWS"])
+
+
+def is_wide(pixels: int, *maps: Tensor) -> bool:
+    """Whether an offset can pass int32, in a small map or among the output's pixels, of a masked lane too."""
+    reaches = [
+        1 + sum((n - 1) * stride for n, stride in zip(low.shape, low.stride(), strict=True)) + 64 * low.stride(1)
+        for low in maps
+    ]
+    return max(*reaches, pixels + 2**20) > INT32_MAX
+
+
+def upsample_argmax(
+    low: Tensor, labels: Tensor, probability: Tensor | None, scales: Sequence[float] | None, mode: str,
+    align_corners: bool,
+) -> None:  # fmt: skip
+    """Write the labels (N, H, W) of `low` (N, C, h, w) resized to H x W, and their probabilities where asked for."""
+    by = Resizing.of(low, labels.shape[1:], scales, mode, align_corners)
+    across, down = by.tiles()
+    launch(
+        upsample_argmax_kernel, low.shape[0] * across * down,
+        low, labels, labels if probability is None else probability, across, down, *by.steps(), *by.sizes,
+        *low.stride(),
+        C=low.shape[1], PROBABILITY=probability is not None, **by.modes(), **by.tile(),
+        WIDE=is_wide(labels.numel(), low), num_warps=1,
+    )  # fmt: skip

@@ -1,0 +1,77 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+from fastseg.commands import cli
+
+
+def fastseg(*arguments):
+    run = subprocess.run([sys.executable, "-m", "fastseg", *arguments], capture_output=True, text=True)
+    return run.returncode, run.stdout, run.stderr
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_command_has_help_with_an_example(command, capsys):
+    with pytest.raises(SystemExit) as exit:
+        cli.main([command, "--help"])
+    text = capsys.readouterr().out
+    assert exit.value.code == 0 and f"fastseg {command}" in text.partition("example")[2]
+
+
+def test_no_command_prints_help_and_fails(capsys):
+    assert cli.main([]) == 2
+    assert "doctor" in capsys.readouterr().out
+
+
+def test_bad_input_is_one_sentence_and_exit_code_2(tmp_path):
+    missing = str(tmp_path / "nothing.pt")
+    code, out, err = fastseg("segment", "picture.png", "--checkpoint", missing)
+    assert code == 2 and out == "" and missing in err and "Traceback" not in err and len(err.splitlines()) == 1
+    code, _, err = fastseg("segment", "picture.png", "--checkpoint", missing, "--debug")
+    assert code != 0 and "Traceback" in err
+
+
+def test_doctor(capsys):
+    assert cli.main(["doctor", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["packages"]["torch"] and facts["backend setting"] == "auto"
+    assert cli.main(["doctor"]) == 0
+    assert facts["packages"]["torch"] in capsys.readouterr().out
+
+
+def test_no_kernel_is_loaded_before_a_command_runs():
+    """verify and inspect decide whether kernels are interpreted; that is settled when they are loaded."""
+    found = "[m for m in sys.modules if 'fastseg.kernels.' in m and m != 'fastseg.kernels.cuda']"  # whose files are not
+    code = f"import sys, fastseg.commands.cli; fastseg.commands.cli.parser(); print({found})"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.stdout.strip() == "[]", run.stdout + run.stderr
+
+
+def test_a_bad_setting_is_one_sentence(monkeypatch):
+    monkeypatch.setenv("FASTSEG_BACKEND", "fast")
+    code, out, err = fastseg("doctor")
+    assert code == 2 and out == "" and "FASTSEG_BACKEND is 'fast'" in err and len(err.splitlines()) == 1
+
+
+def test_a_bug_is_exit_code_1_and_no_traceback(monkeypatch, capsys):
+    from fastseg.commands import doctor
+
+    def broken():
+        raise KeyError("gpu")
+
+    monkeypatch.setattr(doctor, "facts", broken)
+    assert cli.main(["doctor"]) == 1
+    assert "KeyError: 'gpu'" in capsys.readouterr().err
+
+
+def test_verify_runs_where_nobody_asked_for_the_interpreter(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    code, out, err = fastseg("verify", "--quick", "--op", "cross_entropy", "--dtype", "float32")
+    assert code == 0 and "0 failed results" in out and "Warning" not in err, err
+
+
+def test_a_file_that_is_not_there_is_named(capsys):
+    assert cli.main(["bench", "compare", "old.jsonl", "new.jsonl"]) == 2
+    assert capsys.readouterr().err == "fastseg bench: error: old.jsonl: No such file or directory\n"

@@ -1,0 +1,368 @@
+"""torch.compile(model, backend="fastseg"): which chains become one, which calls are replaced, and what is left."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.compiled import (
+    POOLED,
+    THERE_AND_BACK,
+    Compiled,
+    assert_equal_to_torch,
+    deconv,
+    evaluate,
+    labels,
+    new_state,
+    normed,
+    pooled,
+    then,
+    there_and_back,
+    train,
+)
+
+import fastseg
+from fastseg.verification.criterion import relative_error
+
+
+@pytest.fixture
+def state(device):
+    return new_state(device)
+
+
+# --- chains that are proven ------------------------------------------------------------------------------------------
+
+
+def back(x, weight, bias, gamma, beta, mean, var):
+    """An encoder that keeps indices, a decoder whose batch norm stands before the unpooling."""
+    y, indices = F.max_pool2d(torch.conv2d(x, weight, None, padding=1), 2, return_indices=True)
+    z, mean, var = normed(True, lambda y, w, b: y * 2)(y, weight, bias, gamma, beta, mean, var)
+    return F.max_unpool2d(torch.relu_(z), indices, (2, 2), stride=2, output_size=(2, 4, 6, 8)), mean, var
+
+
+def called_conv(x, weight, bias, *norm):
+    return torch.conv2d(input=x, weight=weight, bias=bias, stride=(1, 1), padding="same")
+
+
+def relu(y):
+    return (F.relu(y),)
+
+
+PROVEN = {
+    "relu": (then(train, relu), {"batch_norm_relu": 1, "input_bias": 1}),
+    "relu in place": (then(train, lambda y: (y.relu_(),)), {"batch_norm_relu": 1, "input_bias": 1}),
+    "called by name": (then(normed(True, called_conv), relu), {"batch_norm_relu": 1, "input_bias": 1}),
+    "no convolution": (then(normed(True, lambda x, w, b: x.sum(1, True) * b.view(-1, 1, 1)), relu),
+                       {"batch_norm_relu": 1}),
+    "transposed": (then(normed(True, deconv), relu), {"batch_norm_relu": 1, "input_bias": 1, "conv_transpose2d": 1}),
+    "transposed, evaluation": (then(normed(False, deconv), relu), {"conv_transpose2d_batch_norm_relu": 1}),
+    "pool": (then(train, lambda y: (F.max_pool2d(F.relu(y), (2, 3), ceil_mode=True),)),
+             {"batch_norm_relu_max_pool2d": 1, "input_bias": 1}),
+    "pool, indices": (then(train, pooled), POOLED),
+    "pool, indices, evaluation": (then(evaluate, pooled), POOLED),
+    "pool, overlapping": (then(train, lambda y: (F.max_pool2d(F.relu(y), 3, 2, 1),)),
+                          {"batch_norm_relu": 1, "max_pool2d": 1, "input_bias": 1}),
+    "pool and unpool": (then(train, there_and_back), THERE_AND_BACK),
+    "unpool": (back, {"batch_norm_relu_max_unpool2d": 1, "max_pool2d_with_offsets": 1}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PROVEN)
+def test_a_chain_is_fused(name, state, triton_backend):
+    function, expected = PROVEN[name]
+    ours = Compiled(function)
+    assert_equal_to_torch(ours, function, state, poison="unpool" not in name)  # Dynamo refuses those when poisoned
+    assert ours.rewritten == expected
+    assert not {"batch_norm", "relu", "relu_"} & set(ours.targets())
+
+
+@pytest.mark.parametrize("resize, options", [
+    (dict(scale_factor=2), {}),
+    (dict(size=(7, 11), mode="bilinear", align_corners=True), dict(ignore_index=2, reduction="sum")),
+    (dict(size=(12, 8), mode="bilinear"), dict(label_smoothing=0.1, reduction="none")),
+    (dict(size=9, mode="nearest"), dict(weight=True)),
+])  # fmt: skip
+def test_a_loss_of_resized_logits_is_one(resize, options, device, assert_right, triton_backend):
+    options = dict(options)
+    x = torch.randn(2, 5, 6, 4, device=device)
+    target = torch.randint(0, 5, F.interpolate(x, **resize)[:, 0].shape, device=device)
+    weight = torch.rand(5, device=device) if options.pop("weight", False) else None
+
+    def function(x):
+        logits = F.interpolate(x, **resize)
+        labels = target + 0  # behind the resizing, as targets often are
+        return F.cross_entropy(logits, labels, None if weight is None else weight.to(x.dtype), **options)
+
+    ours = Compiled(function)
+    assert_right(ours, function, [x])
+    assert ours.rewritten == {"upsample_cross_entropy": 1}
+
+
+def test_single_calls(state, triton_backend):
+    target = labels((2, 14, 18), state[0].device)
+
+    def function(x, weight, bias, *norm):
+        y, indices = F.max_pool2d(x, 3, 2, 1, return_indices=True)
+        z = F.max_unpool2d(y * y, indices, 3, 2, 1, output_size=x.shape[-2:])
+        y = torch.max_pool2d(z, 1) + F.max_pool2d_with_indices(x, 1)[0]
+        return F.cross_entropy(deconv(y, weight, bias), target), indices
+
+    ours = Compiled(function)
+    assert_equal_to_torch(ours, function, state)
+    pools = {"max_pool2d": 2, "max_pool2d_with_offsets": 1, "max_unpool2d": 1}
+    assert ours.rewritten == {**pools, "conv_transpose2d": 1, "cross_entropy": 1}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("resized", [False, True])
+def test_a_loss_keeps_its_dtype(dtype, resized, device, triton_backend):
+    logits, target = torch.randn(1, 3, 4, 4, device=device).to(dtype), labels((1, 4, 4), device) % 3
+
+    def function(x):
+        return F.cross_entropy(F.interpolate(x, size=(4, 4)) if resized else x, target) * x[0, 0, 0, 0]
+
+    ours = Compiled(function)
+    got, want = ours(logits), function(logits)
+    assert got.dtype == want.dtype == dtype and relative_error(got, want) < 4 * torch.finfo(dtype).eps
+    assert sum(ours.rewritten.values()) == 1
+
+
+# --- what proves nothing ---------------------------------------------------------------------------------------------
+
+
+def reader_between(y):
+    return F.relu(y), y.mean()
+
+
+def reader_of_relu(y):
+    y = F.relu(y)
+    return F.max_pool2d(y, 2), y.mean()
+
+
+def written_between(y):
+    z = y[:, :2]
+    z.mul_(2)
+    return (F.relu(y),)
+
+
+def hooked(y):
+    y.register_hook(lambda grad: grad * 2)
+    return (F.relu(y),)
+
+
+def autocast_between(y):
+    with torch.autocast(y.device.type, torch.bfloat16):
+        y = F.relu(y)
+    return (y,)
+
+
+def no_grad_between(y):
+    with torch.no_grad():
+        z = F.relu(y)
+    return (z,)
+
+
+def another_activation(y):
+    return (F.leaky_relu(y),)
+
+
+def biased_twice(x, weight, bias, gamma, beta, mean, var):
+    y = torch.conv2d(x, weight, bias, padding=1)
+    z, mean, var = normed(True, lambda *_: y)(x, weight, bias, gamma, beta, mean, var)
+    return F.relu(z), y.square().mean(), mean, var
+
+
+def written_bias(x, weight, bias, gamma, beta, mean, var):
+    original, bias = bias, bias * 1
+    y = torch.conv2d(x, weight, bias, padding=1)
+    bias.mul_(0)
+    z, mean, var = normed(True, lambda *_: y)(x, weight, bias, gamma, beta, mean, var)
+    return F.relu(z), original.square(), mean, var
+
+
+def deconv_read_twice(x, weight, bias, gamma, beta, mean, var):
+    y = deconv(x, weight, bias)
+    z, mean, var = normed(False, lambda *_: y)(x, weight, bias, gamma, beta, mean, var)
+    return F.relu(z), y.mean(), mean, var
+
+
+UNPROVEN = {  # function, what is rewritten all the same, the reason or ""
+    "a reader between": (then(train, reader_between), {}, "not read by the ReLU alone"),
+    "a reader of the ReLU": (then(train, reader_of_relu), {"batch_norm_relu": 1, "input_bias": 1, "max_pool2d": 1}, ""),
+    "written between": (then(train, written_between), {}, "not read by the ReLU alone"),
+    "a hook": (then(train, hooked), {}, ""),
+    "autocast between": (then(train, autocast_between), {}, "switched before its ReLU"),
+    "no_grad between": (then(train, no_grad_between), {}, "switched before its ReLU"),
+    "another activation": (then(train, another_activation), {}, ""),
+    "evaluation": (then(evaluate, relu), {}, "one pass of it as well"),
+    "a bias with another reader": (biased_twice, {"batch_norm_relu": 1}, ""),
+    "a bias that is written": (written_bias, {"batch_norm_relu": 1}, ""),
+    "a transposed convolution with another reader": (deconv_read_twice, {"conv_transpose2d": 1}, "as well"),
+    "not an image": (then(normed(True, lambda x, w, b: x.mean((2, 3)) @ w[:, :, 0, 0].T), relu), {}, "2-D input"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNPROVEN)
+def test_what_is_not_proven_is_left(name, state, triton_backend):
+    function, expected, reason = UNPROVEN[name]
+    ours = Compiled(function)
+    assert_equal_to_torch(ours, function, state)
+    assert ours.rewritten == expected
+    assert not reason or any(reason in said for said in ours.reasons), ours.reasons
+
+
+@pytest.mark.parametrize("between, fused", [
+    (lambda x, mean, var: x * 1, True),
+    (lambda x, mean, var: F.batch_norm(x, None, None, training=True), True),
+    (lambda x, mean, var: x + mean.sum(), False),
+    (lambda x, mean, var: x * var.view(2, 2)[0, 0], False),
+    (lambda x, mean, var: F.batch_norm(x, mean, var, training=True), False),
+])  # fmt: skip
+def test_running_statistics_that_are_read_before_the_unpool(between, fused, state, triton_backend):
+    """Indices made behind a batch norm hold it up until then, which who reads its statistics would notice."""
+
+    def function(x, y, mean, var):
+        mean, var = mean.detach().clone(), var.detach().clone()
+        y = F.batch_norm(y, mean, var, training=True)
+        z, indices = F.max_pool2d(between(x, mean, var), 2, return_indices=True)
+        return F.max_unpool2d(F.relu(y), indices, 2), z, mean, var
+
+    ours = Compiled(function)
+    x, y = (torch.randn(2, 4, *size, device=state[0].device) for size in ((6, 8), (3, 4)))
+    assert_equal_to_torch(ours, function, [x, y, *state[-2:]])
+    assert ours.rewritten == {"max_pool2d_with_offsets": 1} | (
+        {"batch_norm_relu_max_unpool2d": 1} if fused else {"batch_norm_relu": 1, "max_unpool2d_with_offsets": 1}
+    )
+
+
+def to_another_size(x, y, indices):
+    return F.max_unpool2d(y, indices, 2, output_size=(7, 9))
+
+
+def by_other_windows(x, y, indices):
+    return F.max_unpool2d(y, indices, 3, stride=(2, 2), output_size=(6, 8))
+
+
+def read_as_numbers(x, y, indices):
+    return F.max_unpool2d(y, indices, 2, output_size=x.shape) + indices.sum()
+
+
+def unpooled_themselves(x, y, indices):
+    return F.max_unpool2d(y, indices, 2) + F.max_unpool2d(indices.double(), indices, 2)
+
+
+def moved(x, y, indices):
+    return F.max_unpool2d(y.flip(0), indices.flip(0), 2)
+
+
+@pytest.mark.parametrize("reader, options, reason", [
+    (to_another_size, {}, "may give another size"),
+    (by_other_windows, {}, "has other windows"),
+    (read_as_numbers, {}, "its indices are read by sum"),
+    (unpooled_themselves, {}, "its indices are read by "),
+    (moved, {}, "its indices are read by flip"),
+    (lambda x, y, indices: (F.max_unpool2d(y, indices, 2), indices), {}, "its indices are read by output"),
+    (lambda x, y, indices: F.max_unpool2d(y, indices, 2, 1), dict(stride=1, dilation=1, ceil_mode=True), None),
+    (lambda x, y, indices: F.max_unpool2d(y, indices, 3, 2, 1, x.size()), dict(kernel_size=3, stride=2, padding=1),
+     None),
+    (lambda x, y, indices: F.max_unpool2d(y, indices, 2, 1, 0, (6, 8)), dict(stride=2, dilation=2), "it is dilated"),
+    (lambda x, y, indices: F.max_unpool2d(y, indices, 17, 1), dict(kernel_size=17), "more than 256 elements"),
+])  # fmt: skip
+def test_indices_are_compact_where_that_is_proven(reader, options, reason, device, triton_backend):
+    shape = (1, 1, 17, 17) if options.get("kernel_size") == 17 else (2, 2, 6, 8)
+    x = torch.randn(shape, device=device)
+    if options.get("dilation") == 2:
+        reader = lambda x, y, indices: F.max_unpool2d(y, indices, 4, 2, 0, x.shape)  # noqa: E731
+
+    def function(x):
+        y, indices = F.max_pool2d(x, **{"kernel_size": 2, **options}, return_indices=True)
+        return reader(x, y, indices)
+
+    ours = Compiled(function)
+    got, want = ours(x), function(x)
+    for a, b in zip(*(value if isinstance(value, tuple) else (value,) for value in (got, want)), strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+    names = {"max_pool2d", "max_unpool2d"} if reason else {"max_pool2d_with_offsets", "max_unpool2d_with_offsets"}
+    assert ours.rewritten.keys() == names
+    assert ours.reasons == [] if reason is None else reason in ours.reasons[0]
+
+
+def test_indices_that_nobody_reads_are_compact(device, triton_backend):
+    ours, x = Compiled(lambda x: F.max_pool2d(x, 2, return_indices=True)[0]), torch.randn(1, 2, 4, 4, device=device)
+    assert torch.equal(ours(x), F.max_pool2d(x, 2))
+    assert ours.rewritten == {"max_pool2d_with_offsets": 1}
+
+
+@pytest.mark.interpreted
+def test_unpooling_that_autocast_casts_on_a_cpu(triton_backend):
+    def function(x):
+        y, indices = F.max_pool2d(x, 2, return_indices=True)
+        return F.max_unpool2d(y, indices, 2), F.max_unpool2d(y.float(), indices, 2)
+
+    ours, x = Compiled(function), torch.randn(1, 2, 4, 4, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        for got, want in zip(ours(x), function(x), strict=True):
+            assert got.dtype == want.dtype == torch.float32 and torch.equal(got, want)
+    assert ours.rewritten == {"max_pool2d": 1, "max_unpool2d": 1}
+    assert "autocast casts its input" in ours.reasons
+
+
+@pytest.mark.parametrize("loss, reason", [
+    (lambda logits, target: F.cross_entropy(logits, target) + logits.mean(), "not read by the loss alone"),
+    (lambda logits, target: F.cross_entropy(logits, F.one_hot(target, 4).movedim(-1, 1).to(logits.dtype)),
+     "class probabilities"),
+    (lambda logits, target: F.cross_entropy(logits, target, size_average=False), "size_average"),
+    (lambda logits, target: F.cross_entropy(logits * 2, target), None),
+    (lambda logits, target: F.cross_entropy(torch.ones_like(logits), logits), "not read by the loss alone"),
+])  # fmt: skip
+@pytest.mark.filterwarnings("ignore:size_average and reduce")
+def test_resizing_and_loss_apart(loss, reason, device, triton_backend):
+    x, target = torch.randn(1, 4, 3, 5, device=device), labels((1, 6, 10), device)
+
+    def function(x):
+        return loss(F.interpolate(x, scale_factor=2, mode="bilinear"), target)
+
+    ours = Compiled(function)
+    assert_equal_to_torch(ours, function, [x])
+    assert "upsample_cross_entropy" not in ours.rewritten
+    assert reason is None or any(reason in said for said in ours.reasons)
+
+
+def test_resizing_in_another_mode_or_written_to(device, triton_backend):
+    x, target = torch.randn(1, 4, 3, 5, device=device), labels((1, 6, 10), device)
+
+    def bicubic(x):
+        return F.cross_entropy(F.interpolate(x, scale_factor=2, mode="bicubic"), target)
+
+    def antialias(x):
+        return F.cross_entropy(F.interpolate(x, (6, 10), mode="bilinear", antialias=True), target)
+
+    def written(x):
+        x = x * 1
+        logits = F.interpolate(x, (6, 10))
+        x[0] = 0  # of no concern to the logits
+        return F.cross_entropy(logits, target) + x.sum()
+
+    for function, reason in ((bicubic, "mode 'bicubic'"), (antialias, "antialias"), (written, "written in place")):
+        ours = Compiled(function)
+        assert relative_error(ours(x), function(x)) < 1e-6
+        assert any(reason in said for said in ours.reasons) and ours.rewritten == {"cross_entropy": 1}
+
+
+def test_a_pool_that_keeps_nothing_is_the_inner_compilers(device, triton_backend):
+    ours = Compiled(lambda x: F.max_pool2d(x, 2))
+    x = torch.randn(1, 2, 4, 4, device=device)
+    ours(x)
+    assert ours.rewritten == {} and "without indices or a gradient" in ours.reasons[0]
+    ours(x.requires_grad_()).sum().backward()
+    assert ours.rewritten == {"max_pool2d": 1}
+
+
+@pytest.mark.parametrize("setting", ["auto", "torch"])
+def test_where_no_kernels_run_the_graph_stays_torchs(setting, state):
+    state = [t.cpu() for t in state]
+    function = then(train, there_and_back)
+    with fastseg.backend(setting):
+        ours = Compiled(function)
+        for a, b in zip(ours(*state), function(*state), strict=True):
+            assert torch.equal(a, b)
+    assert ours.rewritten == {}
+    assert set(ours.reasons) == ({"a CPU tensor"} if setting == "auto" else set())

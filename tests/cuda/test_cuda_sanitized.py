@@ -1,0 +1,37 @@
+"""The CUDA C++ kernels on the host, under the compiler's sanitizers: no access leaves its tensor or is misaligned."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from support import cuda_host
+
+ROOT = Path(__file__).parents[2]
+RUN = """
+import sys; sys.path.insert(0, "tests")
+import pytest
+from support import cuda_host
+cuda_host.OPTIONS = (*cuda_host.OPTIONS, "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+sys.exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "tests/cuda/test_cuda_grid.py", "-k", sys.argv[1]]))
+"""
+CHOSEN = "do_not_align or far_from or adds_up or (test_pooling and special and shape4) or (wherever and shape1)"
+
+
+@pytest.mark.skipif(cuda_host.COMPILER is None, reason="no C++ compiler (g++, clang++ or $CXX)")
+def test_no_access_leaves_its_tensor_or_is_misaligned():
+    """In a process that has the sanitizer from its start, where it sees torch's tensors too."""
+    asked = [cuda_host.COMPILER, "-print-file-name=libasan.so"]
+    sanitizer = Path(subprocess.run(asked, capture_output=True, text=True).stdout.strip())
+    if not sanitizer.is_absolute():
+        pytest.skip("the compiler has no address sanitizer")
+    env = os.environ | {
+        "LD_PRELOAD": str(sanitizer),
+        "ASAN_OPTIONS": "detect_leaks=0:verify_asan_link_order=0",
+        "FASTSEG_TEST_SEED": str(torch.initial_seed() % 2**31),
+    }
+    env = {name: value for name, value in env.items() if not name.startswith("PYTEST_XDIST")}
+    run = subprocess.run([sys.executable, "-c", RUN, CHOSEN], capture_output=True, text=True, env=env, cwd=ROOT)
+    assert run.returncode == 0 and " passed" in run.stdout, run.stdout[-3000:] + run.stderr[-3000:]

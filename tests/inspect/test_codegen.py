@@ -1,0 +1,157 @@
+"""The gates on the machine code of every kernel of the package: spills, atomics, widths, tensor cores."""
+
+import json
+
+import pytest
+import torch
+from support.machine_code import compiled
+
+from fastseg.commands import cli
+from fastseg.verification import cases
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled here, not interpreted")
+
+REDUCING = ("batch_norm_stats_kernel", "batch_norm_relu_sums_kernel", "bn_relu_max_pool2d_sums_kernel")
+
+
+def test_gate_no_kernel_spills(facts):
+    assert {row["sm"] for row in facts} == {80, 90, 100}
+    assert [row for row in facts if row["spills"]] == []
+
+
+def test_gate_no_kernel_uses_atomics(facts):
+    assert [row for row in facts if row["atomics"]] == []
+
+
+def test_gate_the_losses_that_predict_are_looked_at_too(facts):
+    losses = (
+        "cross_entropy_fwd",
+        "cross_entropy_one_pass",
+        "cross_entropy_one_pass_rows",
+        "upsample_cross_entropy_fwd",
+    )
+    predicting = {row["kernel"] for row in facts if row["constants"].get("PREDICT") is True}
+    assert predicting == {f"{name}_kernel" for name in losses}
+
+
+def test_gate_rows_that_allow_it_are_read_and_written_16_bytes_wide(facts):
+    """VEC 8 is a whole 16 bytes of bfloat16, which the launchers take wherever a row divides by it."""
+    wide = [
+        row
+        for row in facts
+        if row["constants"].get("VEC") == 8
+        and row["constants"].get("WHOLE_WINDOWS", True)  # else lone elements are read where positions point
+        and not row["kernel"].endswith("foreign_kernel")
+        and not row["kernel"].startswith("conv_transpose2d")  # which have a gate of their own
+    ]
+    seen = {(row["kernel"], row["layout"]) for row in wide}
+    names = ("max_pool2d_fwd", "max_unpool2d_fwd", "max_unpool2d_bwd", "window_gather")
+    norms = [f"batch_norm_{name}" for name in ("stats", "relu_fwd", "relu_sums", "relu_bwd")]
+    norms += [
+        f"bn_relu_max_{name}" for name in ("pool2d_fwd", "pool2d_sums", "pool2d_bwd", "unpool2d_fwd", "unpool2d_sums")
+    ]
+    kernels = {f"{name}_kernel" for name in (*names, *norms)}
+    assert {(kernel, layout) for kernel in kernels for layout in cases.LAYOUTS} <= seen
+    for name in ("bwd", "one_pass"):
+        assert (f"cross_entropy_{name}_kernel", "nchw") in seen
+        assert (f"cross_entropy_{name}_rows_kernel", "channels_last") in seen
+    for row in wide:
+        assert "16" in row["loads"], row
+        assert not {"1", "2"} & set(row["stores"]), row  # offsets of eight elements are 8 bytes, a report 4
+        if row["kernel"] not in ("cross_entropy_fwd_kernel", *REDUCING):  # which store a float a pixel or a channel
+            assert "16" in row["stores"], row
+
+
+def test_gate_products_run_on_the_tensor_cores(facts):
+    products = [row for row in facts if row["kernel"].startswith("conv_transpose2d")]
+    assert products
+    assert [row for row in products if not row["tensor core"] and not is_helper(row)] == []
+    assert [row for row in products if row["sm"] == 90 and not row["wgmma"] and not is_helper(row)] == []
+
+
+def test_gate_products_are_fetched_by_the_copy_engine(facts):
+    """In channels_last on sm_90 and later, at the networks' sizes: all three products, and stored 16 bytes wide."""
+    products = [row for row in facts if row["kernel"].startswith("conv_transpose2d") and not is_helper(row)]
+    ours = [row for row in products if row["sm"] >= 90 and row["layout"] == "channels_last"]
+    shuffles = [row for row in ours if "shuffle" in row["kernel"]]  # which masks grad_y on its way to the products
+    assert shuffles
+    assert [row for row in shuffles if not {"16"} & set(row["loads"]) or "2" in row["loads"]] == []
+    ours = [row for row in ours if row not in shuffles]
+    assert {row["kernel"] for row in ours} == {
+        f"conv_transpose2d_{n}_tma_kernel" for n in ("fwd", "bwd_input", "bwd_weight")
+    }
+    for row in ours:
+        assert row["copy engine"] and row["wgmma"] and "16" in row["stores"] and not {"1", "2"} & set(row["stores"]), (
+            row
+        )
+    assert [row for row in products if row["sm"] == 80 and row["copy engine"]] == []
+
+
+def is_helper(row):
+    return any(word in row["kernel"] for word in ("sum", "reduce", "transpose_kernel", "epilogue", "depthwise"))
+
+
+def test_the_disassembly_is_printed():
+    sass = compiled(
+        "-m", "fastseg.commands.cli", "inspect", "codegen", "--op", "max_pool2d", "--sass", "max_pool2d_fwd_kernel"
+    )
+    assert "LDG.E.128" in sass and "EXIT" in sass
+
+
+BAD = """
+import collections, json, torch
+from fastseg.inspect.codegen import INSTRUCTION, compile_for, disassemble, record
+from fastseg.inspect.codegen_report import GLOBAL_ATOMICS, _facts
+from fastseg.kernels.launch import launch
+import sys; sys.path.insert(0, "tests")
+from support import bad_kernels
+x = torch.empty(1 << 16, device="meta", dtype=torch.bfloat16)
+f = torch.empty(1 << 16, device="meta")
+found = record(lambda: (
+    launch(bad_kernels.strided_copy_kernel, 4, x, x, 4096, BLOCK=1024),
+    launch(bad_kernels.spilling_kernel, 1, x, x, x, BLOCK=128, num_warps=1),
+    launch(bad_kernels.atomic_sum_kernel, 4, f, f, 4096, BLOCK=1024),
+    launch(bad_kernels.scalar_product_kernel, 1, x, x, x, 64, BLOCK=64),
+))
+strided, spilling, atomic, product = kernels = [compile_for(launch, 90) for launch in found]
+disassemble(kernels)
+alone = [collections.Counter(name for _, name in INSTRUCTION.findall(kernel.sass)) for kernel in kernels]
+facts = _facts(product)
+print(json.dumps([strided.widths("LDG"), spilling.spills, atomic.count(*GLOBAL_ATOMICS), facts["wgmma"],
+                  facts["copy engine"], alone == [kernel.instructions for kernel in kernels]]))
+"""
+
+
+DOUBLE = """
+import json, torch
+from fastseg import cases, dispatch
+from fastseg.inspect.codegen import compile_for, disassemble, record
+from fastseg.kernels.launch import targeting
+from fastseg.ops.library import observing
+at = cases.Placement(torch.float64, torch.contiguous_format, "meta")
+spills = []
+for sm, classes in ((90, 4), (100, 150)):
+    (case,) = cases.dice_cross_entropy(at, (8, classes, 360, 480), 255)
+    with dispatch.backend("triton"), targeting(sm), observing(lambda operator, call: None):
+        found = record(lambda: case.step(case.ours, backward=True)())
+    kernels = [compile_for(launch, sm) for launch in found[1:]]
+    disassemble(kernels)
+    spills.append([kernel.spills for kernel in kernels])
+print(json.dumps(spills))
+"""
+
+
+def test_dice_in_float64_does_not_spill():
+    """The command compiles no float64, and the assembler by itself spilled in both generations."""
+    assert json.loads(compiled("-c", DOUBLE)) == [[0, 0], [0, 0]]
+
+
+def test_the_gates_see_bad_kernels():
+    widths, spills, atomics, wgmma, copies, same = json.loads(compiled("-c", BAD))
+    assert list(widths) == ["2"] and spills > 0 and atomics > 0 and wgmma == copies == 0
+    assert same, "kernels that are disassembled at once have other instructions than one by one"
+
+
+def test_codegen_says_what_it_needs(capsys):
+    assert cli.main(["inspect", "codegen"]) == 2
+    assert "TRITON_INTERPRET" in capsys.readouterr().err

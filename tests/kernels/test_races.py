@@ -1,0 +1,352 @@
+"""No kernel races through global memory: every operator, forward and backward, looked at access by access."""
+
+import ast
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from support import bad_kernels, races
+
+from fastseg import functional, kernels
+from fastseg.kernels.launch import launch
+from fastseg.ops.convolution.unpool_conv import in_one_kernel
+from fastseg.verification import cases
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="accesses are seen in the interpreter")
+
+FLAG = "a flag, which whoever sets sets to 1, and which the launch behind reads"
+RUNNING = "what is stored was made of the storing thread's own load, or of loads before a barrier in shared memory"
+DECLARED = {
+    ("two programs write", "max_unpool2d_fwd_kernel", "foreign"): FLAG,
+    ("lanes collide", "max_unpool2d_fwd_kernel", "foreign"): FLAG,
+    ("two programs write", "window_gather_kernel", "foreign"): FLAG,
+    ("lanes collide", "window_gather_kernel", "foreign"): FLAG,
+    ("in place", "batch_norm_stats_merge_kernel", "running_mean"): RUNNING,
+    ("in place", "batch_norm_stats_merge_kernel", "running_var"): RUNNING,
+}
+ALONE = {"cross_entropy_total_kernel", "cross_entropy_counts_kernel"}  # one program adds up what the others left
+TYPES = {"WIDE", "UPCAST"}  # of offsets and of factors: they change no address
+ONE_WAY = {  # branches that are constant for all calls
+    ("conv_transpose2d_bwd_input_shuffle_kernel", "CHANNELS_LAST"),  # there one kernel makes both gradients
+}
+
+# Small, so that small tensors make several programs, several steps of each, and shares.
+BLOCKS = {
+    "batch_norm": {"TILE": 64, "REDUCED_TILE": 64},
+    "batch_norm_pool": {"TILE": 32},
+    "batch_norm_unpool": {"TILE": 32},
+    "confusion": {"LEAST_PIXELS": 128},
+    "conv_transpose_bwd": {"EPILOGUE_BLOCK": 512},
+    "conv_transpose_bwd_shuffle": {"LEAST_PIXELS": 32},
+    "conv_transpose_depthwise": {"BLOCK": 64},
+    "conv_transpose_tma": {"SPARE": 4},
+    "cross_entropy": {"ROWS": 32, "LONG_ROWS": 16, "TOTAL_BLOCK": 4},
+    "cross_entropy_bwd": {"CHUNKS": 32},
+    "cross_entropy_one_pass": {"TILE": 64, "ROWS": 32, "LONG_ROWS": 16, "CHUNKS": 16, "LABELS": 32},
+    "dice_cross_entropy": {"TILE": 64, "FEW_PROGRAMS": 3},
+    "norm": {"LANES": 16, "STEPS": 2, "REDUCING_STEPS": 2, "MERGED_CHUNKS": 2, "MERGED_CHANNELS": 4},
+    "overlap": {"BLOCK": 128},
+    "pool": {"BLOCK": 128},
+    "products": {"LEAST_STEPS": 1, "COPY_BLOCK": 32, "SUM_BLOCK": 256},
+    "unpool": {"BLOCK": 128, "FOREIGN_BLOCK": 8, "FOREIGN_PROGRAMS": 4},
+    "upsample_cross_entropy": {"PATCH_ROWS": 2},
+    "windows": {"BLOCK": 128},
+}
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    for module, sizes in BLOCKS.items():
+        for name, size in sizes.items():
+            monkeypatch.setattr(getattr(kernels, module), name, size)
+
+
+def call(function, *inputs):
+    return cases.Case("", "", function, function, {str(number): x for number, x in enumerate(inputs)})
+
+
+def pools(at):
+    """Indices that repeat, outside their own windows, which tile the image or overlap; windows with gaps inside."""
+    for geometry, size in [((2, 2, 0), (8, 10)), ((3, 2, 1), (7, 9))]:
+        few = (at.labels(7, 2, 3, 4, 5) * (size[0] * size[1] // 7)).contiguous(memory_format=at.layout)
+        unpool = partial(functional.max_unpool2d, kernel_size=geometry[0], stride=geometry[1], padding=geometry[2])
+        yield call(partial(unpool, output_size=size), at.tensor(2, 3, 4, 5), few)
+    yield from cases.max_unpool2d(at, (1, 4, 9, 16), 3, 2, 1)
+    yield call(partial(functional.max_pool2d_with_offsets, kernel_size=3, dilation=2), at.tensor(1, 2, 13, 12))
+
+
+def batch_norms(at):
+    """Without what a norm may lack, in evaluation, and with gaps between the windows."""
+    yield from cases.batch_norm_relu(at, (2, 2, 12, 16), 2, True)
+    x, offsets = at.tensor(2, 3, 8, 9), at.labels(4, 2, 3, 4, 4).to(torch.uint8).contiguous(memory_format=at.layout)
+    small, vectors = at.tensor(2, 3, 4, 4), [at.parameters(3) for _ in range(4)]
+    evaluated = dict(zip(("running_mean", "running_var"), vectors, strict=False))
+    lacking = {"running_mean": None, "running_var": None, "training": True, "relu": False}
+    for options, affine in ((evaluated, vectors[2:]), (lacking, [])):
+        for function, *inputs in (
+            (functional.batch_norm_relu, x),
+            (functional.batch_norm_relu_max_pool2d, x),
+            (partial(functional.batch_norm_relu_max_unpool2d, offsets=offsets, output_size=(9, 9)), small),
+        ):
+            named = partial(_affine, function, options)
+            yield call(named, *inputs, *affine)
+    yield call(lambda x: functional.batch_norm_relu_max_pool2d(x.detach(), **evaluated), x)
+
+
+def _affine(function, options, x, weight=None, bias=None):
+    return function(x, weight=weight, bias=bias, **options)
+
+
+def convolutions(at):
+    """Without a bias, behind a ReLU, with few channels in and many out, whose sums are split."""
+    yield from cases.conv_transpose2d_affine_relu(at, (1, 8, 3, 4), 8, 3, 2, 1, 1, 8)
+    yield from cases.conv_transpose2d_affine_relu(at, (2, 24, 3, 8), 80, 2, 2)
+    for shape, channels, *geometry in [((1, 72, 2, 8), 80, 2, 2), ((1, 16, 4, 4), 64, 4, 2, 1)]:
+        yield from cases.conv_transpose2d(at, shape, channels, *geometry)
+    for shape, channels, kernel, stride in [
+        ((2, 16, 5, 8), 16, 2, 2),
+        ((1, 5, 4, 5), 3, 3, 2),
+        ((1, 4, 3, 4), 4, 4, 3),
+        ((1, 16, 8, 8), 16, 1, 1),
+    ]:
+        weight = at.tensor(shape[1], channels, kernel, kernel)
+        yield call(partial(functional.conv_transpose2d, bias=None, stride=stride), at.tensor(*shape), weight)
+        yield call(partial(functional.conv_transpose2d_affine_relu, stride=stride), at.tensor(*shape), weight)
+
+
+def unpooled_convolutions(at):
+    offsets = at.labels(4, 1, 16, 5, 8).to(torch.uint8).contiguous(memory_format=at.layout)
+    inputs = at.tensor(1, 16, 5, 8), offsets, at.tensor(80, 16, 3, 3)
+    geometry = ([2, 2], [2, 2], [0, 0], [10, 16])
+    folded = partial(in_one_kernel, scale=at.parameters(80), relu=True)
+    yield call(lambda *t: folded(*(x.detach() for x in t), None, *geometry), *inputs)
+
+
+def losses(at):
+    """In one pass, which float16 is not made for, and with two terms of lse; another denominator."""
+    for dtype in (torch.bfloat16, torch.float32):
+        there = replace(at, dtype=dtype)
+        yield from cases.cross_entropy(there, (2, 5, 5, 31), 255, True, predicted=True)
+        yield from cases.cross_entropy(there, (1, 40, 5, 16), 255, label_smoothing=0.1)
+        yield from cases.cross_entropy(there, (2, 5, 5, 16), probabilities=True)
+        yield from cases.cross_entropy(there, (2, 5, 5, 31), probabilities=True, one_pass=False)
+    yield from cases.cross_entropy(at, (2, 5, 9, 31), 255, True, predicted=True)
+    by_number = partial(functional.cross_entropy, weight=at.parameters(5), normalization="valid", z_loss=0.1)
+    yield call(by_number, at.tensor(2, 5, 9, 31), at.labels(5, 2, 9, 31))
+
+
+def dice(at):
+    weighted = partial(functional.dice_cross_entropy, weight=at.parameters(5))
+    yield call(weighted, at.tensor(1, 5, 7, 9), at.labels(5, 1, 7, 9))
+
+
+def resized_losses(at):
+    there = replace(at, dtype=torch.float32)
+    yield from cases.upsample_cross_entropy(there, (2, 5, 3, 4), (9, 35), predicted=True)
+    yield call(partial(functional.upsample_argmax, size=(9, 35), align_corners=True), at.tensor(2, 5, 3, 4))
+
+
+def counts(at):
+    yield call(partial(functional.confusion_matrix, num_classes=3), at.labels(3, 300), at.labels(3, 300))
+
+
+class Family(NamedTuple):
+    """Operators of verify, modules whose every statement they are to reach, and calls that verify has not."""
+
+    operators: list[str]
+    modules: list[str]
+    more: Callable[[cases.Placement], Iterable[cases.Case]] = lambda at: ()
+
+
+FAMILIES = {
+    "pools": Family(["max_pool2d", "max_unpool2d"], ["pooling/pool", "pooling/unpool", "pooling/overlapping"], pools),
+    "batch_norms": Family(
+        ["batch_norm_relu"],
+        [f"batch_norm/{name}" for name in ("batch_norm", "batch_norm_pool", "batch_norm_unpool", "common")],
+        batch_norms,
+    ),
+    "convolutions": Family(
+        ["conv_transpose2d", "conv_transpose2d_affine_relu"],
+        [
+            f"convolution/{name}"
+            for name in (
+                "conv_transpose", "conv_transpose_bwd", "conv_transpose_bwd_shuffle", "conv_transpose_depthwise",
+                "conv_transpose_tma", "gemm", "geometry",
+            )
+        ], convolutions,
+    ),
+    "unpool_conv": Family(["max_unpool2d_conv2d"], ["convolution/unpool_conv"], unpooled_convolutions),
+    "cross_entropy": Family(["cross_entropy", "linear_cross_entropy"], [
+        "losses/cross_entropy", "losses/cross_entropy_bwd", "losses/cross_entropy_one_pass", "losses/common"], losses),
+    "dice": Family(["dice_cross_entropy"], ["losses/dice_cross_entropy"], dice),
+    "upsample": Family(
+        ["upsample_argmax", "upsample_cross_entropy"],
+        ["losses/upsample", "losses/upsample_cross_entropy"],
+        resized_losses,
+    ),
+    "confusion": Family(["confusion_matrix"], ["losses/confusion"], counts),
+}  # fmt: skip
+
+
+def calls(operators, more):
+    for layout in cases.LAYOUTS.values():
+        at = cases.Placement(torch.float16, layout, "cpu")
+        for operator in operators:
+            for make, size in operators.SIZES[operator]:
+                yield from make(at, *size)
+        yield from more(at)
+
+
+def run(case):
+    """Forward, and backward of any gradient."""
+    leaves = [
+        x.detach().requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+        for x in case.inputs.values()
+    ]
+    result = case.ours(*leaves)
+    outputs = [y for y in (result if isinstance(result, (tuple, list)) else [result]) if y.requires_grad]
+    if outputs:
+        torch.autograd.backward(outputs, [torch.randn_like(y) for y in outputs])
+
+
+def statements(module):
+    """(kernels, {(file, line)} of every load, store and atomic) of a module of kernels."""
+    file = Path(kernels.__file__).parent / f"{module}.py"
+    functions = [
+        node
+        for node in ast.parse(file.read_text()).body
+        if isinstance(node, ast.FunctionDef) and any(ast.unparse(d) == "triton.jit" for d in node.decorator_list)
+    ]
+    calls = [node for function in functions for node in ast.walk(function) if isinstance(node, ast.Call)]
+    accesses = [
+        call
+        for call in calls
+        if isinstance(call.func, ast.Attribute)
+        and call.func.attr.startswith(("load", "store", "atomic", "gather"))
+        and ast.unparse(call.func) != "tl.gather"
+    ]
+    return {f.name for f in functions if f.name.endswith("_kernel")}, {(file.name, call.lineno) for call in accesses}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_races(family, small_blocks, triton_backend):
+    """Every statement of the family's kernels is run, by more than one program, and both ways of every branch."""
+    operators, modules, more = FAMILIES[family]
+    with races.recording() as record:
+        for case in calls(operators, more):
+            run(case)
+    assert not record.undeclared(DECLARED)
+    names, places = (set().union(*found) for found in zip(*map(statements, modules), strict=True))
+    assert places - record.statements == set()
+    assert {name for name in names if record.programs.get(name, 0) < 2} <= ALONE
+    one_way = {branch for branch, ways in record.branches.items() if len(ways) < 2 and branch[0] in names}
+    assert {branch for branch in one_way if branch[1] not in TYPES} <= ONE_WAY
+
+
+def test_every_kernel_belongs_to_a_family():
+    """Of every operator that verify runs, and of every module that holds kernels."""
+    operators, modules = (list(chain(*(family[i] for family in FAMILIES.values()))) for i in (0, 1))
+    assert sorted(operators) == sorted(operators.SIZES)
+    root = Path(kernels.__file__).parent
+    files = {path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.py")}
+    assert sorted(modules) == sorted(name for name in files if not name.startswith("cuda/") and statements(name)[1])
+
+
+# --- the recorder itself ---------------------------------------------------------------------------------------------
+
+
+def faults(kernel, programs, *args, **meta):
+    """(kind, tensor, element, programs, whether equal values are written, elements) of each fault of one launch."""
+    with races.recording() as record:
+        launch(kernel, programs, *args, **meta)
+    for fault in record.faults:
+        assert kernel.__name__ in str(fault) and "bad_kernels.py:" in str(fault)
+    return [(f.kind, f.tensor, f.element, f.programs, f.equal, f.addresses) for f in record.faults]
+
+
+@pytest.mark.parametrize("value, equal", [(1.0, True), (None, False)])
+def test_two_programs_write_one_element(value, equal):
+    x, y = torch.arange(32.0) if value is None else torch.full((32,), value), torch.zeros(4)
+    shared = faults(bad_kernels.shared_sum_kernel, 4, x, y, 32, BLOCK=8)
+    assert shared == [("two programs write", "y", 0, (0, 1), equal, 2)]
+    assert y[:2].equal(x.view(4, 8).sum(1)[1::2])  # a result as always, of the last program
+
+
+def test_a_program_reads_what_another_one_writes():
+    x = torch.arange(32.0)
+    found = faults(bad_kernels.shifted_in_place_kernel, 2, x, 32, BLOCK=16)
+    assert found[0] == ("another's value", "x", 16, (0, 1), False, 1)
+    assert [kind for kind, *_ in found[1:]] == ["not in order"]
+    assert [kind for kind, *_ in faults(bad_kernels.shifted_in_place_kernel, 1, x, 16, BLOCK=16)] == ["not in order"]
+
+
+def test_a_barrier_is_an_order():
+    def found(barrier):
+        tensors = torch.arange(16.0), torch.zeros(16)
+        return faults(bad_kernels.reversed_in_place_kernel, 2, *tensors, BARRIER=barrier, BLOCK=8)
+
+    assert found(False) == [
+        ("not in order", "y", 0, (0, 0), False, 16),
+        ("in place", "x", 0, (0, 0), False, 16),
+    ]
+    assert found(True) == []
+
+
+def test_in_place_is_told_from_out_of_order():
+    x = torch.arange(16.0)
+    assert faults(bad_kernels.doubling_kernel, 2, x, BLOCK=8) == [("in place", "x", 0, (0, 0), False, 16)]
+    assert x.equal(2 * torch.arange(16.0))
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_lanes_collide(equal):
+    x = torch.ones(16) if equal else torch.arange(16.0)
+    indices = torch.arange(16)
+    indices[5] = 3
+    assert faults(bad_kernels.scatter_kernel, 2, x, indices, torch.zeros(16), BLOCK=8) == [
+        ("lanes collide", "y", 3, (0, 0), equal, 1)
+    ]
+    indices[5] = 13  # of another program: no lanes, but programs
+    assert faults(bad_kernels.scatter_kernel, 2, x, indices, torch.zeros(16), BLOCK=8) == [
+        ("two programs write", "y", 13, (0, 1), equal, 1)
+    ]
+
+
+def test_types_of_two_sizes_share_bytes():
+    """float16 elements 8 to 15, which program 1 writes, are float32 elements 4 to 7 of program 0."""
+    x = torch.ones(16)
+    found = faults(bad_kernels.two_maps_of_a_workspace_kernel, 2, x, x.view(torch.float16), 16, BLOCK=8)
+    assert ("another's value", "x/y", 8, (0, 1), False, 8) in found
+    assert ("in place", "x/y", 0, (0, 0), False, 1) in found  # half of the first element
+
+
+def test_atomics_do_not_race_with_each_other():
+    x, y = torch.ones(64), torch.zeros(8)
+    assert faults(bad_kernels.atomic_sum_kernel, 4, x, y, 64, BLOCK=16) == []
+    assert [kind for kind, *_ in faults(bad_kernels.atomic_sum_kernel, 4, x, x, 64, BLOCK=16)] == [
+        "another's value", "not in order",
+    ]  # fmt: skip
+
+
+def test_a_declaration_is_of_one_tensor_of_one_kernel():
+    with races.recording() as record:
+        launch(bad_kernels.doubling_kernel, 2, torch.ones(16), BLOCK=8)
+    declared = ("in place", "doubling_kernel", "x")
+    assert record.undeclared({declared: "each thread for itself"}) == []
+    (words,) = record.undeclared({(*declared[:2], "y"): ""})
+    lines = Path(bad_kernels.__file__).read_text().splitlines()
+    line = next(number for number, text in enumerate(lines, 1) if "2 * tl.load" in text)
+    assert words == f"in place: doubling_kernel, x[0], and 15 more, program 0, bad_kernels.py:{line}"
+
+
+def test_different_values_in_one_place_cannot_be_declared():
+    declared = {("two programs write", "shared_sum_kernel", "y"): "a flag"}
+    for x, allowed in ((torch.ones(32), True), (torch.arange(32.0), False)):
+        with races.recording() as record:
+            launch(bad_kernels.shared_sum_kernel, 4, x, torch.zeros(4), 32, BLOCK=8)
+        assert record.faults and (record.undeclared(declared) == []) == allowed

@@ -1,0 +1,103 @@
+"""upsample_cross_entropy as torch expects an operator: opcheck, gradients, compiled graphs, explain, the module."""
+
+import pytest
+import torch
+from test_upsample_cross_entropy import BACKENDS, RESIZINGS, composed, make, results
+
+import fastseg
+from fastseg import functional as FS
+from fastseg import nn
+from fastseg.ops.losses import upsample_cross_entropy_operators as ops
+from fastseg.ops.losses.upsample import Bands
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy, where a GPU gives NaN
+
+
+# --- as torch expects its operators ----------------------------------------------------------------------------------
+
+
+@BACKENDS
+@pytest.mark.parametrize("dtype, reduction", [(torch.float32, "weights"), (torch.bfloat16, "none")], ids=str)
+def test_opcheck(dtype, reduction, backend, device):
+    x, target = make((1, 3, 2, 3), {"size": (4, 5)}, device, dtype, torch.channels_last)
+    arguments = ([2.0, 5 / 3], "bilinear", False, reduction, 0, 255, 0.1, 0.0)
+    with fastseg.backend(backend):
+        call = (x, target, torch.rand(3, device=device), *arguments)
+        for predicted in (None, torch.uint8):
+            torch.library.opcheck(torch.ops.fastseg.upsample_cross_entropy.default, (*call, predicted))
+        loss, lse, denominator, *_ = ops.UPSAMPLE_CROSS_ENTROPY(*call, None)
+        call = (torch.ones_like(loss), *call[:3], lse, denominator, *arguments)
+        torch.library.opcheck(torch.ops.fastseg.upsample_cross_entropy_backward.default, call)
+
+
+@pytest.mark.parametrize("mode", ["bilinear", "nearest"])
+def test_gradients(mode, device):
+    x, target = make((1, 3, 2, 3), {"size": (3, 5)}, device, torch.float64)
+    options = {"mode": mode, "ignore_index": 255, "label_smoothing": 0.1, "z_loss": 0.01}
+    loss = lambda x: FS.upsample_cross_entropy(x, target, **options)  # noqa: E731
+    for backend in ("auto", "torch"):  # on a CPU with 3 classes: torch's functions, and bands
+        with fastseg.backend(backend):
+            assert torch.autograd.gradcheck(loss, x.requires_grad_())
+            assert torch.autograd.gradgradcheck(loss, x)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@BACKENDS
+def test_compiles_in_one_graph(backend, dynamic, device):
+    x, target = make((1, 4, 2, 3), {"size": (4, 5)}, device)
+
+    def function(x, target):
+        return FS.upsample_cross_entropy(x, target.to(torch.uint8), ignore_index=255, align_corners=True) * 2
+
+    with fastseg.backend(backend):
+        compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+        torch.testing.assert_close(compiled(x, target), function(x, target))  # without a gradient
+        for got, want in zip(results(compiled, x, target), results(function, x, target), strict=True):
+            torch.testing.assert_close(got, want)
+
+
+def test_explain():
+    x, target = torch.zeros(1, 3, 4, 4), torch.zeros(1, 8, 8, dtype=torch.long)
+    assert [str(choice) for choice in fastseg.explain(FS.upsample_cross_entropy, x, target)] == [
+        "upsample_cross_entropy: torch (a CPU tensor)"
+    ]
+
+
+def test_the_module(device):
+    weight = torch.rand(3)
+    arguments = (weight, None, 255, None, "sum", 0.1)  # in torch's order
+    loss = nn.UpsampleCrossEntropyLoss(*arguments, scale_factor=2, align_corners=True).to(device)
+    x, target = make((2, 3, 3, 4), {"scale_factor": 2}, device)
+    want = composed(x, target, {"scale_factor": 2, "mode": "bilinear", "align_corners": True}, loss.weight,
+                    reduction="sum", label_smoothing=0.1)  # fmt: skip
+    torch.testing.assert_close(loss(x, target), want)
+    assert list(loss.state_dict()) == ["weight"]
+    assert repr(loss) == (
+        "UpsampleCrossEntropyLoss(scale_factor=2, mode='bilinear', align_corners=True, ignore_index=255, "
+        "reduction='sum', label_smoothing=0.1, normalization='weights', z_loss=0.0)"
+    )
+
+
+@pytest.mark.filterwarnings("ignore:size_average and reduce args will be deprecated")
+@pytest.mark.parametrize("size_average, reduce", [(True, None), (False, None), (False, True), (None, False)])
+def test_the_module_takes_torch_s_older_arguments(size_average, reduce, device):
+    loss, theirs = (
+        module(None, size_average, 255, reduce, "mean", 0.1)
+        for module in (nn.UpsampleCrossEntropyLoss, torch.nn.CrossEntropyLoss)
+    )
+    assert (loss.reduction, loss.ignore_index) == (theirs.reduction, 255)
+    x, target = torch.randn(2, 3, 4, 5, device=device), torch.randint(3, (2, 4, 5), device=device)
+    torch.testing.assert_close(loss(x, target), theirs(x, target))
+
+
+def test_bands_hold_all_their_rows():
+    """`reach` is an estimate: every tap of every band must lie in it."""
+    for small, way in RESIZINGS:
+        x, target = make((1, 2, *small), way)
+        scale = way.get("scale_factor") if not way.get("recompute_scale_factor") else None
+        scales = None if scale is None else list(scale) if isinstance(scale, tuple) else [scale, scale]
+        bands = Bands.of(x, target.shape[1:], scales, way["mode"], bool(way.get("align_corners")))
+        for row in range(target.shape[1]):
+            start, stop = bands.reach(slice(row, row + 1))
+            used = bands.taps[:, row][bands.weights[:, row] != 0]
+            assert start <= used.min() and used.max() < stop

@@ -1,0 +1,46 @@
+"""What every kernel compiles to, for the tests of machine code: asked once in a run."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from fastseg.training.checkpoint import atomic_write
+
+
+def compiled(*arguments):
+    """Run code or a command in a process whose kernels are compiled."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=env)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def table(folder: Path) -> list[dict[str, Any]]:
+    """For sm_90 in every configuration of the networks' sizes, else in one a layout.
+
+    Compiled once, on all cores: of the processes that run tests the first to ask does it, and the others wait.
+    """
+    found, failed = folder / "codegen.json", folder / "codegen.failed"
+    try:
+        (folder / "codegen.begun").touch(exist_ok=False)
+    except FileExistsError:
+        while not found.exists():
+            assert not failed.exists(), "another process could not compile the kernels"
+            time.sleep(0.5)
+        return json.loads(found.read_text())
+    rows = []
+    try:
+        for words in ("--sm 90", "--sm 80 --sm 100 --first"):
+            rows += json.loads(compiled("-m", "fastseg.commands.cli", "inspect", "codegen", "--json", *words.split()))[
+                "rows"
+            ]
+    except BaseException:
+        failed.touch()
+        raise
+    with atomic_write(found) as temporary:
+        temporary.write_text(json.dumps(rows))
+    return rows

@@ -1,0 +1,235 @@
+import contextlib
+import importlib.util
+import sys
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from support.folders import write_folder
+
+from fastseg.training import data
+
+needs_digits = pytest.mark.skipif(importlib.util.find_spec("sklearn") is None, reason="needs scikit-learn")
+
+Image = pytest.importorskip("PIL.Image")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    rng = np.random.default_rng(0)
+    return write_folder(tmp_path / "set", rng.integers(0, 12, (6, 10, 14)))
+
+
+@needs_digits
+@pytest.mark.parametrize("size", [64, (40, 52)])
+def test_a_scene_is_a_function_of_seed_split_and_index(size):
+    scenes = data.DigitScenes("train", size=size, seed=3, length=5)
+    image, mask = scenes[2]
+    height, width = (size, size) if isinstance(size, int) else size
+    assert image.shape == (3, height, width) and image.dtype == torch.float32
+    assert mask.shape == (height, width) and mask.dtype == torch.int64
+    assert image.min() >= 0 and image.max() <= 1 and len(scenes) == 5
+    again = data.DigitScenes("train", size=size, seed=3).sample(2, epoch=7)
+    assert torch.equal(image, again[0]) and torch.equal(mask, again[1]) and torch.equal(mask, scenes.mask(2))
+    others = (scenes[1], data.DigitScenes("train", size, seed=4)[2], data.DigitScenes("val", size, seed=3)[2])
+    for other, _ in others:
+        assert (image != other).float().mean() > 0.9  # the ground too
+
+
+@needs_digits
+def test_no_digit_is_in_both_splits():
+    (train, train_labels), (val, val_labels) = data._digits("train"), data._digits("val")
+    assert len(train) + len(val) == len(train_labels) + len(val_labels) == 1797 and len(val) == 359
+    assert not {digit.tobytes() for digit in train} & {digit.tobytes() for digit in val}
+    assert set(train_labels) == set(val_labels) == set(range(10))
+
+
+def test_the_mask_is_where_the_digits_are(monkeypatch):
+    """A square for a digit, on black ground: labelled where more ink than ground is seen."""
+    digit = np.pad(np.ones((1, 4, 4), np.float32), ((0, 0), (2, 2), (2, 2)))
+    monkeypatch.setattr(data, "_digits", lambda split: (digit, np.array([7])))
+    monkeypatch.setattr(data, "_ground", lambda rng, height, width: np.zeros((height, width, 3), np.float32))
+    scenes = data.DigitScenes("train", length=20)
+    for image, mask in scenes:
+        assert set(mask.unique().tolist()) == {7, data.GROUND}
+        ink, noise = image.mean(0), 0.1  # colours are 0.5 to 1
+        assert ink[mask == 7].min() > 0.5 * 0.5 - noise and ink[mask == data.GROUND].max() < 0.5 * 1 + noise
+        assert (mask == 7).sum() >= 8 * 8
+
+
+@needs_digits
+def test_scenes_refuse(monkeypatch):
+    with pytest.raises(ValueError, match="split must be one of train, val"):
+        data.DigitScenes("test")
+    with pytest.raises(ValueError, match="at least 16 pixels"):
+        data.DigitScenes("train", size=(64, 8))
+    with pytest.raises(IndexError):
+        data.DigitScenes("train", length=3)[3]
+    data._digits.cache_clear()
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(ImportError, match=r'pip install "fastseg-kernels\[demo\]"'):
+        data.DigitScenes("train")
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg"])
+def test_folder(tmp_path, suffix):
+    mask = np.kron(np.arange(12).reshape(3, 4), np.ones((8, 8), int))
+    dataset = data.FolderDataset(write_folder(tmp_path, [mask], suffix), "train")
+    image, labels = dataset[0]
+    assert len(dataset) == 1 and dataset.classes == data.CAMVID_CLASSES
+    assert labels.dtype == torch.int64 and np.array_equal(labels.numpy(), mask) and torch.equal(dataset.mask(0), labels)
+    assert image.shape == (3, 24, 32)
+    torch.testing.assert_close(image, (labels * 20 / 255.0).expand(3, -1, -1), rtol=0, atol=0.02)
+
+
+def test_folder_resizes_frames_smoothly_and_masks_not(tmp_path):
+    mask = np.zeros((8, 8), int)
+    mask[:, 4:] = 10
+    image, labels = data.FolderDataset(write_folder(tmp_path, [mask]), "train", size=(8, 20))[0]
+    assert image.shape == (3, 8, 20) and labels.shape == (8, 20)
+    assert set(labels.unique().tolist()) == {0, 10} and len(image.unique()) > 2
+
+
+def test_palette_masks_are_read_as_indices(tmp_path):
+    root = write_folder(tmp_path, [np.arange(12).reshape(3, 4)])
+    mask = Image.fromarray(np.arange(12, dtype=np.uint8).reshape(3, 4))
+    mask.putpalette(list(range(255, 255 - 36, -1)))
+    mask.save(root / "trainannot" / "f0.png")
+    assert Image.open(root / "trainannot" / "f0.png").mode == "P"
+    assert data.FolderDataset(root, "train")[0][1].tolist() == np.arange(12).reshape(3, 4).tolist()
+
+
+def test_augmentation_is_a_function_of_seed_epoch_and_index(folder):
+    dataset = data.FolderDataset(folder, "train", augment=True, crop=(6, 7), seed=1)
+    shown = {}
+    for epoch in range(8):
+        for index in range(len(dataset)):
+            image, mask = dataset.sample(index, epoch)
+            assert image.shape == (3, 6, 7) and torch.equal(dataset.sample(index, epoch)[0], image)
+            torch.testing.assert_close(image[0], mask * 20 / 255.0)  # frame and mask are cut and turned alike
+            shown.setdefault(index, set()).add(mask.numpy().tobytes())
+    assert all(len(masks) > 4 for masks in shown.values())
+    other = data.FolderDataset(folder, "train", augment=True, crop=(6, 7), seed=2)
+    assert any(not torch.equal(other[index][1], dataset[index][1]) for index in range(6))
+
+
+def test_flips_are_left_to_right_and_half_of_all(folder):
+    plain, flipping = data.FolderDataset(folder, "train"), data.FolderDataset(folder, "train", augment=True)
+    flipped = 0
+    for epoch in range(20):
+        for index in range(6):
+            mask, same = flipping.sample(index, epoch)[1], plain[index][1]
+            assert torch.equal(mask, same) or torch.equal(mask, same.flip(1))
+            flipped += torch.equal(mask, same.flip(1))
+    assert 40 < flipped < 80
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-30])
+
+
+def save(path, array, **options):
+    Image.fromarray(np.asarray(array, np.uint8)).save(path, **options)
+
+
+BAD = {
+    "no root": (lambda root: root.rename(root.with_name("gone")), FileNotFoundError, r"set must be a folder"),
+    "no split": (lambda root: (root / "train").rename(root / "x"), FileNotFoundError, r"train must be a folder"),
+    "no masks": (lambda root: (root / "trainannot").rename(root / "x"), FileNotFoundError, r"trainannot must be a"),
+    "no frames": (lambda root: [f.unlink() for f in (root / "train").iterdir()], FileNotFoundError, r"holds no .png"),
+    "no mask": (lambda root: (root / "trainannot/f3.png").unlink(), FileNotFoundError, r"f3.png has no mask: .*must"),
+    "truncated frame": (lambda root: truncate(root / "train/f0.png"), ValueError, r"f0.png must be a PNG or JPEG"),
+    "truncated mask": (lambda root: truncate(root / "trainannot/f0.png"), ValueError, r"f0.png must be a PNG or JPEG"),
+    "text": (lambda root: (root / "train/f0.png").write_text("no picture"), ValueError, r"f0.png must be a PNG"),
+    "empty": (lambda root: (root / "train/f0.png").write_bytes(b""), ValueError, r"f0.png must be a PNG or JPEG"),
+    "size": (lambda root: save(root / "trainannot/f0.png", np.zeros((9, 14))), ValueError, r"14x10, but is 14x9"),
+    "colour mask": (lambda root: save(root / "trainannot/f0.png", np.zeros((10, 14, 3))), ValueError, r"8-bit mask"),
+    "16-bit mask": (
+        lambda root: Image.fromarray(np.zeros((10, 14), np.uint16)).save(root / "trainannot/f0.png"),
+        ValueError,
+        r"trainannot/f0.png must be an 8-bit mask with one channel",
+    ),
+    "16-bit frame": (
+        lambda root: Image.fromarray(np.zeros((10, 14), np.uint16)).save(root / "train/f0.png"),
+        ValueError,
+        r"train/f0.png must have 8 bits per channel",
+    ),
+    "label": (
+        lambda root: save(root / "trainannot/f0.png", np.full((10, 14), 12)),
+        ValueError,
+        r"trainannot/f0.png holds the label 12: labels must be 0 to 10, or 11",
+    ),
+}
+
+
+@pytest.mark.parametrize("spoil, error, sentence", BAD.values(), ids=BAD)
+def test_bad_folders(folder, spoil, error, sentence):
+    assert len(data.FolderDataset(folder, "train")[0]) == 2
+    spoil(folder)
+    with pytest.raises(error, match=sentence):
+        data.FolderDataset(folder, "train")[0]
+
+
+def test_the_last_class_is_the_one_before_num_classes(tmp_path):
+    root = write_folder(tmp_path, [[[10, 255]]])
+    assert data.FolderDataset(root, "train", ignore_index=255, num_classes=11)[0][1].tolist() == [[10, 255]]
+    with pytest.raises(ValueError, match="holds the label 10: labels must be 0 to 9, or 255"):
+        data.FolderDataset(root, "train", ignore_index=255, num_classes=10)[0]
+
+
+def test_crop_larger_than_the_frame(folder):
+    with pytest.raises(ValueError, match=r"f0\.png is smaller than the crop of 11x4"):
+        data.FolderDataset(folder, "train", crop=(11, 4))[0]
+
+
+def test_pictures_without_pillow(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(ImportError, match=r'pip install "fastseg-kernels\[demo\]"'):
+        data.FolderDataset(folder, "train")[0]
+
+
+def test_photographs_are_turned_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees
+    Image.fromarray(np.zeros((4, 9, 3), np.uint8)).save(tmp_path / "photo.jpg", exif=exif)
+    assert data.read_image(tmp_path / "photo.jpg").size == (4, 9)
+
+
+@contextlib.contextmanager
+def _every_warning():
+    """Else torch gives a warning once in a process."""
+    before = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)
+    yield
+    torch.set_warn_always(before)
+
+
+def test_a_picture_of_one_pixel_is_copied():
+    with warnings.catch_warnings(), _every_warning():
+        warnings.simplefilter("error")
+        assert data.to_tensor(Image.new("RGB", (1, 1), (255, 0, 51))).flatten().tolist() == pytest.approx([1, 0, 0.2])
+
+
+def test_median_frequency(tmp_path):
+    masks = [[[0, 0], [0, 1]], [[0, 0], [11, 11]]]
+    dataset = data.FolderDataset(write_folder(tmp_path, masks), "train", num_classes=3)
+    frequencies = data.class_frequencies(dataset, 3, 11)
+    torch.testing.assert_close(
+        frequencies, torch.tensor([5 / 6, 1 / 4, torch.nan], dtype=torch.float64), equal_nan=True
+    )
+    weights = data.median_frequency_weights(dataset, 3, 11)
+    median = (5 / 6 + 1 / 4) / 2
+    torch.testing.assert_close(weights, torch.tensor([median * 6 / 5, median * 4, 0]))
+
+
+def test_camvid_lists_go_together():
+    weights = dict(zip(data.CAMVID_CLASSES, data.CAMVID_CLASS_WEIGHTS, strict=True))
+    assert max(weights, key=weights.get) == "SignSymbol" and min(weights, key=weights.get) == "Road"
+
+
+def test_normalise():
+    image = torch.rand(2, 3, 4, 5)
+    result = data.normalise(image, (0.1, 0.2, 0.3), (1.0, 2.0, 4.0))
+    for channel, (mean, std) in enumerate(((0.1, 1), (0.2, 2), (0.3, 4))):
+        torch.testing.assert_close(result[:, channel], (image[:, channel] - mean) / std)

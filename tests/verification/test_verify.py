@@ -1,0 +1,152 @@
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fastseg import dispatch
+from fastseg.commands import cli
+from fastseg.verification import criterion, operators
+
+
+def test_a_right_function_passes(device):
+    x, w = torch.randn(3, 4, device=device), torch.randn(4, 5, device=device)
+    names = [c.tensor for c in criterion.compare(torch.matmul, torch.matmul, [x, w], ["x", "w"]) if c.passed]
+    assert names == ["output 0", "grad x", "grad w"]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda x: x * 1.0001,  # a value
+        lambda x: x + 0 * x.detach().where(x > 0, torch.nan),  # NaN where truth has none
+        lambda x: x.detach() + (x - x.detach()) * 1.01,  # the gradient alone
+        lambda x: torch.empty_like(x).copy_(x)[:-1],  # the shape
+    ],
+)
+def test_a_wrong_function_fails(wrong, device):
+    x = torch.randn(64, device=device)
+    assert not all(c.passed for c in criterion.compare(wrong, lambda x: x * 1, [x]))
+
+
+def test_an_element_that_nobody_wrote_is_seen(device):
+    def forgets(x):
+        y = torch.empty_like(x)
+        y[1:] = x[1:]
+        return y
+
+    x = torch.zeros(64, device=device)  # what fresh memory often holds
+    assert not all(c.passed for c in criterion.compare(forgets, lambda x: x * 1, [x]))
+
+
+def test_integers_must_be_equal():
+    theirs = lambda x: torch.max(x, 0)  # noqa: E731
+    ours = lambda x: (theirs(x)[0], theirs(x)[1] + 1)  # noqa: E731
+    assert [c.passed for c in criterion.compare(ours, theirs, [torch.randn(4, 3)])] == [True, False, True]
+
+
+def test_relative_error():
+    inf, nan = math.inf, math.nan
+    truth = torch.tensor([4.0, -2.0, inf, nan])
+    assert criterion.relative_error(truth.clone(), truth) == 0
+    assert criterion.relative_error(torch.tensor([4.0, -1.0, inf, nan]), truth) == 0.25
+    assert criterion.relative_error(torch.tensor([4.0, -2.0, -inf, nan]), truth) == inf
+    assert criterion.relative_error(torch.tensor([4.0, nan, inf, nan]), truth) == inf
+
+
+def test_the_command_passes_and_says_so(capsys):
+    assert cli.main(["verify", "--quick", "--op", "max_unpool2d", "--dtype", "bfloat16", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["passed"] and len(report["cases"]) == 4
+    assert {case["layout"] for case in report["cases"]} == {"nchw", "channels_last"}
+    assert all(result["passed"] for case in report["cases"] for result in case["results"])
+
+
+def test_the_command_fails_on_a_wrong_kernel(monkeypatch, capsys):
+    from fastseg import kernels
+
+    def zeros(x, y, positions, windows):
+        y.zero_()
+        positions.zero_()
+
+    monkeypatch.setattr(kernels.pooling.pool, "max_pool2d_fwd", zeros)
+    assert cli.main(["verify", "--quick", "--op", "max_pool2d", "--dtype", "float32"]) == 1
+    assert "FAILED" in capsys.readouterr().out
+
+
+def test_a_case_that_raises_fails_and_the_others_go_on(monkeypatch, capsys):
+    from fastseg import kernels
+
+    def broken(*arguments):
+        raise TypeError("no such kernel")
+
+    monkeypatch.setattr(kernels.pooling.pool, "max_pool2d_fwd", broken)
+    arguments = ["verify", "--quick", "--op", "max_pool2d", "--op", "max_unpool2d", "--dtype", "float32", "--json"]
+    assert cli.main(arguments) == 1
+    cases = json.loads(capsys.readouterr().out)["cases"]
+    assert [all(r["passed"] for r in c["results"]) for c in cases] == [False] * 4 + [True] * 4
+    assert "no such kernel" in cases[0]["results"][0]["tensor"] and cases[0]["results"][0]["error"] is None
+
+
+def test_without_triton_it_says_so_at_once(monkeypatch, capsys):
+    monkeypatch.setattr(dispatch, "TRITON_INSTALLED", False)
+    assert cli.main(["verify", "--quick", "--op", "max_pool2d"]) == 2
+    assert "--backend triton cannot run: triton is not installed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("json_option", [["--json"], []])
+def test_an_interrupted_run_tells_what_it_did(json_option, monkeypatch, capsys):
+    whole = operators.verify
+
+    def interrupted(*arguments):
+        yield from itertools.islice(whole(*arguments), 3)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fastseg.commands.verify.verify", interrupted)
+    assert cli.main(["verify", "--quick", "--op", "max_unpool2d", "--dtype", "float32", *json_option]) == 130
+    output = capsys.readouterr().out
+    if json_option:
+        report = json.loads(output)
+        assert report["interrupted"] and not report["passed"] and len(report["cases"]) == 3
+        assert all(result["passed"] for case in report["cases"] for result in case["results"])
+    else:
+        assert "3 cases, 0 failed" in output and "interrupted" in output
+
+
+EVERY_KERNEL = """
+import importlib, itertools
+from triton.runtime.jit import JITFunction
+from pathlib import Path
+from fastseg import dispatch, kernels
+from fastseg.verification import cases
+from fastseg.verification.operators import SIZES
+from fastseg.inspect.codegen import record
+from fastseg.kernels.launch import targeting
+from fastseg.ops.operator import observing
+
+root = Path(kernels.__file__).parent
+names = [".".join(path.relative_to(root).with_suffix("").parts) for path in root.rglob("*.py")]
+modules = [importlib.import_module(f"fastseg.kernels.{name}") for name in names if "__init__" not in name]
+wanted = {name for m in modules for name, found in vars(m).items()
+          if isinstance(found, JITFunction) and name.endswith("_kernel")}
+for (operator, sizes), dtype, layout in itertools.product(
+    SIZES.items(), ("float32", "bfloat16"), cases.LAYOUTS.values()
+):
+    at = cases.Placement(cases.DTYPES[dtype], layout, "meta")
+    for case in (case for make, size in sizes for case in make(at, *size)):
+        with dispatch.backend("triton"), targeting(90), observing(lambda operator, call: None):
+            wanted -= {launch.name for launch in record(lambda: case.step(case.ours, backward=True)())}
+print(*sorted(wanted))
+"""
+
+
+def test_every_kernel_is_run():
+    """On an H100, the kernels of its copy engine too."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, "-c", EVERY_KERNEL], capture_output=True, text=True, env=env)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout == "\n"
