@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..training.checkpoint import atomic_write
+from ..atomic_write import atomic_write
 from .results import Record
 
 CASE = ("where", "operator", "shape", "mode", "launch", "dtype", "layout", "gpu")

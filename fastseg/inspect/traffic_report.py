@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
+from ..atomic_write import atomic_write
 from ..kernels import launch
 from ..ops.operator import Operator, observing
-from ..training.checkpoint import atomic_write
 from ..verification import cases
 from ..verification.cases import Case, Placement
 from .eager import ByteCounter

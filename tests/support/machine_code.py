@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fastseg.training.checkpoint import atomic_write
+from fastseg.atomic_write import atomic_write
 
 
 def compiled(*arguments):
