@@ -21,7 +21,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+
+from . import torch_internals
 
 BACKENDS = ("auto", "triton", "cuda", "torch")
 NAMES = {"triton": "Triton", "cuda": "CUDA C++"}  # of the backends that are kernels, best first
@@ -178,7 +179,7 @@ def _decide(
     backend, missing = ("triton", "") if lacking is None else ("cuda", f"{lacking}; ")
     if reasons[backend] is not None:
         return Choice(operator, "torch", f"{missing}the {NAMES[backend]} kernels do not cover {reasons[backend]}")
-    if forward_ad._current_level >= 0:
+    if torch_internals.forward_mode_active():
         return Choice(operator, "torch", "inside forward-mode differentiation, which the kernels have no rule for")
     if preferred is not None and backend == "triton":
         return Choice(operator, *preferred)
@@ -223,12 +224,9 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Cho
     >>> print(*fastseg.explain(fastseg.functional.max_pool2d, torch.zeros(1, 8, 16, 16), 2))
     max_pool2d: torch (a CPU tensor)
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.utils._pytree import tree_map_only
-
     global _watched
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        fake_args, fake_kwargs = tree_map_only(Tensor, mode.from_tensor, (args, kwargs))
+    with torch_internals.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake_args, fake_kwargs = torch_internals.tree_map_only(Tensor, mode.from_tensor, (args, kwargs))
         outer, _watched = _watched, []
         try:
             if isinstance(function, torch.nn.Module):

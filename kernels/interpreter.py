@@ -13,24 +13,24 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import triton
-from triton.language import core
-from triton.runtime import interpreter
+
+from . import triton_internals
+from .triton_internals import is_builtin
 
 
 @functools.cache
 def builtins(pkg: Any) -> list[str]:
     """Their names; asked before any is replaced."""
-    return [name for name, member in inspect.getmembers(pkg) if core.is_builtin(member)]
+    return [name for name, member in inspect.getmembers(pkg) if is_builtin(member)]
 
 
 def patch_builtins(pkg: Any, builder: Any, scope: Any) -> None:
     names = builtins(pkg)
-    if not core.is_builtin(getattr(pkg, names[0])):
+    if not is_builtin(getattr(pkg, names[0])):
         return  # replaced already, for the kernel that calls this function: all at once
     for name in names:
-        if core.is_builtin(member := getattr(pkg, name)):  # else somebody else's
-            interpreter._patch_attr(pkg, name, member, builder, scope)
+        if is_builtin(member := getattr(pkg, name)):  # else somebody else's
+            triton_internals.patch_builtin(pkg, name, member, builder, scope)
 
 
 def kept(numpy_type: Callable[[Any], np.dtype]) -> Callable[[Any], np.dtype]:
@@ -60,12 +60,10 @@ def loops_with_numpy_2_4(patch: Callable[..., None]) -> Callable[..., None]:
 
 def prepare() -> None:
     """Once, in a process whose kernels are interpreted. Another Triton than these is left as it is."""
-    version = tuple(map(int, triton.__version__.split(".")[:2]))
-    if version not in ((3, 6), (3, 7)):
+    if triton_internals.VERSION not in triton_internals.SEEN_IN:
         return
-    semantic = interpreter.TritonSemantic
-    interpreter._patch_builtin = patch_builtins
-    interpreter._get_np_dtype = kept(interpreter._get_np_dtype)
-    semantic.binary_op_sanitize_overflow_impl = where_asked(semantic.binary_op_sanitize_overflow_impl)
-    if version == (3, 6):
-        interpreter._patch_lang_tensor = loops_with_numpy_2_4(interpreter._patch_lang_tensor)
+    triton_internals.replace_patch_builtins(patch_builtins)
+    triton_internals.replace_numpy_dtype(kept)
+    triton_internals.replace_overflow_check(where_asked)
+    if triton_internals.VERSION == (3, 6):
+        triton_internals.replace_patch_tensor(loops_with_numpy_2_4)

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
-INTERPRETED: bool = triton.knobs.runtime.interpret
+from .triton_internals import INTERPRETED
+
 INT32_MAX = 2**31 - 1
 
 

@@ -7,13 +7,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastseg
 from fastseg import autotune, dispatch
 from fastseg.inspect.traffic import metering
 from fastseg.ops.convolution import conv_transpose as functions
 from fastseg.ops.convolution import conv_transpose_operators as operators
+from fastseg.torch_internals import FakeTensorMode
 
 GPU = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0))  # as much of a tensor as is looked at
 MACHINE = {"gpu": "H100", "driver": "1"}

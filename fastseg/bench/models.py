@@ -93,7 +93,7 @@ class ModelBench:
             with self.recorder.shown(**who, mode="", launch=""), dispatch.backend(variant.backend):
                 job.run(variant, who)
             if variant.compile is not None:
-                torch._dynamo.reset()
+                torch.compiler.reset()
 
 
 class Job:

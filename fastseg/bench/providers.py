@@ -63,7 +63,7 @@ def _compiled(mode: str) -> Callable[[Case], Function]:
     def function(case: Case) -> Function | None:
         if case.operator.endswith("_with_offsets"):
             return None  # torch's call is the one that is compiled for the operator with indices
-        torch._dynamo.reset()  # else the shapes of the cases before count against its limit of recompilations
+        torch.compiler.reset()  # else the shapes of the cases before count against its limit of recompilations
         return torch.compile(plain(case), mode=mode, dynamic=False)
 
     return function

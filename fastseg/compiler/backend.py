@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch.fx import GraphModule
+
+from .. import torch_internals
 
 log = logging.getLogger("fastseg")
 
@@ -38,18 +38,8 @@ def compile_backend(
     log.info("compile: %s", report)
     if tell is not None:
         tell(report)
-    with _compiling():
+    with torch_internals.compiling():
         if inner == "inductor":
-            return torch._TorchCompileInductorWrapper(mode, options, None)(graph, inputs)
+            return torch_internals.inductor_backend(mode, options)(graph, inputs)
         given = {name: value for name, value in (("mode", mode), ("options", options)) if value}
-        return torch._dynamo.lookup_backend(inner)(graph, inputs, **given)
-
-
-@contextlib.contextmanager
-def _compiling() -> Iterator[None]:
-    """torch.compiler.is_compiling is true while the inner backend traces too, as it is by itself in newer torch."""
-    before, torch.compiler._is_compiling_flag = torch.compiler._is_compiling_flag, True
-    try:
-        yield
-    finally:
-        torch.compiler._is_compiling_flag = before
+        return torch_internals.lookup_backend(inner)(graph, inputs, **given)

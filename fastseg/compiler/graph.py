@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from .. import dispatch
+from .. import dispatch, torch_internals
 from ..ops.pooling.positions import unset
 from ..swapping.functions import REPLACED
 
@@ -109,7 +109,7 @@ def has_effect(node: Node) -> bool:
         return node.target.endswith("_") and not node.target.endswith("__") and _may_float(node.args[0])
     if node.op != "call_function":
         return node.op == "call_module"
-    if isinstance(node.target, torch._ops.HigherOrderOperator) or "example_value" not in node.meta:
+    if torch_internals.is_higher_order(node.target) or "example_value" not in node.meta:
         return True
     return _writes(node) or node.is_impure()
 

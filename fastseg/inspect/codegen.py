@@ -16,17 +16,14 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..kernels import launch
+from ..kernels import launch, triton_internals
 
 POINTERS = {
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64",
@@ -185,23 +182,24 @@ def _code(cubin: bytes) -> bytes:
 
 def _nvidia(tool: str, content: bytes, *options: str) -> str:
     """What one of the tools that come with triton prints about a file of this content."""
-    path = Path(triton.__path__[0]) / "backends" / "nvidia" / "bin" / tool
+    path = triton_internals.nvidia_tool(tool)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(content)
         file.flush()
         return subprocess.run([path, *options, file.name], capture_output=True, text=True, check=True).stdout
 
 
-def _source(recorded: Launch) -> ASTSource:
+def _source(recorded: Launch) -> Any:
     attributes = {(position,): [["tt.divisibility", 16]] for position in recorded.divisible}
-    return ASTSource(recorded.kernel, signature=recorded.signature, constexprs=recorded.constants, attrs=attributes)
+    return triton_internals.source(recorded.kernel, recorded.signature, recorded.constants, attributes)
 
 
 def compile_for(recorded: Launch, capability: int) -> Compiled:
     """Compile for sm_<capability>. Raises RuntimeError where kernels are interpreted and cannot be compiled."""
-    if launch.INTERPRETED:
+    if triton_internals.INTERPRETED:
         raise RuntimeError("kernels cannot be compiled in a process where TRITON_INTERPRET=1")
-    built = triton.compile(_source(recorded), target=GPUTarget("cuda", capability, 32), options=recorded.options)
+    target = triton_internals.gpu_target("cuda", capability, 32)
+    built = triton.compile(_source(recorded), target=target, options=recorded.options)
     return Compiled(
         recorded.name, capability, built.asm["ptx"], built.asm["cubin"], built.metadata.num_warps, built.metadata.shared
     )
@@ -210,7 +208,9 @@ def compile_for(recorded: Launch, capability: int) -> Compiled:
 def compile_for_amd(recorded: Launch, target: str = "gfx942") -> str | None:
     """Compile for an AMD GPU: None if that works, else the reason why not in one line."""
     try:
-        triton.compile(_source(recorded), target=GPUTarget("hip", target, 64), options=recorded.options)
+        triton.compile(
+            _source(recorded), target=triton_internals.gpu_target("hip", target, 64), options=recorded.options
+        )
     except Exception as error:  # whatever a compiler that is not ours may raise is what is reported
         return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return None

@@ -14,9 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from ..torch_internals import TorchDispatchMode, operator_name, returns_view, tree_leaves
 from .traffic import SECTOR
 
 aten = torch.ops.aten
@@ -110,12 +109,11 @@ class ByteCounter(TorchDispatchMode):
         kwargs = dict(kwargs or {})
         out = func(*args, **kwargs)
         kwargs.pop("out", None)  # which is written only
-        view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
-        if not view and "empty" not in func.__name__:
+        if not returns_view(func) and "empty" not in func.__name__:
             rule = RULES.get(func, lambda args, out: _count(nbytes(args, kwargs, out)))
             least, sectors = rule(args, out)
-            self.least[func._schema.name] += least
-            self.sectors[func._schema.name] += sectors
+            self.least[operator_name(func)] += least
+            self.sectors[operator_name(func)] += sectors
             if bias := _bias_of(func, args, out):
                 self.least["bias of a convolution"] += bias
                 self.sectors["bias of a convolution"] += bias

@@ -22,8 +22,9 @@ import numpy as np
 import torch
 import triton.language as tl
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
+from .. import torch_internals
+from ..kernels import triton_internals
 from .eager import ByteCounter
 from .traffic import KernelTraffic, counting
 
@@ -55,18 +56,17 @@ class Graph:
 def compiled(function: Callable[..., Any]) -> tuple[Callable[..., Any], list[Graph]]:
     """The function on CPU tensors by Inductor's kernels for a GPU, interpreted; and its graphs, as they are compiled.
 
-    Needs TRITON_INTERPRET=1. Inductor's internals are used as they are in torch 2.13; what they raise is raised.
+    Needs TRITON_INTERPRET=1. Whatever Inductor's internals raise is raised.
     """
-    from torch._dynamo.utils import detect_fake_mode
-    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
     from torch.fx.node import map_aggregate
     from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
+    inductor = torch_internals.inductor()
     graphs: list[Graph] = []
 
     def lower(module: torch.fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Callable[[list[Any]], Any]:
         """A graph of aten operators, on CPU tensors, as a program of kernels for a GPU, that runs on CPU tensors."""
-        mode = detect_fake_mode(inputs)
+        mode = inductor.detect_fake_mode(inputs)
         for node in module.graph.nodes:
             node.args, node.kwargs = (map_aggregate(x, _on_gpu) for x in (node.args, node.kwargs))
         module.recompile()
@@ -75,7 +75,7 @@ def compiled(function: Callable[..., Any]) -> tuple[Callable[..., Any], list[Gra
         with _a_gpu(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             FakeTensorProp(module, mode).propagate_dont_convert_inputs(*moved)
-            program = compile_fx_inner(module, moved, **options)
+            program = inductor.compile_fx_inner(module, moved, **options)
         graph = Graph(bool(options.get("is_backward")))
         graphs.append(graph)
 
@@ -84,13 +84,12 @@ def compiled(function: Callable[..., Any]) -> tuple[Callable[..., Any], list[Gra
             with _interpreted(graph.kernels), graph.operators:
                 return program(args)
 
-        run._boxed_call = True
-        return run
+        return torch_internals.boxed(run)
 
     def backend(module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         patches = {"force_disable_caches": True, "compile_threads": 1}
         with _decomposed_for_a_gpu():
-            return compile_fx(module, inputs, inner_compile=lower, config_patches=patches)
+            return inductor.compile_fx(module, inputs, inner_compile=lower, config_patches=patches)
 
     return torch.compile(function, backend=backend, dynamic=False, fullgraph=True), graphs
 
@@ -104,19 +103,17 @@ def _on_gpu(x: Any) -> Any:
 @contextlib.contextmanager
 def _decomposed_for_a_gpu() -> Iterator[None]:
     """What torch and Inductor decompose otherwise on a CPU: gradients of biases, and resizing of few channels."""
-    from torch._decomp import decompositions
-    from torch._inductor import decomposition
-
-    resize = decompositions._upsample_linear
-    contiguous = mock.patch.object(decompositions.utils, "suggest_memory_format", lambda x: torch.contiguous_format)
+    inductor = torch_internals.inductor()
+    resize, utils = inductor.upsample_linear, inductor.decompositions.utils
+    contiguous = mock.patch.object(utils, "suggest_memory_format", lambda x: torch.contiguous_format)
 
     def resized(x: Tensor, *rest: Any) -> Tensor:
         with contiguous if x.shape[1] < 16 else contextlib.nullcontext():
             return resize(x, *rest)
 
     with (
-        mock.patch.object(decomposition, "is_gpu", lambda device: True),
-        mock.patch.object(decompositions, "_upsample_linear", resized),
+        mock.patch.object(inductor.decomposition, "is_gpu", lambda device: True),
+        mock.patch.object(inductor.decompositions, "_upsample_linear", resized),
     ):
         yield
 
@@ -124,74 +121,67 @@ def _decomposed_for_a_gpu() -> Iterator[None]:
 @contextlib.contextmanager
 def _a_gpu() -> Iterator[None]:
     """Inductor finds an H100; the programs that it writes take CPU tensors and wait for no stream."""
-    from torch._dynamo.device_interface import CudaInterface
-    from torch._inductor import scheduler
-    from torch._inductor.codegen import common
-    from torch._inductor.runtime import triton_helpers
-
-    on_cpu = common.get_device_op_overrides("cpu")
+    inductor = torch_internals.inductor()
+    interface, helpers = inductor.CudaInterface, inductor.triton_helpers
+    on_cpu = inductor.common.get_device_op_overrides("cpu")
     with contextlib.ExitStack() as stack:
         for owner, name, value in (
             (torch.cuda, "current_device", lambda: 0),
             (torch.cuda, "device", lambda index: contextlib.nullcontext()),
             (torch.cuda, "get_device_properties", lambda *device: H100),
             (torch.cuda, "get_device_capability", lambda *device: (9, 0)),
-            (CudaInterface, "get_device_properties", staticmethod(lambda *device: H100)),
-            (CudaInterface, "get_compute_capability", staticmethod(lambda *device: 90)),
-            (CudaInterface, "is_bf16_supported", staticmethod(lambda *a, **k: True)),
-            (CudaInterface.Worker, "get_device_properties", staticmethod(lambda *device: H100)),
-            (CudaInterface.Worker, "current_device", staticmethod(lambda: 0)),
-            (scheduler, "has_triton", lambda *device: True),
-            (torch.utils._triton, "triton_hash_with_backend", lambda: "interpreted"),
-            (triton_helpers, "set_driver_to_gpu", lambda: None),
-            (triton_helpers, "libdevice", Libdevice()),
+            (interface, "get_device_properties", staticmethod(lambda *device: H100)),
+            (interface, "get_compute_capability", staticmethod(lambda *device: 90)),
+            (interface, "is_bf16_supported", staticmethod(lambda *a, **k: True)),
+            (interface.Worker, "get_device_properties", staticmethod(lambda *device: H100)),
+            (interface.Worker, "current_device", staticmethod(lambda: 0)),
+            (inductor.scheduler, "has_triton", lambda *device: True),
+            (inductor.triton_utilities, "triton_hash_with_backend", lambda: "interpreted"),
+            (helpers, "set_driver_to_gpu", lambda: None),
+            (helpers, "libdevice", Libdevice()),
             (type(on_cpu), "device_guard", lambda self, index: "torch.no_grad()"),  # code: some context
-            (torch._C, "_conv_determine_backend_memory_format", _cudnn_format),
-            (torch._C._dynamo.guards, "_empty_strided_cuda", torch._C._dynamo.guards._empty_strided_cpu),
+            (inductor.C, "_conv_determine_backend_memory_format", _cudnn_format),
+            (inductor.guards, "_empty_strided_cuda", inductor.empty_strided_cpu),
         ):
             stack.enter_context(mock.patch.object(owner, name, value))
-        stack.enter_context(mock.patch.dict(common.device_op_overrides_dict, {"cuda": on_cpu}))
+        stack.enter_context(mock.patch.dict(inductor.common.device_op_overrides_dict, {"cuda": on_cpu}))
         yield
 
 
 def _cudnn_format(input: Tensor, weight: Tensor, backend: Any) -> torch.memory_format:
     """The format of a convolution's result by cuDNN, which is not asked in a build without CUDA."""
-    formats = [torch._prims_common.suggest_memory_format(x) for x in (input, weight)]
+    formats = list(map(torch_internals.inductor().suggest_memory_format, (input, weight)))
     return torch.channels_last if torch.channels_last in formats else torch.contiguous_format
 
 
 @contextlib.contextmanager
 def _interpreted(launches: list[KernelTraffic]) -> Iterator[None]:
     """Each kernel of Inductor's is launched in the interpreter, and its traffic goes into the list."""
-    from torch._inductor.runtime import triton_helpers
-    from torch._inductor.runtime.triton_heuristics import CachingAutotuner
-    from triton.runtime.interpreter import ReduceOps
-
-    run = CachingAutotuner.run
+    inductor = torch_internals.inductor()
+    run = inductor.CachingAutotuner.run
 
     def counted(self: Any, *args: Any, **named: Any) -> None:
         _grow(self.configs[0].kwargs, self.size_hints)
         lanes_outside = np.errstate(all="ignore")  # which are computed too, of nothing, and masked
-        with _disable_current_modes(), lanes_outside, counting(self.fn.__name__, args) as traffic:
+        with torch_internals.disable_current_modes(), lanes_outside, counting(self.fn.__name__, args) as traffic:
             run(self, *args, **named)
         if traffic.outside:
             raise RuntimeError(f"{traffic.kernel} touched memory outside of its tensors: it was not run as generated")
         launches.append(traffic)
 
     with (
-        mock.patch.object(CachingAutotuner, "run", counted),
-        mock.patch.object(ReduceOps, "generic_reduce", _by_halves),
-        mock.patch.object(triton_helpers, "libdevice", Libdevice()),
+        mock.patch.object(inductor.CachingAutotuner, "run", counted),
+        mock.patch.object(triton_internals.interpreter().ReduceOps, "generic_reduce", _by_halves),
+        mock.patch.object(inductor.triton_helpers, "libdevice", Libdevice()),
     ):
         yield
 
 
 def _grow(blocks: dict[str, Any], sizes: dict[str, int]) -> None:
     """Blocks of the largest size that the code allows: few programs, which touch the same sectors and run fast here."""
-    from torch._inductor.runtime.hints import TRITON_MAX_BLOCK
-
+    largest = torch_internals.inductor().largest_blocks
     for axis, size in sizes.items():
-        name, most = f"{axis.upper()}BLOCK", min(size, TRITON_MAX_BLOCK[axis.upper()])
+        name, most = f"{axis.upper()}BLOCK", min(size, largest[axis.upper()])
         while name in blocks and blocks[name] < most and math.prod(blocks.values()) < LARGEST_BLOCK:
             blocks[name] *= 2
 

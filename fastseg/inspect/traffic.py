@@ -18,7 +18,7 @@ import numpy as np
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..kernels import launch
+from ..kernels import launch, triton_internals
 
 SECTOR = 32
 ACCESSES = ("load", "store", "atomic")
@@ -66,7 +66,7 @@ def metering() -> Iterator[list[KernelTraffic]]:
 
     Raises RuntimeError where kernels would not be interpreted.
     """
-    if not launch.INTERPRETED:
+    if not triton_internals.INTERPRETED:
         raise RuntimeError(
             "traffic is counted in Triton's interpreter: set TRITON_INTERPRET=1 before triton is imported"
         )
@@ -106,10 +106,9 @@ class Watcher(Protocol):
 @contextlib.contextmanager
 def watching(watcher: Watcher) -> Iterator[None]:
     """Tells the watcher of every access, product of blocks and barrier that the interpreter makes meanwhile."""
-    from triton.runtime.interpreter import InterpreterBuilder as Builder
-
+    builder = triton_internals.interpreter().InterpreterBuilder
     names = ("masked_load", "masked_store", "atomic_rmw", "atomic_cas", "dot", "barrier")
-    load, store, rmw, cas, dot, barrier = originals = [getattr(Builder, f"create_{name}") for name in names]
+    load, store, rmw, cas, dot, barrier = originals = [getattr(builder, f"create_{name}") for name in names]
 
     def tell(access: str, pointers: Any, mask: Any, value: Any = None) -> None:
         live = mask if isinstance(mask, np.ndarray) else mask.data  # that of a descriptor is no handle
@@ -141,12 +140,12 @@ def watching(watcher: Watcher) -> Iterator[None]:
 
     replacements = (masked_load, masked_store, atomic_rmw, atomic_cas, watched_dot, watched_barrier)
     for name, replacement in zip(names, replacements, strict=True):
-        setattr(Builder, f"create_{name}", replacement)
+        setattr(builder, f"create_{name}", replacement)
     try:
         yield
     finally:
         for name, original in zip(names, originals, strict=True):
-            setattr(Builder, f"create_{name}", original)
+            setattr(builder, f"create_{name}", original)
 
 
 def _extent(t: Tensor) -> int:

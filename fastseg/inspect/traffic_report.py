@@ -129,7 +129,7 @@ def _eager_bytes(case: Case, backward: bool) -> tuple[int, int]:
 
 def compiled_bytes(case: Case, backward: bool) -> dict[str, tuple[int, int]]:
     """What torch.compile's kernels move on a GPU for what `eager_bytes` counts, of a case on CPU tensors."""
-    torch._dynamo.reset()  # else the cases before count against its limit of recompilations
+    torch.compiler.reset()  # else the cases before count against its limit of recompilations
     function, graphs = compiled(case.eager or case.theirs)
     case.step(function, backward)()
     return {"backward" if graph.backward else "forward": graph.moved for graph in graphs}

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 
-from .. import autotune, dispatch
+from .. import autotune, dispatch, torch_internals
 from ..nn import BatchNormReLU2d, BatchNormReLUMaxUnpool2d
 from ..ops.batch_norm.operators import Norm
 from ..ops.convolution.unpool_conv_norm import max_unpool2d_conv2d_batch_norm_relu
@@ -50,9 +49,9 @@ def _entered(before: Block | None, x: Tensor, kept: Kept, block: Block) -> Tenso
 
 
 def _norm(block: Block) -> Norm:
-    conv, norm = block._modules.values()
-    buffers, parameters = norm._buffers, norm._parameters
-    vectors = buffers["running_mean"], conv._parameters["bias"], buffers["running_var"]
+    conv, norm = torch_internals.children(block).values()
+    buffers, parameters = torch_internals.buffers(norm), torch_internals.parameters(norm)
+    vectors = buffers["running_mean"], torch_internals.parameters(conv)["bias"], buffers["running_var"]
     return *vectors, parameters["weight"], parameters["bias"], norm.eps, norm.relu
 
 
@@ -66,23 +65,23 @@ def _worth_asking(x: Tensor) -> bool:
 
 def _as_built(decoder: nn.ModuleList) -> bool:
     """Whether the layers that would run in other parts are those it is built from, in evaluation, watched by nobody."""
-    if torch_module._has_any_global_hook():
+    if torch_internals.has_global_hooks():
         return False
-    stages = list(decoder._modules.values())
+    stages = list(torch_internals.children(decoder).values())
     for stage in stages:
         if not _plain(stage, Stage):
             return False
-        first, *rest = stage._modules.values()
+        first, *rest = torch_internals.children(stage).values()
         ends = [(first, BatchNormReLU2d)]
         if stage is not stages[-1]:
             ends += [(block, BatchNormReLUMaxUnpool2d) for block in rest[-1:] or [first]]
         for block, kind in ends:
             if not _plain(block, Block):
                 return False
-            conv, norm = block._modules.values()
+            conv, norm = torch_internals.children(block).values()
             if not _plain(conv, Conv2d) or not _plain(norm, kind):
                 return False
-        conv = first._modules["0"]
+        conv = torch_internals.children(first)["0"]
         geometry = conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode
         if geometry != CONVOLUTION:
             return False
@@ -90,7 +89,5 @@ def _as_built(decoder: nn.ModuleList) -> bool:
 
 
 def _plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    own = module.__dict__
-    watched = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
-    own_way = "forward" in own or own.get("_compiled_call_impl")
-    return type(module) is kind and not (own["training"] or watched or own_way)
+    replaced = "forward" in module.__dict__ or torch_internals.is_compiled(module)
+    return type(module) is kind and not (module.training or torch_internals.has_hooks(module) or replaced)

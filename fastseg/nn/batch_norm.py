@@ -9,9 +9,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import functional as F
+from .. import torch_internals
 from ..ops.pooling.positions import IntOrPair
 from .scripting import refuse_script
 
@@ -21,7 +21,7 @@ def normalise(norm: nn.BatchNorm2d, function: Callable[..., Any], *tensors: Tens
 
     function: one of fastseg.functional's batch_norm_relu family. norm: torch's, or one of these.
     """
-    norm._check_input_dim(tensors[0])
+    torch_internals.check_input_dim(norm, tensors[0])
     factor = 0.0 if norm.momentum is None else norm.momentum
     if norm.training and norm.track_running_stats and norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
@@ -187,7 +187,7 @@ def convert_sync_batchnorm(model: nn.Module, process_group: Any = None) -> nn.Mo
     """
     if isinstance(model, BatchNormReLU2d):
         model.sync, model.process_group = True, process_group
-    elif isinstance(model, _BatchNorm):
+    elif isinstance(model, torch_internals.BatchNorm):
         return nn.SyncBatchNorm.convert_sync_batchnorm(model, process_group)
     else:
         for name, child in model.named_children():

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .. import dispatch
+from .. import dispatch, torch_internals
 from .. import functional as F
 from ..ops.convolution.conv_transpose import runs_on_kernels
 from ..ops.convolution.conv_transpose_norm import folded_norm
@@ -46,10 +46,7 @@ def convolved(
     weight = conv.weight  # once: a parametrization computes it, and may change with each time
     if conv.padding_mode != "zeros":
         raise ValueError(f"ConvTranspose2d: padding_mode must be 'zeros', but is {conv.padding_mode!r}")
-    output_padding = conv._output_padding(
-        input, output_size, conv.stride, conv.padding, conv.kernel_size, 2, conv.dilation
-    )
-    geometry = (conv.stride, conv.padding, output_padding)
+    geometry = (conv.stride, conv.padding, torch_internals.output_padding(conv, input, output_size))
     if conv.groups == 1 and 1 < conv.in_channels == conv.out_channels and _mixes_no_channels(weight):
         diagonal = weight.diagonal().permute(2, 0, 1).unsqueeze(1)
         depthwise = (input, diagonal, bias, *geometry, conv.in_channels, conv.dilation)
@@ -67,7 +64,7 @@ def _mixes_no_channels(weight: Tensor) -> bool:
         return False
     if type(weight) is not nn.Parameter or weight.is_meta or weight.is_inference():
         return False  # what a parametrization has just computed would be looked at in each call
-    state = (weight.data_ptr(), weight._version, weight.dtype, weight.shape)
+    state = (weight.data_ptr(), torch_internals.version(weight), weight.dtype, weight.shape)
     known = _looked.get(weight)
     if known is None or known[0] != state:
         if weight.is_cuda and torch.cuda.is_current_stream_capturing():
@@ -121,8 +118,7 @@ class ConvTransposeBatchNormReLU2d(nn.Sequential):
 
     def forward(self, input: Tensor) -> Tensor:
         conv, norm = self
-        watched = any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in (conv, norm))
-        if norm.relu and not watched:
+        if norm.relu and not any(map(torch_internals.has_hooks, (conv, norm))):
             output = evaluated(conv, norm, input)
             if output is not None:
                 return output

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from .. import dispatch
+from ..torch_internals import tree_leaves
 
 LIB = torch.library.Library("fastseg", "DEF")  # module scope: dropping it would unregister the operators
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)

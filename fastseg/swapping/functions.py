@@ -11,10 +11,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses import FakeTensor
 from torch.overrides import TorchFunctionMode
 
-from .. import dispatch, functional
+from .. import dispatch, functional, torch_internals
+from ..torch_internals import FakeTensor
 
 NAMES = ("max_pool2d", "max_unpool2d", "conv_transpose2d", "cross_entropy")
 PLAIN = (Tensor, nn.Parameter, FakeTensor)  # not their subclasses: what those mean by an operator is their own affair
@@ -78,7 +78,7 @@ def _obstacle(name: str, args: Any) -> str | None:
             return "a tensor that is not dense"
     if torch.compiler.is_compiling():
         return None
-    if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
+    if torch_internals.functorch_transforms_active() or torch_internals.forward_mode_active():
         return "inside a torch.func transform or forward-mode differentiation"
     if torch.jit.is_tracing():
         return "inside torch.jit.trace"
@@ -154,5 +154,5 @@ class swap_functions(TorchFunctionMode):
             return func(*args, **kwargs)
         self.calls[name] += 1
         # What fastseg calls of torch for it is not for a swap_functions further out.
-        with torch._C.DisableTorchFunction():
+        with torch_internals.disable_torch_function():
             return replacement(*args, **kwargs)

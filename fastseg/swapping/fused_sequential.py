@@ -11,12 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd import forward_ad
-from torch.nn.modules import module as torch_module
-from torch.nn.modules.utils import _pair
 
-from .. import dispatch
+from .. import dispatch, torch_internals
 from .. import functional as F
 from .. import nn as fused
 from ..nn.batch_norm import normalise
@@ -46,7 +42,7 @@ class Group(NamedTuple):
                 return output
             input, bias = convolved(conv, input, None), conv.bias
         elif conv is not None:
-            input, bias = conv._conv_forward(input, conv.weight, None), conv.bias
+            input, bias = torch_internals.convolve_without_bias(conv, input), conv.bias
         if pool is None:
             return normalise(norm, F.batch_norm_relu, input, relu=relu, input_bias=bias)
         return normalise(
@@ -82,7 +78,7 @@ def groups(sequence: nn.Sequential, kind: Kind, watched: bool) -> list[tuple[str
 
     kind: the class that a layer has, or will have. watched: also where a hook prevents it now.
     """
-    names, layers, at, found = list(sequence._modules), list(sequence), 0, []
+    names, layers, at, found = list(torch_internals.children(sequence)), list(sequence), 0, []
     while at < len(layers):
         group = group_at(layers, at, kind, watched)
         if group is not None:
@@ -97,13 +93,18 @@ def group_at(layers: Sequence[nn.Module], at: int, kind: Kind = type, watched: b
         return None
 
     def layer_is(place: int, base: type) -> bool:
-        return place < len(layers) and _stock(layers[place], base, kind) and (watched or not _is_watched(layers[place]))
+        return (
+            place < len(layers)
+            and _stock(layers[place], base, kind)
+            and (watched or not torch_internals.has_hooks(layers[place]))
+        )
 
     conv, end = None, at
-    biased = layers[at]._parameters.get("bias") is not None  # which computes none that has a parametrization
+    # A bias with a parametrization is none of the layer's own parameters.
+    biased = torch_internals.parameters(layers[at]).get("bias") is not None
     if layer_is(at, fused.ConvTranspose2d) or (biased and layer_is(at, nn.Conv2d) and _convolves(layers[at])):
         conv, end = layers[at], at + 1
-    if not layer_is(end, nn.BatchNorm2d) or "parametrizations" in layers[end]._modules:
+    if not layer_is(end, nn.BatchNorm2d) or "parametrizations" in torch_internals.children(layers[end]):
         return None
     norm, end = layers[end], end + 1
     relu = layer_is(end, nn.ReLU)
@@ -129,19 +130,12 @@ def _stock(layer: nn.Module, base: type, kind: Kind) -> bool:
 
 def _convolves(conv: nn.Conv2d) -> bool:
     """Whether a bias that torch's convolution would add can be kept from it: nobody else has a say in that."""
-    return type(conv)._conv_forward is nn.Conv2d._conv_forward and "_conv_forward" not in conv.__dict__
-
-
-def _is_watched(layer: nn.Module) -> bool:
-    own = layer.__dict__
-    return bool(
-        own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
-    )
+    return torch_internals.convolves_as_torch(conv)
 
 
 def _joins(pool: nn.MaxPool2d) -> bool:
     """Whether a pool's windows are those that run in one pass with the norm, and nobody asks for their indices."""
-    kernel, stride, dilation = map(_pair, (pool.kernel_size, pool.stride, pool.dilation))
+    kernel, stride, dilation = map(torch_internals.as_pair, (pool.kernel_size, pool.stride, pool.dilation))
     known = len(kernel) == len(stride) == 2
     return known and not pool.return_indices and dilation == (1, 1) and fusible(kernel, stride)
 
@@ -149,16 +143,18 @@ def _joins(pool: nn.MaxPool2d) -> bool:
 def _watched_from_outside() -> bool:
     """Whether a hook of all modules, or a transform that the operators have no rule for, would miss the layers."""
     return (
-        bool(torch_module._has_any_global_hook())
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
+        torch_internals.has_global_hooks()
+        or torch_internals.functorch_transforms_active()
+        or torch_internals.forward_mode_active()
     )
 
 
 def _covered(input: Any, norm: nn.BatchNorm2d) -> bool:
     """Whether the group's operators take these tensors. What torch refuses is left to torch."""
     vectors = [t for t in (norm.weight, norm.bias, norm.running_mean, norm.running_var) if t is not None]
-    if not all(type(t) in (Tensor, nn.Parameter) or isinstance(t, FakeTensor) for t in (input, *vectors)):
+    if not all(
+        type(t) in (Tensor, nn.Parameter) or isinstance(t, torch_internals.FakeTensor) for t in (input, *vectors)
+    ):
         return False  # a DTensor, a tuple
     if BATCH_NORM_RELU.uncovered(input) is not None:
         return False

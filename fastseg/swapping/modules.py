@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
-from torch.nn.modules.utils import _pair
 from torch.nn.parameter import UninitializedTensorMixin
 
 from .. import nn as fused
 from ..ops.pooling.positions import MAX_OFFSETS
+from ..torch_internals import as_pair
 from .class_exchange import bare, exchange, fused_class
 from .fused_sequential import Sequential, groups
 from .report import Candidate, SwapReport
@@ -246,7 +246,7 @@ def _incompatible(layers: list[Candidate]) -> str | None:
                 "means nothing without its own"
             )
     for layer in pools:
-        if _pair(layer.module.dilation) != (1, 1):
+        if as_pair(layer.module.dilation) != (1, 1):
             return f"{layer.names[0]} is dilated"
     kernel = first[0]
     if kernel[0] * kernel[1] > MAX_OFFSETS:
@@ -255,7 +255,7 @@ def _incompatible(layers: list[Candidate]) -> str | None:
 
 
 def _geometry(module: nn.Module) -> tuple[tuple[int, ...], ...]:
-    return _pair(module.kernel_size), _pair(module.stride), _pair(module.padding)
+    return as_pair(module.kernel_size), as_pair(module.stride), as_pair(module.padding)
 
 
 # --- sequences -------------------------------------------------------------------------------------------------------

@@ -108,7 +108,7 @@ def test_compiles_in_one_graph(training, backend, device):
             *copy.deepcopy(list(model.buffers())),
         )
 
-    torch._dynamo.reset()
+    torch.compiler.reset()
     with fastseg.backend(backend):
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         for got, want in zip(results(compiled), results(model), strict=True):

@@ -28,7 +28,7 @@ theirs = shared(lambda y, mean, var, weight, bias: F.relu(
 def test_a_call_of_torchs_before(setting, compiled, device):
     x, weight, bias, mean = (torch.randn(shape, device=device) for shape in ((2, 4, 3, 5), 4, 4, 4))
     found = []
-    torch._dynamo.reset()
+    torch.compiler.reset()
     for function in (torch.compile(ours, backend="aot_eager", fullgraph=True) if compiled else ours, theirs):
         leaves, running = [t.clone().requires_grad_() for t in (x, weight)], [mean.clone(), mean.square() + 1]
         with fastseg.backend(setting):

@@ -3,11 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastseg import functional as FS
 from fastseg.ops.losses import chunked_reference as chunks
 from fastseg.ops.losses import upsample_cross_entropy
+from fastseg.torch_internals import TorchDispatchMode
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="runs on CPU tensors")
 

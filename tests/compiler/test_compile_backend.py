@@ -25,15 +25,13 @@ from support.compiled import (
     train,
 )
 from torch import nn
-from torch._dynamo.backends import registry
-from torch._subclasses import FakeTensor
-from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 import fastseg
-from fastseg import dispatch
+from fastseg import dispatch, torch_internals
 from fastseg.compiler.passes import rewrite
 from fastseg.ops.convolution import conv_transpose_operators
+from fastseg.torch_internals import FakeTensor, tree_map_only
 from fastseg.verification.criterion import relative_error
 
 
@@ -121,7 +119,7 @@ def test_a_network_through_inductor(device, triton_backend):
     shapes = (1, 1, 4, 4), (1, 1, 3, 3), (1,), (1,), (1,), (1,), (1,)
     state = [torch.rand(shape, device=device) + 0.5 for shape in shapes]
     reports = []
-    torch._dynamo.reset()
+    torch.compiler.reset()
     ours = torch.compile(function, backend=fastseg.compile_backend, options={"report": reports.append})
     assert_equal_to_torch(ours, function, state)
     assert reports[0].rewritten == THERE_AND_BACK
@@ -263,8 +261,9 @@ def test_the_entry_point_is_the_backend():
     ((name, value),) = re.findall(r'"torch_dynamo_backends": \["(.*) = (.*)"\]', setup)
     point = EntryPoint(name, value, "torch_dynamo_backends")
     assert point.load() is fastseg.compile_backend
-    with mock.patch.dict(registry._BACKENDS, {name: point}), mock.patch.dict(registry._COMPILER_FNS):
-        assert torch._dynamo.lookup_backend("fastseg") is fastseg.compile_backend
+    entry_points, loaded = torch_internals.backend_registry()
+    with mock.patch.dict(entry_points, {name: point}), mock.patch.dict(loaded):
+        assert torch_internals.lookup_backend("fastseg") is fastseg.compile_backend
 
 
 def test_the_log_says_what_was_done(device, caplog, triton_backend):
@@ -277,7 +276,7 @@ def test_the_log_says_what_was_done(device, caplog, triton_backend):
 
 
 def test_mode_and_options_go_to_the_inner_backend():
-    torch._dynamo.reset()
+    torch.compiler.reset()
     given = []
 
     def inner(graph, inputs, **rest):

@@ -170,7 +170,7 @@ def test_a_weight_made_in_inference_mode_is_not_looked_at(device, triton_backend
 
 def test_a_frozen_weight_compiles_in_one_graph(device, triton_backend):
     layer, x = module(device), torch.randn(1, 5, 3, 4, device=device)
-    torch._dynamo.reset()
+    torch.compiler.reset()
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), F.conv_transpose2d(x, layer.weight, None, 2, 1), rtol=1e-4, atol=1e-5)
 

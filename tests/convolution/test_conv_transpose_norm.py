@@ -103,3 +103,13 @@ def test_hooks_on_either_layer_see_what_passes(training, device, triton_backend)
     module.load_state_dict(module.state_dict())
     torch.testing.assert_close(module(x), want)
     assert seen == [(2, 3, 6, 6)] * 2
+
+
+def test_backward_pre_hooks_run_in_evaluation(device, triton_backend):
+    """The layers then run one by one: the fused kernel has no gradient of the tensor between them."""
+    module = fastseg.nn.ConvTransposeBatchNormReLU2d(4, 3, 2, 2).to(device).eval()
+    seen = []
+    for layer in module:
+        layer.register_full_backward_pre_hook(lambda layer, grads: seen.append(type(layer).__name__))
+    module(torch.randn(2, 4, 3, 3, device=device, requires_grad=True)).sum().backward()
+    assert seen == ["BatchNormReLU2d", "ConvTranspose2dBeforeNorm"]

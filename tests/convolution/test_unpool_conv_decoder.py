@@ -280,7 +280,7 @@ def test_compiled_and_exported_without_it(triton_backend, device):
         want = model(x, *offsets)
         program = torch.export.export(model, (x, *offsets))
         assert OPERATOR.op not in [node.target for node in program.graph.nodes]
-        torch._dynamo.reset()
+        torch.compiler.reset()
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         for run in (program.module(), compiled):
             torch.testing.assert_close(run(x, *offsets), want, rtol=1e-2, atol=1e-2)  # TF32 on a GPU

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 import fastseg
 from fastseg import functional
+from fastseg.torch_internals import sleep_on_gpu
 from fastseg.verification import cases, operators
 
 pytestmark = pytest.mark.gpu
@@ -53,7 +54,7 @@ def test_a_launch_waits_for_its_stream(cuda_backend):
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        torch.cuda._sleep(200_000_000)
+        sleep_on_gpu(200_000_000)
         x.copy_(late)
         y = functional.max_pool2d(x, 2)
     stream.synchronize()

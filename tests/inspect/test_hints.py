@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from triton.runtime.interpreter import TensorHandle
 
 import fastseg.functional as FS
 from fastseg import kernels
+from fastseg.kernels.triton_internals import interpreter
 from fastseg.ops.convolution.conv_transpose_operators import uncovered
 from fastseg.ops.pooling.positions import LONGEST_SIDE
 
@@ -56,7 +56,7 @@ def told(monkeypatch):
         assert HOLDS[name](runs).all(), (place, name)
         found[place] = max(found.get(place, 0), lengths[-1])
 
-    monkeypatch.setattr(TensorHandle, "set_attr", check)
+    monkeypatch.setattr(interpreter().TensorHandle, "set_attr", check)
     return found
 
 

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are c
 
 def counted(function, *inputs):
     """A call's result and its one graph."""
-    torch._dynamo.reset()
+    torch.compiler.reset()
     compiled, graphs = inductor.compiled(function)
     result = compiled(*inputs)
     (graph,) = graphs
@@ -63,7 +63,7 @@ def test_a_transposed_convolution_and_its_bias(layout):
     at = cases.Placement(torch.bfloat16, cases.LAYOUTS[layout], "cpu")
     (case,) = cases.conv_transpose2d(at, (1, 64, 16, 16), 32, 2, 2)
     x, weight, y = 64 * 256 * 2, 64 * 32 * 4 * 2, 32 * 1024 * 2
-    torch._dynamo.reset()
+    torch.compiler.reset()
     function, graphs = inductor.compiled(case.theirs)
     case.step(function, backward=True)()
     forward, backward = graphs
@@ -115,7 +115,7 @@ def test_the_interpreted_program_computes_what_torch_does(make, size, layout):
     """Gradients too: so all of it ran, and nothing was read or written beside its tensors."""
     at = cases.Placement(torch.float32, cases.LAYOUTS[layout], "cpu")
     case = next(make(at, *size))
-    torch._dynamo.reset()
+    torch.compiler.reset()
     function, graphs = inductor.compiled(case.theirs)
     leaves = [x.requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
               for x in case.inputs.values()]  # fmt: skip

@@ -4,11 +4,11 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from triton.language import core
-from triton.runtime import interpreter as tritons
-from triton.runtime.errors import InterpreterError
 
-from fastseg.kernels import interpreter
+from fastseg.kernels import interpreter, triton_internals
+from fastseg.kernels.triton_internals import InterpreterError
+
+tritons = triton_internals.interpreter()
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled here, not interpreted")
 
@@ -68,7 +68,7 @@ def test_the_language_is_as_before_after_a_launch(monkeypatch):
     monkeypatch.setattr(tl, "debug_barrier", lambda: called.append(1))
     before = vars(tl) | vars(tl.tensor)
     run(x, x, "+")
-    assert called == [1] and core.is_builtin(tl.load) and vars(tl) | vars(tl.tensor) == before
+    assert called == [1] and triton_internals.is_builtin(tl.load) and vars(tl) | vars(tl.tensor) == before
 
 
 def test_triton_asks_for_all_that_is_replaced(monkeypatch):
@@ -86,6 +86,6 @@ def test_triton_asks_for_all_that_is_replaced(monkeypatch):
 
 def test_a_triton_that_is_not_known_is_left_alone(monkeypatch):
     before = vars(tritons) | vars(tritons.TritonSemantic)
-    monkeypatch.setattr(triton, "__version__", "3.8.0")
+    monkeypatch.setattr(triton_internals, "VERSION", (3, 8))
     interpreter.prepare()
     assert vars(tritons) | vars(tritons.TritonSemantic) == before

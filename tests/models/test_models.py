@@ -315,7 +315,7 @@ def test_compiles_whole(device):
     x = x.contiguous(memory_format=torch.channels_last)
     start = copy.deepcopy(model.state_dict())
     want = copy.deepcopy(results(model, x, upstream))
-    torch._dynamo.reset()
+    torch.compiler.reset()
     model.compile(fullgraph=True, backend="aot_eager")
     for backend in ("auto", "triton"):
         model.load_state_dict(start)

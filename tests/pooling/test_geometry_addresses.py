@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from triton.language.semantic import TritonSemantic
-from triton.runtime.errors import InterpreterError
 
 from fastseg import kernels
 from fastseg.kernels.pooling.tiling import Windows
+from fastseg.kernels.triton_internals import InterpreterError, interpreter
 from fastseg.ops.pooling.positions import pooled_size
 
 LAYOUTS = ("nchw", "channels_last")
@@ -120,6 +119,6 @@ def test_addresses_of_32_bits_would_be_seen(monkeypatch):
     monkeypatch.setattr(kernels.pooling.tiling, "INT32_MAX", 2**62)
     with pytest.raises(InterpreterError, match="int32 overflow"):
         touched("pool forward", "nchw", 2, 0)
-    monkeypatch.setattr(TritonSemantic, "binary_op_sanitize_overflow_impl", lambda *call: None)
+    monkeypatch.setattr(interpreter().TritonSemantic, "binary_op_sanitize_overflow_impl", lambda *call: None)
     found, _, stores = touched("pool forward", "nchw", 2, 0)
     assert found["store", torch.float16] != stores

@@ -8,9 +8,12 @@ from unittest import mock
 import numpy as np
 import torch
 import triton.language as tl
-from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
+from fastseg.kernels import triton_internals
 from fastseg.kernels.launch import recording
+
+InterpreterBuilder = triton_internals.interpreter().InterpreterBuilder
+TensorHandle = triton_internals.interpreter().TensorHandle
 
 DTYPES = {
     8: (torch.uint8, np.uint8),

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 
 import fastseg
+from fastseg.torch_internals import lookup_backend
 from fastseg.verification.criterion import compare
 
 
@@ -11,12 +12,12 @@ class Compiled:
     """A function compiled by the backend: its reports, and the graphs that the inner backend got."""
 
     def __init__(self, function, inner="eager", **options):
-        torch._dynamo.reset()
+        torch.compiler.reset()
         self.graphs, self.reports = [], []
 
         def record(graph, inputs):
             self.graphs.append(graph)
-            return torch._dynamo.lookup_backend(inner)(graph, inputs)
+            return lookup_backend(inner)(graph, inputs)
 
         self.function = torch.compile(
             function, backend=fastseg.compile_backend, options={"inner": record, "report": self.reports.append},

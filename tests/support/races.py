@@ -25,11 +25,11 @@ from typing import Any
 import numpy as np
 import triton
 from torch import Tensor
-from triton.runtime.interpreter import interpreter_builder
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastseg.inspect import traffic
 from fastseg.kernels import launch
+from fastseg.kernels.triton_internals import current_program
 
 LOAD, STORE, ATOMIC = range(3)
 KINDS = {"load": LOAD, "store": STORE, "atomic": ATOMIC}
@@ -126,7 +126,7 @@ class Launch:
         addresses = pointers.data[mask].ravel()
         if not addresses.size:
             return
-        program = interpreter_builder.grid_idx[0]
+        program = current_program()
         self.program.append(program)
         self.kind.append(KINDS[access])
         self.place.append(self.places.setdefault(_statement(), len(self.places)))
@@ -141,7 +141,7 @@ class Launch:
         """Touches no memory."""
 
     def barrier(self) -> None:
-        program = interpreter_builder.grid_idx[0]
+        program = current_program()
         self.barriers[program] = self.barriers.get(program, 0) + 1
 
     def faults(self) -> list[Fault]:

@@ -236,7 +236,7 @@ def test_what_is_put_into_a_compiled_graph(name):
     with torch.no_grad():
         model(*inputs, **named)  # transformers sets itself up in the first call, which breaks a graph
     reports = []
-    torch._dynamo.reset()
+    torch.compiler.reset()
 
     class Compiled(Exception):
         """The graph is there; to run it interpreted would take minutes."""

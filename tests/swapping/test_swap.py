@@ -224,7 +224,7 @@ def test_a_compiled_model_follows(device):
         ran.append([str(node.target) for node in graph.graph.nodes])
         return graph
 
-    torch._dynamo.reset()
+    torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, backend=record)
     with fastseg.backend("triton"), torch.no_grad():
         want = compiled(x)

@@ -322,7 +322,7 @@ def test_compiled_code_is_traced_through_it(net, batch, decorated, triton_backen
         graphs.append(str(graph.graph))
         return graph
 
-    torch._dynamo.reset()
+    torch.compiler.reset()
     swapped = fastseg.swap_functions()
     compiled = torch.compile(swapped(net) if decorated else net, fullgraph=True, backend=record)
     with contextlib.nullcontext() if decorated else swapped:

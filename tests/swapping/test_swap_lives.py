@@ -144,7 +144,7 @@ def test_gradient_checkpointing(reentrant, device, triton_backend):
 @pytest.mark.parametrize("before", [True, False])
 def test_torch_compile_before_and_after(before, net, x, triton_backend):
     plain, model = copy.deepcopy(net), net
-    torch._dynamo.reset()
+    torch.compiler.reset()
     if before:
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         assert_same({"y": compiled(x)}, {"y": plain(x)})

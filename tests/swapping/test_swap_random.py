@@ -42,7 +42,7 @@ def test_a_rewritten_program_computes_the_same(inner, share, seed):
             want = outcome(program, given, n)
         except RuntimeError:  # what torch's own backward needs was written to
             continue
-        torch._dynamo.reset()
+        torch.compiler.reset()
         reports = []
         options = {"inner": inner, "report": reports.append}
         with mock.patch.object(rewrites, "off_kernels", wanted):

@@ -127,18 +127,18 @@ def test_compiles_in_one_graph_and_follows_later_hooks(training, device, triton_
 
     for each in (plain, model):
         each.train(training)
-    torch._dynamo.reset()
+    torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, backend=record)
     assert_same({"y": compiled(x)}, {"y": plain(x)})
     assert any("fastseg" in str(target) for target in graphs[-1])
     assert not {F.batch_norm, F.relu, F.max_pool2d} & set(graphs[-1])
     seen = []
     model[2].register_forward_hook(lambda layer, _, y: seen.append(tuple(y.shape)))
-    torch._dynamo.reset()
+    torch.compiler.reset()
     assert_same({"y": torch.compile(model, backend=record)(x)}, {"y": plain(x)})
     assert seen == [(2, 4, 4, 4)]
     report.undo()
-    torch._dynamo.reset()
+    torch.compiler.reset()
     assert_same({"y": torch.compile(model, backend=record)(x)}, {"y": plain(x)})
     assert {F.batch_norm, F.relu} <= set(graphs[-1])
 
@@ -147,7 +147,7 @@ def test_compiles_in_one_graph_and_follows_later_hooks(training, device, triton_
 def test_gradients_of_a_compiled_sequence(backend, device):
     plain, model, _ = twins(block(nn.ReLU(), nn.MaxPool2d(2)).to(device))
     x = torch.randn(2, 3, 6, 6, device=device)
-    torch._dynamo.reset()
+    torch.compiler.reset()
     with fastseg.backend(backend):
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         found = results(compiled, x)

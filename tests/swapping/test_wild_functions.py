@@ -42,7 +42,7 @@ def test_a_compiled_graph(case, model, data):
     inner = "aot_eager" if case.called else "eager"  # tracing the backward too takes as long as all the rest
     plain, truth = equivalence.outcome(model, data), equivalence.in_float64(model, data)
     reports = []
-    torch._dynamo.reset()
+    torch.compiler.reset()
     compiled = torch.compile(model, backend=fastseg.compile_backend, fullgraph=True,
                              options={"inner": inner, "report": reports.append})  # fmt: skip
     with fastseg.backend("triton"):

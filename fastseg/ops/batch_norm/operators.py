@@ -19,6 +19,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from ... import torch_internals
 from ...kernels import batch_norm as triton_kernels
 from ...kernels.cuda import batch_norm as cuda_kernels
 from ..operator import Operator, dense, empty, memory_format, placed
@@ -104,7 +105,7 @@ def movable(running: Tensor) -> Tensor:
     torch.export has no autograd, and takes what `.data` gives for another tensor. The flag is read itself: for torch
     2.11's Dynamo `is_exporting()` is true in every trace.
     """
-    return running if torch.compiler._is_exporting_flag else running.data
+    return running if torch_internals.exporting() else running.data
 
 
 def move_running(

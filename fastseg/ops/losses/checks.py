@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import _reduction as _Reduction
+
+from ...torch_internals import legacy_reduction, warn_of_reduction
 
 LOGITS_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 LABEL_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
@@ -29,9 +30,9 @@ def one_of(options: Sequence[str]) -> str:
 def checked_reduction(name: str, size_average: bool | None, reduce: bool | None, reduction: str) -> str:
     """The reduction that torch takes from its three arguments; ValueError if it is none."""
     if size_average is not None or reduce is not None:
-        return _Reduction.legacy_get_string(size_average, reduce)
+        return legacy_reduction(size_average, reduce)
     if reduction == "elementwise_mean":
-        _Reduction.get_enum(reduction)  # torch's warning that the name is deprecated
+        warn_of_reduction(reduction)
         return "mean"
     if reduction not in REDUCTIONS:
         raise ValueError(f"{name}: reduction must be {one_of(REDUCTIONS)}, but is {reduction!r}")

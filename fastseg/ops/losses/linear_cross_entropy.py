@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import dispatch
+from ... import dispatch, torch_internals
 from ..convolution.conv_transpose import _dtype
 from ..operator import double_backward, wants_graph
 from .checks import (
@@ -139,7 +139,7 @@ def _takes_one_pass(tensors: tuple[Tensor | None, ...], reduction: str, chunk: i
     """Whether the forward makes the gradients, which saves a product: eagerly on a CPU, where nothing else is asked."""
     input = tensors[0]
     wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    eager = not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+    eager = not torch.compiler.is_compiling() and not torch_internals.functorch_transforms_active()
     plain = input.device.type == "cpu" and input.dtype == computed(input.dtype) and dispatch.get_backend() != "triton"
     return wanted and eager and plain and reduction != "none" and chunk is None
 

@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import is_fake
 
-from ... import dispatch
+from ... import dispatch, torch_internals
 from ..operator import double_backward, empty, memory_format, wants_graph
 from .checks import (
     LABEL_DTYPES,
@@ -44,7 +43,9 @@ NOTHING = (None,) * (3 + len(Arguments._fields))  # the gradients of all but inp
 
 def _finite(x: Tensor) -> bool:
     """Whether all of a map is known to be finite: looked at on a CPU alone, and not while it stands for others."""
-    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or is_fake(x)
+    traced = (
+        torch.compiler.is_compiling() or torch_internals.functorch_transforms_active() or torch_internals.is_fake(x)
+    )
     return x.device.type == "cpu" and not traced and math.isfinite(float(x.detach().abs().amax()))
 
 
@@ -142,7 +143,7 @@ class UpsampleCrossEntropyOnePassFunction(torch.autograd.Function):
 def _takes_one_pass(input: Tensor, target: Tensor, reduction: str) -> bool:
     """Whether the forward makes the gradient, which resizes once in place of twice: eagerly on a CPU."""
     wanted = torch.is_grad_enabled() and input.requires_grad and reduction != "none"
-    eager = not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+    eager = not torch.compiler.is_compiling() and not torch_internals.functorch_transforms_active()
     on_torch = dispatch.choose(NAME, input, _uncovered(input, target), asks=True).backend == "torch"
     return wanted and eager and on_torch and input.device.type == "cpu"
 

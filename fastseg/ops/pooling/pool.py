@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ... import torch_internals
 from ...kernels import pooling as triton_kernels
 from ...kernels.cuda import pooling as cuda_kernels
 from ..operator import Operator, dense, empty, memory_format, placed, wants_graph
@@ -193,7 +194,7 @@ class MaxPool2dFunction(torch.autograd.Function):
 def _kept(input: Tensor, kernel: list[int]) -> str:
     """What a pool whose positions nobody asked for keeps for its backward."""
     # Under torch.func a tensor that is differentiated further out does not say so.
-    if not (torch.is_grad_enabled() and (input.requires_grad or torch._C._are_functorch_transforms_active())):
+    if not (torch.is_grad_enabled() and (input.requires_grad or torch_internals.functorch_transforms_active())):
         return NO_POSITIONS
     return OFFSETS if kernel[0] * kernel[1] <= MAX_OFFSETS else INDICES
 
