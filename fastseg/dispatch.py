@@ -32,6 +32,10 @@ OLDEST = (8, 0)  # compute capability: Triton has no older one
 NO_KERNELS = "this operator"  # what CUDA C++ kernels do not cover where an operator has none
 
 
+class NotSupported(NotImplementedError):
+    """The kernels of a requested backend do not support a call."""
+
+
 @dataclass(frozen=True)
 class Choice:
     """The backend one operator call takes, and the reason in words."""
@@ -189,7 +193,7 @@ def _decide(
 def _refuse(operator: str, backend: str, device: torch.device, uncovered: str | None) -> None:
     """Raise where a backend of kernels cannot run the call that demands it."""
     if uncovered is not None:
-        raise NotImplementedError(
+        raise NotSupported(
             f"{operator}: the {NAMES[backend]} kernels do not cover {uncovered}; backend 'auto' takes torch for it"
         )
     from .kernels.cuda import launch  # here, since no kernel is loaded before one is asked for

@@ -92,6 +92,32 @@ def test_a_case_that_raises_fails_and_the_others_go_on(monkeypatch, capsys):
     assert "no such kernel" in cases[0]["results"][0]["tensor"] and cases[0]["results"][0]["error"] is None
 
 
+@pytest.mark.parametrize(
+    "error, backend, counted_as_failure",
+    [
+        (dispatch.NotSupported, "cuda", False),
+        (dispatch.NotSupported, "triton", True),
+        (NotImplementedError, "cuda", True),
+    ],
+)
+def test_unsupported_cases_are_recognized_by_the_type_of_the_error(error, backend, counted_as_failure, monkeypatch):
+    """CUDA C++ kernels may lack a case, which then has no comparisons."""
+
+    def choose(*args, **kwargs):
+        raise error("in any words")
+
+    monkeypatch.setattr(dispatch, "choose", choose)
+    found = [comparisons for _, comparisons in operators.verify(["max_pool2d"], ["float32"], True, "cpu", 0, backend)]
+    assert len(found) == 4
+    assert all(bool(comparisons) == counted_as_failure for comparisons in found)
+    assert not any(c.passed for comparisons in found for c in comparisons)
+
+
+def test_an_operator_without_cuda_kernels_has_no_comparisons():
+    runs = operators.verify(["conv_transpose2d"], ["float32"], True, "cpu", 0, "cuda")
+    assert [comparisons for _, comparisons in runs] == [[], []]
+
+
 def test_without_triton_it_says_so_at_once(monkeypatch, capsys):
     monkeypatch.setattr(dispatch, "TRITON_INSTALLED", False)
     assert cli.main(["verify", "--quick", "--op", "max_pool2d"]) == 2
