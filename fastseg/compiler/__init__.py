@@ -1,4 +1,4 @@
-"""The backend of torch.compile: fusion of fastseg's operators in a traced graph."""
+"""The torch.compile backend: fastseg's operators in a graph that Dynamo captured."""
 
 from .backend import compile_backend
 

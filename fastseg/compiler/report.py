@@ -7,8 +7,12 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 
-class Left(NamedTuple):
-    """A place that was looked at and left: the graph's name of it, what it would have become, and why it did not."""
+class NotRewritten(NamedTuple):
+    """A candidate that was not rewritten.
+
+    node: the name of the node in the graph. rewrite: the function that would have replaced it. reason: why it was not
+    replaced.
+    """
 
     node: str
     rewrite: str
@@ -20,14 +24,15 @@ class Left(NamedTuple):
 
 @dataclass
 class GraphReport:
-    """What `compile_backend` did to one graph: how often each function was put in, and what was left and why.
+    """What `compile_backend` did to one graph.
 
-    rewritten counts by the name of the function; "input_bias" are biases of convolutions that a batch norm took over.
+    rewritten: how often each function was put in, by its name. "input_bias" counts the biases of convolutions that
+    moved into the batch norm after them. left: the candidates that were not rewritten, and why.
     """
 
     rewritten: Counter[str] = field(default_factory=Counter)
-    left: list[Left] = field(default_factory=list)
+    left: list[NotRewritten] = field(default_factory=list)
 
     def __str__(self) -> str:
         done = ", ".join(f"{name} {count}" for name, count in sorted(self.rewritten.items())) or "nothing"
-        return f"rewritten: {done}" + (f"; left: {'; '.join(map(str, self.left))}" if self.left else "")
+        return f"rewritten: {done}" + (f"; not rewritten: {'; '.join(map(str, self.left))}" if self.left else "")

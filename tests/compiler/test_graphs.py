@@ -185,17 +185,17 @@ def deconv_read_twice(x, weight, bias, gamma, beta, mean, var):
 
 
 UNPROVEN = {  # function, what is rewritten all the same, the reason or ""
-    "a reader between": (then(train, reader_between), {}, "not read by the ReLU alone"),
+    "a reader between": (then(train, reader_between), {}, "its ReLU is not the only reader"),
     "a reader of the ReLU": (then(train, reader_of_relu), {"batch_norm_relu": 1, "input_bias": 1, "max_pool2d": 1}, ""),
-    "written between": (then(train, written_between), {}, "not read by the ReLU alone"),
+    "written between": (then(train, written_between), {}, "its ReLU is not the only reader"),
     "a hook": (then(train, hooked), {}, ""),
-    "autocast between": (then(train, autocast_between), {}, "switched before its ReLU"),
-    "no_grad between": (then(train, no_grad_between), {}, "switched before its ReLU"),
+    "autocast between": (then(train, autocast_between), {}, "stands between it and its ReLU"),
+    "no_grad between": (then(train, no_grad_between), {}, "stands between it and its ReLU"),
     "another activation": (then(train, another_activation), {}, ""),
-    "evaluation": (then(evaluate, relu), {}, "one pass of it as well"),
+    "evaluation": (then(evaluate, relu), {}, "runs it in one pass too"),
     "a bias with another reader": (biased_twice, {"batch_norm_relu": 1}, ""),
     "a bias that is written": (written_bias, {"batch_norm_relu": 1}, ""),
-    "a transposed convolution with another reader": (deconv_read_twice, {"conv_transpose2d": 1}, "as well"),
+    "a transposed convolution with another reader": (deconv_read_twice, {"conv_transpose2d": 1}, "in one pass too"),
     "not an image": (then(normed(True, lambda x, w, b: x.mean((2, 3)) @ w[:, :, 0, 0].T), relu), {}, "2-D input"),
 }  # fmt: skip
 
@@ -254,8 +254,8 @@ def moved(x, y, indices):
 
 
 @pytest.mark.parametrize("reader, options, reason", [
-    (to_another_size, {}, "may give another size"),
-    (by_other_windows, {}, "has other windows"),
+    (to_another_size, {}, "is not proven to have the size"),
+    (by_other_windows, {}, "has another kernel_size, stride or padding"),
     (read_as_numbers, {}, "its indices are read by sum"),
     (unpooled_themselves, {}, "its indices are read by "),
     (moved, {}, "its indices are read by flip"),
@@ -306,12 +306,12 @@ def test_unpooling_that_autocast_casts_on_a_cpu(triton_backend):
 
 
 @pytest.mark.parametrize("loss, reason", [
-    (lambda logits, target: F.cross_entropy(logits, target) + logits.mean(), "not read by the loss alone"),
+    (lambda logits, target: F.cross_entropy(logits, target) + logits.mean(), "the loss is not the only reader"),
     (lambda logits, target: F.cross_entropy(logits, F.one_hot(target, 4).movedim(-1, 1).to(logits.dtype)),
      "class probabilities"),
     (lambda logits, target: F.cross_entropy(logits, target, size_average=False), "size_average"),
     (lambda logits, target: F.cross_entropy(logits * 2, target), None),
-    (lambda logits, target: F.cross_entropy(torch.ones_like(logits), logits), "not read by the loss alone"),
+    (lambda logits, target: F.cross_entropy(torch.ones_like(logits), logits), "the loss is not the only reader"),
 ])  # fmt: skip
 @pytest.mark.filterwarnings("ignore:size_average and reduce")
 def test_resizing_and_loss_apart(loss, reason, device, triton_backend):
@@ -341,7 +341,7 @@ def test_resizing_in_another_mode_or_written_to(device, triton_backend):
         x[0] = 0  # of no concern to the logits
         return F.cross_entropy(logits, target) + x.sum()
 
-    for function, reason in ((bicubic, "mode 'bicubic'"), (antialias, "antialias"), (written, "written in place")):
+    for function, reason in ((bicubic, "mode 'bicubic'"), (antialias, "antialias"), (written, "in-place write")):
         ours = Compiled(function)
         assert relative_error(ours(x), function(x)) < 1e-6
         assert any(reason in said for said in ours.reasons) and ours.rewritten == {"cross_entropy": 1}
@@ -354,6 +354,19 @@ def test_a_pool_that_keeps_nothing_is_the_inner_compilers(device, triton_backend
     assert ours.rewritten == {} and "without indices or a gradient" in ours.reasons[0]
     ours(x.requires_grad_()).sum().backward()
     assert ours.rewritten == {"max_pool2d": 1}
+
+
+def test_a_transposed_convolution_whose_stride_is_not_constant_stays_torchs(device, triton_backend):
+    """With dynamic=True the stride is a node of the graph."""
+
+    def function(x, weight, stride):
+        return F.conv_transpose2d(x, weight, None, stride)
+
+    ours = Compiled(function, dynamic=True)
+    x, weight = torch.randn(1, 2, 4, 5, device=device), torch.randn(2, 3, 2, 2, device=device)
+    for stride in (2, 3):
+        assert torch.equal(ours(x, weight, stride), function(x, weight, stride))
+    assert ours.rewritten == {} and "is not constant" in ours.reasons[0]
 
 
 @pytest.mark.parametrize("setting", ["auto", "torch"])

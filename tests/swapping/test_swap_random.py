@@ -12,14 +12,14 @@ import torch
 from support.programs import function_of, inputs, outcome, random_program
 
 import fastseg
-from fastseg.compiler import passes as rewrites
+from fastseg.compiler import availability
 
 PROGRAMS = int(os.environ.get("PROGRAMS", 40))
 
 
-def wanted(name, tensor, uncovered, preferred=None):
-    """In place of nodes.off_kernels: nothing but the rules themselves keeps a call from being rewritten."""
-    return None if tensor.dim() == 4 else uncovered
+def wanted(name, tensor, unsupported, preferred=None):
+    """Stands in for reason_off_kernels: only the rules themselves keep a call from being rewritten."""
+    return None if tensor.dim() == 4 else unsupported
 
 
 def assert_same(got, want):
@@ -45,7 +45,7 @@ def test_a_rewritten_program_computes_the_same(inner, share, seed):
         torch.compiler.reset()
         reports = []
         options = {"inner": inner, "report": reports.append}
-        with mock.patch.object(rewrites, "off_kernels", wanted):
+        with mock.patch.object(availability, "reason_off_kernels", wanted):
             got = outcome(torch.compile(program, backend=fastseg.compile_backend, options=options), given, n)
         try:
             assert_same(got, want)
