@@ -68,7 +68,7 @@ def assert_right():
     """assert_right(ours, theirs, inputs): error against float64 no more than torch's own plus a tolerance."""
 
     def check(ours, theirs, inputs, names=None):
-        for c in criterion.compare(ours, theirs, inputs, names):
+        for c in criterion.compare_to_torch(ours, theirs, inputs, names):
             assert c.passed, f"{c.tensor}: error {c.error:.3e}, torch's {c.torch_error:.3e}, allowed {c.allowed:.3e}"
 
     return check

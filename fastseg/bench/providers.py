@@ -30,7 +30,7 @@ class Provider:
 
     function: makes the callable of a case; None where it has nothing to show that another provider does not, or is not
     for such operators; raises Unable where it should run but cannot. reference: what it must equal, and what
-    `criterion.compare` runs in float64. context: entered around everything it does. library: entered around its calls
+    `criterion.compare_to_torch` runs in float64. context: entered around everything it does. library: entered around its calls
     alone, since it would change the reference too. poison: fill fresh memory with NaN while it is checked.
     modes: times of these. compiles: takes seconds for each new shape.
     """
@@ -156,7 +156,7 @@ def _inside(provider: Provider, function: Function) -> Function:
 def check(provider: Provider, case: Case, function: Function) -> tuple[float, str]:
     """(largest error against float64, "right" or "wrong: ..." by the criterion of fastseg.verification.criterion)."""
     reference, function = provider.reference(case), _inside(provider, function)
-    found = criterion.compare(
+    found = criterion.compare_to_torch(
         function, reference, list(case.inputs.values()), list(case.inputs), poison=provider.poison
     )
     wrong = [c for c in found if not c.error <= c.allowed * provider.slack]

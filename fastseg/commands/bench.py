@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 
-from ..bench import compare as comparison
-from ..bench import models, networks, providers, report, results
+from ..bench import models, networks, providers, regressions, report, results
 from ..bench.operators import Bench
 from ..bench.shapes import sites, sizes
 from ..verification import cases
@@ -90,15 +89,15 @@ def _report(args: argparse.Namespace) -> int:
 
 
 def _compare(args: argparse.Namespace) -> int:
-    limit = comparison.fraction(args.fail_above)
-    changes = comparison.compare(results.read([args.old]), results.read([args.new]), limit)
+    limit = regressions.fraction(args.fail_above)
+    changes = regressions.find_changes(results.read([args.old]), results.read([args.new]), limit)
     failed = [change for change in changes if change.failed]
     if args.json:
         rows = [vars(change) | {"case": change.name} for change in changes]
         print(json.dumps({"fail above": limit, "passed": not failed, "rows": rows}))
         return 1 if failed else 0
     console = terminal.console()
-    console.print(comparison.table(changes, limit))
+    console.print(regressions.table(changes, limit))
     missing = sum(change.verdict == "missing" for change in changes)
     console.print(f"{len(changes)} numbers: {len(failed)} regressions, {missing} not measured again")
     return 1 if failed else 0

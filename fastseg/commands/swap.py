@@ -25,7 +25,7 @@ from . import model_spec, terminal
 DTYPES = cases.DTYPES | {"float64": torch.float64}
 MODES = ("training", "evaluation")
 FLIPS = 0.01
-"""How far a gradient may be from float64 beyond what plain torch's errors allow; see equivalence.compare."""
+"""How far a gradient may be from float64 beyond what plain torch's errors allow; see equivalence.compare_outcomes."""
 WITHOUT_TRUTH = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.1}
 """How far from plain torch a result may be where there is no float64 to compare with."""
 SOMETHING_ELSE = 5.0
@@ -167,7 +167,7 @@ def check(trial: Trial, plain: nn.Module, own: Outcome, found: Outcome) -> Check
     ValueError where what the model gives is another thing each time.
     """
     done = _checked(trial, plain, own, found)
-    if equivalence.wrong(done.compared) and equivalence.wrong(_against(trial.outcome(plain), own)):
+    if equivalence.failures(done.compared) and equivalence.failures(_against(trial.outcome(plain), own)):
         raise ValueError(
             "the model, not swapped, gives something else each time, from the same weights and torch's seed: there is "
             "nothing to compare"
@@ -181,9 +181,9 @@ def _checked(trial: Trial, plain: nn.Module, own: Outcome, found: Outcome) -> Ch
     except Exception as error:
         return Check(_against(found, own), f"in float64 the model fails: {model_spec.said(error)}")
     enough = SOMETHING_ELSE * WITHOUT_TRUTH[_dtype(own)]
-    if any(c.error > enough for c in equivalence.compare(own, own, truth)["outputs"]):
+    if any(c.error > enough for c in equivalence.compare_outcomes(own, own, truth)["outputs"]):
         return Check(_against(found, own), "in float64 the model computes something else")
-    return Check(equivalence.compare(found, own, truth, FLIPS), None)
+    return Check(equivalence.compare_outcomes(found, own, truth, FLIPS), None)
 
 
 def _against(found: Outcome, own: Outcome) -> dict[str, list[Comparison]]:
@@ -191,7 +191,7 @@ def _against(found: Outcome, own: Outcome) -> dict[str, list[Comparison]]:
     allowed = WITHOUT_TRUTH[_dtype(own)]
     return {
         kind: [Comparison(c.tensor, c.error, c.torch_error, allowed if c.allowed else 0.0) for c in comparisons]
-        for kind, comparisons in equivalence.compare(found, own, own, FLIPS).items()
+        for kind, comparisons in equivalence.compare_outcomes(found, own, own, FLIPS).items()
     }
 
 
@@ -286,7 +286,7 @@ def _tried(args: argparse.Namespace) -> tuple[SwapReport, dict[str, Check], dict
             failures.append(f"{mode}: the swapped model fails: {model_spec.said(error)}")
             continue
         checks[mode] = check(trial, plain, own, found)
-    failures += [f"{mode}: {said}" for mode, done in checks.items() for said in equivalence.wrong(done.compared)]
+    failures += [f"{mode}: {said}" for mode, done in checks.items() for said in equivalence.failures(done.compared)]
     if not undoes(report, plain, swapped):
         failures.append("undo does not give the model as it was")
     not_timed = _not_timed(args, on_gpu, failures)

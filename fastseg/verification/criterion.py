@@ -91,7 +91,7 @@ def _run(function: Function, inputs: Sequence[Any], grads: Sequence[Tensor] | No
     return outputs, list(found), grads
 
 
-def compare(
+def compare_to_torch(
     ours: Function, theirs: Function, inputs: Sequence[Any], names: Sequence[str] | None = None, poison: bool = True
 ) -> list[Comparison]:
     """Compare `ours(*inputs)` and its gradients with `theirs`, which must also run in float64.

@@ -115,7 +115,7 @@ def in_float64(
     return outcome(exact, [wide(x) for x in inputs], {key: wide(x) for key, x in (named or {}).items()}, seed)
 
 
-def compare(found: Outcome, plain: Outcome, truth: Outcome, flips: float = 0.0) -> dict[str, list[Comparison]]:
+def compare_outcomes(found: Outcome, plain: Outcome, truth: Outcome, flips: float = 0.0) -> dict[str, list[Comparison]]:
     """For each kind, one Comparison a tensor: `found` and `plain` against `truth`, all of the same model.
 
     flips: error allowed to gradients on top. Where two values in a window, or a value and zero, are equal but for
@@ -168,7 +168,7 @@ def _norm(x: Tensor) -> float:
     return x[x.isfinite()].double().norm().item()
 
 
-def wrong(compared: Mapping[str, Sequence[Comparison]]) -> list[str]:
+def failures(compared: Mapping[str, Sequence[Comparison]]) -> list[str]:
     """A sentence for each tensor that is not right."""
     return [
         f"{c.tensor} ({kind}) is off by {c.error:.2e}, allowed {c.allowed:.2e}"

@@ -11,7 +11,7 @@ import torch
 from .. import dispatch
 from . import cases
 from .cases import Case
-from .criterion import Comparison, compare
+from .criterion import Comparison, compare_to_torch
 
 POOLS = [  # shape, kernel, stride, padding, ceil_mode
     ((2, 8, 8, 32), 2, 2, 0, False),
@@ -127,7 +127,10 @@ def verify(
                 what = {"operator": operator, "case": f"{case.operator} {case.size}", "dtype": dtype, "layout": layout}
                 try:
                     with dispatch.backend(backend):
-                        yield what, compare(case.ours, case.theirs, list(case.inputs.values()), list(case.inputs))
+                        yield (
+                            what,
+                            compare_to_torch(case.ours, case.theirs, list(case.inputs.values()), list(case.inputs)),
+                        )
                 except dispatch.NotSupported as error:  # only CUDA C++ kernels may lack a case
                     yield what, [] if backend == "cuda" else [_raised(error)]
                 except Exception as error:  # a case that cannot run is a case that fails; the others go on

@@ -8,7 +8,7 @@ from support.batch_norm_common import DTYPES, LAYOUTS, TAILS, Problem, layouts
 
 import fastseg
 from fastseg import functional as FS
-from fastseg.verification.criterion import compare, poisoned, relative_error
+from fastseg.verification.criterion import compare_to_torch, poisoned, relative_error
 
 SHAPES = [  # shape, kernel, stride, padding, ceil_mode
     ((2, 8, 6, 16), 2, None, 0, False),
@@ -52,7 +52,7 @@ def test_every_argument(tail, training, backend, device):
 
         ours, theirs = (lambda *a, f=f: call(f, *a) for f in (problem.ours, problem.theirs))
         with fastseg.backend(backend):
-            found = compare(ours, theirs, problem.inputs(*names), ["x", *names], poison=backend == "triton")
+            found = compare_to_torch(ours, theirs, problem.inputs(*names), ["x", *names], poison=backend == "triton")
         for c in found:
             rounding = training and c.tensor == "grad input_bias"  # ours is exactly zero, torch's is not
             assert c.passed or rounding, f"{names} relu={relu} {c}"
@@ -68,7 +68,7 @@ def test_a_mean_far_from_zero_loses_no_digits(layout, device, triton_backend):
     x = (torch.randn(2, 6, 8, 12, device=device) + 1e4).contiguous(memory_format=layout)
     x[0, 3, 0, 0] = -1e4  # the element that the statistics start from
     ours, theirs = (lambda *a, f=f: f(*a, relu=False) for f in (problem.ours, problem.theirs))  # which could turn over
-    for c in compare(ours, theirs, [x, problem.weight, problem.bias]):
+    for c in compare_to_torch(ours, theirs, [x, problem.weight, problem.bias]):
         assert c.error < 5e-5 and c.passed, c
 
 
@@ -96,7 +96,9 @@ def test_one_pass_gives_what_two_operators_give(tail, dtype, layout, device, tri
 def test_windows_that_overlap_run_as_two_operators(tail, backend, device):
     problem = Problem(tail, (2, 4, 9, 9), torch.float32, LAYOUTS[1], device, 3, 2, 1)
     with fastseg.backend(backend):
-        for c in compare(problem.ours, problem.theirs, problem.inputs("weight", "bias"), poison=tail == "pool"):
+        for c in compare_to_torch(
+            problem.ours, problem.theirs, problem.inputs("weight", "bias"), poison=tail == "pool"
+        ):
             assert c.passed, c
 
 
@@ -162,7 +164,7 @@ def test_offsets_of_64_bits(monkeypatch, device, triton_backend):
     monkeypatch.setattr(norm, "INT32_MAX", 0)
     for tail, layout in itertools.product(TAILS, LAYOUTS):
         problem = Problem(tail, (2, 4, 6, 8), torch.float32, layout, device)
-        assert all(c.passed for c in compare(problem.ours, problem.theirs, problem.inputs("weight", "bias")))
+        assert all(c.passed for c in compare_to_torch(problem.ours, problem.theirs, problem.inputs("weight", "bias")))
 
 
 def strided(values):

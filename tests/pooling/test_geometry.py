@@ -63,7 +63,7 @@ def assert_pools(x, arguments):
             y = FS.max_pool2d(x, *arguments, return_indices=keep_indices)
             return y[0] if keep_indices else y
 
-        for c in criterion.compare(ours, lambda x: F.max_pool2d(x, *arguments), [x]):
+        for c in criterion.compare_to_torch(ours, lambda x: F.max_pool2d(x, *arguments), [x]):
             assert c.passed, c
 
 
@@ -118,7 +118,7 @@ def test_unpools_of_random_arguments(trial, dtype, layout, device, triton_backen
         x = x.contiguous(memory_format=torch.channels_last)
     print(tuple(x.shape), *arguments, size)
 
-    for c in criterion.compare(
+    for c in criterion.compare_to_torch(
         lambda x: FS.max_unpool2d(x, indices, kernel, stride, padding, size),
         lambda x: in_order(x, indices, kernel, stride, padding, size),
         [x],
@@ -140,7 +140,7 @@ def test_unpools_from_offsets_of_any_window(kernel, stride, padding, layout, dev
     pooled, offsets = FS.max_pool2d_with_offsets(x, kernel, stride, padding)
     _, indices = F.max_pool2d(x, kernel, stride, padding, return_indices=True)
     values, size = torch.randn_like(pooled), x.shape[-2:]
-    for c in criterion.compare(
+    for c in criterion.compare_to_torch(
         lambda v: FS.max_unpool2d_with_offsets(v, offsets, kernel, stride, padding, size),
         lambda v: in_order(v, indices, kernel, stride, padding, size),
         [values],

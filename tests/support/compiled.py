@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 import fastseg
 from fastseg.torch_internals import lookup_backend
-from fastseg.verification.criterion import compare
+from fastseg.verification.criterion import compare_to_torch
 
 
 class Compiled:
@@ -49,7 +49,7 @@ def new_state(device):
 
 def assert_equal_to_torch(ours, theirs, inputs, poison=False):
     """By the criterion of verify, with room for chains in which a batch norm takes out what came before it."""
-    for c in compare(ours, theirs, inputs, poison=poison):
+    for c in compare_to_torch(ours, theirs, inputs, poison=poison):
         assert c.error <= max(10 * c.allowed, 1e-4 if c.allowed else 0), c
 
 

@@ -213,7 +213,7 @@ def test_the_same_numbers_and_an_exact_report(network, training):
         truth = equivalence.in_float64(model, inputs, named)
         with fastseg.backend("triton"):
             found = equivalence.outcome(model, inputs, named)
-        assert equivalence.wrong(equivalence.compare(found, plain, truth, 1e-3)) == []
+        assert equivalence.failures(equivalence.compare_outcomes(found, plain, truth, 1e-3)) == []
     report.undo()
     assert equivalence.equal(equivalence.outcome(model, inputs, named), plain)
 

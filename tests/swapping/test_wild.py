@@ -72,9 +72,12 @@ def test_the_same_numbers_before_during_and_after(case, model, data, device, tra
     during = equivalence.outcome(model, data)
     if device == "cpu":  # where "auto" is torch
         assert equivalence.equal(during, plain)
-    assert equivalence.wrong(equivalence.compare(during, plain, truth, ROOM)) == []
+    assert equivalence.failures(equivalence.compare_outcomes(during, plain, truth, ROOM)) == []
     if not (device == "cpu" and training and case.slow_to_train):
-        assert equivalence.wrong(equivalence.compare(on_kernels(report, model, data), plain, truth, ROOM)) == []
+        assert (
+            equivalence.failures(equivalence.compare_outcomes(on_kernels(report, model, data), plain, truth, ROOM))
+            == []
+        )
     assert list(model.state_dict()) == keys
     report.undo()
     assert kinds(model) == before and list(model.state_dict()) == keys
@@ -103,7 +106,9 @@ def test_compact_indices(device, triton_backend):
     assert report.compact_indices and report.compact_reason is None
     seen = set()
     model.net.pool.register_forward_hook(lambda module, inputs, output: seen.add(output[1].dtype))
-    assert equivalence.wrong(equivalence.compare(equivalence.outcome(model, data), plain, truth, ROOM)) == []
+    assert (
+        equivalence.failures(equivalence.compare_outcomes(equivalence.outcome(model, data), plain, truth, ROOM)) == []
+    )
     assert seen == {torch.uint8}
     report = fastseg.swap(CASES["enet"].model(device), compact_indices=True)
     assert not report.compact_indices and "differ in kernel_size" in report.compact_reason

@@ -32,7 +32,7 @@ def test_functional_calls(case, model, data, device):
     assert swapped.calls == case.calls and not swapped.left
     with fastseg.backend("triton"), fastseg.swap_functions():
         found = equivalence.outcome(model, data)
-    assert equivalence.wrong(equivalence.compare(found, plain, truth, ROOM)) == []
+    assert equivalence.failures(equivalence.compare_outcomes(found, plain, truth, ROOM)) == []
     assert not equivalence.equal(found, plain)  # else this was torch with itself
     assert device == "cuda" or equivalence.equal(equivalence.outcome(model, data), plain)
 
@@ -50,5 +50,5 @@ def test_a_compiled_graph(case, model, data):
     renamed = {
         kind: {name.removeprefix("_orig_mod."): tensor for name, tensor in found[kind].items()} for kind in found
     }
-    assert equivalence.wrong(equivalence.compare(renamed, plain, truth, ROOM)) == []
+    assert equivalence.failures(equivalence.compare_outcomes(renamed, plain, truth, ROOM)) == []
     assert [report.rewritten for report in reports] == [case.compiled]

@@ -31,7 +31,7 @@ def x():
 
 
 def failures(found, plain, truth, **options):
-    compared = equivalence.compare(found, plain, truth, **options)
+    compared = equivalence.compare_outcomes(found, plain, truth, **options)
     return [(kind, c.tensor) for kind, comparisons in compared.items() for c in comparisons if not c.passed]
 
 

@@ -15,7 +15,7 @@ from fastseg.verification import criterion, operators
 
 def test_a_right_function_passes(device):
     x, w = torch.randn(3, 4, device=device), torch.randn(4, 5, device=device)
-    names = [c.tensor for c in criterion.compare(torch.matmul, torch.matmul, [x, w], ["x", "w"]) if c.passed]
+    names = [c.tensor for c in criterion.compare_to_torch(torch.matmul, torch.matmul, [x, w], ["x", "w"]) if c.passed]
     assert names == ["output 0", "grad x", "grad w"]
 
 
@@ -30,7 +30,7 @@ def test_a_right_function_passes(device):
 )
 def test_a_wrong_function_fails(wrong, device):
     x = torch.randn(64, device=device)
-    assert not all(c.passed for c in criterion.compare(wrong, lambda x: x * 1, [x]))
+    assert not all(c.passed for c in criterion.compare_to_torch(wrong, lambda x: x * 1, [x]))
 
 
 def test_an_element_that_nobody_wrote_is_seen(device):
@@ -40,13 +40,13 @@ def test_an_element_that_nobody_wrote_is_seen(device):
         return y
 
     x = torch.zeros(64, device=device)  # what fresh memory often holds
-    assert not all(c.passed for c in criterion.compare(forgets, lambda x: x * 1, [x]))
+    assert not all(c.passed for c in criterion.compare_to_torch(forgets, lambda x: x * 1, [x]))
 
 
 def test_integers_must_be_equal():
     theirs = lambda x: torch.max(x, 0)  # noqa: E731
     ours = lambda x: (theirs(x)[0], theirs(x)[1] + 1)  # noqa: E731
-    assert [c.passed for c in criterion.compare(ours, theirs, [torch.randn(4, 3)])] == [True, False, True]
+    assert [c.passed for c in criterion.compare_to_torch(ours, theirs, [torch.randn(4, 3)])] == [True, False, True]
 
 
 def test_relative_error():

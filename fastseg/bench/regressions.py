@@ -44,7 +44,7 @@ def fraction(text: str) -> float:
     return value
 
 
-def compare(old: list[Record], new: list[Record], limit: float) -> list[Change]:
+def find_changes(old: list[Record], new: list[Record], limit: float) -> list[Change]:
     """Changes of every number of fastseg's in `old`. Raises ValueError where no number is in both."""
     changes = []
     for part, metrics in LESS_IS_BETTER.items():
