@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastseg.bench import sizes
+from fastseg.bench.shapes import sizes
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CASES = list(sizes(DEVICE, "bfloat16" if DEVICE == "cuda" else "float32", "channels_last"))

@@ -30,8 +30,8 @@ class Provider:
 
     function: makes the callable of a case; None where it has nothing to show that another provider does not, or is not
     for such operators; raises Unable where it should run but cannot. reference: what it must equal, and what
-    `criterion.compare_to_torch` runs in float64. context: entered around everything it does. library: entered around its calls
-    alone, since it would change the reference too. poison: fill fresh memory with NaN while it is checked.
+    `criterion.compare_to_torch` runs in float64. context: entered around everything it does. library: entered around
+    its calls alone, since it would change the reference too. poison: fill fresh memory with NaN while it is checked.
     modes: times of these. compiles: takes seconds for each new shape.
     """
 
