@@ -17,7 +17,11 @@ setup(
     python_requires=">=3.10",
     # Device code lives in the top-level kernels/, which the link fastseg/kernels makes a part of the package.
     packages=find_packages(include=["fastseg", "fastseg.*"]),
-    package_data={"fastseg": ["py.typed", "recorded/*.json"], "fastseg.kernels.cuda": ["**/*.cu", "**/*.cuh"]},
+    package_data={
+        "fastseg": ["py.typed", "recorded/*.json"],
+        "fastseg.kernels.cuda": ["**/*.cu", "**/*.cuh"],
+        "fastseg.kernels.cpu": ["**/*.cpp", "**/*.h"],
+    },
     install_requires=[
         "torch>=2.11,<2.14",
         "triton>=3.6,<3.8; platform_system == 'Linux'",

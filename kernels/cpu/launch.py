@@ -1,0 +1,47 @@
+"""The one place where CPU kernels are called: C functions, through ctypes, which releases the GIL meanwhile.
+
+A kernel is declared in its source file as ``EXPORT name(arguments)`` and returns an int64_t; its arguments are
+pointers, int64_t and double. The types that ctypes converts to are read from that declaration.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from .build import Parameter, library, source
+
+EXPORTED = re.compile(r"^EXPORT (\w+)\(([^)]*)\)", re.MULTILINE)
+_functions: dict[tuple[Any, ...], Callable[..., int]] = {}
+
+
+def launch(name: str, function: str, parameters: Mapping[str, Parameter], *args: Tensor | int | float | None) -> int:
+    """Call `function` of <name>.cpp, built with the macros `parameters`, and return its result.
+
+    args: dense CPU tensors, which are passed by address, None for a null pointer, ints, bools and floats. Whether a
+    tensor has the dtype and the size that the kernel takes is up to the caller.
+    """
+    key = (name, function, *parameters.items())
+    found = _functions.get(key)
+    if found is None:
+        found = _functions[key] = _declared(name, function, parameters)
+    return found(*[x.data_ptr() if isinstance(x, Tensor) else x for x in args])
+
+
+def _declared(name: str, function: str, parameters: Mapping[str, Parameter]) -> Callable[..., int]:
+    """The function with the argument types that its source declares."""
+    declared = dict(EXPORTED.findall(source(name)))
+    found = getattr(library(name, parameters), function)
+    found.argtypes = [_type(argument) for argument in declared[function].split(",")]
+    found.restype = ctypes.c_int64
+    return found
+
+
+def _type(argument: str) -> Any:
+    if "*" in argument:
+        return ctypes.c_void_p
+    return {"int64_t": ctypes.c_int64, "double": ctypes.c_double}[argument.split()[0]]
