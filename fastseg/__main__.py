@@ -1,4 +1,4 @@
-"""`python -m fastseg` is the command `fastseg`."""
+"""`python -m fastseg` runs the command `fastseg`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Files that are either whole or absent."""
+"""Writing files so that each is either complete or absent."""
 
 from __future__ import annotations
 
@@ -10,13 +10,28 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
-    """``with atomic_write(path) as temporary: ...`` puts what was written to `temporary` at `path` in one move.
+    """A context that yields a temporary path and, at its end, moves the file written there to `path` in one step.
 
-    Until then, and for ever if the body raises, `path` stays what it was. Its folder is made where it is missing.
+    If the body raises, the temporary file is deleted and `path` is unchanged. The folder of `path` is created if it
+    does not exist. The temporary file is in the same folder, because a move is atomic only within one file system, and
+    has the same suffix, because some writers choose the format by it.
+
+    Args:
+        path: the file to create or replace.
+
+    Example::
+
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from fastseg.atomic_write import atomic_write
+        >>> path = Path(tempfile.mkdtemp()) / "result.txt"
+        >>> with atomic_write(path) as temporary:
+        ...     _ = temporary.write_text("complete")
+        >>> path.read_text()
+        'complete'
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # In the same folder, since a move is atomic only within one file system; same suffix, since writers go by it.
     temporary = path.with_name(f"~{os.getpid()}-{path.name}")
     try:
         yield temporary

@@ -1,1 +1,1 @@
-"""The `fastseg` command line: one file a command, arguments in, text out."""
+"""The `fastseg` command line: one file per command, which parses arguments and prints results."""

@@ -1,30 +1,19 @@
-"""`fastseg segment`: the classes of a picture's pixels by a trained checkpoint, and the pictures that show them."""
+"""`fastseg segment`: predict the classes of the pixels of images with a trained checkpoint."""
 
 from __future__ import annotations
 
 import argparse
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import numpy as np
-import torch
-from rich.console import Console
 from rich.progress import track
 
-from ..atomic_write import atomic_write
-from ..dispatch import BACKENDS, backend
-from ..training.data import read_image, read_mask
-from ..training.drawing import Scene, draw_scenes
-from ..training.instance_wise import COMBINE, LEAST_SIDE, MOST_BOXES, Box, read_boxes, taken, windows
-from ..training.metrics import confusion_matrix, scores
-from ..training.segmenter import PROPOSAL, Segmenter
+from ..dispatch import BACKENDS
+from ..training.instance_wise import COMBINE, MAX_BOXES, MIN_SIDE, InstanceOptions
+from ..training.segment_files import ImageFiles, SegmentOptions, output_files, read_inputs, segment_file
+from ..training.segmenter import Segmenter
 from . import terminal
-from .options import parse_size
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
+from .options import add_device, parse_size
 
 EXAMPLES = """examples:
   fastseg segment street.jpg --checkpoint runs/train/checkpoint.pt
@@ -34,131 +23,75 @@ EXAMPLES = """examples:
 """
 
 
-def _truth(path: Path, picture: Image, segmenter: Segmenter) -> np.ndarray:
-    """The true mask of `picture`, int64 [H, W]; ValueError where it is of another size."""
-    mask = read_mask(path, len(segmenter.classes), segmenter.ignore_index)
-    if mask.size != picture.size:
-        raise ValueError(
-            f"{path} must be as large as its picture, {picture.width}x{picture.height}, "
-            f"but is {mask.width}x{mask.height}"
-        )
-    return np.asarray(mask).astype(np.int64)
-
-
-def _read(
-    image: Path, truth: Path | None, boxes: Path | None, segmenter: Segmenter, args: argparse.Namespace
-) -> tuple[Image, np.ndarray | None, list[Box] | None]:
-    """The picture, its true mask and its proposals, all checked."""
-    picture = read_image(image)
-    proposed = None
-    if args.boxes is not None:
-        least, most = args.least_side or LEAST_SIDE, args.most_boxes or MOST_BOXES
-        proposed = read_boxes(boxes) if boxes else windows(picture.height, picture.width, least, most)
-        try:
-            proposed = taken(proposed, picture.height, picture.width, least, most)
-        except ValueError as error:
-            raise ValueError(f"{boxes or image}: {error}") from None
-    own = PROPOSAL if proposed else (picture.height, picture.width)
-    segmenter.check(*(args.size or segmenter.size or own))
-    return picture, _truth(truth, picture, segmenter) if truth else None, proposed
-
-
-def _outputs(images: list[Path], out: Path, labels: bool) -> list[tuple[Path, Path | None]]:
-    """For each picture where its drawing goes, and its labels."""
-    if out.suffix.lower() == ".png":
-        if len(images) > 1:
-            raise ValueError(f"--out must be a folder for {len(images)} pictures, not {out}")
-        if out.resolve() == images[0].resolve():
-            raise ValueError(f"--out {out} is the picture itself")
-        drawings = [out]
-        stems = [out.with_suffix("")]
-    else:
-        stems = [out / image.stem for image in images]
-        if len(set(stems)) < len(stems):
-            raise ValueError("two pictures have the same name, their outputs would too: give one at a time")
-        drawings = [stem.with_name(f"{stem.name}-segmented.png") for stem in stems]
-    named = [stem.with_name(f"{stem.name}-labels.png") if labels else None for stem in stems]
-    return list(zip(drawings, named, strict=True))
-
-
-def _write_labels(path: Path, labels: np.ndarray) -> None:
-    from PIL import Image
-
-    with atomic_write(path) as temporary:
-        Image.fromarray(labels).save(temporary, format="PNG")
-
-
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `fastseg segment`."""
     parser.epilog = EXAMPLES
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="pictures, PNG or JPEG")
-    parser.add_argument("--checkpoint", required=True, metavar="CKPT", help="written by fastseg train or demo")
-    parser.add_argument(
-        "--out", default=".", help="a .png file for one picture, or a folder for IMAGE-segmented.png (default: here)"
+    add = parser.add_argument
+    add("images", nargs="+", metavar="IMAGE", help="images, PNG or JPEG")
+    add("--checkpoint", required=True, metavar="CKPT", help="written by fastseg train or fastseg demo")
+    add("--out", default=".", help="a .png file for one image, or a folder for IMAGE-segmented.png (default: here)")
+    add("--truth", nargs="+", metavar="MASK", help="the images' ground-truth masks, to draw and to score against")
+    add("--overlay", action="store_true", help="draw the prediction over the image")
+    add("--labels", action="store_true", help="also write the classes, as an 8-bit IMAGE-labels.png")
+    add("--size", type=parse_size, metavar="HxW", help="what the network sees (default: the size of training)")
+    instances = parser.add_argument_group(
+        "instance-wise", "one object proposal at a time, the way DeconvNet's authors predict"
     )
-    parser.add_argument(
-        "--truth", nargs="+", metavar="MASK", help="the pictures' true masks: shown, and scored against"
-    )
-    parser.add_argument("--overlay", action="store_true", help="lay the prediction over the picture")
-    parser.add_argument("--labels", action="store_true", help="write the classes too, as an 8-bit IMAGE-labels.png")
-    parser.add_argument(
-        "--size", type=parse_size, metavar="HxW", help="what the network sees (default: as in training)"
-    )
-    proposals = parser.add_argument_group(
-        "instance-wise", "one object proposal at a time, as DeconvNet's authors predict"
-    )
-    proposals.add_argument(
+    instances.add_argument(
         "--boxes", nargs="*", metavar="FILE",
-        help="the pictures' proposals, a line each: left, top, width, height; without a FILE windows of several sizes",
+        help="the images' proposals, a line each: left, top, width, height; without a FILE, windows of several sizes",
     )  # fmt: skip
-    proposals.add_argument("--least-side", type=int, metavar="N", help=f"leave out smaller boxes ({LEAST_SIDE})")
-    proposals.add_argument("--most-boxes", type=int, metavar="N", help=f"take the first N ({MOST_BOXES})")
-    proposals.add_argument(
-        "--combine", choices=COMBINE, help=f"a pixel's probabilities in several boxes ({COMBINE[0]})"
+    instances.add_argument("--least-side", type=int, metavar="N", help=f"ignore smaller boxes (default: {MIN_SIDE})")
+    instances.add_argument("--most-boxes", type=int, metavar="N", help=f"use the first N (default: {MAX_BOXES})")
+    instances.add_argument(
+        "--combine", choices=COMBINE, help=f"the probabilities of a pixel in several boxes (default: {COMBINE[0]})"
     )
-    parser.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
-    parser.add_argument("--backend", choices=list(BACKENDS), default="auto", help="fused kernels or torch")
+    add_device(parser)
+    add("--backend", choices=list(BACKENDS), default="auto", help="fused kernels or torch's (default: auto)")
 
 
-def main(args: argparse.Namespace) -> int:
-    """Run `fastseg segment`; 0."""
+def parse_instances(args: argparse.Namespace) -> InstanceOptions | None:
+    """The options of instance-wise prediction, or None without --boxes."""
+    given = {"min_side": args.least_side, "max_boxes": args.most_boxes, "combine": args.combine}
+    given = {name: value for name, value in given.items() if value is not None}
+    if args.boxes is None:
+        if given:
+            raise ValueError("--least-side, --most-boxes and --combine need --boxes")
+        return None
+    if any(value < 1 for value in (args.least_side, args.most_boxes) if value is not None):
+        raise ValueError("--least-side and --most-boxes must be at least 1")
+    return InstanceOptions(**given)
+
+
+def parse_files(args: argparse.Namespace) -> list[ImageFiles]:
+    """The input and output files of each image."""
     images = [Path(name) for name in args.images]
     for option, files in (("--truth", args.truth), ("--boxes", args.boxes)):
         if files and len(files) != len(images):
-            raise ValueError(f"{len(images)} pictures need as many files for {option}, not {len(files)}")
-    given = [value for value in (args.least_side, args.most_boxes, args.combine) if value is not None]
-    if given and args.boxes is None:
-        raise ValueError("--least-side, --most-boxes and --combine need --boxes")
-    if any(value < 1 for value in (args.least_side, args.most_boxes) if value is not None):
-        raise ValueError("--least-side and --most-boxes must be at least 1")
-    outputs = _outputs(images, Path(args.out), args.labels)
+            raise ValueError(f"{len(images)} images need as many files for {option}, but got {len(files)}")
+    truths, boxes = (
+        [Path(name) for name in files] if files else [None] * len(images) for files in (args.truth, args.boxes)
+    )
+    outputs = output_files(images, Path(args.out), args.labels)
+    inputs = zip(images, truths, boxes, strict=True)
+    return [ImageFiles(*one, *output) for one, output in zip(inputs, outputs, strict=True)]
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run `fastseg segment`. Returns 0."""
+    files = parse_files(args)
+    options = SegmentOptions(args.size, parse_instances(args), args.overlay, args.backend)
     segmenter = Segmenter(args.checkpoint, args.device)
-    console = Console(markup=False, emoji=False, highlight=False, soft_wrap=True)
-    truths = [Path(name) for name in args.truth] if args.truth else [None] * len(images)
-    boxes = [Path(name) for name in args.boxes] if args.boxes else [None] * len(images)
-    for files in zip(images, truths, boxes, strict=True):  # all, before anything is written
-        _read(*files, segmenter, args)
-    for image, truth_path, boxes_path, (drawing, labels_path) in zip(images, truths, boxes, outputs, strict=True):
-        picture, truth, proposed = _read(image, truth_path, boxes_path, segmenter, args)
-        with backend(args.backend):
-            if proposed is None:
-                prediction = segmenter(picture, args.size)
-            else:
-                bar = terminal.console(stderr=True)
-                watch = partial(track, description=image.name, console=bar, transient=True, disable=not bar.is_terminal)
-                options = {"combine": args.combine or COMBINE[0], "least": 1, "most": len(proposed)}  # taken already
-                prediction = segmenter.instance_wise(picture, proposed, args.size, watch=watch, **options)
-        scene = Scene(np.asarray(picture), truth, prediction)
-        draw_scenes(drawing, [scene], segmenter.classes, segmenter.ignore_index, args.overlay)
-        note = ""
-        if truth is not None:
-            matrix = confusion_matrix(
-                torch.from_numpy(prediction), torch.from_numpy(truth), len(segmenter.classes), segmenter.ignore_index
-            )
-            result = scores(matrix)
-            note = f"  accuracy {result.global_accuracy:.3f}, mIoU {result.miou:.3f}"
-        console.print(f"{image} -> {drawing}{note}")
-        if labels_path:
-            _write_labels(labels_path, prediction)
-            console.print(f"{image} -> {labels_path}")
+    for one in files:  # check all inputs before any output is written
+        read_inputs(one, segmenter, options)
+    console, progress = terminal.text_console(), terminal.console(stderr=True)
+    for one in files:
+        bar = partial(
+            track, description=one.image.name, console=progress, transient=True, disable=not progress.is_terminal
+        )
+        scores = segment_file(one, segmenter, options, bar)
+        note = "" if scores is None else f"  accuracy {scores.global_accuracy:.3f}, mIoU {scores.miou:.3f}"
+        console.print(f"{one.image} -> {one.drawing}{note}")
+        if one.labels:
+            console.print(f"{one.image} -> {one.labels}")
     return 0

@@ -1,13 +1,60 @@
-"""Where the commands print their tables."""
+"""Where the commands print: tables, sentences, and the progress of a training run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from ..training.trainer import Record
 
 PIPED_WIDTH = 200
+LINES = 20
+"""About how many lines a training run prints if the output is not a terminal."""
 
 
 def console(stderr: bool = False) -> Console:
-    """A console as wide as the terminal; wide enough for every table where the output is piped or written to a file."""
+    """A console for tables, as wide as the terminal; wide enough for every table if the output is not a terminal."""
     made = Console(stderr=stderr, highlight=False)
     if not made.is_terminal:
         made.width = PIPED_WIDTH
     return made
+
+
+def text_console(stderr: bool = False) -> Console:
+    """A console for sentences with file names: no markup, no line breaks."""
+    return Console(stderr=stderr, markup=False, emoji=False, highlight=False, soft_wrap=True)
+
+
+class TrainingProgress:
+    """A context that shows step, loss, learning rate and mIoU of a training run on stderr.
+
+    A progress bar on a terminal, otherwise about LINES lines. `show` is for :meth:`Trainer.run`'s `on_record`.
+    """
+
+    def __init__(self, steps: int, step: int) -> None:
+        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.steps, self.printed, self.miou = steps, step, ""
+        columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+        self.progress = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
+        self.task = self.progress.add_task("", total=steps, completed=step)
+
+    def __enter__(self) -> TrainingProgress:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.progress.stop()
+
+    def show(self, record: Record) -> None:
+        """Show a record of the run."""
+        if "miou" in record:
+            self.miou = f"  mIoU {record['miou']:.3f}"
+        text = f"loss {record['loss']:.4f}  lr {record['lr']:.2e}{self.miou}"
+        self.progress.update(self.task, completed=record["step"], description=text)
+        due = record["step"] - self.printed >= self.steps / LINES or "miou" in record or record["step"] == self.steps
+        if due and not self.console.is_terminal:
+            self.printed = record["step"]
+            self.console.print(f"step {record['step']}/{self.steps}  {text}")

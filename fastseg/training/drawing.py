@@ -1,16 +1,19 @@
-"""Pictures of labels: a colour for each class, and scenes with their prediction and truth side by side."""
+"""Figures of predictions and of a training run, and images of labels."""
 
 from __future__ import annotations
 
 import colorsys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from ..atomic_write import atomic_write
 from .data import CAMVID_CLASSES
+
+if TYPE_CHECKING:
+    from .trainer import Record
 
 CAMVID_COLOURS = (
     (128, 128, 128),
@@ -25,20 +28,26 @@ CAMVID_COLOURS = (
     (64, 64, 0),
     (0, 128, 192),
 )
-"""The colours of CamVid's own label file, in the order of CAMVID_CLASSES."""
+"""The colours in CamVid's own label file, in the order of CAMVID_CLASSES."""
 VOID_COLOUR = (0, 0, 0)
 
 
 class Scene(NamedTuple):
-    """One row of a drawing: picture uint8 [H, W, 3], truth (or None) and prediction integer [H, W]."""
+    """One row of a figure.
+
+    Shape:
+        - picture: uint8 [H, W, 3].
+        - truth: integer [H, W], or None.
+        - prediction: integer [H, W].
+    """
 
     picture: np.ndarray
     truth: np.ndarray | None
     prediction: np.ndarray
 
 
-def need_matplotlib() -> None:
-    """Raise an ImportError that names the extra where matplotlib is missing."""
+def require_matplotlib() -> None:
+    """Raise an ImportError that says how to install matplotlib if it is missing."""
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
@@ -46,44 +55,75 @@ def need_matplotlib() -> None:
 
 
 def palette(classes: Sequence[str]) -> np.ndarray:
-    """A colour for each class, uint8 [classes, 3]: CamVid's own for its classes, else colours far apart."""
+    """Return a colour for each class: CamVid's own colours for its classes, else colours that are easy to tell apart.
+
+    Shape:
+        - output: uint8 [K, 3] for K classes.
+    """
     if tuple(classes) == CAMVID_CLASSES:
         return np.array(CAMVID_COLOURS, np.uint8)
     if len(classes) <= 11:
         from matplotlib import colormaps
 
         colours = [*colormaps["tab10"].colors, (0.17, 0.17, 0.17)][: len(classes)]
-    else:  # neighbours on the colour wheel differ in brightness too
+    else:  # neighbours on the colour wheel also differ in brightness
         colours = [colorsys.hsv_to_rgb(k / len(classes), 0.8, (1.0, 0.6)[k % 2]) for k in range(len(classes))]
     return np.round(np.array(colours) * 255).astype(np.uint8)
 
 
 def colourise(labels: np.ndarray, colours: np.ndarray, ignore_index: int) -> np.ndarray:
-    """Labels [H, W] in their classes' colours, uint8 [H, W, 3]; pixels of `ignore_index` black."""
+    """Draw labels in the colours of their classes, and pixels of `ignore_index` in black.
+
+    Shape:
+        - labels: integer [H, W].
+        - colours: uint8 [K, 3] for K classes.
+        - output: uint8 [H, W, 3].
+
+    Example::
+
+        >>> import numpy as np
+        >>> from fastseg.training.drawing import colourise
+        >>> colourise(np.array([[1, 255]]), np.array([[1, 2, 3], [4, 5, 6]], np.uint8), ignore_index=255).tolist()
+        [[[4, 5, 6], [0, 0, 0]]]
+    """
     ignored = labels == ignore_index
     image = colours[np.where(ignored, 0, labels)]
     image[ignored] = VOID_COLOUR
     return image
 
 
+def write_png(path: str | Path, pixels: np.ndarray) -> None:
+    """Write an image to a PNG file, uint8 [H, W, 3] or, for labels, uint8 [H, W]."""
+    from PIL import Image
+
+    with atomic_write(path) as temporary:
+        Image.fromarray(pixels).save(temporary, format="PNG")
+
+
 def draw_scenes(
     path: str | Path, scenes: Sequence[Scene], classes: Sequence[str], ignore_index: int, overlay: bool = False
 ) -> None:
-    """Write a PNG to `path`: a row for each scene, picture, truth where there is one, prediction; a legend beside.
+    """Write a PNG file with a row per scene: picture, ground truth if there is any, prediction; and a legend.
 
-    overlay: lay the prediction over the picture, half transparent. The legend names the classes that are shown.
+    Args:
+        path: the file to write.
+        scenes: the rows.
+        classes: names of the classes. The legend has those that occur in a scene.
+        ignore_index: label of ignored pixels, which the legend calls "void".
+        overlay: draw the prediction half transparent over the picture.
+
+    Raises:
+        ImportError: matplotlib is not installed.
     """
-    need_matplotlib()
+    require_matplotlib()
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
     colours = palette(classes)
-    columns = (
-        ["picture", "truth", "prediction"] if any(s.truth is not None for s in scenes) else ["picture", "prediction"]
-    )
+    has_truth = any(scene.truth is not None for scene in scenes)
+    columns = ["picture", "truth", "prediction"] if has_truth else ["picture", "prediction"]
     height, width = scenes[0].picture.shape[:2]
-    cell = 3.2
-    legend = 1.8
+    cell, legend = 3.2, 1.8  # inches
     figure = Figure((cell * len(columns) + legend, cell * height / width * len(scenes) + 0.4), layout="constrained")
     axes = figure.subplots(len(scenes), len(columns), squeeze=False)
     shown: set[int] = set()
@@ -106,5 +146,33 @@ def draw_scenes(
     if ignore_index in shown:
         entries.append(Patch(facecolor=VOID_COLOUR, label="void"))
     figure.legend(handles=entries, loc="outside right center", frameon=False)
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")
+
+
+def draw_history(path: str | Path, history: Sequence[Record]) -> None:
+    """Write a PNG file with the training loss and the validation mIoU of a run over its steps.
+
+    Args:
+        path: the file to write.
+        history: the records of the run, see :class:`fastseg.training.trainer.Trainer`.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure((7, 4), layout="constrained")
+    loss = figure.subplots()
+    (loss_line,) = loss.plot([r["step"] for r in history], [r["loss"] for r in history], label="training loss")
+    validated = [record for record in history if "miou" in record]
+    miou = loss.twinx()
+    (miou_line,) = miou.plot(
+        [r["step"] for r in validated],
+        [r["miou"] for r in validated],
+        "o-",
+        color="tab:orange",
+        label="validation mIoU",
+    )
+    loss.set(xlabel="step", ylabel="training loss", ylim=(0, None))
+    miou.set(ylabel="validation mIoU", ylim=(0, 1))
+    loss.legend(handles=[loss_line, miou_line], loc="center right", frameon=False)
     with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=150, format="png")

@@ -1,13 +1,17 @@
-"""Instance-wise prediction: a network that sees one object proposal at a time, and its scores put together.
+"""Instance-wise prediction: a network sees one object proposal at a time, and the scores of all are combined.
 
-Noh, Hong and Han, "Learning Deconvolution Network for Semantic Segmentation", ICCV 2015, and the authors' inference
-code: proposals are cut out, stretched to the size the network was trained at, and scored; the scores are stretched back
-to the proposal and the largest of each pixel is kept. Objects of any size are so seen at one size.
+Each proposal is cropped, resized to the network's input size and scored. Its scores are resized back to the proposal,
+and each pixel takes the largest score among the proposals that contain it. The network thus sees objects of all sizes
+at one size.
+
+Source: Noh, Hong and Han, "Learning Deconvolution Network for Semantic Segmentation", ICCV 2015, and the authors'
+inference code.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,11 +21,13 @@ from torch import Tensor
 
 COMBINE = ("max", "mean")
 ENSEMBLES = ("code", "paper")
-LEAST_SIDE, MOST_BOXES = 112, 50  # the authors', for pictures of about 500 pixels
+PROPOSAL_SIZE = (224, 224)
+"""The size that proposals are resized to for a network that was not trained at one fixed size."""
+MIN_SIDE, MAX_BOXES = 112, 50  # the authors' values, for images of about 500 pixels
 
 
 class Box(NamedTuple):
-    """A proposal in whole pixels; it may reach beyond the picture, where there are zeros."""
+    """A proposal in whole pixels. Parts outside the image are black."""
 
     left: int
     top: int
@@ -29,163 +35,274 @@ class Box(NamedTuple):
     height: int
 
 
+def _check_positive(**values: int) -> None:
+    """Raise ValueError for an argument below 1."""
+    for name, value in values.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, but is {value}")
+
+
+@dataclass(frozen=True)
+class InstanceOptions:
+    """How proposals are selected, scored and combined.
+
+    Args:
+        size: (height, width) that proposals are resized to. None selects the network's training size, else 224x224.
+        combine: ``"max"`` or ``"mean"``, see :func:`instance_scores`.
+        min_side: proposals with a shorter side below this are ignored.
+        max_boxes: only the first so many of the others are used.
+        batch_size: proposals per call of the network.
+
+    Raises:
+        ValueError: `combine` is another word, or a number is below 1.
+    """
+
+    size: tuple[int, int] | None = None
+    combine: str = "max"
+    min_side: int = MIN_SIDE
+    max_boxes: int = MAX_BOXES
+    batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        if self.combine not in COMBINE:
+            raise ValueError(f"combine must be one of {', '.join(COMBINE)}, but is {self.combine!r}")
+        _check_positive(
+            size=1 if self.size is None else min(self.size),
+            min_side=self.min_side,
+            max_boxes=self.max_boxes,
+            batch_size=self.batch_size,
+        )
+
+
+DEFAULT_OPTIONS = InstanceOptions()
+
+
 @torch.no_grad()
 def instance_scores(
-    scores: Callable[[Tensor], Tensor],
+    network: Callable[[Tensor], Tensor],
     image: Tensor,
     boxes: Sequence[Box],
-    size: tuple[int, int] = (224, 224),
-    combine: str = "max",
-    least: int = LEAST_SIDE,
-    most: int = MOST_BOXES,
-    batch_size: int = 8,
-    watch: Callable[[Sequence[Sequence[Box]]], Iterable[Sequence[Box]]] = iter,
+    options: InstanceOptions = DEFAULT_OPTIONS,
+    progress: Callable[[Sequence[Sequence[Box]]], Iterable[Sequence[Box]]] = iter,
 ) -> Tensor:
-    """Class scores (K, H, W) of a picture, float32, from those of its proposals.
+    """Compute the class scores of an image from the scores of its proposals.
 
-    scores: what a network in evaluation makes of pictures (N, C, *size): (N, K, *size). It takes off the mean itself:
-    image is (C, H, W) as it was before, so that beyond the picture there is black. boxes, least, most: which are taken,
-    see `taken`. combine: "max", the largest score of each pixel among its proposals and 0, as the authors' code has it,
-    for scores that are comparable from one proposal to the next, as theirs are held to be, and probabilities are;
-    "mean", which the paper speaks of too: the sum of the proposals' scores, 0 outside of each, by their number. So a
-    pixel in no proposal has 0 for every class. watch: goes between the batches and who walks them, for a progress bar.
+    With ``combine="max"``, as in the authors' code, a pixel's score is the largest among the proposals that contain
+    it, and at least 0. This assumes that scores of different proposals are comparable, as probabilities are. With
+    ``combine="mean"``, which the paper mentions, it is the sum of the scores divided by the number of proposals; a
+    proposal that does not contain the pixel counts as 0. In both cases a pixel in no proposal has the score 0 for every
+    class.
 
-    Raises ValueError for arguments that are none of these, and where no box is left.
+    Args:
+        network: a function of a batch of images; the network must be in evaluation mode. It normalises the images
+            itself, so that the area outside the image is black.
+        image: the image, without normalisation.
+        boxes: the proposals; :func:`select_boxes` says which are used.
+        options: see :class:`InstanceOptions`.
+        progress: wraps the list of batches that is iterated over, for example in a progress bar.
+
+    Shape:
+        - image: (C, H, W).
+        - network: (N, C, h, w) to (N, K, h', w') for K classes, where (h, w) is `options.size`.
+        - output: (K, H, W), float32.
+
+    Raises:
+        ValueError: the image or the output of the network has another shape, or no box is left.
+
+    Example::
+
+        >>> import torch
+        >>> from fastseg.training.instance_wise import Box, InstanceOptions, instance_scores
+        >>> network = torch.nn.Conv2d(3, 5, 1)
+        >>> options = InstanceOptions(size=(16, 16), min_side=8)
+        >>> instance_scores(network, torch.rand(3, 24, 32), [Box(4, 4, 12, 8)], options).shape
+        torch.Size([5, 24, 32])
     """
-    if combine not in COMBINE:
-        raise ValueError(f"combine must be one of {', '.join(COMBINE)}, not {combine!r}")
     if image.dim() != 3 or image.numel() == 0:
         raise ValueError(f"image must be (C, H, W), but has shape {tuple(image.shape)}")
-    for name, value in (("batch_size", batch_size), ("size", min(size))):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, not {value}")
     height, width = image.shape[-2:]
-    chosen = taken(boxes, height, width, least, most)
+    selected = select_boxes(boxes, height, width, options.min_side, options.max_boxes)
+    size = options.size or PROPOSAL_SIZE
+    step = options.batch_size
     total: Tensor | None = None
-    for batch in watch([chosen[k : k + batch_size] for k in range(0, len(chosen), batch_size)]):
-        seen = torch.cat([F.interpolate(_cut(image, box), size, mode="bilinear", antialias=True) for box in batch])
-        found = scores(seen).float()
-        if found.dim() != 4 or len(found) != len(batch):
-            raise ValueError(f"scores must give ({len(batch)}, K, H, W), but gave shape {tuple(found.shape)}")
-        for box, own in zip(batch, found, strict=True):
+    for batch in progress([selected[k : k + step] for k in range(0, len(selected), step)]):
+        inputs = torch.cat([F.interpolate(_crop(image, box), size, mode="bilinear", antialias=True) for box in batch])
+        outputs = network(inputs).float()
+        if outputs.dim() != 4 or len(outputs) != len(batch):
+            raise ValueError(f"network must return ({len(batch)}, K, H, W), but returned {tuple(outputs.shape)}")
+        for box, scores in zip(batch, outputs, strict=True):
             if total is None:
-                total = own.new_zeros(len(own), height, width)
-            own = F.interpolate(own[None], (box.height, box.width), mode="bilinear")[0]
-            (rows, columns), (own_rows, own_columns) = _shared(box, height, width)
-            place, part = total[:, rows, columns], own[:, own_rows, own_columns]
-            place.copy_(torch.maximum(place, part)) if combine == "max" else place.add_(part)
-    assert total is not None  # `taken` has one box at least
-    return total / len(chosen) if combine == "mean" else total
+                total = scores.new_zeros(len(scores), height, width)
+            scores = F.interpolate(scores[None], (box.height, box.width), mode="bilinear")[0]
+            (rows, columns), (box_rows, box_columns) = _overlap(box, height, width)
+            current, new = total[:, rows, columns], scores[:, box_rows, box_columns]
+            current.copy_(torch.maximum(current, new)) if options.combine == "max" else current.add_(new)
+    assert total is not None  # select_boxes returns at least one box
+    return total / len(selected) if options.combine == "mean" else total
 
 
-def taken(boxes: Iterable[Box], height: int, width: int, least: int = LEAST_SIDE, most: int = MOST_BOXES) -> list[Box]:
-    """The first `most` boxes that lie over the picture and whose shorter side is `least` or more, in their order.
+def select_boxes(
+    boxes: Iterable[Box], height: int, width: int, min_side: int = MIN_SIDE, max_boxes: int = MAX_BOXES
+) -> list[Box]:
+    """Return the proposals to use: the first `max_boxes` that overlap the image and are large enough, in their order.
 
-    In the paper that is of decreasing size. Raises ValueError where none is left, and for a box without pixels or one
-    that reaches beyond the picture by more than the picture's own width or height.
+    The paper orders proposals by decreasing size.
+
+    Args:
+        boxes: the proposals.
+        height, width: size of the image.
+        min_side: boxes with a shorter side below this are left out.
+        max_boxes: the largest number of boxes to return.
+
+    Raises:
+        ValueError: no box is left, a box is empty, or a box extends beyond an edge of the image by more than the
+            image's own width or height.
+
+    Example::
+
+        >>> from fastseg.training.instance_wise import Box, select_boxes
+        >>> select_boxes([Box(0, 0, 4, 4), Box(2, 2, 40, 30)], height=48, width=64, min_side=16)
+        [Box(left=2, top=2, width=40, height=30)]
     """
-    for name, value in (("least", least), ("most", most)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, not {value}")
-    boxes, found = [Box(*box) for box in boxes], []
+    _check_positive(min_side=min_side, max_boxes=max_boxes)
+    boxes, selected = [Box(*box) for box in boxes], []
     for box in boxes:
         if min(box.width, box.height) < 1:
-            raise ValueError(f"boxes must be at least 1 pixel wide and high, but there is {tuple(box)}")
-        if min(box.width, box.height) < least or _beside(box, height, width):
+            raise ValueError(f"boxes must be at least 1 pixel wide and high, but one is {tuple(box)}")
+        if min(box.width, box.height) < min_side or _is_outside(box, height, width):
             continue
-        reach = max(-box.left, box.left + box.width - width), max(-box.top, box.top + box.height - height)
-        if reach[0] > width or reach[1] > height:
+        beyond_x = max(-box.left, box.left + box.width - width)
+        beyond_y = max(-box.top, box.top + box.height - height)
+        if beyond_x > width or beyond_y > height:
             raise ValueError(
-                f"boxes must not reach beyond the picture by more than its own {width}x{height}, but there is "
-                f"{tuple(box)}"
+                f"boxes must not extend beyond the image by more than its own {width}x{height}, but one is {tuple(box)}"
             )
-        found.append(box)
-    if not found:
+        selected.append(box)
+    if not selected:
         raise ValueError(
-            f"boxes must hold one over the picture with a shorter side of at least {least}, but of {len(boxes)} none is"
+            f"boxes must contain one that overlaps the image and has a shorter side of at least {min_side}, but none "
+            f"of {len(boxes)} does"
         )
-    return found[:most]
+    return selected[:max_boxes]
 
 
 def ensemble(fcn: Tensor, deconvnet: Tensor, mode: str = "code") -> Tensor:
-    """EDeconvNet's scores from two networks' scores (K, H, W): "code", max(0, fcn) * deconvnet; "paper", their mean.
+    """Combine the scores of an FCN and of a DeconvNet, as EDeconvNet does.
 
-    Raises ValueError for another mode or scores of different shapes.
+    Args:
+        fcn: scores of the FCN.
+        deconvnet: scores of the DeconvNet.
+        mode: ``"code"`` for the authors' code, max(0, fcn) * deconvnet; ``"paper"`` for the mean of both.
+
+    Shape:
+        - fcn, deconvnet, output: (K, H, W) for K classes.
+
+    Raises:
+        ValueError: `mode` is another word, or the shapes differ.
+
+    Example::
+
+        >>> import torch
+        >>> from fastseg.training.instance_wise import ensemble
+        >>> ensemble(torch.tensor([-1.0, 2.0]), torch.tensor([3.0, -4.0]), "paper")
+        tensor([ 1., -1.])
     """
     if mode not in ENSEMBLES:
-        raise ValueError(f"mode must be one of {', '.join(ENSEMBLES)}, not {mode!r}")
+        raise ValueError(f"mode must be one of {', '.join(ENSEMBLES)}, but is {mode!r}")
     if fcn.shape != deconvnet.shape:
-        raise ValueError(f"fcn and deconvnet must have one shape, not {tuple(fcn.shape)} and {tuple(deconvnet.shape)}")
+        raise ValueError(
+            f"fcn and deconvnet must have the same shape, but have {tuple(fcn.shape)} and {tuple(deconvnet.shape)}"
+        )
     return fcn.clamp(min=0) * deconvnet if mode == "code" else (fcn + deconvnet) / 2
 
 
-def windows(height: int, width: int, least: int = LEAST_SIDE, most: int = MOST_BOXES) -> list[Box]:
-    """Proposals for who has none: the whole picture, then squares that overlap by half, each size half the last.
+def sliding_windows(height: int, width: int, min_side: int = MIN_SIDE, max_boxes: int = MAX_BOXES) -> list[Box]:
+    """Return proposals for an image that has none: the whole image, then grids of overlapping squares.
 
-    The first squares are as high as the picture's shorter side, the last not below `least`; each size covers the
-    picture, and the first that would make more than `most` boxes in all is left out with those below it. Raises
-    ValueError for a number below 1.
+    The squares of the first grid are as high as the shorter side of the image; those of each further grid are half as
+    large. Neighbours overlap by at least half, and each grid covers the image. Grids end before the squares are smaller
+    than `min_side`, or before there are more than `max_boxes` boxes.
+
+    Args:
+        height, width: size of the image.
+        min_side: smallest side of a square.
+        max_boxes: largest number of boxes.
+
+    Raises:
+        ValueError: a number is below 1.
+
+    Example::
+
+        >>> from fastseg.training.instance_wise import sliding_windows
+        >>> sliding_windows(120, 180)
+        [Box(left=0, top=0, width=180, height=120), Box(left=0, top=0, width=120, height=120), \
+Box(left=60, top=0, width=120, height=120)]
     """
-    for name, value in (("height", height), ("width", width), ("least", least), ("most", most)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, not {value}")
-    found, side = [Box(0, 0, width, height)], min(height, width)
-    while side >= least:
+    _check_positive(height=height, width=width, min_side=min_side, max_boxes=max_boxes)
+    boxes, side = [Box(0, 0, width, height)], min(height, width)
+    while side >= min_side:
         rows, columns = _starts(height, side), _starts(width, side)
-        if len(found) + len(rows) * len(columns) > most:
+        if len(boxes) + len(rows) * len(columns) > max_boxes:
             break
-        found += [Box(x, y, side, side) for y in rows for x in columns]
+        boxes += [Box(x, y, side, side) for y in rows for x in columns]
         side //= 2
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(boxes))
 
 
 def read_boxes(path: str | Path) -> list[Box]:
-    """Boxes of a text file, a line each: left, top, width and height in pixels, by commas or blanks; others ignored.
+    """Read proposals from a text file.
 
-    Raises ValueError that names the file, and the line's number, for what is no such line, and where there is none.
+    Args:
+        path: a UTF-8 file with a line per box: left, top, width and height in pixels, separated by commas or spaces.
+            Further columns are ignored.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: a line has another form, or there is none. The message has the file and the line number.
     """
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
-        raise ValueError(f"{path} must be a text file of boxes, and is none in UTF-8") from None
-    found = []
+        raise ValueError(f"{path} must be a UTF-8 text file with boxes") from None
+    boxes = []
     for number, line in enumerate(text.splitlines(), 1):
         if not (words := line.replace(",", " ").split()):
             continue
         try:
             box = Box(*(round(float(word)) for word in words[:4]))
         except (TypeError, ValueError, OverflowError):
-            raise ValueError(f"{path}, line {number}, must be left, top, width and height, not {line!r}") from None
+            raise ValueError(f"{path}, line {number}, must be left, top, width and height, but is {line!r}") from None
         if min(box.width, box.height) < 1:
-            raise ValueError(f"{path}, line {number}, must have a width and a height of at least 1, not {line!r}")
-        found.append(box)
-    if not found:
-        raise ValueError(f"{path} must hold boxes, and holds none")
-    return found
+            raise ValueError(f"{path}, line {number}, must have a width and a height of at least 1, but is {line!r}")
+        boxes.append(box)
+    if not boxes:
+        raise ValueError(f"{path} must contain boxes, but is empty")
+    return boxes
 
 
 def _starts(length: int, side: int) -> list[int]:
-    """Where windows of a side begin that cover a length and overlap by half at least."""
+    """The first pixels of intervals of length `side` that cover `length` and overlap by at least half."""
     steps = -(-2 * (length - side) // side)
     return [round(k * (length - side) / steps) for k in range(steps + 1)] if steps else [0]
 
 
-def _beside(box: Box, height: int, width: int) -> bool:
+def _is_outside(box: Box, height: int, width: int) -> bool:
+    """Whether a box has no pixel in common with the image."""
     return box.left >= width or box.top >= height or box.left + box.width <= 0 or box.top + box.height <= 0
 
 
-def _shared(box: Box, height: int, width: int) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
-    """(rows, columns) that a box and the picture share, of the picture and of the box."""
-    spans = ((box.top, box.height, height), (box.left, box.width, width))
-    of_picture = tuple(slice(max(begin, 0), min(begin + side, length)) for begin, side, length in spans)
-    of_box = tuple(
-        slice(part.start - begin, part.stop - begin) for part, (begin, _, _) in zip(of_picture, spans, strict=True)
+def _overlap(box: Box, height: int, width: int) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+    """(rows, columns) of the area that box and image have in common, in the image and in the box."""
+    extents = ((box.top, box.height, height), (box.left, box.width, width))
+    in_image = tuple(slice(max(start, 0), min(start + side, length)) for start, side, length in extents)
+    in_box = tuple(
+        slice(part.start - start, part.stop - start) for part, (start, _, _) in zip(in_image, extents, strict=True)
     )
-    return of_picture, of_box
+    return in_image, in_box
 
 
-def _cut(image: Tensor, box: Box) -> Tensor:
-    """What lies under a box, (1, C, *), with zeros beyond the picture."""
-    (rows, columns), (own_rows, own_columns) = _shared(box, *image.shape[-2:])
-    margins = (own_columns.start, box.width - own_columns.stop, own_rows.start, box.height - own_rows.stop)
-    return F.pad(image[None, :, rows, columns].float(), margins)
+def _crop(image: Tensor, box: Box) -> Tensor:
+    """The part of the image under a box, (1, C, *), with zeros outside the image."""
+    (rows, columns), (box_rows, box_columns) = _overlap(box, *image.shape[-2:])
+    padding = (box_columns.start, box.width - box_columns.stop, box_rows.start, box.height - box_rows.stop)
+    return F.pad(image[None, :, rows, columns].float(), padding)

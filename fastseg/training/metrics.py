@@ -1,34 +1,71 @@
-"""The scores of the segmentation papers, from one confusion matrix."""
+"""The scores of the segmentation papers, computed from one confusion matrix."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
-
-from ..functional import confusion_matrix
-
-__all__ = ["Scores", "confusion_matrix", "scores"]
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Fractions in 0..1; NaN where there was nothing to score."""
+    """Segmentation scores, each a fraction from 0 to 1, or NaN if there was nothing to score."""
 
     global_accuracy: float
-    """Correct pixels over all pixels."""
+    """Correct pixels divided by all pixels."""
     class_accuracy: float
-    """Each class's correct pixels over its true pixels, averaged over the classes that occur in the truth."""
+    """Per class, correct pixels divided by its ground-truth pixels; averaged over the classes in the ground truth."""
     iou: tuple[float, ...]
-    """Each class's intersection over union; NaN for a class absent from both truth and prediction."""
+    """Intersection over union per class. NaN for a class that is in neither ground truth nor prediction."""
     miou: float
-    """Mean of `iou` over the classes that are not absent."""
+    """Mean of `iou` over the classes for which it is not NaN."""
     frequency_weighted_iou: float
-    """`iou` weighted by each class's share of the true pixels."""
+    """`iou` weighted by each class's fraction of the ground-truth pixels."""
+
+    def as_dict(self, classes: Sequence[str]) -> dict[str, Any]:
+        """The scores in a form that JSON can represent: `iou` by class name, with None in place of NaN.
+
+        Args:
+            classes: the names of the classes, in order.
+        """
+        iou = {name: None if math.isnan(value) else value for name, value in zip(classes, self.iou, strict=True)}
+        return {
+            "miou": self.miou,
+            "global_accuracy": self.global_accuracy,
+            "class_accuracy": self.class_accuracy,
+            "frequency_weighted_iou": self.frequency_weighted_iou,
+            "iou": iou,
+        }
 
 
 def scores(matrix: Tensor) -> Scores:
-    """The scores of a confusion matrix (rows truth, columns prediction), computed in float64."""
+    r"""Compute the scores of a confusion matrix, in float64.
+
+    With :math:`n_{ij}` pixels of class *i* predicted as class *j*, the IoU of class *i* is
+    :math:`n_{ii} / (\sum_j n_{ij} + \sum_j n_{ji} - n_{ii})`.
+
+    Args:
+        matrix: pixel counts; rows are ground truth and columns predictions, as
+            :func:`fastseg.functional.confusion_matrix` returns them.
+
+    Shape:
+        - matrix: (K, K) for K classes.
+
+    Example::
+
+        >>> import torch
+        >>> from fastseg.functional import confusion_matrix
+        >>> from fastseg.training.metrics import scores
+        >>> pred, target = torch.tensor([[0, 1], [1, 1]]), torch.tensor([[0, 0], [1, 1]])
+        >>> result = scores(confusion_matrix(pred, target, 2))
+        >>> f"{result.global_accuracy:.2f} {result.miou:.2f}"
+        '0.75 0.58'
+
+    Source: Long, Shelhamer and Darrell, "Fully Convolutional Networks for Semantic Segmentation", CVPR 2015.
+    """
     matrix = matrix.double().cpu()
     hits, truth, predicted = matrix.diag(), matrix.sum(1), matrix.sum(0)
     iou = hits / (truth + predicted - hits)

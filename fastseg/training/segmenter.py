@@ -1,33 +1,48 @@
-"""A trained checkpoint applied to pictures."""
+"""A trained checkpoint applied to images."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..functional import upsample_argmax
-from .checkpoint import build_model, load_checkpoint, load_weights
+from .checkpoint import load_checkpoint
 from .data import normalise, resize, to_tensor
 from .device import pick_device
-from .instance_wise import Box, instance_scores
+from .instance_wise import DEFAULT_OPTIONS, PROPOSAL_SIZE, Box, InstanceOptions, instance_scores
+from .networks import build_model, load_weights
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-PROPOSAL = (224, 224)  # what a network that was trained at no size of its own sees of a proposal
-
-
 class Segmenter:
-    """A trained checkpoint that answers pictures with labels.
+    """Predicts the class of each pixel with the network of a checkpoint.
 
-    Args: path of the checkpoint; device, by default cuda where there is one. Raises FileNotFoundError or ValueError.
-    Attributes: `classes` (names), `ignore_index`, `model`, `size` ((height, width) it was trained at, or None).
+    Args:
+        path: a checkpoint that `fastseg train` or `fastseg demo` wrote.
+        device: see :func:`~fastseg.training.device.pick_device`.
+
+    Attributes:
+        classes: names of the classes.
+        ignore_index: label of pixels without a class in the training data.
+        model: the network, in evaluation mode.
+        size: (height, width) that the network was trained at, or None if it was trained at the size of each image.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint.
+        ValueError: the checkpoint is invalid, or the device does not exist.
+
+    Example (not executed)::
+
+        segmenter = Segmenter("runs/train/checkpoint.pt")
+        labels = segmenter(read_image("street.jpg"))  # fastseg.training.data.read_image
     """
 
     def __init__(self, path: str | Path, device: str | None = None) -> None:
@@ -40,43 +55,59 @@ class Segmenter:
         load_weights(self.model, state, path)
         self.model.to(self.device).eval()
 
-    def check(self, height: int, width: int) -> None:
-        """ValueError where the network cannot see pictures of that size, since they are too small."""
-        least = getattr(self.model, "LEAST", 1)
-        if min(height, width) < least:
-            raise ValueError(
-                f"the network needs pictures of at least {least}x{least}, not {height}x{width}; give --size"
-            )
-
     @torch.no_grad()
-    def __call__(self, picture: Image, size: tuple[int, int] | None = None) -> np.ndarray:
-        """The class of each pixel of an RGB picture: uint8 [H, W], the picture's own size.
+    def __call__(self, image: Image, size: tuple[int, int] | None = None) -> np.ndarray:
+        """Return the class of each pixel.
 
-        The network sees it at `size`, by default the size it was trained at, and its logits are stretched back.
+        Args:
+            image: an RGB image of H x W pixels.
+            size: (height, width) that the image is resized to for the network; its logits are resized back. Default:
+                the size of training, or the image's own.
+
+        Shape:
+            - output: uint8 [H, W].
         """
-        logits = self.logits(to_tensor(resize(picture, size or self.size)).to(self.device)[None])
-        labels = upsample_argmax(logits, (picture.height, picture.width), dtype=torch.uint8)
+        logits = self.logits(to_tensor(resize(image, size or self.size)).to(self.device)[None])
+        labels = upsample_argmax(logits, (image.height, image.width), dtype=torch.uint8)
         return labels[0].cpu().numpy()
 
     def instance_wise(
-        self, picture: Image, boxes: Sequence[Box], size: tuple[int, int] | None = None, **options: Any
+        self,
+        image: Image,
+        boxes: Sequence[Box],
+        options: InstanceOptions = DEFAULT_OPTIONS,
+        progress: Callable[[Sequence[Sequence[Box]]], Iterable[Sequence[Box]]] = iter,
     ) -> np.ndarray:
-        """The same from the class probabilities of the picture's proposals, each seen at `size`.
+        """Return the class of each pixel from the class probabilities of object proposals.
 
-        That is by default the size of training, else 224x224. Pixels in no proposal have the class they have when the
-        whole picture is seen at once. options: those of fastseg.training.instance_wise.instance_scores.
+        A pixel in no proposal gets the class that it has when the network sees the whole image.
+
+        Args:
+            image: an RGB image of H x W pixels.
+            boxes, options, progress: as for :func:`~fastseg.training.instance_wise.instance_scores`.
+
+        Shape:
+            - output: uint8 [H, W].
+
+        Raises:
+            ValueError: no box is left.
         """
-        seen = size or self.size or PROPOSAL
-        found = instance_scores(
-            lambda images: self.logits(images).softmax(1), to_tensor(picture).to(self.device), boxes, seen, **options
+        options = replace(options, size=options.size or self.size or PROPOSAL_SIZE)
+        scores = instance_scores(
+            lambda images: self.logits(images).softmax(1), to_tensor(image).to(self.device), boxes, options, progress
         )
-        highest, labels = found.max(0)
-        answer = labels.to(torch.uint8).cpu().numpy()
-        outside = (highest == 0).cpu().numpy()
-        if outside.any():
-            answer[outside] = self(picture, seen)[outside]
-        return answer
+        highest, labels = scores.max(0)
+        result = labels.to(torch.uint8).cpu().numpy()
+        in_no_box = (highest == 0).cpu().numpy()
+        if in_no_box.any():
+            result[in_no_box] = self(image, options.size)[in_no_box]
+        return result
 
     def logits(self, images: Tensor) -> Tensor:
-        """The network's logits of images (N, 3, H, W) in 0..1."""
+        """Normalise images from 0 to 1 and apply the network.
+
+        Shape:
+            - images: (N, 3, H, W).
+            - output: (N, K, H, W) for K classes.
+        """
         return self.model(normalise(images, self.mean, self.std))

@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, and refused where they are not what a run wrote."""
+"""Checkpoints are written completely or not at all, and an invalid one raises."""
 
 import contextlib
 import os
@@ -11,8 +11,9 @@ import torch
 from support.train_common import run, same
 
 import fastseg
-from fastseg.commands import train
+from fastseg.atomic_write import atomic_write
 from fastseg.training import checkpoint, data
+from fastseg.training.runs import resume_run
 
 pytest.importorskip("sklearn")
 
@@ -24,18 +25,18 @@ def few_scenes():
         yield
 
 
-def test_atomic_write(tmp_path):
+def test_a_file_is_replaced_completely_or_not_at_all(tmp_path):
     path = tmp_path / "new" / "file.txt"
-    with checkpoint.atomic_write(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text("whole")
         assert not path.exists() and temporary.parent == path.parent and temporary.suffix == ".txt"
-    with contextlib.suppress(RuntimeError), checkpoint.atomic_write(path) as temporary:
+    with contextlib.suppress(RuntimeError), atomic_write(path) as temporary:
         temporary.write_text("ha")
         raise RuntimeError
     assert path.read_text() == "whole" and list(path.parent.iterdir()) == [path]
 
 
-def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+def test_an_existing_checkpoint_is_kept_if_writing_fails(tmp_path, monkeypatch):
     path = tmp_path / "checkpoint.pt"
     path.write_text("old")
     write = torch.save
@@ -55,7 +56,7 @@ class Payload:
         return (os.system, ("touch executed",))
 
 
-def test_bad_checkpoints(tmp_path, monkeypatch):
+def test_damaged_and_other_files_raise(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     good = run(steps=1, out="run").path
     content = good.read_bytes()
@@ -66,9 +67,9 @@ def test_bad_checkpoints(tmp_path, monkeypatch):
         Path(name).write_bytes(text)
         with pytest.raises(ValueError, match=f"{name} is .*damaged"):
             checkpoint.load_checkpoint(name)
-    torch.save({"weights": torch.zeros(3)}, "foreign")
-    with pytest.raises(ValueError, match="foreign is not a fastseg checkpoint"):
-        checkpoint.load_checkpoint("foreign")
+    torch.save({"weights": torch.zeros(3)}, "other")
+    with pytest.raises(ValueError, match="other is not a fastseg checkpoint"):
+        checkpoint.load_checkpoint("other")
     torch.save(Payload(), "pickle")
     with pytest.raises(ValueError, match="pickle is not a fastseg checkpoint"):
         checkpoint.load_checkpoint("pickle")
@@ -79,25 +80,25 @@ def test_bad_checkpoints(tmp_path, monkeypatch):
     state["config"]["width"] = 0.5
     checkpoint.save_checkpoint("wide", state)
     with pytest.raises(ValueError, match="the weights in wide do not fit the model 'segnet-basic'"):
-        train.resume(Path("wide"), {"out": "elsewhere"})
+        resume_run(Path("wide"), {"out": "elsewhere"})
 
 
 @pytest.fixture(scope="module")
 def written(few_scenes, tmp_path_factory):
-    """A checkpoint after one step."""
+    """The path of a checkpoint after one step."""
     return run(1, steps=2, out=str(tmp_path_factory.mktemp("written"))).path
 
 
-CONTENTS = {  # what is put where, and what is said
-    "config": (("config",), None, "config must have the fields"),
-    "no width": (("config",), {}, "config must have the fields"),
-    "strange field": (("config", "depth"), 3, "config must have the fields"),
-    "width": (("config", "width"), "wide", "config is wrong: width must be of the type float, not 'wide'"),
-    "size": (("config", "size"), 32, "config is wrong: size must be of the type"),
+CONTENTS = {  # keys of the value to replace, its new value, the error message
+    "config": (("config",), None, "config must have exactly the fields"),
+    "no width": (("config",), {}, "config must have exactly the fields"),
+    "strange field": (("config", "depth"), 3, "config must have exactly the fields"),
+    "width": (("config", "width"), "wide", "config is wrong: width must be of type float, but is 'wide'"),
+    "size": (("config", "size"), 32, "config is wrong: size must be of type"),
     "steps": (("config", "steps"), 0, "config is wrong: steps must be from 1"),
-    "weights": (("model",), [1], "model must be a dict of tensors"),
-    "weight": (("model", "classifier.bias"), 1.0, "model must be a dict of tensors"),
-    "optimizer": (("optimizer",), None, "optimizer must be what"),
+    "weights": (("model",), [1], "model must map parameter names to tensors"),
+    "weight": (("model", "classifier.bias"), 1.0, "model must map parameter names to tensors"),
+    "optimizer": (("optimizer",), None, "optimizer must be the state_dict of an optimizer"),
     "rng": (("rng",), torch.zeros(3), "rng must hold"),
     "no rng": (("rng",), {}, "rng must hold"),
     "rng of floats": (("rng", "cpu"), torch.zeros(5056), "rng must hold"),
@@ -114,6 +115,7 @@ CONTENTS = {  # what is put where, and what is said
 
 
 def spoil(source, keys, value, path):
+    """Write a copy of a checkpoint in which one value is replaced, and return its path."""
     state = torch.load(source)
     inner = state
     for key in keys[:-1]:
@@ -123,15 +125,15 @@ def spoil(source, keys, value, path):
     return path
 
 
-@pytest.mark.parametrize("keys, value, sentence", CONTENTS.values(), ids=CONTENTS)
-def test_wrong_contents_are_refused_on_loading(keys, value, sentence, written, tmp_path):
+@pytest.mark.parametrize("keys, value, message", CONTENTS.values(), ids=CONTENTS)
+def test_a_value_of_the_wrong_type_raises_on_loading(keys, value, message, written, tmp_path):
     path = spoil(written, keys, value, tmp_path / "spoilt.pt")
-    with pytest.raises(ValueError, match=f"spoilt.pt is not a fastseg checkpoint, since its {sentence}"):
+    with pytest.raises(ValueError, match=f"spoilt.pt is not a valid fastseg checkpoint: its {message}"):
         checkpoint.load_checkpoint(path)
 
 
 @pytest.mark.parametrize(
-    "keys, value, sentence",
+    "keys, value, message",
     [
         (("optimizer", "state"), {}, "the state of the optimizer in .*spoilt.pt does not fit adamw"),
         (("optimizer", "state", 0), 7, "the state of the optimizer in .*spoilt.pt does not fit adamw"),
@@ -141,30 +143,34 @@ def test_wrong_contents_are_refused_on_loading(keys, value, sentence, written, t
             "the state of the optimizer in .*spoilt.pt does not fit",
         ),
         (("optimizer", "state", 0, "step"), "1", "the state of the optimizer in .*spoilt.pt does not fit adamw"),
-        (("rng", "cpu"), torch.zeros(9, dtype=torch.uint8), "generator's state in .*spoilt.pt is not one"),
+        (
+            ("rng", "cpu"),
+            torch.zeros(9, dtype=torch.uint8),
+            "state of the random number generator in .*spoilt.pt is invalid",
+        ),
     ],
 )
-def test_contents_that_do_not_fit_the_run_are_refused_on_resuming(keys, value, sentence, written, tmp_path):
-    with pytest.raises(ValueError, match=sentence):
-        train.resume(spoil(written, keys, value, tmp_path / "spoilt.pt"), {})
+def test_state_that_does_not_fit_the_run_raises_on_resuming(keys, value, message, written, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        resume_run(spoil(written, keys, value, tmp_path / "spoilt.pt"), {})
 
 
-def test_the_optimizers_groups_follow_from_the_config(written, tmp_path):
+def test_the_parameter_groups_of_the_optimizer_follow_from_the_config(written, tmp_path):
     path = spoil(written, ("optimizer", "param_groups"), "none", tmp_path / "spoilt.pt")
-    assert same(train.resume(path, {}).optimizer.state_dict()["state"], torch.load(written)["optimizer"]["state"])
+    assert same(resume_run(path, {}).optimizer.state_dict()["state"], torch.load(written)["optimizer"]["state"])
 
 
 def test_sgd_without_momentum_resumes(tmp_path):
     path = run(1, steps=2, optimizer="sgd", momentum=0.0, out=str(tmp_path)).path
-    resumed = train.resume(path, {})
+    resumed = resume_run(path, {})
     resumed.run()
     assert resumed.step == 2
 
 
-def test_checkpoints_need_no_demo():
+def test_a_checkpoint_of_the_demo_is_read_without_its_command():
     code = (
-        "import sys, fastseg.training.checkpoint as c; print(type(c.build_model('demo', 3, 1.0)).__module__); "
-        "assert not {'fastseg.commands.demo', 'fastseg.commands.segment'} & {*sys.modules}"
+        "import sys, fastseg.training.networks as c; print(type(c.build_model('demo', 3, 1.0)).__module__); "
+        "assert not {'fastseg.commands.demo', 'fastseg.training.comparison'} & {*sys.modules}"
     )
     environment = os.environ | {"PYTHONPATH": str(Path(fastseg.__file__).parents[1])}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)

@@ -23,7 +23,7 @@ def folder(tmp_path):
 
 @needs_digits
 @pytest.mark.parametrize("size", [64, (40, 52)])
-def test_a_scene_is_a_function_of_seed_split_and_index(size):
+def test_a_scene_depends_only_on_seed_split_and_index(size):
     scenes = data.DigitScenes("train", size=size, seed=3, length=5)
     image, mask = scenes[2]
     height, width = (size, size) if isinstance(size, int) else size
@@ -34,7 +34,7 @@ def test_a_scene_is_a_function_of_seed_split_and_index(size):
     assert torch.equal(image, again[0]) and torch.equal(mask, again[1]) and torch.equal(mask, scenes.mask(2))
     others = (scenes[1], data.DigitScenes("train", size, seed=4)[2], data.DigitScenes("val", size, seed=3)[2])
     for other, _ in others:
-        assert (image != other).float().mean() > 0.9  # the ground too
+        assert (image != other).float().mean() > 0.9  # the background differs too
 
 
 @needs_digits
@@ -46,25 +46,25 @@ def test_no_digit_is_in_both_splits():
 
 
 def test_the_mask_is_where_the_digits_are(monkeypatch):
-    """A square for a digit, on black ground: labelled where more ink than ground is seen."""
+    """With a square in place of a digit, on a black background: a pixel is labelled if the digit covers most of it."""
     digit = np.pad(np.ones((1, 4, 4), np.float32), ((0, 0), (2, 2), (2, 2)))
     monkeypatch.setattr(data, "_digits", lambda split: (digit, np.array([7])))
-    monkeypatch.setattr(data, "_ground", lambda rng, height, width: np.zeros((height, width, 3), np.float32))
+    monkeypatch.setattr(data, "_background", lambda rng, height, width: np.zeros((height, width, 3), np.float32))
     scenes = data.DigitScenes("train", length=20)
     for image, mask in scenes:
-        assert set(mask.unique().tolist()) == {7, data.GROUND}
+        assert set(mask.unique().tolist()) == {7, data.BACKGROUND}
         ink, noise = image.mean(0), 0.1  # colours are 0.5 to 1
-        assert ink[mask == 7].min() > 0.5 * 0.5 - noise and ink[mask == data.GROUND].max() < 0.5 * 1 + noise
+        assert ink[mask == 7].min() > 0.5 * 0.5 - noise and ink[mask == data.BACKGROUND].max() < 0.5 * 1 + noise
         assert (mask == 7).sum() >= 8 * 8
 
 
 @needs_digits
-def test_scenes_refuse(monkeypatch):
+def test_invalid_scenes_raise(monkeypatch):
     with pytest.raises(ValueError, match="split must be one of train, val"):
         data.DigitScenes("test")
-    with pytest.raises(ValueError, match="at least 16 pixels"):
+    with pytest.raises(ValueError, match="size must be at least 16 pixels"):
         data.DigitScenes("train", size=(64, 8))
-    with pytest.raises(IndexError):
+    with pytest.raises(IndexError, match="index must be from 0 to 2, but is 3"):
         data.DigitScenes("train", length=3)[3]
     data._digits.cache_clear()
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
@@ -73,7 +73,7 @@ def test_scenes_refuse(monkeypatch):
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg"])
-def test_folder(tmp_path, suffix):
+def test_a_folder_is_read(tmp_path, suffix):
     mask = np.kron(np.arange(12).reshape(3, 4), np.ones((8, 8), int))
     dataset = data.FolderDataset(write_folder(tmp_path, [mask], suffix), "train")
     image, labels = dataset[0]
@@ -83,7 +83,7 @@ def test_folder(tmp_path, suffix):
     torch.testing.assert_close(image, (labels * 20 / 255.0).expand(3, -1, -1), rtol=0, atol=0.02)
 
 
-def test_folder_resizes_frames_smoothly_and_masks_not(tmp_path):
+def test_frames_are_resized_bilinearly_and_masks_to_the_nearest_pixel(tmp_path):
     mask = np.zeros((8, 8), int)
     mask[:, 4:] = 10
     image, labels = data.FolderDataset(write_folder(tmp_path, [mask]), "train", size=(8, 20))[0]
@@ -100,21 +100,21 @@ def test_palette_masks_are_read_as_indices(tmp_path):
     assert data.FolderDataset(root, "train")[0][1].tolist() == np.arange(12).reshape(3, 4).tolist()
 
 
-def test_augmentation_is_a_function_of_seed_epoch_and_index(folder):
+def test_augmentation_depends_only_on_seed_epoch_and_index(folder):
     dataset = data.FolderDataset(folder, "train", augment=True, crop=(6, 7), seed=1)
     shown = {}
     for epoch in range(8):
         for index in range(len(dataset)):
             image, mask = dataset.sample(index, epoch)
             assert image.shape == (3, 6, 7) and torch.equal(dataset.sample(index, epoch)[0], image)
-            torch.testing.assert_close(image[0], mask * 20 / 255.0)  # frame and mask are cut and turned alike
+            torch.testing.assert_close(image[0], mask * 20 / 255.0)  # frame and mask have the same flip and crop
             shown.setdefault(index, set()).add(mask.numpy().tobytes())
     assert all(len(masks) > 4 for masks in shown.values())
     other = data.FolderDataset(folder, "train", augment=True, crop=(6, 7), seed=2)
     assert any(not torch.equal(other[index][1], dataset[index][1]) for index in range(6))
 
 
-def test_flips_are_left_to_right_and_half_of_all(folder):
+def test_half_of_the_samples_are_flipped_horizontally(folder):
     plain, flipping = data.FolderDataset(folder, "train"), data.FolderDataset(folder, "train", augment=True)
     flipped = 0
     for epoch in range(20):
@@ -137,12 +137,24 @@ BAD = {
     "no root": (lambda root: root.rename(root.with_name("gone")), FileNotFoundError, r"set must be a folder"),
     "no split": (lambda root: (root / "train").rename(root / "x"), FileNotFoundError, r"train must be a folder"),
     "no masks": (lambda root: (root / "trainannot").rename(root / "x"), FileNotFoundError, r"trainannot must be a"),
-    "no frames": (lambda root: [f.unlink() for f in (root / "train").iterdir()], FileNotFoundError, r"holds no .png"),
+    "no frames": (
+        lambda root: [f.unlink() for f in (root / "train").iterdir()],
+        FileNotFoundError,
+        r"contains no .png",
+    ),
     "no mask": (lambda root: (root / "trainannot/f3.png").unlink(), FileNotFoundError, r"f3.png has no mask: .*must"),
-    "truncated frame": (lambda root: truncate(root / "train/f0.png"), ValueError, r"f0.png must be a PNG or JPEG"),
-    "truncated mask": (lambda root: truncate(root / "trainannot/f0.png"), ValueError, r"f0.png must be a PNG or JPEG"),
-    "text": (lambda root: (root / "train/f0.png").write_text("no picture"), ValueError, r"f0.png must be a PNG"),
-    "empty": (lambda root: (root / "train/f0.png").write_bytes(b""), ValueError, r"f0.png must be a PNG or JPEG"),
+    "truncated frame": (
+        lambda root: truncate(root / "train/f0.png"),
+        ValueError,
+        r"f0.png must be a PNG or JPEG image",
+    ),
+    "truncated mask": (
+        lambda root: truncate(root / "trainannot/f0.png"),
+        ValueError,
+        r"f0.png must be a PNG or JPEG image",
+    ),
+    "text": (lambda root: (root / "train/f0.png").write_text("no image"), ValueError, r"f0.png must be a PNG"),
+    "empty": (lambda root: (root / "train/f0.png").write_bytes(b""), ValueError, r"f0.png must be a PNG or JPEG image"),
     "size": (lambda root: save(root / "trainannot/f0.png", np.zeros((9, 14))), ValueError, r"14x10, but is 14x9"),
     "colour mask": (lambda root: save(root / "trainannot/f0.png", np.zeros((10, 14, 3))), ValueError, r"8-bit mask"),
     "16-bit mask": (
@@ -158,77 +170,62 @@ BAD = {
     "label": (
         lambda root: save(root / "trainannot/f0.png", np.full((10, 14), 12)),
         ValueError,
-        r"trainannot/f0.png holds the label 12: labels must be 0 to 10, or 11",
+        r"trainannot/f0.png has the label 12: labels must be 0 to 10, or 11",
     ),
 }
 
 
-@pytest.mark.parametrize("spoil, error, sentence", BAD.values(), ids=BAD)
-def test_bad_folders(folder, spoil, error, sentence):
+@pytest.mark.parametrize("spoil, error, message", BAD.values(), ids=BAD)
+def test_an_invalid_folder_raises(folder, spoil, error, message):
     assert len(data.FolderDataset(folder, "train")[0]) == 2
     spoil(folder)
-    with pytest.raises(error, match=sentence):
+    with pytest.raises(error, match=message):
         data.FolderDataset(folder, "train")[0]
 
 
 def test_the_last_class_is_the_one_before_num_classes(tmp_path):
     root = write_folder(tmp_path, [[[10, 255]]])
     assert data.FolderDataset(root, "train", ignore_index=255, num_classes=11)[0][1].tolist() == [[10, 255]]
-    with pytest.raises(ValueError, match="holds the label 10: labels must be 0 to 9, or 255"):
+    with pytest.raises(ValueError, match="has the label 10: labels must be 0 to 9, or 255"):
         data.FolderDataset(root, "train", ignore_index=255, num_classes=10)[0]
 
 
-def test_crop_larger_than_the_frame(folder):
+def test_a_crop_larger_than_the_frame_raises(folder):
     with pytest.raises(ValueError, match=r"f0\.png is smaller than the crop of 11x4"):
         data.FolderDataset(folder, "train", crop=(11, 4))[0]
 
 
-def test_pictures_without_pillow(folder, monkeypatch):
+def test_without_pillow_the_error_says_how_to_install_it(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL", None)
     with pytest.raises(ImportError, match=r'pip install "fastseg-kernels\[demo\]"'):
         data.FolderDataset(folder, "train")[0]
 
 
-def test_photographs_are_turned_upright(tmp_path):
+def test_photographs_are_rotated_upright(tmp_path):
     exif = Image.Exif()
-    exif[0x0112] = 6  # turn by 90 degrees
+    exif[0x0112] = 6  # rotate by 90 degrees
     Image.fromarray(np.zeros((4, 9, 3), np.uint8)).save(tmp_path / "photo.jpg", exif=exif)
     assert data.read_image(tmp_path / "photo.jpg").size == (4, 9)
 
 
 @contextlib.contextmanager
 def _every_warning():
-    """Else torch gives a warning once in a process."""
+    """Let torch give a warning each time. By default it gives each only once per process."""
     before = torch.is_warn_always_enabled()
     torch.set_warn_always(True)
-    yield
-    torch.set_warn_always(before)
+    try:
+        yield
+    finally:
+        torch.set_warn_always(before)
 
 
-def test_a_picture_of_one_pixel_is_copied():
+def test_an_image_of_one_pixel_is_copied():
     with warnings.catch_warnings(), _every_warning():
         warnings.simplefilter("error")
         assert data.to_tensor(Image.new("RGB", (1, 1), (255, 0, 51))).flatten().tolist() == pytest.approx([1, 0, 0.2])
 
 
-def test_median_frequency(tmp_path):
-    masks = [[[0, 0], [0, 1]], [[0, 0], [11, 11]]]
-    dataset = data.FolderDataset(write_folder(tmp_path, masks), "train", num_classes=3)
-    frequencies = data.class_frequencies(dataset, 3, 11)
-    torch.testing.assert_close(
-        frequencies, torch.tensor([5 / 6, 1 / 4, torch.nan], dtype=torch.float64), equal_nan=True
-    )
-    weights = data.median_frequency_weights(dataset, 3, 11)
-    median = (5 / 6 + 1 / 4) / 2
-    torch.testing.assert_close(weights, torch.tensor([median * 6 / 5, median * 4, 0]))
-
-
-def test_camvid_lists_go_together():
-    weights = dict(zip(data.CAMVID_CLASSES, data.CAMVID_CLASS_WEIGHTS, strict=True))
-    assert max(weights, key=weights.get) == "SignSymbol" and min(weights, key=weights.get) == "Road"
-
-
-def test_normalise():
+def test_channels_are_normalised():
     image = torch.rand(2, 3, 4, 5)
     result = data.normalise(image, (0.1, 0.2, 0.3), (1.0, 2.0, 4.0))
     for channel, (mean, std) in enumerate(((0.1, 1), (0.2, 2), (0.3, 4))):
