@@ -31,10 +31,13 @@ import fastseg
 from fastseg import models, swap
 from fastseg.atomic_write import atomic_write
 from fastseg.bench.networks import PlainTwin
-from fastseg.commands.train import Interrupt, parse_size, summary
+from fastseg.commands.options import parse_size
+from fastseg.commands.terminal import TrainingProgress
 from fastseg.training import data
-from fastseg.training.checkpoint import TrainConfig
-from fastseg.training.trainer import Trainer, datasets
+from fastseg.training.config import TrainConfig
+from fastseg.training.interrupt import GracefulInterrupt
+from fastseg.training.runs import load_datasets
+from fastseg.training.trainer import Trainer
 
 VARIANTS = ("torch", "fastseg swap", "fastseg")
 PUBLISHED = {"global_accuracy": 0.904, "class_accuracy": 0.712, "miou": 0.601}
@@ -53,22 +56,24 @@ def build(variant: str, config: TrainConfig, classes: int) -> nn.Module:
     return plain
 
 
-def train(variant: str, config: TrainConfig, interrupt: Interrupt) -> dict[str, Any] | None:
+def train(variant: str, config: TrainConfig, stop: GracefulInterrupt) -> dict[str, Any] | None:
     """One training and its scores on the test split; None where it was interrupted."""
-    train_set, val_set = datasets(config)
+    train_set, val_set = load_datasets(config)
     test_set = data.FolderDataset(config.data, "test", config.size, config.ignore_index, config.num_classes)
     trainer = Trainer(config, build(variant, config, len(train_set.classes)), train_set, val_set)
     on_gpu = trainer.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(trainer.device)
     began = time.perf_counter()
-    if trainer.run(interrupt) is None:
+    with TrainingProgress(config.steps, trainer.step) as progress:
+        scores = trainer.run(stop, progress.show)
+    if scores is None:
         return None
     seconds = time.perf_counter() - began
     peak = torch.cuda.max_memory_allocated(trainer.device) if on_gpu else None
     trainer.val_set = test_set
     with fastseg.backend(config.backend):
-        scores = trainer.evaluate(interrupt)
+        scores = trainer.evaluate(stop)
     if scores is None:
         return None
     return {
@@ -79,7 +84,7 @@ def train(variant: str, config: TrainConfig, interrupt: Interrupt) -> dict[str, 
         "config": asdict(config) | {"data": Path(config.data).name, "out": None},
         "seconds": round(seconds, 1),
         "peak_bytes": peak,
-        "test": summary(scores, test_set.classes),
+        "test": scores.as_dict(test_set.classes),
         "history": trainer.history,
     }
 
@@ -129,13 +134,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name in ("data", "steps", "batch_size", "size", "lr", "width", "eval_every", "workers", "device")
     }
     args.out.mkdir(parents=True, exist_ok=True)
-    with Interrupt() as interrupt:
+    with GracefulInterrupt() as stop:
         for variant in args.variant or VARIANTS:
             backend = "torch" if variant == "torch" else "auto"
             print(f"{variant}: {args.steps} steps", file=sys.stderr)
             with tempfile.TemporaryDirectory() as folder:  # for checkpoints, of hundreds of MB
                 config = TrainConfig(**shared, class_weights="camvid", out=folder, backend=backend)
-                result = train(variant, config, interrupt)
+                result = train(variant, config, stop)
             if result is None:
                 return 130
             with atomic_write(args.out / f"{variant.replace(' ', '-')}.json") as temporary:
