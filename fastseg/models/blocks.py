@@ -37,7 +37,7 @@ def scaled(plan: Plan, width: float) -> list[list[int]]:
 class Conv2d(nn.Conv2d):
     """A convolution that leaves its bias to the batch norm behind it, which takes it out again or folds it in."""
 
-    leaves_bias = True
+    omits_bias = True
 
     def forward(self, input: Tensor) -> Tensor:
         return self._conv_forward(input, self.weight, None)
@@ -46,12 +46,12 @@ class Conv2d(nn.Conv2d):
 class Block(nn.Sequential):
     """Convolution, then batch norm with what is fused behind it: keys `0.` and `1.` in a state_dict.
 
-    A convolution that `leaves_bias` has it added, or taken out, by the batch norm; hooks on it see its output without.
+    A convolution that `omits_bias` has it added, or taken out, by the batch norm; hooks on it see its output without.
     """
 
     def forward(self, x: Tensor, *places: Any) -> Any:
         conv, norm = self
-        bias = conv.bias if getattr(conv, "leaves_bias", False) else None
+        bias = conv.bias if getattr(conv, "omits_bias", False) else None
         return norm(conv(x), *places, input_bias=bias)
 
 

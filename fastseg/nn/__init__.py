@@ -1,4 +1,4 @@
-"""Modules: torch.nn's names, constructor arguments and state_dict keys, on fastseg.functional."""
+"""Modules with torch.nn's names, constructor arguments and state_dict keys, on the functions of fastseg.functional."""
 
 from .batch_norm import BatchNormReLU2d, BatchNormReLUMaxPool2d, BatchNormReLUMaxUnpool2d, convert_sync_batchnorm
 from .conv import ConvTranspose2d, ConvTransposeBatchNormReLU2d

@@ -1,4 +1,4 @@
-"""CrossEntropyLoss, DiceCrossEntropyLoss, UpsampleCrossEntropyLoss and LinearCrossEntropyLoss."""
+"""Cross-entropy losses: alone, with soft Dice, of resized logits, and of a 1x1 classifier's features."""
 
 from __future__ import annotations
 
@@ -14,14 +14,46 @@ LOSS_ARGUMENTS = ("ignore_index", "reduction", "label_smoothing", "normalization
 
 
 class CrossEntropyLoss(nn.CrossEntropyLoss):
-    """torch.nn.CrossEntropyLoss on fastseg.functional.cross_entropy: same arguments, reductions, errors.
+    """Cross-entropy of logits, on :func:`fastseg.functional.cross_entropy`.
 
-    forward(input (N, C, H, W) logits or any shape torch takes, target of class indices or probabilities). The loss of
-    half-precision logits comes in float32. normalization, z_loss, one_pass: the function's.
+        loss = sum over pixels of w[t] * (log(sum_c exp(x[c])) - x[t]), divided as `normalization` says
+
+    The arguments, reductions and errors of :class:`torch.nn.CrossEntropyLoss`. The loss of half-precision logits is
+    computed and returned in float32.
+
+    Args:
+        weight: a weight per class, (C,).
+        size_average, reduce: deprecated, as in torch.
+        ignore_index: pixels with this label do not count.
+        reduction: "mean", "sum" or "none".
+        label_smoothing: between 0 and 1.
+        normalization: the divisor of a mean: "weights" (torch's: the sum of the weights of the labels), "valid" (the
+            number of pixels that are not ignored), "pixels" (of all pixels) or "batch" (N).
+        z_loss: adds z_loss * lse ** 2 per pixel that is not ignored, where lse is the log-sum-exp of its logits.
+        one_pass: whether the forward also computes the gradient. None: all dtypes but float16. See the function.
+
+    Shape:
+        - Input: logits (C,), (N, C) or (N, C, d1, ...).
+        - Target: class indices (), (N,) or (N, d1, ...), or class probabilities of the input's shape.
+        - Output: a scalar, or with reduction "none" the shape of the class indices.
+
+    Example:
+        >>> import torch, fastseg
+        >>> loss = fastseg.nn.CrossEntropyLoss(ignore_index=255)
+        >>> logits = torch.zeros(1, 4, 2, 2)
+        >>> target = torch.tensor([[[0, 1], [2, 255]]])
+        >>> round(loss(logits, target).item(), 4)  # log(4)
+        1.3863
+
+    Note:
+        Deterministic.
+
+    Source:
+        torch.nn.CrossEntropyLoss
     """
 
     __prepare_scriptable__ = refuse_script
-    normalization, z_loss, one_pass = "weights", 0.0, None  # of a torch module that is swapped for this one
+    normalization, z_loss, one_pass = "weights", 0.0, None  # for instances that swap gave this class
 
     def __init__(
         self,
@@ -54,9 +86,40 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
 
 
 class DiceCrossEntropyLoss(nn.Module):
-    """fastseg.functional.dice_cross_entropy with its arguments; weight, of the cross-entropy, is a buffer.
+    """Cross-entropy plus soft Dice loss, on :func:`fastseg.functional.dice_cross_entropy`.
 
-    forward(input (N, C, H, W) logits or any shape that cross_entropy takes, target of class indices).
+        loss = ce_weight * cross_entropy + dice_weight * (1 - dice)
+        dice = mean over classes of (2 * sum(p * t) + smooth) / (sum(p) + sum(t) + smooth),  p = softmax(x)
+
+    t is 1 where the label is the class and 0 elsewhere.
+
+    Args:
+        weight: a weight per class in the cross-entropy, (C,); a buffer.
+        ignore_index: pixels with this label count in neither loss.
+        batch: sum the Dice over the whole batch and not for each sample.
+        include_background: False leaves class 0 out of the Dice.
+        smooth: added to numerator and denominator of the Dice.
+        dice_weight, ce_weight: weights of the two losses.
+
+    Shape:
+        - Input: logits (C,), (N, C) or (N, C, d1, ...).
+        - Target: class indices (), (N,) or (N, d1, ...).
+        - Output: a scalar.
+
+    Example:
+        >>> import torch, fastseg
+        >>> loss = fastseg.nn.DiceCrossEntropyLoss(ignore_index=255)
+        >>> logits = torch.tensor([[[[9.0, -9.0]], [[-9.0, 9.0]]]], requires_grad=True)
+        >>> value = loss(logits, torch.tensor([[[0, 1]]]))
+        >>> round(value.item(), 4)
+        0.0
+        >>> value.backward()
+
+    Note:
+        Deterministic.
+
+    Source:
+        Milletari et al., "V-Net", 3DV 2016; the combination is that of nnU-Net and MONAI
     """
 
     def __init__(
@@ -93,16 +156,42 @@ class DiceCrossEntropyLoss(nn.Module):
         return ", ".join(f"{name}={getattr(self, name)}" for name in names)
 
 
-def _shown(module: nn.Module, *names: str) -> str:
+def _extra_repr(module: nn.Module, *names: str) -> str:
+    """The named attributes of a module that are not None, for its repr."""
     return ", ".join(f"{name}={getattr(module, name)!r}" for name in names if getattr(module, name) is not None)
 
 
 class UpsampleCrossEntropyLoss(nn.CrossEntropyLoss):
-    """nn.CrossEntropyLoss of logits that are resized to the target, on fastseg.functional.upsample_cross_entropy.
+    """Cross-entropy of resized logits, on :func:`fastseg.functional.upsample_cross_entropy`.
 
-    Its arguments in its order, weight being a buffer, and by name torch.nn.Upsample's size, scale_factor, mode
-    ("bilinear" or "nearest"), align_corners and recompute_scale_factor; with neither size nor scale_factor the size is
-    the target's. normalization, z_loss: as the function's. forward(input (N, C, h, w), target (N, H, W)).
+        loss = cross_entropy(interpolate(x), target)
+
+    The resized logits are never stored.
+
+    Args:
+        weight, size_average, ignore_index, reduce, reduction, label_smoothing, normalization, z_loss: as in
+            :class:`CrossEntropyLoss`.
+        size, scale_factor, align_corners, recompute_scale_factor: as in :class:`torch.nn.Upsample`. With neither size
+            nor scale_factor the logits are resized to the size of the target.
+        mode: "bilinear" or "nearest".
+
+    Shape:
+        - Input: logits (N, C, h, w).
+        - Target: class indices (N, H, W), or class probabilities (N, C, H, W).
+        - Output: a scalar, or (N, H, W) with reduction "none".
+
+    Example:
+        >>> import torch, fastseg
+        >>> loss = fastseg.nn.UpsampleCrossEntropyLoss(ignore_index=255)
+        >>> logits, target = torch.zeros(1, 4, 8, 8), torch.randint(4, (1, 32, 32))
+        >>> round(loss(logits, target).item(), 4)  # log(4)
+        1.3863
+
+    Note:
+        Deterministic on the kernels.
+
+    Source:
+        torch.nn.Upsample, torch.nn.CrossEntropyLoss
     """
 
     def __init__(
@@ -146,16 +235,42 @@ class UpsampleCrossEntropyLoss(nn.CrossEntropyLoss):
 
     def extra_repr(self) -> str:
         resizing = ("size", "scale_factor", "mode", "align_corners", "recompute_scale_factor")
-        return _shown(self, *resizing, *LOSS_ARGUMENTS)
+        return _extra_repr(self, *resizing, *LOSS_ARGUMENTS)
 
 
 class LinearCrossEntropyLoss(nn.CrossEntropyLoss):
-    """A 1x1 classifier and its cross-entropy, on fastseg.functional.linear_cross_entropy.
+    """A 1x1 classifier and its cross-entropy, on :func:`fastseg.functional.linear_cross_entropy`.
 
-    The arguments and the state_dict's keys are those of torch.nn.LinearCrossEntropyLoss without out_features and
-    options: the classifier is `linear`, an nn.Linear(in_features, num_classes, bias), and weight, of the classes, a
-    buffer. normalization, z_loss, chunk: as the function's. forward(input (N, D, H, W) or (N, D), target (N, H, W) or
-    (N,)).
+        loss = cross_entropy(conv2d(x, linear.weight, linear.bias), target)
+
+    The logits are computed for a chunk of pixels at a time and never stored as a whole. The state_dict keys are those
+    of torch.nn.LinearCrossEntropyLoss without `out_features` and `options`: `linear.weight`, `linear.bias`, `weight`.
+
+    Args:
+        in_features: number of features D.
+        num_classes: number of classes C.
+        bias: whether the classifier has a bias.
+        device, dtype: of the classifier.
+        reduction, weight, ignore_index, label_smoothing, normalization, z_loss: as in :class:`CrossEntropyLoss`.
+        chunk: number of pixels in a chunk. None: as many as fit in a CPU's caches or fill a GPU.
+
+    Shape:
+        - Input: features (N, D, H, W), (N, D) or (D,).
+        - Target: class indices (N, H, W), (N,) or (), or class probabilities of the logits' shape.
+        - Output: a scalar, or the shape of the class indices with reduction "none".
+
+    Example:
+        >>> import torch, fastseg
+        >>> loss = fastseg.nn.LinearCrossEntropyLoss(16, 4)
+        >>> value = loss(torch.zeros(1, 16, 8, 8), torch.randint(4, (1, 8, 8)))
+        >>> round(value.item(), 4)  # log(4)
+        1.3863
+
+    Note:
+        Deterministic where torch.mm is.
+
+    Source:
+        torch.nn.LinearCrossEntropyLoss
     """
 
     def __init__(
@@ -194,4 +309,4 @@ class LinearCrossEntropyLoss(nn.CrossEntropyLoss):
         )
 
     def extra_repr(self) -> str:
-        return _shown(self, *LOSS_ARGUMENTS, "chunk")
+        return _extra_repr(self, *LOSS_ARGUMENTS, "chunk")

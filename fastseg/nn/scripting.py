@@ -1,4 +1,4 @@
-"""What torch.jit.script is told."""
+"""fastseg's modules and torch.jit.script."""
 
 from typing import NoReturn
 
@@ -6,8 +6,8 @@ from torch import nn
 
 
 def refuse_script(module: nn.Module) -> NoReturn:
-    """The `__prepare_scriptable__` of a module, which torch.jit.script calls: RuntimeError that says what to do."""
+    """Raise a RuntimeError that names the alternatives: the `__prepare_scriptable__` that torch.jit.script calls."""
     raise RuntimeError(
         f"torch.jit.script cannot compile fastseg's {type(module).__name__}; script a swapped model inside "
-        "`with report.undone():`, where it is torch's, or take torch.compile or torch.export"
+        "`with report.undone():`, where its layers are torch's, or use torch.compile or torch.export"
     )

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from .. import dispatch, torch_internals
 from .. import functional as F
 from .. import nn as fused
-from ..nn.batch_norm import normalise
-from ..nn.conv import convolved, evaluated
+from ..nn.batch_norm import call_with_state
+from ..nn.conv import conv_transpose_with_bias, folded_conv_transpose
 from ..nn.scripting import refuse_script
 from ..ops.batch_norm.operators import BATCH_NORM_RELU
 from ..ops.batch_norm.pooling_operators import fusible
@@ -37,15 +37,15 @@ class Group(NamedTuple):
         conv, norm, relu, pool, _ = self
         bias = None
         if isinstance(conv, nn.ConvTranspose2d):
-            output = evaluated(conv, norm, input) if relu and pool is None else None
+            output = folded_conv_transpose(conv, norm, input) if relu and pool is None else None
             if output is not None:
                 return output
-            input, bias = convolved(conv, input, None), conv.bias
+            input, bias = conv_transpose_with_bias(conv, input, None), conv.bias
         elif conv is not None:
             input, bias = torch_internals.convolve_without_bias(conv, input), conv.bias
         if pool is None:
-            return normalise(norm, F.batch_norm_relu, input, relu=relu, input_bias=bias)
-        return normalise(
+            return call_with_state(norm, F.batch_norm_relu, input, relu=relu, input_bias=bias)
+        return call_with_state(
             norm, F.batch_norm_relu_max_pool2d, input, relu=relu, input_bias=bias, kernel_size=pool.kernel_size,
             stride=pool.stride, padding=pool.padding, ceil_mode=pool.ceil_mode,
         )  # fmt: skip

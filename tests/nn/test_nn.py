@@ -1,6 +1,7 @@
-"""fastseg.nn: torch.nn's modules in all but what `forward` runs on."""
+"""fastseg.nn: the modules of torch.nn, except for what `forward` runs on."""
 
 import inspect
+import warnings
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ CONSTRUCTIONS = [
 
 
 def twins(name, *args, **kwargs):
-    """torch.nn's module and ours with the same parameters."""
+    """The module of torch.nn and that of fastseg.nn, with the same parameters."""
     theirs = getattr(nn, name)(*args, **kwargs)
     ours = getattr(fastseg.nn, name)(*args, **kwargs)
     ours.load_state_dict(theirs.state_dict(), strict=True)
@@ -37,7 +38,7 @@ def operators(module, *args):
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_class_is_its_namesakes(name):
+def test_the_class_has_the_signature_of_torchs(name):
     theirs, ours = getattr(nn, name), getattr(fastseg.nn, name)
     assert ours.__bases__ == (theirs,) and ours.__name__ == theirs.__name__
     added = [
@@ -51,7 +52,7 @@ def test_class_is_its_namesakes(name):
 
 
 @pytest.mark.parametrize(("name", "args", "kwargs"), CONSTRUCTIONS)
-def test_construction_adds_nothing(name, args, kwargs):
+def test_the_constructor_adds_no_attributes_or_state(name, args, kwargs):
     theirs, ours = twins(name, *args, **kwargs)
     added = inspect.signature(type(ours)).parameters.keys() - inspect.signature(type(theirs)).parameters.keys()
     assert vars(ours).keys() == vars(theirs).keys() | added
@@ -59,7 +60,7 @@ def test_construction_adds_nothing(name, args, kwargs):
     assert repr(ours) == repr(theirs)
 
 
-# --- what forward runs on and gives ----------------------------------------------------------------------------------
+# --- what forward runs on and returns ---------------------------------------------------------------------------------
 
 
 def test_forward_runs_on_the_kernels(device, triton_backend):
@@ -102,7 +103,7 @@ def test_max_unpool2d(device, triton_backend, assert_right, output_size, keyword
     assert_right(lambda x: ours(x, indices, *sizes, **named), lambda x: theirs(x, indices, *sizes, **named), [x])
 
 
-def test_max_unpool2d_refuses_an_impossible_size(device):
+def test_max_unpool2d_rejects_an_impossible_size(device):
     x, indices = nn.MaxPool2d(2, return_indices=True)(torch.randn(1, 2, 8, 8, device=device))
     for unpool in twins("MaxUnpool2d", 2):
         with pytest.raises(ValueError, match="output_size"):
@@ -135,14 +136,14 @@ def test_conv_transpose2d(device, triton_backend, assert_right, kwargs, output_s
     assert_right(run(ours), run(theirs), [torch.randn(2, 4, 5, 6, device=device), *parameters])
 
 
-def test_conv_transpose2d_hands_on_every_argument(device):
+def test_conv_transpose2d_passes_on_every_argument(device):
     kwargs = {"stride": 3, "padding": 2, "output_padding": (1, 2), "groups": 2, "dilation": (2, 3)}
     theirs, ours = (module.to(device) for module in twins("ConvTranspose2d", 4, 6, (3, 2), **kwargs))
     x = torch.randn(2, 4, 5, 6, device=device)
     torch.testing.assert_close(ours(x), theirs(x))
 
 
-def test_conv_transpose2d_refuses_what_torch_refuses(device):
+def test_conv_transpose2d_rejects_what_torch_rejects(device):
     x = torch.randn(1, 4, 5, 6, device=device)
     for module in twins("ConvTranspose2d", 4, 5, 3, stride=2):
         with pytest.raises(ValueError, match="output size"):
@@ -175,10 +176,10 @@ def test_cross_entropy_loss_smooths_labels(device):
     torch.testing.assert_close(ours(x, target), theirs(x, target))
 
 
-# --- instances that were torch's -------------------------------------------------------------------------------------
+# --- torch's instances with fastseg's class -----------------------------------------------------------------------
 
 
-def test_reclassed_instance_and_later_edits(device, triton_backend):
+def test_an_instance_of_torch_can_get_the_class_and_be_changed_later(device, triton_backend):
     pool = nn.MaxPool2d(2)
     pool.__class__ = fastseg.nn.MaxPool2d
     x = torch.randn(1, 2, 5, 7, device=device)
@@ -222,3 +223,25 @@ def test_cross_entropy_loss_takes_what_the_function_takes(device):
     dice = fastseg.nn.DiceCrossEntropyLoss(module.weight, ignore_index=3, include_background=False, smooth=1.0)
     options = {"ignore_index": 3, "include_background": False, "smooth": 1.0}
     assert torch.equal(dice(x, target), fastseg.functional.dice_cross_entropy(x, target, module.weight, **options))
+
+
+# --- batch norms and converters of torch that would rebuild them ----------------------------------------------------
+
+
+NORMS = [fastseg.nn.BatchNormReLU2d, fastseg.nn.BatchNormReLUMaxPool2d]
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_converter_that_would_drop_the_relu_raises(norm):
+    with pytest.raises(RuntimeError, match=r"would drop its ReLU; use fastseg\.nn\.convert_sync_batchnorm"):
+        nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(norm(4)))
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_tools_that_read_all_attributes_of_a_batch_norm_still_work(norm):
+    module, x = norm(4).eval(), torch.randn(1, 4, 6, 6)
+    assert "qconfig" not in dict(inspect.getmembers(module)) and "running_mean" in dir(module)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # tracing warns that checks of shapes become constants
+        traced = torch.jit.trace(module, x)
+    assert torch.equal(traced(x), module(x))
