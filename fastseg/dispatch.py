@@ -1,10 +1,10 @@
 """Which implementation runs for a call, and why.
 
-Four backends: ``"triton"`` (the fused kernels), ``"cuda"`` (some of them in CUDA C++, through CuPy), ``"torch"``
-(torch's own functions, or the reference where torch has none) and ``"auto"``, which takes the Triton kernels, or the
-CUDA C++ kernels where only CuPy is installed, for CUDA tensors that they cover, and torch for the rest. The setting
-belongs to the process, as torch.backends' do, since autograd runs the backward on threads of its own. It is asked at
-each call.
+Backends: ``"triton"`` (the fused kernels), ``"cuda"`` (some of them in CUDA C++, through CuPy), ``"torch"`` (torch's
+own functions, or the reference if torch has none) and ``"auto"``. For a CUDA tensor "auto" takes the Triton kernels, or
+the CUDA C++ kernels if only CuPy is installed; for calls that the kernels do not support, and for other devices, it
+falls back to PyTorch. The setting belongs to the process, like those of torch.backends, because autograd runs the
+backward on its own threads. It is read at each call.
 """
 
 from __future__ import annotations
@@ -25,20 +25,16 @@ from torch import Tensor
 from . import torch_internals
 
 BACKENDS = ("auto", "triton", "cuda", "torch")
-NAMES = {"triton": "Triton", "cuda": "CUDA C++"}  # of the backends that are kernels, best first
+NAMES = {"triton": "Triton", "cuda": "CUDA C++"}  # the backends that are kernels, best first
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 CUPY_INSTALLED = importlib.util.find_spec("cupy") is not None and torch.version.hip is None
-OLDEST = (8, 0)  # compute capability: Triton has no older one
-NO_KERNELS = "this operator"  # what CUDA C++ kernels do not cover where an operator has none
-
-
-class NotSupported(NotImplementedError):
-    """The kernels of a requested backend do not support a call."""
+OLDEST = (8, 0)  # the oldest compute capability that Triton supports
+NO_KERNELS = "this operator"  # what the kernels of a backend do not support if an operator has none there
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The backend one operator call takes, and the reason in words."""
+    """The backend that one operator call takes, and the reason in words."""
 
     operator: str
     backend: str
@@ -54,24 +50,41 @@ def _checked(name: str, source: str) -> str:
     return name
 
 
-_setting = os.environ.get("FASTSEG_BACKEND", "auto")  # read once: it is asked for at each call
+_setting = os.environ.get("FASTSEG_BACKEND", "auto")  # the environment is read once: each call needs the setting
 _watched: list[Choice] | None = None
 
 
 def get_backend() -> str:
-    """The backend of the process: what was set, else FASTSEG_BACKEND, else "auto". ValueError if that names none."""
-    return _checked(_setting, "the environment variable FASTSEG_BACKEND")  # what is set later is checked then
+    """The backend of the process: what was set, else the environment variable FASTSEG_BACKEND, else "auto".
+
+    Raises:
+        ValueError: if FASTSEG_BACKEND is not the name of a backend.
+    """
+    return _checked(_setting, "the environment variable FASTSEG_BACKEND")  # set_backend checks its own argument
 
 
 def set_backend(name: str) -> None:
-    """Set the backend for the process. Raises ValueError for a name that is none."""
+    """Set the backend of the process: "auto", "triton", "cuda" or "torch".
+
+    Raises:
+        ValueError: for another name.
+    """
     global _setting
     _setting = _checked(name, "backend")
 
 
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
-    """``with fastseg.backend("torch"): ...`` sets the process's backend and puts the old one back."""
+    """Set the backend of the process for the duration of a ``with`` block.
+
+    Example:
+        >>> import torch, fastseg
+        >>> with fastseg.backend("torch"):
+        ...     y = fastseg.functional.max_pool2d(torch.ones(1, 1, 4, 4), 2)
+
+    Raises:
+        ValueError: if `name` is not the name of a backend.
+    """
     global _setting
     before = _setting
     set_backend(name)
@@ -87,40 +100,59 @@ def interpreted() -> bool:
 
 
 def interpret_kernels() -> None:
-    """Have this process's kernels interpreted. RuntimeError if triton is loaded already and would compile them."""
+    """Run this process's Triton kernels in the interpreter, on CPU tensors.
+
+    Raises:
+        RuntimeError: if triton is already imported, and so would compile them.
+    """
     if "triton" in sys.modules and not interpreted():
         raise RuntimeError("triton is imported already: set TRITON_INTERPRET=1 before")
     os.environ["TRITON_INTERPRET"] = "1"
-    # numpy computes masked lanes as well, and says so
+    # numpy also computes the masked lanes, and warns about their values
     warnings.filterwarnings("ignore", category=RuntimeWarning, module=r"triton\.runtime\.interpreter")
 
 
 Preference = tuple[str, str]  # backend, reason in words
+Unsupported = Callable[[str], str | None]  # of a backend: what of a call its kernels do not support, or None
+
+
+class NotSupported(NotImplementedError):
+    """A backend was requested whose kernels do not support the call."""
+
+
+def only_triton(missing: str | None) -> Unsupported:
+    """For an operator with Triton kernels alone: `missing` is what of the call they do not support, or None."""
+    return lambda backend: missing if backend == "triton" else NO_KERNELS
 
 
 def choose(
     operator: str,
     tensor: Tensor,
-    uncovered: str | None = None,
+    unsupported: Unsupported = only_triton(None),  # noqa: B008
     preferred: Preference | None = None,
-    asks: bool = False,
-    cuda_uncovered: str | None = NO_KERNELS,
+    dry_run: bool = False,
 ) -> Choice:
     """The backend for a call of `operator` on `tensor`.
 
-    uncovered: why the Triton kernels cannot run this call (None: they can); preferred: which of both is the better
-    choice under "auto" where they can, and why (None: the kernels); asks: the call may not follow, and explain does not
-    list it; cuda_uncovered: why the CUDA C++ kernels cannot. Raises NotImplementedError or RuntimeError where "triton"
-    or "cuda" is demanded in vain.
+    Args:
+        operator: its name.
+        tensor: an argument whose device decides.
+        unsupported: what of the call the kernels of a backend do not support.
+        preferred: the better backend under "auto" if the Triton kernels support the call, and why.
+        dry_run: only ask; `explain` does not record it as a call.
+
+    Raises:
+        NotSupported: if the backend that is set does not support the call.
+        RuntimeError: if it cannot run on this machine.
     """
-    choice = _decide(operator, tensor.device, uncovered, preferred, cuda_uncovered)
-    if _watched is not None and not asks:
+    choice = _decide(operator, tensor.device, unsupported, preferred)
+    if _watched is not None and not dry_run:
         _watched.append(choice)
     return choice
 
 
 def without_triton(device: torch.device) -> str | None:
-    """Why no Triton kernel runs on a device, whatever the call; None where they do."""
+    """Why no Triton kernel can run on a device, or None if they can."""
     if not TRITON_INSTALLED:
         return "triton is not installed"
     if device.type != "cuda" or interpreted():
@@ -132,7 +164,7 @@ def without_triton(device: torch.device) -> str | None:
 
 
 def _capability(index: int | None) -> tuple[int, int]:
-    if not torch.cuda.is_available() or torch.version.hip is not None:  # a traced device; one with other numbers
+    if not torch.cuda.is_available() or torch.version.hip is not None:  # fake, or AMD's
         return OLDEST
     properties = torch.cuda.get_device_properties(index)  # a constant for torch.compile
     return properties.major, properties.minor
@@ -142,7 +174,7 @@ _capability_once = functools.cache(_capability)
 
 
 def torch_alone(tensor: Tensor) -> bool:
-    """Whether torch runs every call on `tensor`, whatever the operator and its other arguments."""
+    """Whether every operator falls back to PyTorch for `tensor`, whatever its other arguments."""
     setting = get_backend()
     if setting == "auto":
         return tensor.device.type != "cuda" or not (CUPY_INSTALLED or without_triton(tensor.device) is None)
@@ -150,12 +182,15 @@ def torch_alone(tensor: Tensor) -> bool:
 
 
 def explaining() -> bool:
-    """Whether `explain` lists the choices: also those are to be made that are known to change nothing."""
+    """Whether `explain` is recording, so that choices with a known result must be made too."""
     return _watched is not None
 
 
 def left_to_torch(operator: str, tensor: Any) -> bool:
-    """torch_alone for a module that calls torch's own forward then: `explain` lists the call. No tensor: False."""
+    """torch_alone(tensor), recorded for `explain`: for a module that then calls torch's own forward.
+
+    False if `tensor` is not a tensor.
+    """
     if not isinstance(tensor, Tensor) or not torch_alone(tensor):
         return False
     if _watched is not None:
@@ -163,70 +198,74 @@ def left_to_torch(operator: str, tensor: Any) -> bool:
     return True
 
 
-def _decide(
-    operator: str, device: torch.device, uncovered: str | None, preferred: Preference | None,
-    cuda_uncovered: str | None = NO_KERNELS,
-) -> Choice:  # fmt: skip
+def _decide(operator: str, device: torch.device, unsupported: Unsupported, preferred: Preference | None) -> Choice:
     setting = get_backend()
     if setting == "torch":
         return Choice(operator, "torch", "the backend is set to 'torch'")
-    reasons = {"triton": uncovered, "cuda": cuda_uncovered}
-    if setting in reasons:
-        _refuse(operator, setting, device, reasons[setting])
+    if setting != "auto":
+        _require(operator, setting, device, unsupported(setting))
         return Choice(operator, setting, f"the backend is set to '{setting}'")
     kind = device.type
     if kind != "cuda":
         return Choice(operator, "torch", "a CPU tensor" if kind == "cpu" else f"a tensor on device type '{kind}'")
-    lacking = without_triton(device)
-    if lacking is not None and not CUPY_INSTALLED:
-        return Choice(operator, "torch", lacking)
-    backend, missing = ("triton", "") if lacking is None else ("cuda", f"{lacking}; ")
-    if reasons[backend] is not None:
-        return Choice(operator, "torch", f"{missing}the {NAMES[backend]} kernels do not cover {reasons[backend]}")
+    no_triton = without_triton(device)
+    if no_triton is not None and not CUPY_INSTALLED:
+        return Choice(operator, "torch", no_triton)
+    backend, why = ("triton", "") if no_triton is None else ("cuda", f"{no_triton}; ")
+    if (missing := unsupported(backend)) is not None:
+        return Choice(operator, "torch", f"{why}the {NAMES[backend]} kernels do not support {missing}")
     if torch_internals.forward_mode_active():
-        return Choice(operator, "torch", "inside forward-mode differentiation, which the kernels have no rule for")
+        return Choice(operator, "torch", "inside forward-mode differentiation, for which the kernels have no rule")
     if preferred is not None and backend == "triton":
         return Choice(operator, *preferred)
-    return Choice(operator, backend, f"{missing}a CUDA tensor, covered by the {NAMES[backend]} kernels")
+    return Choice(operator, backend, f"{why}a CUDA tensor, supported by the {NAMES[backend]} kernels")
 
 
-def _refuse(operator: str, backend: str, device: torch.device, uncovered: str | None) -> None:
-    """Raise where a backend of kernels cannot run the call that demands it."""
-    if uncovered is not None:
+def _require(operator: str, backend: str, device: torch.device, missing: str | None) -> None:
+    """Raise if the requested kernels cannot run the call; `missing` is what of it they do not support."""
+    if missing is not None:
         raise NotSupported(
-            f"{operator}: the {NAMES[backend]} kernels do not cover {uncovered}; backend 'auto' takes torch for it"
+            f"{operator}: the {NAMES[backend]} kernels do not support {missing}; backend 'auto' falls back to PyTorch"
         )
-    from .kernels.cuda import launch  # here, since no kernel is loaded before one is asked for
+    from .kernels.cuda import launch  # imported here: no kernel file is loaded before it is needed
 
     if backend == "cuda" and launch.recorded():
         return
-    demanded = f"{operator}: backend '{backend}'"
-    if backend == "triton" and (lacking := without_triton(device)) is not None:
-        raise RuntimeError(f"{demanded} cannot run: {lacking}")
+    requested = f"{operator}: backend '{backend}'"
+    if backend == "triton" and (no_triton := without_triton(device)) is not None:
+        raise RuntimeError(f"{requested} cannot run: {no_triton}")
     if backend == "cuda" and not CUPY_INSTALLED:
-        raise RuntimeError(f"{demanded} needs {launch.CUPY}")
+        raise RuntimeError(f"{requested} needs {launch.CUPY}")
     if backend == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError(f"{demanded} needs a CUDA GPU, and torch finds none on this machine")
+        raise RuntimeError(f"{requested} needs a CUDA GPU, and torch finds none on this machine")
     if device.type == "cpu" and not (backend == "triton" and interpreted()):
         if backend == "triton":
             raise RuntimeError(
-                f"{demanded} on a CPU tensor needs TRITON_INTERPRET=1 in the environment "
+                f"{requested} on a CPU tensor needs TRITON_INTERPRET=1 in the environment "
                 "before triton is imported; move the tensor to a CUDA device or use backend 'auto'"
             )
-        raise RuntimeError(f"{demanded} runs on CUDA tensors; move the tensor to a CUDA device or use backend 'auto'")
+        raise RuntimeError(f"{requested} runs on CUDA tensors; move the tensor to a CUDA device or use backend 'auto'")
     if device.type not in ("cpu", "cuda", "meta"):
-        raise RuntimeError(f"{demanded} runs on CUDA tensors, not on device type '{device.type}'")
+        raise RuntimeError(f"{requested} runs on CUDA tensors, not on device type '{device.type}'")
 
 
 def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Choice]:
-    """What each fastseg operator in ``function(*args, **kwargs)`` would run on, and why; nothing is computed.
+    """Which backend each fastseg operator in ``function(*args, **kwargs)`` would take, and why.
 
-    `function` may be one of fastseg.functional's, a module, or any callable: it is called on fake tensors, which
-    have shapes, dtypes and devices but no data. A module's parameters and buffers are replaced by fakes as well.
+    Nothing is computed: `function` is called on fake tensors, which have shapes, dtypes and devices but no data. The
+    parameters and buffers of a module are replaced by fake tensors too.
 
-    >>> import torch, fastseg
-    >>> print(*fastseg.explain(fastseg.functional.max_pool2d, torch.zeros(1, 8, 16, 16), 2))
-    max_pool2d: torch (a CPU tensor)
+    Args:
+        function: one of fastseg.functional's functions, a module, or any callable.
+        args, kwargs: its arguments.
+
+    Returns:
+        One Choice (operator, backend, reason) per operator call, in order.
+
+    Example:
+        >>> import torch, fastseg
+        >>> print(*fastseg.explain(fastseg.functional.max_pool2d, torch.zeros(1, 8, 16, 16), 2))
+        max_pool2d: torch (a CPU tensor)
     """
     global _watched
     with torch_internals.FakeTensorMode(allow_non_fake_inputs=True) as mode:
@@ -234,8 +273,8 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Cho
         outer, _watched = _watched, []
         try:
             if isinstance(function, torch.nn.Module):
-                # Each module once, tied tensors under each module: functional_call's own tying would put a shared
-                # module's fakes in twice, and leave them there.
+                # Each module once, tied tensors once per module: with functional_call's own tying a shared module would
+                # be given its fake tensors twice and keep them.
                 fakes = {
                     f"{path}.{name}" if path else name: mode.from_tensor(tensor)
                     for path, module in function.named_modules()

@@ -84,10 +84,15 @@ def test_explain_names_each_operator_and_computes_nothing():
         assert {c.backend for c in fastseg.explain(step, x)} == {"triton"}
 
 
+def supported(backend):
+    """A call that every backend's kernels support."""
+    return None
+
+
 @pytest.mark.parametrize(
-    "device, uncovered, preferred, backend, reason",
+    "device, missing, preferred, backend, reason",
     [
-        ("cuda", None, None, "triton", "covered"),
+        ("cuda", None, None, "triton", "supported"),
         ("cuda", "dilation 2", None, "torch", "dilation 2"),
         ("cuda", None, ("torch", "cuDNN is faster"), "torch", "cuDNN"),
         ("cuda", None, ("triton", "faster than cuDNN"), "triton", "cuDNN"),
@@ -96,12 +101,12 @@ def test_explain_names_each_operator_and_computes_nothing():
         ("mps", None, None, "torch", "mps"),
     ],
 )
-def test_auto(device, uncovered, preferred, backend, reason):
-    choice = dispatch._decide("op", torch.device(device), uncovered, preferred)
+def test_auto(device, missing, preferred, backend, reason):
+    choice = dispatch._decide("op", torch.device(device), dispatch.only_triton(missing), preferred)
     assert choice.backend == backend and reason in choice.reason
 
 
-def test_where_torch_is_alone(monkeypatch):
+def test_where_every_call_falls_back_to_torch(monkeypatch):
     on_gpu, on_cpu = (SimpleNamespace(device=torch.device(kind)) for kind in ("cuda", "cpu"))
     assert dispatch.torch_alone(on_cpu) and not dispatch.torch_alone(on_gpu)
     for setting, alone in (("triton", False), ("cuda", False), ("torch", True)):
@@ -114,36 +119,38 @@ def test_where_torch_is_alone(monkeypatch):
         fastseg.nn.MaxPool2d(2)([1])
 
 
-def test_forward_mode_goes_to_torch_unless_kernels_are_demanded():
+def test_forward_mode_falls_back_to_torch_unless_kernels_are_requested():
     with torch.autograd.forward_ad.dual_level():
-        assert dispatch._decide("op", CUDA, None, None).reason.startswith("inside forward-mode")
+        assert dispatch._decide("op", CUDA, dispatch.only_triton(None), None).reason.startswith("inside forward-mode")
         with fastseg.backend("triton"):
-            assert dispatch._decide("op", CUDA, None, None).backend == "triton"
-    assert dispatch._decide("op", CUDA, None, None).backend == "triton"
+            assert dispatch._decide("op", CUDA, dispatch.only_triton(None), None).backend == "triton"
+    assert dispatch._decide("op", CUDA, dispatch.only_triton(None), None).backend == "triton"
 
 
-def test_triton_overrules_what_is_preferred_but_not_uncovered(triton_backend):
-    assert dispatch._decide("op", CUDA, None, ("torch", "cuDNN is faster")).backend == "triton"
+def test_triton_overrules_what_is_preferred_but_not_what_is_unsupported(triton_backend):
+    assert dispatch._decide("op", CUDA, dispatch.only_triton(None), ("torch", "cuDNN is faster")).backend == "triton"
     with pytest.raises(NotImplementedError, match=r"op: .*dilation 2"):
-        dispatch._decide("op", CUDA, "dilation 2", None)
+        dispatch._decide("op", CUDA, dispatch.only_triton("dilation 2"), None)
     with pytest.raises(RuntimeError, match="mps"):
-        dispatch._decide("op", torch.device("mps"), None, None)
+        dispatch._decide("op", torch.device("mps"), dispatch.only_triton(None), None)
 
 
 @pytest.mark.parametrize(
-    "cupy, uncovered, backend, reason",
+    "cupy, missing, backend, reason",
     [
         (True, None, "cuda", "triton is not installed; a CUDA tensor"),
-        (True, "this operator", "torch", "CUDA C\\+\\+ kernels do not cover this operator"),
+        (True, "this operator", "torch", "CUDA C\\+\\+ kernels do not support this operator"),
         (False, None, "torch", "triton is not installed"),
     ],
 )
-def test_auto_without_triton(cupy, uncovered, backend, reason, monkeypatch):
+def test_auto_without_triton(cupy, missing, backend, reason, monkeypatch):
     monkeypatch.setattr(dispatch, "TRITON_INSTALLED", False)
     monkeypatch.setattr(dispatch, "CUPY_INSTALLED", cupy)
-    choice = dispatch._decide("op", CUDA, "all of it", ("torch", "cuDNN is faster than Triton"), uncovered)
+    choice = dispatch._decide(
+        "op", CUDA, {"triton": "any of it", "cuda": missing}.get, ("torch", "cuDNN is faster than Triton")
+    )
     assert choice.backend == backend and re.match(f".*{reason}", choice.reason)
-    assert dispatch._decide("op", torch.device("cpu"), None, None, None).backend == "torch"
+    assert dispatch._decide("op", torch.device("cpu"), supported, None).backend == "torch"
 
 
 @pytest.fixture
@@ -161,16 +168,16 @@ def turing(monkeypatch):
 def test_a_gpu_too_old_for_triton(cupy, backend, turing, monkeypatch):
     monkeypatch.setattr(dispatch, "CUPY_INSTALLED", cupy)
     said = "triton needs a GPU of compute capability 8.0 or later, and this one has 7.5"
-    choice = dispatch._decide("op", CUDA, None, None, None)
+    choice = dispatch._decide("op", CUDA, supported, None)
     assert choice.backend == backend and choice.reason.startswith(said)
     assert dispatch.torch_alone(SimpleNamespace(device=CUDA)) is (not cupy)
     advice = doctor._advice({"cuda": "13.0"})
     assert advice.startswith(said) and ("take the CUDA C++ kernels" in advice) is cupy
     with fastseg.backend("triton"), pytest.raises(RuntimeError, match=f"op: backend 'triton' cannot run: {said}"):
-        dispatch._decide("op", CUDA, None, None)
+        dispatch._decide("op", CUDA, dispatch.only_triton(None), None)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(major=8, minor=0))
     dispatch._capability_once.cache_clear()
-    assert dispatch._decide("op", CUDA, None, None).backend == "triton"
+    assert dispatch._decide("op", CUDA, dispatch.only_triton(None), None).backend == "triton"
 
 
 @pytest.mark.gpu
@@ -186,8 +193,8 @@ def test_the_gpu_is_asked_for_within_a_graph():
 
 def test_cuda_says_what_it_needs(monkeypatch):
     with fastseg.backend("cuda"):
-        with pytest.raises(NotImplementedError, match=r"op: the CUDA C\+\+ kernels do not cover this operator"):
-            dispatch._decide("op", CUDA, None, None)
+        with pytest.raises(NotImplementedError, match=r"op: the CUDA C\+\+ kernels do not support this operator"):
+            dispatch._decide("op", CUDA, dispatch.only_triton(None), None)
         monkeypatch.setattr(dispatch, "CUPY_INSTALLED", False)
         with pytest.raises(RuntimeError, match=r"fastseg-kernels\[cuda12\]"):
             FS.max_pool2d(torch.zeros(1, 1, 4, 4), 2)
@@ -198,8 +205,8 @@ def test_cuda_says_what_it_needs(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         for device in ("cpu", "mps"):
             with pytest.raises(RuntimeError, match="runs on CUDA tensors"):
-                dispatch._decide("op", torch.device(device), None, None, None)
-        assert dispatch._decide("op", CUDA, "all of it", None, None).backend == "cuda"
+                dispatch._decide("op", torch.device(device), supported, None)
+        assert dispatch._decide("op", CUDA, {"triton": "any of it", "cuda": None}.get, None).backend == "cuda"
 
 
 def test_explain_leaves_a_model_as_it_was():

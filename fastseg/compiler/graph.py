@@ -14,7 +14,7 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 from .. import torch_internals
-from ..ops.pooling.positions import pair, unset
+from ..ops.arguments import as_pair, is_unset
 from ..swapping.functions import REPLACED
 
 POOL = ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
@@ -89,12 +89,12 @@ def constant_window(arguments: dict[str, Any]) -> Window | None:
     """The pooling window of a call, or None if it is dilated or not made of constants."""
     kernel, stride = arguments["kernel_size"], arguments.get("stride")
     try:
-        if pair(arguments.get("dilation", 1), "max_pool2d", "dilation", 1) != [1, 1]:
+        if as_pair(arguments.get("dilation", 1), "max_pool2d", "dilation", 1) != [1, 1]:
             return None
         return Window(
-            pair(kernel, "max_pool2d", "kernel_size", 1),
-            pair(kernel if unset(stride) else stride, "max_pool2d", "stride", 1),
-            pair(arguments.get("padding", 0), "max_pool2d", "padding", 0),
+            as_pair(kernel, "max_pool2d", "kernel_size", 1),
+            as_pair(kernel if is_unset(stride) else stride, "max_pool2d", "stride", 1),
+            as_pair(arguments.get("padding", 0), "max_pool2d", "padding", 0),
         )
     except (TypeError, RuntimeError):  # an entry is a node, or a value that the pool itself rejects
         return None

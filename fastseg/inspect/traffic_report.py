@@ -83,7 +83,7 @@ def operator_traffic(case: Case) -> list[OperatorTraffic]:
     def note(operator: Operator, args: tuple[Any, ...]) -> None:
         done = sum(len(traffic.kernels) for traffic in found)
         around, floor = _around(operator, args), operator.floor(*args)
-        found.append(OperatorTraffic(operator.name, operator.backward, launches[done:], around, floor))
+        found.append(OperatorTraffic(operator.name, operator.gradient, launches[done:], around, floor))
 
     with dispatch.backend("triton"):
         with launch.recording(lambda *call: None):  # a call of it gives the gradients' shapes: no kernel need run

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import functional as F
 from .. import torch_internals
-from ..ops.pooling.positions import IntOrPair
+from ..ops.arguments import IntOrPair
 from .scripting import refuse_script
 
 

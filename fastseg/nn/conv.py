@@ -11,9 +11,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .. import dispatch, torch_internals
 from .. import functional as F
+from ..ops.arguments import IntOrPair
 from ..ops.convolution.conv_transpose import runs_on_kernels
 from ..ops.convolution.conv_transpose_norm import folded_norm
-from ..ops.pooling.positions import IntOrPair
 from .batch_norm import BatchNormReLU2d
 from .scripting import refuse_script
 

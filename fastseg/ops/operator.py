@@ -1,10 +1,11 @@
-"""What every operator shares: its registration with torch, its memory format, and derivatives of derivatives."""
+"""What every operator shares: its registration with torch, its memory format, and second derivatives."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,68 +16,167 @@ from ..torch_internals import tree_leaves
 LIB = torch.library.Library("fastseg", "DEF")  # module scope: dropping it would unregister the operators
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
+_option_schemas: dict[str, tuple[type, str]] = {}
+
+
+def register_options(options: type, schema: str) -> None:
+    """Allow the NamedTuple class `options` as an argument type in the schemas of operators.
+
+    torch's schemas know no objects: an argument of this type stands for the arguments in `schema`, one for each field.
+
+    Example:
+        >>> class Scale(NamedTuple):
+        ...     factor: float
+        >>> register_options(Scale, "float factor")
+    """
+    names = tuple(argument.split()[1] for argument in schema.split(", "))
+    if names != options._fields:
+        raise ValueError(f"schema must name the fields of {options.__name__}, {options._fields}, but names {names}")
+    _option_schemas[options.__name__] = (options, schema)
+
+
+class _Argument(NamedTuple):
+    """One argument of an operator: `options` is its class if it is an object that the registered schema spells out."""
+
+    options: type | None
+    fields: int = 1
+    optional: bool = False
+
+
+def _flat_schema(schema: str) -> tuple[str, list[_Argument]]:
+    """The schema as torch registers it, and how an operator's arguments are found in it.
+
+    "Options? name" may be None, which is None for each of its fields. Where a type occurs twice, the names of its
+    fields begin with the name of the argument.
+    """
+    name, arguments, result = re.fullmatch(r"(\w+)\((.*)\)( -> .*)", schema).groups()
+    flat, found = [], []
+    types = [argument.split()[0].rstrip("?") for argument in arguments.split(", ")]
+    for argument in arguments.split(", "):
+        kind, label, *_ = argument.split()
+        if kind.rstrip("?") not in _option_schemas:
+            flat.append(argument)
+            found.append(_Argument(None))
+            continue
+        options, fields = _option_schemas[kind.rstrip("?")]
+        for field in fields.split(", "):
+            field_kind, field_name = field.split()
+            if kind.endswith("?") and not field_kind.endswith("?"):
+                field_kind += "?"
+            prefix = f"{label}_" if types.count(kind.rstrip("?")) > 1 else ""
+            flat.append(f"{field_kind} {prefix}{field_name}")
+        found.append(_Argument(options, len(options._fields), kind.endswith("?")))
+    return f"{name}({', '.join(flat)}){result}", found
+
+
+class Implementation(NamedTuple):
+    """The kernels of one backend for an operator.
+
+    run: computes the operator from its arguments. unsupported: says in words what of a call these kernels do not
+    support, or returns None.
+    """
+
+    run: Callable[..., Any]
+    unsupported: Callable[..., str | None]
+
 
 class Operator:
-    """One ``torch.ops.fastseg`` operator: calling it calls the registered operator.
+    """One operator ``torch.ops.fastseg.<name>``: calling this object calls the registered operator.
 
-    schema: torch's function schema. kernel, reference: the two implementations, called with the operator's
-    arguments; the reference is written in torch alone and works in float64. cuda: a third in CUDA C++, of operators
-    that have one. fake: shapes, dtypes and strides of the result, for tracing. uncovered: says in words what of a call
-    the kernels do not cover, or None, and cuda_uncovered what those in CUDA C++ do not; preferred: the backend that is
-    the better choice under "auto", and why, or None for the kernels. backward: whether it is part of a gradient, and so
-    takes a tensor named grad_ and of what.
+    Option objects (see register_options) are passed whole to this object and reach the implementations whole. Only
+    this class flattens them for the registered schema, and builds them again.
+
+    Args:
+        schema: torch's function schema, which may name types of option objects.
+        kernels: the implementation of each backend that has one.
+        reference: the same in torch alone, which works in float64 too.
+        fake: returns the result's shapes, dtypes and strides, for tracing.
+        preferred: the better backend for a call under "auto" and why; None for the kernels.
+        gradient: whether the operator computes a part of a gradient.
     """
 
     def __init__(
         self,
         schema: str,
         *,
-        kernel: Callable[..., Any],
+        kernels: Mapping[str, Implementation],
         reference: Callable[..., Any],
         fake: Callable[..., Any],
-        uncovered: Callable[..., str | None],
         preferred: Callable[..., dispatch.Preference | None] = lambda *args: None,
-        cuda: Callable[..., Any] | None = None,
-        cuda_uncovered: Callable[..., str | None] | None = None,
+        gradient: bool = False,
     ) -> None:
-        self.name, _, arguments = schema.partition("(")
-        self.fake, self.backward = fake, "Tensor grad_" in arguments
-        self.uncovered, self.preferred = uncovered, preferred
-        self.implementations = {"triton": kernel, "cuda": cuda, "torch": reference}
-        if cuda is None:
-            self.cuda_uncovered = lambda *args: dispatch.NO_KERNELS
-        else:
-            self.cuda_uncovered = cuda_uncovered or uncovered
-        LIB.define(schema, tags=TAGS)
+        flat, self._arguments = _flat_schema(schema)
+        self.name = flat.partition("(")[0]
+        self.kernels, self.fake, self.preferred, self.gradient = kernels, fake, preferred, gradient
+        self.implementations = {name: found.run for name, found in kernels.items()} | {"torch": reference}
+        LIB.define(flat, tags=TAGS)
         for key in ("CPU", "CUDA"):
             LIB.impl(self.name, self._run, key)
         torch.library.register_fake(f"fastseg::{self.name}", self._trace, lib=LIB)
         self.op = getattr(torch.ops.fastseg, self.name).default
 
     def __call__(self, *args: Any) -> Any:
-        return self.op(*args)
+        return self.op(*self.flatten(args))
 
-    def choose(self, *args: Any, asks: bool = False) -> dispatch.Choice:
-        """The backend for these arguments, the first of which is a tensor. asks: a call may not follow."""
+    def flatten(self, args: Sequence[Any]) -> list[Any]:
+        """The arguments as the registered schema takes them: the fields of option objects one by one."""
+        flat: list[Any] = []
+        for argument, value in zip(self._arguments, args, strict=False):  # those with defaults may be left out
+            if argument.options is None:
+                flat.append(value)
+            else:
+                flat.extend([None] * argument.fields if value is None else value)
+        return flat
+
+    def rebuild(self, flat: Sequence[Any]) -> list[Any]:
+        """The inverse of flatten."""
+        args: list[Any] = []
+        at = 0
+        for argument in self._arguments:
+            if at == len(flat):  # torch leaves out arguments that have their default
+                break
+            values = flat[at : at + argument.fields]
+            at += argument.fields
+            if argument.options is None:
+                args.append(values[0])
+            else:
+                absent = argument.optional and all(value is None for value in values)
+                args.append(None if absent else argument.options(*values))
+        return args
+
+    def unsupported(self, backend: str, *args: Any) -> str | None:
+        """What of a call the kernels of `backend` do not support, in words, or None."""
+        if backend not in self.kernels:
+            return dispatch.NO_KERNELS
+        return self.kernels[backend].unsupported(*args)
+
+    def choose(self, *args: Any, dry_run: bool = False) -> dispatch.Choice:
+        """The backend for these arguments, the first of which is a tensor.
+
+        dry_run: only ask; `explain` does not record it as a call.
+        """
         if dispatch.torch_alone(args[0]):
-            return dispatch.choose(self.name, args[0], asks=asks)
-        uncovered = self.uncovered(*args)
-        preferred = self.preferred(*args) if uncovered is None and dispatch.get_backend() == "auto" else None
-        return dispatch.choose(self.name, args[0], uncovered, preferred, asks, self.cuda_uncovered(*args))
+            return dispatch.choose(self.name, args[0], dry_run=dry_run)
+        preferred = None
+        if dispatch.get_backend() == "auto" and self.unsupported("triton", *args) is None:
+            preferred = self.preferred(*args)
+        return dispatch.choose(self.name, args[0], lambda backend: self.unsupported(backend, *args), preferred, dry_run)
 
     def floor(self, *args: Any) -> int:
         """The fewest bytes a call can move: each tensor argument read once, each result written once."""
         tensors = [x for x in tree_leaves((args, self.fake(*args))) if isinstance(x, Tensor)]
         return sum(x.numel() * x.element_size() for x in tensors)
 
-    def _run(self, *args: Any) -> Any:
+    def _run(self, *flat: Any) -> Any:
+        args = self.rebuild(flat)
         with torch.no_grad(), _no_autocast(args[0].device.type):
             result = self.implementations[self.choose(*args).backend](*args)
         if _observer is not None:
             _observer(self, args)
         return result
 
-    def _trace(self, *args: Any) -> Any:
+    def _trace(self, *flat: Any) -> Any:
+        args = self.rebuild(flat)
         if _observer is None:
             return self.fake(*args)
         result = self.implementations[self.choose(*args).backend](*args)  # its launches are recorded, not run
@@ -85,7 +185,7 @@ class Operator:
 
 
 def _no_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
-    """An implementation chooses its dtypes itself, also where it calls torch's functions."""
+    """Autocast off: an implementation chooses its dtypes itself, also in the torch functions that it calls."""
     if torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
     return contextlib.nullcontext()
@@ -96,9 +196,9 @@ _observer: Callable[[Operator, tuple[Any, ...]], None] | None = None
 
 @contextlib.contextmanager
 def observing(observer: Callable[[Operator, tuple[Any, ...]], None]) -> Iterator[None]:
-    """Call ``observer(operator, args)`` behind every operator that runs, on the meta device too.
+    """Call ``observer(operator, args)`` after every operator that runs, on the meta device too.
 
-    On the meta device the kernels' launchers run in place of the fakes, so launches must be recorded meanwhile.
+    On the meta device the kernels' launchers run instead of the fakes, so launches must be recorded meanwhile.
     """
     global _observer
     outer, _observer = _observer, observer
@@ -109,9 +209,9 @@ def observing(observer: Callable[[Operator, tuple[Any, ...]], None]) -> Iterator
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
-    """The format an output keeps: channels_last for a 4-D tensor, dense or not, whose strides grow from C to N.
+    """The memory format that an output keeps: channels_last for a 4-D tensor whose strides grow from C to W, H and N.
 
-    The rule is torch's own, so that sizes of 1, which leave it open, fall as they do there.
+    The tensor need not be dense. This is torch's own rule, so that ambiguous sizes of 1 resolve as in torch.
     """
     least = 0
     for dim in (1, 3, 2, 0) if x.dim() == 4 else ():
@@ -123,29 +223,29 @@ def memory_format(x: Tensor) -> torch.memory_format:
 
 
 def dense(x: Tensor, layout: torch.memory_format) -> Tensor:
-    """`x` in the given memory format, copied only where it lies otherwise."""
+    """`x` in the given memory format, copied only if it has another."""
     return x.contiguous(memory_format=layout)
 
 
 def empty(like: Tensor, shape: Sequence[int], layout: torch.memory_format, dtype: torch.dtype | None = None) -> Tensor:
-    """A new tensor on the device of `like`: the one allocation rule that kernels and fakes share."""
+    """An uninitialized tensor on the device of `like`: the one allocation rule that kernels and fakes share."""
     return torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=layout)
 
 
 def placed(result: Tensor, layout: torch.memory_format) -> Tensor:
-    """A reference's result with exactly the strides that `empty` gives, and memory of its own."""
+    """A copy of a reference's result with exactly the strides that `empty` gives."""
     return empty(result, result.shape, layout).copy_(result)
 
 
 def double_backward(
     function: Callable[..., Tensor], inputs: Sequence[Tensor | None], needed: Sequence[bool], grad: Tensor
 ) -> list[Tensor | None]:
-    """Gradients of ``function(*inputs)`` that can be differentiated again, by torch's own formulas.
+    """Gradients of ``function(*inputs)`` by torch's own formulas, which can be differentiated again.
 
-    For backwards that run with create_graph=True: the kernels' gradients have no derivative, torch's do.
+    For a backward with create_graph=True: the kernels' gradients have no derivative, torch's do.
     """
     with torch.enable_grad():
-        # Fresh views: where one input was made from another, its path to that belongs to the caller's graph.
+        # New views: if one input was computed from another, that step belongs to the caller's graph, not to this one.
         inputs = [x.view_as(x) if need else x for x, need in zip(inputs, needed, strict=True)]
         output = function(*inputs)
         wanted = [x for x, need in zip(inputs, needed, strict=True) if need]
@@ -154,7 +254,7 @@ def double_backward(
 
 
 def vmap_loops(info: Any, in_dims: tuple[Any, ...], function: type[torch.autograd.Function], *args: Any) -> Any:
-    """The `vmap` of an autograd.Function whose operators have no dimension to spare: a call for each entry."""
+    """The `vmap` of an autograd.Function whose operators take no further batch dimension: one call per entry."""
     calls = [
         function.apply(
             *(
@@ -170,5 +270,5 @@ def vmap_loops(info: Any, in_dims: tuple[Any, ...], function: type[torch.autogra
 
 
 def wants_graph() -> bool:
-    """Whether a backward is asked for gradients that are differentiated again (create_graph=True)."""
+    """Whether a backward must return differentiable gradients (create_graph=True)."""
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()

@@ -156,7 +156,7 @@ def _covered(input: Any, norm: nn.BatchNorm2d) -> bool:
         type(t) in (Tensor, nn.Parameter) or isinstance(t, torch_internals.FakeTensor) for t in (input, *vectors)
     ):
         return False  # a DTensor, a tuple
-    if BATCH_NORM_RELU.uncovered(input) is not None:
+    if BATCH_NORM_RELU.unsupported("triton", input) is not None:
         return False
     halves = (torch.float16, torch.bfloat16)
     return all(t.dtype == input.dtype or (t.dtype == torch.float32 and input.dtype in halves) for t in vectors)

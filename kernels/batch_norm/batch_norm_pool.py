@@ -13,8 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import launch
+from ..pooling.geometry import PoolGeometry
 from ..pooling.pool import keep_larger
-from ..pooling.tiling import Windows, run_offset
+from ..pooling.tiling import Tiling, run_offset
 from .common import (
     Norm,
     Tiles,
@@ -189,46 +190,69 @@ def bn_relu_max_pool2d_bwd_kernel(
                     tl.store(grad_x + offset, there.to(grad_x.dtype.element_ty), mask=inside)
 
 
-def bn_relu_max_pool2d_fwd(x: Tensor, norm: Norm, y: Tensor, offsets: Tensor | None, windows: Windows) -> None:
+def bn_relu_max_pool2d_fwd(
+    x: Tensor,
+    norm: Norm,
+    y: Tensor,
+    offsets: Tensor | None,
+    geometry: PoolGeometry,
+    channels_last: bool,
+) -> None:
     """Write y = max-pool(relu(batch norm of x)) and, where they are wanted, the offsets of the maxima."""
+    tiling = Tiling(geometry, channels_last)
     (h, w), (oh, ow) = x.shape[-2:], y.shape[-2:]
-    tiles = Tiles(x, oh, ow, windows.channels_last, TILE)
+    tiles = Tiles(x, oh, ow, tiling.channels_last, TILE)
     launch(
         bn_relu_max_pool2d_fwd_kernel, tiles.programs,
         x, *norm.tensors(), y, y if offsets is None else offsets, *tiles.sizes, h, w, oh, ow,
-        **norm.constants(), **tiles.constants, **window_constants(x, y, windows),
-        PARTIAL=not windows.inside(x, y), OFFSETS=offsets is not None,
+        **norm.constants(), **tiles.constants, **window_constants(x, y, tiling),
+        PARTIAL=not tiling.windows_are_inside(x, y), OFFSETS=offsets is not None,
         STEPS=tiles.steps,
     )  # fmt: skip
 
 
 def bn_relu_max_pool2d_sums(
-    grad_y: Tensor, offsets: Tensor, x: Tensor, norm: Norm, sums: Tensor, windows: Windows
+    grad_y: Tensor,
+    offsets: Tensor,
+    x: Tensor,
+    norm: Norm,
+    sums: Tensor,
+    geometry: PoolGeometry,
+    channels_last: bool,
 ) -> None:
     """Write sums (4, C), as batch_norm_relu_sums does, of the gradient that the pooling's maxima get."""
+    tiling = Tiling(geometry, channels_last)
     (h, w), (oh, ow) = x.shape[-2:], grad_y.shape[-2:]
-    tiles = Tiles(x, oh, ow, windows.channels_last, TILE, reducing=True)
+    tiles = Tiles(x, oh, ow, tiling.channels_last, TILE, reducing=True)
     partials = torch.empty((2, tiles.chunks, x.shape[1]), dtype=sums.dtype, device=x.device)
     launch(
         bn_relu_max_pool2d_sums_kernel, tiles.programs,
         grad_y, offsets, x, *norm.tensors(), partials, *tiles.sizes, tiles.chunks, tiles.steps, h, w, oh, ow,
-        **norm.constants(), **tiles.constants, **window_constants(x, grad_y, windows),
+        **norm.constants(), **tiles.constants, **window_constants(x, grad_y, tiling),
     )  # fmt: skip
     merge_sums(partials, norm, sums, x)
 
 
 def bn_relu_max_pool2d_bwd(
-    grad_y: Tensor, offsets: Tensor, x: Tensor, norm: Norm, means: Tensor | None, grad_x: Tensor, windows: Windows
+    grad_y: Tensor,
+    offsets: Tensor,
+    x: Tensor,
+    norm: Norm,
+    means: Tensor | None,
+    grad_x: Tensor,
+    geometry: PoolGeometry,
+    channels_last: bool,
 ) -> None:
     """Write grad_x; means as in batch_norm_relu_bwd."""
+    tiling = Tiling(geometry, channels_last)
     (h, w), (oh, ow) = x.shape[-2:], grad_y.shape[-2:]
-    ch, cw = cells(x, grad_y, windows)
-    tiles = Tiles(x, ch, cw, windows.channels_last, TILE)
+    ch, cw = cells(x, grad_y, tiling)
+    tiles = Tiles(x, ch, cw, tiling.channels_last, TILE)
     launch(
         bn_relu_max_pool2d_bwd_kernel, tiles.programs,
         grad_y, offsets, x, *norm.tensors(), grad_x if means is None else means, grad_x, *tiles.sizes,
         h, w, ch, cw, oh, ow,
-        **norm.constants(), **tiles.constants, **window_constants(x, grad_y, windows),
+        **norm.constants(), **tiles.constants, **window_constants(x, grad_y, tiling),
         BATCH_STATS=means is not None, ALIGNED=cw == ow,
         STEPS=tiles.steps,
     )  # fmt: skip

@@ -12,7 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import launch
-from ..pooling.tiling import Windows, run_offset
+from ..pooling.geometry import PoolGeometry
+from ..pooling.tiling import Tiling, run_offset
 from .common import (
     Norm,
     Tiles,
@@ -124,33 +125,49 @@ def bn_relu_max_unpool2d_sums_kernel(
     store_sums(partials, chunk, CHUNKS, c, live_c, C, grads, products, CHANNELS_LAST)
 
 
-def bn_relu_max_unpool2d_fwd(x: Tensor, offsets: Tensor, norm: Norm, y: Tensor, windows: Windows) -> None:
+def bn_relu_max_unpool2d_fwd(
+    x: Tensor,
+    offsets: Tensor,
+    norm: Norm,
+    y: Tensor,
+    geometry: PoolGeometry,
+    channels_last: bool,
+) -> None:
     """Write y (N, C, H, W) = max-unpool(relu(batch norm of x)), every element of it."""
+    tiling = Tiling(geometry, channels_last)
     (h, w), (oh, ow) = y.shape[-2:], x.shape[-2:]
-    ch, cw = cells(y, x, windows)
-    tiles = Tiles(y, ch, cw, windows.channels_last, TILE)
+    ch, cw = cells(y, x, tiling)
+    tiles = Tiles(y, ch, cw, tiling.channels_last, TILE)
     launch(
         bn_relu_max_unpool2d_fwd_kernel, tiles.programs,
         x, offsets, *norm.tensors(), y, *tiles.sizes, h, w, ch, cw, oh, ow,
-        **norm.constants(), **tiles.constants, **window_constants(y, x, windows), ALIGNED=cw == ow, STEPS=tiles.steps,
+        **norm.constants(), **tiles.constants, **window_constants(y, x, tiling), ALIGNED=cw == ow, STEPS=tiles.steps,
         debug=True, sanitize_overflow=False,
     )  # fmt: skip
 
 
 def bn_relu_max_unpool2d_sums(
-    grad_y: Tensor, offsets: Tensor, x: Tensor, norm: Norm, grads: Tensor, sums: Tensor, windows: Windows
+    grad_y: Tensor,
+    offsets: Tensor,
+    x: Tensor,
+    norm: Norm,
+    grads: Tensor,
+    sums: Tensor,
+    geometry: PoolGeometry,
+    channels_last: bool,
 ) -> None:
     """Write grads, like x, what reaches the batch norm behind the ReLU, and sums (4, C), as batch_norm_relu_sums does.
 
     The gradient of x is then batch_norm_relu_bwd's of grads.
     """
+    tiling = Tiling(geometry, channels_last)
     (h, w), (oh, ow) = grad_y.shape[-2:], x.shape[-2:]
-    tiles = Tiles(grad_y, oh, ow, windows.channels_last, TILE, reducing=True)
+    tiles = Tiles(grad_y, oh, ow, tiling.channels_last, TILE, reducing=True)
     partials = torch.empty((2, tiles.chunks, x.shape[1]), dtype=sums.dtype, device=x.device)
     launch(
         bn_relu_max_unpool2d_sums_kernel, tiles.programs,
         grad_y, offsets, x, *norm.tensors(), grads, partials, *tiles.sizes, tiles.chunks, tiles.steps,
         h, w, oh, ow,
-        **norm.constants(), **tiles.constants, **window_constants(grad_y, x, windows),
+        **norm.constants(), **tiles.constants, **window_constants(grad_y, x, tiling),
     )  # fmt: skip
     merge_sums(partials, norm, sums, x)

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import INT32_MAX, launch, vector_width
-from ..pooling.tiling import Windows, run_offset
+from ..pooling.tiling import Tiling, run_offset
 
 LANES = 64  # channels of a program in channels_last
 STEPS = 4  # tiles of a program that writes
@@ -271,15 +271,15 @@ def merge_sums(partials: Tensor, norm: Norm, sums: Tensor, x: Tensor) -> None:
     )  # fmt: skip
 
 
-def window_constants(image: Tensor, pooled: Tensor, windows: Windows) -> dict[str, Any]:
+def window_constants(image: Tensor, pooled: Tensor, tiling: Tiling) -> dict[str, Any]:
     """The geometry, and whether in NCHW the two columns under each window are a run of the image's row."""
-    taps = windows.taps()
-    whole_rows = not windows.channels_last and taps["SW"] == 2 and taps["KW"] <= 2 and taps["PW"] == 0
+    taps = tiling.window_constants()
+    whole_rows = not tiling.channels_last and taps["SW"] == 2 and taps["KW"] <= 2 and taps["PW"] == 0
     return {**taps, "WHOLE_ROWS": whole_rows and image.shape[-1] == 2 * pooled.shape[-1]}
 
 
-def cells(image: Tensor, pooled: Tensor, windows: Windows) -> tuple[int, int]:
+def cells(image: Tensor, pooled: Tensor, tiling: Tiling) -> tuple[int, int]:
     """Rows and columns of cells that tile the image: a cell is a window and the gap behind it."""
-    sizes = zip(image.shape[-2:], pooled.shape[-2:], windows.stride, windows.padding, strict=True)
+    sizes = zip(image.shape[-2:], pooled.shape[-2:], tiling.geometry.stride, tiling.geometry.padding, strict=True)
     rows, columns = (max(triton.cdiv(size + p, s), o) for size, o, s, p in sizes)
     return rows, columns

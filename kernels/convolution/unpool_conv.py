@@ -12,7 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import INTERPRETED, launch, vector_width
-from ..pooling.tiling import Windows
+from ..pooling.geometry import PoolGeometry
+from ..pooling.tiling import Tiling
 from .gemm import blocks, multiply, place, precision, programs, transpose_into, transposed, wide
 from .geometry import Epilogue, epilogue
 
@@ -87,17 +88,24 @@ def max_unpool2d_conv2d_fwd_kernel(
 
 
 def max_unpool2d_conv2d_fwd(
-    x: Tensor, offsets: Tensor, weight: Tensor, after: Epilogue, y: Tensor, windows: Windows
+    x: Tensor,
+    offsets: Tensor,
+    weight: Tensor,
+    after: Epilogue,
+    y: Tensor,
+    geometry: PoolGeometry,
+    channels_last: bool,
 ) -> None:
     """Write y (N, K, H, W) from x and offsets (N, C, OH, OW) and weight (K, C, 3, 3).
 
     y lies as the windows say, every other tensor in NCHW or in channels_last. Offsets outside their windows are an
     error where kernels are compiled for debugging, and never an address.
     """
+    tiling = Tiling(geometry, channels_last)
     if y.numel() == 0:
         return
     x, offsets, weight = (transposed(t, torch.channels_last) for t in (x, offsets, weight))
-    target = y if windows.channels_last else torch.empty_like(y, memory_format=torch.channels_last)
+    target = y if tiling.channels_last else torch.empty_like(y, memory_format=torch.channels_last)
     (c, oh, ow), (n, k, h, w) = x.shape[1:], y.shape
     tiles = blocks(n * h * w, k, c, x) | {"num_warps": 8}  # a tile of values and offsets lies in registers
     c_vec, k_vec = vector_width(x.element_size(), c), vector_width(x.element_size(), k)
@@ -105,7 +113,7 @@ def max_unpool2d_conv2d_fwd(
         max_unpool2d_conv2d_fwd_kernel, programs(n * h * w, k, tiles),
         x, offsets, weight, *after.pointers(y), target, n * h * w, h, w, oh, ow, c // c_vec, k // k_vec,
         C_VEC=c_vec, K_VEC=k_vec, **after.constants(), PRECISION=precision(x), UPCAST=INTERPRETED,
-        WIDE=wide(x, weight, y), **windows.taps(), **tiles, debug=True, sanitize_overflow=False,
+        WIDE=wide(x, weight, y), **tiling.window_constants(), **tiles, debug=True, sanitize_overflow=False,
     )  # fmt: skip
     if target is not y:
         transpose_into(target, y, to_channels_last=False)

@@ -1,29 +1,38 @@
-"""Pooling windows, whatever runs them. No triton here: the CUDA C++ kernels run where it is missing."""
+"""The geometry of pooling windows, for every backend. No triton here: the other kernels run where it is missing."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
-CELL = 64  # pixels of a window and the gap behind it that are written out one by one
+MAX_CELL = 64  # pixels: the largest cell (a window and the gap after it) whose pixels kernels write out one by one
 
 
-class Geometry(NamedTuple):
-    """The windows of one call, (height, width) each, and the layout of its tensors."""
+class PoolGeometry(NamedTuple):
+    """The windows of a pooling or unpooling, each field as (height, width)."""
 
-    kernel: list[int]
-    stride: list[int]
-    padding: list[int]
-    channels_last: bool
+    kernel_size: Sequence[int]
+    stride: Sequence[int]
+    padding: Sequence[int]
     dilation: Sequence[int] = (1, 1)
 
     @property
-    def extent(self) -> list[int]:
-        """Height and width of a window with the gaps between its taps."""
-        return [(k - 1) * d + 1 for k, d in zip(self.kernel, self.dilation, strict=True)]
+    def taps(self) -> int:
+        """The number of elements of a window."""
+        return self.kernel_size[0] * self.kernel_size[1]
 
     @property
-    def tile(self) -> bool:
-        """Whether no two windows overlap, and a window with the gap behind it is of CELL pixels at most."""
-        apart = all(extent <= s for extent, s in zip(self.extent, self.stride, strict=True))
-        return apart and self.stride[0] * self.stride[1] <= CELL and tuple(self.dilation) == (1, 1)
+    def extent(self) -> list[int]:
+        """Height and width of a window including the gaps of its dilation."""
+        return [(k - 1) * d + 1 for k, d in zip(self.kernel_size, self.dilation, strict=True)]
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether two windows can share a pixel."""
+        return any(extent > s for extent, s in zip(self.extent, self.stride, strict=True))
+
+    @property
+    def has_cells(self) -> bool:
+        """Whether the image divides into cells, one per window: no overlap, no dilation, at most MAX_CELL pixels."""
+        small = self.stride[0] * self.stride[1] <= MAX_CELL
+        return small and not self.overlaps and tuple(self.dilation) == (1, 1)

@@ -1,4 +1,4 @@
-"""Windows that overlap, seen from the image: each pixel gathers from the windows that hold it, in a fixed order."""
+"""Overlapping windows: each pixel of the image gathers from the windows that hold it, in a fixed order."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import launch, vector_width
-from .tiling import BLOCK, UNROLLED, Windows, group, image_offset, kind, wide
+from .tiling import BLOCK, UNROLLED, Tiling, group, image_offset, needs_int64, position_kind
 
 
 @triton.jit
@@ -17,10 +17,10 @@ def _see_window(
     DH: tl.constexpr, DW: tl.constexpr, DOWN: tl.constexpr, ACROSS: tl.constexpr, POSITIONS: tl.constexpr,
     ADD: tl.constexpr, CHANNELS_LAST: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
-    """Window number `step`, in row-major order, of the DOWN x ACROSS that can hold each pixel."""
+    """Take window number `step`, in row-major order, of the DOWN x ACROSS windows that can hold each pixel."""
     oh = (h + PH) // SH - (DOWN - 1) + step // ACROSS
     ow = (w + PW) // SW - (ACROSS - 1) + step % ACROSS
-    i, j = h + PH - oh * SH, w + PW - ow * SW  # where the pixel lies in the window: never negative
+    i, j = h + PH - oh * SH, w + PW - ow * SW  # the pixel's place in the window, never negative
     held = live & (oh >= 0) & (oh < OH) & (ow >= 0) & (ow < OW) & (i < KH * DH) & (j < KW * DW)
     if DH > 1:
         held &= i % DH == 0
@@ -45,17 +45,17 @@ def _see_run(
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
     POSITIONS: tl.constexpr, ADD: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
-    """Window column / 2 + q of window row oh, for VEC even columns (left) and the odd ones behind them (right)."""
+    """Take window column / 2 + q of row `oh`, for VEC even columns (left) and the odd ones after them (right)."""
     pair = run * VEC + tl.arange(0, VEC)[None, :]
     ow, i = pair + q, h + PH - oh * SH
     held = live & (oh >= 0) & (oh < OH) & (i < KH)
     if q != 0:
         held = held & (ow >= 0) & (ow < OW)
-    # OW is RUNS * VEC, which says to the compiler that the loads are aligned where q is 0.
+    # OW is RUNS * VEC: written so, the compiler sees that the loads are aligned if q is 0.
     source = ((plane * OH + oh) * RUNS + run) * VEC + tl.arange(0, VEC)[None, :] + q
     position = tl.load(positions + source, mask=held, other=0)
     value = tl.load(x + source, mask=held, other=0.0).to(left.dtype)
-    tap: tl.constexpr = PW - 2 * q  # of the even column; the odd one's is the next
+    tap: tl.constexpr = PW - 2 * q  # the window element in the even column; the odd column has the next
     if POSITIONS == "offsets":
         ahead = position.to(tl.int32) - (i * KW + tap)
     else:
@@ -68,12 +68,12 @@ def _see_run(
 
 
 @triton.jit
-def _report_strays(
-    positions, foreign, o, POOLED, RUNS, H, W, OH, OW,
+def _report_out_of_window(
+    positions, out_of_window, o, POOLED, RUNS, H, W, OH, OW,
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
     POSITIONS: tl.constexpr, CHANNELS_LAST: tl.constexpr,
 ):  # fmt: skip
-    """Positions outside their own windows or the plane: an offset is an error, an index sets *foreign to 1."""
+    """An offset outside its own window or the plane is an error; an index outside sets *out_of_window to 1."""
     live = (o < POOLED)[:, None]
     _, oh, ow, _ = group(o, OH, RUNS, OW, 1, CHANNELS_LAST)
     position = tl.load(positions + o[:, None], mask=live, other=0)
@@ -81,35 +81,38 @@ def _report_strays(
     if POSITIONS == "offsets":
         tap = position.to(tl.int32)
         h, w = h0 + tap // KW, w0 + tap % KW
-        stray = (tap >= KH * KW) | (h < 0) | (h >= H) | (w < 0) | (w >= W)
-        tl.device_assert((stray & live) == 0, "max_unpool2d_with_offsets: found an offset outside its window")
+        outside = (tap >= KH * KW) | (h < 0) | (h >= H) | (w < 0) | (w >= W)
+        tl.device_assert((outside & live) == 0, "max_unpool2d_with_offsets: found an offset outside its window")
     else:
         h, w = position // W, position % W
-        stray = (position < 0) | (h >= H) | (h < h0) | (h >= h0 + KH) | (w < w0) | (w >= w0 + KW)
-        tl.store(foreign + tl.zeros_like(h), 1, mask=stray & live)
+        outside = (position < 0) | (h >= H) | (h < h0) | (h >= h0 + KH) | (w < w0) | (w >= w0 + KW)
+        tl.store(out_of_window + tl.zeros_like(h), 1, mask=outside & live)
 
 
 @triton.jit
 def window_gather_kernel(
-    x, positions, y, foreign, GROUPS, RUNS, POOLED, POOLED_RUNS, H, W, OH, OW,
+    x, positions, y, out_of_window, GROUPS, RUNS, POOLED, POOLED_RUNS, H, W, OH, OW,
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
     DH: tl.constexpr, DW: tl.constexpr, DOWN: tl.constexpr, ACROSS: tl.constexpr, POSITIONS: tl.constexpr,
     ADD: tl.constexpr, REPORT: tl.constexpr, WHOLE_ROWS: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     VEC: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """One program writes BLOCK groups of VEC pixels of y, with WHOLE_ROWS of VEC pairs of pixels.
+    """One program writes BLOCK groups of VEC pixels of y, or of VEC pairs of pixels with WHOLE_ROWS.
 
-    Each is what the windows whose maximum stood there hold in x: with ADD the sum (the gradient of a pool), else the
-    last in row-major order (unpooling). y is written once; values and positions are read for each pixel that their
-    window holds, through the cache. REPORT: the programs also look over the positions, BLOCK * VEC each, since a
-    window may hold no pixel at all.
+    A pixel takes the values in x of the windows whose position points to it: their sum with ADD (the gradient of a
+    pool), else the last in row-major order (unpooling). y is written once; values and positions are read once for each
+    pixel of their window, from the cache. REPORT: each program also checks BLOCK * VEC positions, because a window
+    may hold no pixel at all.
     """
+    # 1. Which pixels
     program = tl.program_id(0)
     if WIDE:
         program = program.to(tl.int64)
     o = program * BLOCK + tl.arange(0, BLOCK)
     live = (o < GROUPS)[:, None]
     plane, h, w, run = group(o, H, RUNS, W, VEC, CHANNELS_LAST)
+
+    # 2. Gather from their windows, and store
     found = tl.zeros((BLOCK, VEC), tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32)
     if WHOLE_ROWS:
         right = found
@@ -137,35 +140,39 @@ def window_gather_kernel(
                 )  # fmt: skip
         out = o[:, None] * VEC + tl.arange(0, VEC)[None, :]
         tl.store(y + out, found.to(y.dtype.element_ty), mask=live)
+
+    # 3. Check the positions
     if REPORT:
         pooled = program * (BLOCK * VEC) + tl.arange(0, BLOCK * VEC)
-        _report_strays(
-            positions, foreign, pooled, POOLED, POOLED_RUNS, H, W, OH, OW,
+        _report_out_of_window(
+            positions, out_of_window, pooled, POOLED, POOLED_RUNS, H, W, OH, OW,
             KH, KW, SH, SW, PH, PW, POSITIONS, CHANNELS_LAST,
         )  # fmt: skip
 
 
 def window_gather(
-    x: Tensor, positions: Tensor, y: Tensor, windows: Windows, *, add: bool, foreign: Tensor | None = None,
+    x: Tensor, positions: Tensor, y: Tensor, tiling: Tiling, *, add: bool, out_of_window: Tensor | None = None,
     report: bool = False,
 ) -> None:  # fmt: skip
-    """Gather y (N, C, H, W) from x (N, C, OH, OW) at the positions, whatever the windows.
+    """Gather y (N, C, H, W) from x (N, C, OH, OW) at the positions, for windows of any geometry.
 
-    report: look for positions outside their windows; of indices, set foreign[0] to 1 where there is one.
+    report: check for positions outside their windows. If an index is, out_of_window[0] becomes 1.
     """
+    geometry = tiling.geometry
     c, h, w = y.shape[1:]
     oh, ow = x.shape[-2:]
-    down, across = (triton.cdiv(e, s) for e, s in zip(windows.extent, windows.stride, strict=True))
-    whole_rows = windows.runs(y, x) and windows.dilation[0] == 1 and down * across <= UNROLLED.value
+    down, across = (triton.cdiv(e, s) for e, s in zip(geometry.extent, geometry.stride, strict=True))
+    whole_rows = tiling.has_runs(y, x) and geometry.dilation[0] == 1 and down * across <= UNROLLED.value
     pixels = 2 if whole_rows else 1
-    lanes, pooled_lanes = (c, c) if windows.channels_last else (w // pixels, ow)
+    lanes, pooled_lanes = (c, c) if tiling.channels_last else (w // pixels, ow)
     vec = vector_width(y.element_size(), lanes)
     units = y.numel() // pixels
     launch(
         window_gather_kernel, triton.cdiv(max(units, x.numel() if report else 0), BLOCK),
-        x, positions, y, y if foreign is None else foreign,
+        x, positions, y, y if out_of_window is None else out_of_window,
         units // vec, lanes // vec, x.numel(), pooled_lanes, h, w, oh, ow,
-        **windows.taps(), **windows.gaps(), DOWN=down, ACROSS=across, POSITIONS=kind(positions), ADD=add,
-        REPORT=report, WHOLE_ROWS=whole_rows, CHANNELS_LAST=windows.channels_last, VEC=vec, BLOCK=BLOCK // vec,
-        WIDE=wide(x, y), debug=report, sanitize_overflow=False,
+        **tiling.window_constants(), **tiling.dilation_constants(), DOWN=down, ACROSS=across,
+        POSITIONS=position_kind(positions), ADD=add, REPORT=report, WHOLE_ROWS=whole_rows,
+        CHANNELS_LAST=tiling.channels_last, VEC=vec, BLOCK=BLOCK // vec, WIDE=needs_int64(x, y),
+        debug=report, sanitize_overflow=False,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Max-pooling and its gradient in NCHW and in channels_last."""
+"""Max-pooling and its gradient, in NCHW and channels_last."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import launch
+from .geometry import PoolGeometry
 from .overlapping import window_gather
-from .tiling import BLOCK, UNROLLED, Windows, group, image_offset, kind, run_offset
+from .tiling import BLOCK, UNROLLED, Tiling, group, image_offset, position_kind, run_offset
 from .unpool import max_unpool2d_fwd
 
 
 @triton.jit
 def keep_larger(best, at, value, tap):
-    """torch's rule: a strictly larger value wins, so the first of equals stays; NaN always wins.
+    """torch's rule: a strictly larger value replaces `best`, so the first of equal values stays; NaN always does.
 
-    Taps outside the image are -inf, which never wins.
+    Elements outside the image are -inf, which never replaces anything.
     """
     wins = (value > best) | (value != value)
     return tl.where(wins, value, best), tl.where(wins, tap, at)
@@ -28,7 +29,7 @@ def _see_tap(
     KW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr, PARTIAL: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     VEC: tl.constexpr,
 ):  # fmt: skip
-    """One tap of each window, read where it lies: neighbours that overlap find it in the cache."""
+    """Compare one element (tap) of each window with the best so far. Overlapping windows reread it from the cache."""
     h, w = h0 + tap // KW * DH, w0 + tap % KW * DW
     inside = live
     if PARTIAL:
@@ -47,8 +48,9 @@ def max_pool2d_fwd_kernel(
 ):  # fmt: skip
     """One program pools BLOCK groups of VEC windows. Writes the output and the positions once.
 
-    Reads each element of the input once where windows tile it, else as often as windows hold it, through the cache.
+    Reads each element of the input once; if windows overlap, once for each window that holds it, from the cache.
     """
+    # 1. Which windows
     program = tl.program_id(0)
     if WIDE:
         program = program.to(tl.int64)
@@ -56,14 +58,15 @@ def max_pool2d_fwd_kernel(
     live = (o < GROUPS)[:, None]
     plane, oh, ow, run = group(o, OH, RUNS, OW, VEC, CHANNELS_LAST)
     h0, w0 = oh * SH - PH, ow * SW - PW
+
+    # 2. The maximum of each window; if no value is above -inf, the first element inside the image
     best = tl.full((BLOCK, VEC), float("-inf"), tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32)
-    # The first tap inside the image stands where nothing is larger than -inf.
     first = (tl.maximum(-h0, 0) + DH - 1) // DH * KW + (tl.maximum(-w0, 0) + DW - 1) // DW
     at = first.to(tl.int32) + tl.zeros((BLOCK, VEC), tl.int32)
     if WHOLE_ROWS:
         for i in tl.static_range(KH):
             h = h0 + i * DH
-            for q in tl.static_range(-((PW + 1) // 2), (KW - 1 - PW) // 2 + 1):  # taps 2q + PW and the next
+            for q in tl.static_range(-((PW + 1) // 2), (KW - 1 - PW) // 2 + 1):  # window columns 2q + PW and the next
                 inside = live
                 if PARTIAL:
                     inside = live & (h >= 0) & (h < H)
@@ -86,6 +89,8 @@ def max_pool2d_fwd_kernel(
             best, at = _see_tap(
                 best, at, x, tap, plane, h0, w0, run, live, H, W, RUNS, KW, DH, DW, PARTIAL, CHANNELS_LAST, VEC
             )
+
+    # 3. Store
     out = o[:, None] * VEC + tl.arange(0, VEC)[None, :]
     tl.store(y + out, best.to(y.dtype.element_ty), mask=live)
     if POSITIONS == "offsets":
@@ -95,26 +100,29 @@ def max_pool2d_fwd_kernel(
         tl.store(positions + out, index, mask=live)
 
 
-def max_pool2d_fwd(x: Tensor, y: Tensor, positions: Tensor | None, windows: Windows) -> None:
-    """Pool x (N, C, H, W) into y (N, C, OH, OW); positions like y, uint8 or int64, or None."""
+def max_pool2d_fwd(x: Tensor, y: Tensor, positions: Tensor | None, geometry: PoolGeometry, channels_last: bool) -> None:
+    """Pool x (N, C, H, W) into y (N, C, OH, OW). positions: of y's shape, uint8 or int64, or None."""
+    tiling = Tiling(geometry, channels_last)
     (h, w), (oh, ow) = x.shape[-2:], y.shape[-2:]
-    vec, runs = windows.groups(y.shape[1], ow, x.element_size())
+    vec, runs = tiling.groups(y.shape[1], ow, x.element_size())
     groups = y.numel() // vec
-    whole_rows = windows.runs(x, y) and windows.kernel[0] * windows.kernel[1] <= UNROLLED.value
+    whole_rows = tiling.has_runs(x, y) and geometry.taps <= UNROLLED.value
     launch(
         max_pool2d_fwd_kernel, triton.cdiv(groups, BLOCK // vec),
         x, y, y if positions is None else positions, groups, runs, h, w, oh, ow,
-        **windows.constants(x, y, vec) | {"WHOLE_ROWS": whole_rows}, **windows.gaps(),
-        POSITIONS=kind(positions), PARTIAL=not windows.inside(x, y),
+        **tiling.constants(x, y, vec) | {"WHOLE_ROWS": whole_rows}, **tiling.dilation_constants(),
+        POSITIONS=position_kind(positions), PARTIAL=not tiling.windows_are_inside(x, y),
     )  # fmt: skip
 
 
-def max_pool2d_bwd(grad_y: Tensor, positions: Tensor, grad_x: Tensor, windows: Windows) -> None:
-    """The gradient grad_x (N, C, H, W) of a pool that kept `positions`; every element of it is written once.
+def max_pool2d_bwd(
+    grad_y: Tensor, positions: Tensor, grad_x: Tensor, geometry: PoolGeometry, channels_last: bool
+) -> None:
+    """Write the gradient grad_x (N, C, H, W) of a pool with these positions, each element once.
 
-    Where windows tile the image it is an unpooling; where they overlap each pixel adds up what its windows give it.
+    Without overlap this is an unpooling. With overlap each pixel sums the gradients of the windows that chose it.
     """
-    if windows.tile:
-        max_unpool2d_fwd(grad_y, positions, grad_x, windows, trusted=True)
+    if geometry.has_cells:
+        max_unpool2d_fwd(grad_y, positions, grad_x, geometry, channels_last, trusted=True)
     else:
-        window_gather(grad_y, positions, grad_x, windows, add=True)
+        window_gather(grad_y, positions, grad_x, Tiling(geometry, channels_last), add=True)

@@ -1,17 +1,18 @@
-"""Pooling windows on a GPU: how programs, groups and lanes map to images.
+"""How programs, groups and lanes of the Triton kernels map to the images of a pooling.
 
 Every kernel works on groups: VEC neighbouring elements of the pooled map (along W in NCHW, along C in channels_last),
-so that one access is 16 bytes wide. A group never crosses a row or a pixel. The position of a maximum is kept either
-as `offsets`, the tap inside the window (row-major, uint8), or as `indices`, torch's flat h * W + w (int64).
+so that one access is 16 bytes wide. A group never crosses a row (NCHW) or a pixel (channels_last). The position of a
+maximum is either an offset, the element's number inside the window (row-major, uint8), or torch's index, h * W + w in
+the plane (int64).
 
-In NCHW with stride 2 a group's VEC windows start in one run of 2 * VEC elements of the image's row: where such runs
-tile the row (WHOLE_ROWS) a run is loaded or stored in one piece and split or joined in registers. Taps before and
-behind it lie in the run shifted by two elements.
+In NCHW with stride 2 the VEC windows of a group start in 2 * VEC consecutive elements of an image row, called a run.
+If whole runs divide the row (WHOLE_ROWS), each run is loaded or stored in one access, and split or joined in registers.
+Elements of the windows to the left and right of the run are in the same run shifted by a multiple of two.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -19,15 +20,15 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import INT32_MAX, vector_width
-from .geometry import Geometry
+from .geometry import PoolGeometry
 
-BLOCK = 1024  # elements of the pooled map a program owns
-UNROLLED = tl.constexpr(16)  # taps or windows that are written out one by one; more run in a loop, for the registers
+BLOCK = 1024  # elements of the pooled map that a program owns
+UNROLLED = tl.constexpr(16)  # at most so many window elements or windows are unrolled; more run in a loop
 
 
 @triton.jit
 def group(o, SIZE_H, RUNS, SIZE_W, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr):
-    """(plane or image, row, column, run) of group `o`; a column holds VEC entries in NCHW, one in channels_last."""
+    """(plane or image, row, column, run) of group `o`; `column` has VEC entries in NCHW and one in channels_last."""
     lane = tl.arange(0, VEC)[None, :]
     run = (o % RUNS)[:, None]
     if CHANNELS_LAST:
@@ -42,7 +43,7 @@ def group(o, SIZE_H, RUNS, SIZE_W, VEC: tl.constexpr, CHANNELS_LAST: tl.constexp
 
 @triton.jit
 def image_offset(plane, h, w, run, H, W, RUNS, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr):
-    """Where pixel (h, w) of the image lies: one element per entry of a group."""
+    """The memory offsets of pixel (h, w) of the image, one per element of a group."""
     if CHANNELS_LAST:
         return (((plane * H + h) * W + w) * RUNS + run) * VEC + tl.arange(0, VEC)[None, :]
     else:
@@ -51,55 +52,61 @@ def image_offset(plane, h, w, run, H, W, RUNS, VEC: tl.constexpr, CHANNELS_LAST:
 
 @triton.jit
 def run_offset(plane, h, run, H, RUNS, VEC: tl.constexpr):
-    """Where the 2 * VEC pixels under a group's windows lie in row h (NCHW, WHOLE_ROWS)."""
+    """The memory offsets of the 2 * VEC pixels of row h that belong to a group's windows (NCHW, WHOLE_ROWS)."""
     return ((plane * H + h) * RUNS + run) * (2 * VEC) + tl.arange(0, 2 * VEC)[None, :]
 
 
-class Windows(Geometry):
-    """The windows of one call as the Triton kernels take them."""
+class Tiling(NamedTuple):
+    """The windows of one call and the layout of its tensors, as the Triton kernels need them."""
 
-    def inside(self, image: Tensor, pooled: Tensor) -> bool:
-        """Whether every window of the pooled map lies in the image as a whole."""
-        ends = [(o - 1) * s + e for o, s, e in zip(pooled.shape[-2:], self.stride, self.extent, strict=True)]
-        return not any(self.padding) and ends[0] <= image.shape[-2] and ends[1] <= image.shape[-1]
+    geometry: PoolGeometry
+    channels_last: bool
 
-    def runs(self, image: Tensor, pooled: Tensor) -> bool:
-        """Whether the image's rows are runs of two elements for each window, in NCHW."""
-        two = self.stride[1] == 2 and self.dilation[1] == 1 and image.shape[-1] == 2 * pooled.shape[-1]
-        return two and not self.channels_last
+    def windows_are_inside(self, image: Tensor, pooled: Tensor) -> bool:
+        """Whether every window of the pooled map lies completely inside the image."""
+        geometry = self.geometry
+        sides = zip(pooled.shape[-2:], geometry.stride, geometry.extent, strict=True)
+        ends = [(o - 1) * s + extent for o, s, extent in sides]
+        return not any(geometry.padding) and ends[0] <= image.shape[-2] and ends[1] <= image.shape[-1]
+
+    def has_runs(self, image: Tensor, pooled: Tensor) -> bool:
+        """NCHW: whether each window of a row owns two consecutive elements of the image's row."""
+        two = self.geometry.stride[1] == 2 and self.geometry.dilation[1] == 1
+        return two and image.shape[-1] == 2 * pooled.shape[-1] and not self.channels_last
 
     def groups(self, channels: int, columns: int, element_size: int) -> tuple[int, int]:
-        """(VEC, RUNS): elements of a group, and groups of one row (NCHW) or of one pixel (channels_last)."""
+        """(VEC, RUNS): the elements of a group, and the groups of one row (NCHW) or of one pixel (channels_last)."""
         length = channels if self.channels_last else columns
         vec = vector_width(element_size, length)
         return vec, length // vec
 
     def constants(self, image: Tensor, pooled: Tensor, vec: int) -> dict[str, Any]:
         """The compile-time arguments that every kernel takes."""
-        whole_rows = self.runs(image, pooled) and self.kernel[1] <= 2 and self.padding[1] == 0
+        geometry = self.geometry
+        whole_rows = self.has_runs(image, pooled) and geometry.kernel_size[1] <= 2 and geometry.padding[1] == 0
         return {
-            **self.taps(), "WHOLE_ROWS": whole_rows,
+            **self.window_constants(), "WHOLE_ROWS": whole_rows,
             "CHANNELS_LAST": self.channels_last, "VEC": vec, "BLOCK": BLOCK // vec,
-            "WIDE": wide(image, pooled),
+            "WIDE": needs_int64(image, pooled),
         }  # fmt: skip
 
-    def taps(self) -> dict[str, int]:
-        """Kernel, stride and padding as compile-time arguments."""
-        (kh, kw), (sh, sw), (ph, pw) = self.kernel, self.stride, self.padding
+    def window_constants(self) -> dict[str, int]:
+        """Kernel size, stride and padding as compile-time arguments."""
+        (kh, kw), (sh, sw), (ph, pw), _ = self.geometry
         return {"KH": kh, "KW": kw, "SH": sh, "SW": sw, "PH": ph, "PW": pw}
 
-    def gaps(self) -> dict[str, int]:
-        """The dilation as compile-time arguments, for the kernels that have one."""
-        return {"DH": self.dilation[0], "DW": self.dilation[1]}
+    def dilation_constants(self) -> dict[str, int]:
+        """The dilation as compile-time arguments, for the kernels that support one."""
+        return {"DH": self.geometry.dilation[0], "DW": self.geometry.dilation[1]}
 
 
-def wide(*tensors: Tensor) -> bool:
+def needs_int64(*tensors: Tensor) -> bool:
     """Whether offsets into the tensors need 64 bits."""
     return max(tensor.numel() for tensor in tensors) > INT32_MAX - 16 * BLOCK
 
 
-def kind(positions: Tensor | None) -> str:
-    """How positions are kept: "offsets" (uint8), "indices" (int64) or "none"."""
+def position_kind(positions: Tensor | None) -> str:
+    """How positions are stored: "offsets" (uint8), "indices" (int64) or "none"."""
     if positions is None:
         return "none"
     return "offsets" if positions.dtype == torch.uint8 else "indices"

@@ -1,4 +1,4 @@
-"""Max-unpooling in NCHW and in channels_last: scatter from windows, its gather, and the scatter from any indices."""
+"""Max-unpooling and its gradient, in NCHW and channels_last."""
 
 from __future__ import annotations
 
@@ -8,27 +8,29 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import launch
+from .geometry import PoolGeometry
 from .overlapping import window_gather
-from .tiling import BLOCK, Windows, group, image_offset, kind, run_offset
+from .tiling import BLOCK, Tiling, group, image_offset, position_kind, run_offset
 
-FOREIGN_BLOCK = 64  # pooled elements that the ordered scatter compares at a time
-FOREIGN_PROGRAMS = 1024
-WHOLE_WINDOWS = 16  # taps of a window that is read whole for the one element in it
+SCATTER_BLOCK = 64  # pooled elements that the ordered scatter compares at a time
+SCATTER_PROGRAMS = 1024
+WHOLE_WINDOWS = 16  # elements: the largest window that the gradient reads whole to get one of them
 
 
 @triton.jit
 def max_unpool2d_fwd_kernel(
-    x, positions, y, foreign, CELLS, RUNS, H, W, CH, CW, OH, OW,
+    x, positions, y, out_of_window, CELLS, RUNS, H, W, CH, CW, OH, OW,
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
     POSITIONS: tl.constexpr, PARTIAL: tl.constexpr, WHOLE_ROWS: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     REPORT: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """One program writes BLOCK groups of VEC cells of the image: a cell is a window and the gap behind it, SH x SW.
+    """One program writes BLOCK groups of VEC cells. A cell is a window and the gap after it, SH x SW pixels.
 
-    Cells tile the image, so each element of y is written once: the window's value at its position, zero elsewhere.
-    Reads the values and positions once. REPORT, for a position outside its own window: an offset is an error, an
-    index sets *foreign to 1. It is the gradient of max_pool2d too, where x is the gradient of the pooled map.
+    Each element of y is in one cell and written once: the window's value at its position, zero elsewhere. Values and
+    positions are read once. REPORT: an offset outside its own window is an error, an index outside sets
+    *out_of_window to 1. This is also the gradient of max_pool2d, with the gradient of the pooled map as x.
     """
+    # 1. Which cells
     program = tl.program_id(0)
     if WIDE:
         program = program.to(tl.int64)
@@ -42,10 +44,14 @@ def max_unpool2d_fwd_kernel(
         source = image_offset(plane, ch, cw, run, OH, OW, RUNS, VEC, CHANNELS_LAST)
     else:
         source = o[:, None] * VEC + tl.arange(0, VEC)[None, :]
+
+    # 2. Load the value and position of each window
     value = tl.load(x + source, mask=pooled, other=0.0)
     value = value.to(tl.float64 if value.dtype == tl.float64 else tl.float32)
     position = tl.load(positions + source, mask=pooled, other=0).to(tl.int32 if POSITIONS == "offsets" else tl.int64)
     hits = tl.zeros((BLOCK, VEC), tl.int32)
+
+    # 3. Store the pixels of each cell
     for i in tl.static_range(SH):
         h = h0 + i
         if WHOLE_ROWS:
@@ -77,25 +83,27 @@ def max_unpool2d_fwd_kernel(
                     hits += hit.to(tl.int32)
                 offset = image_offset(plane, h, w, run, H, W, RUNS, VEC, CHANNELS_LAST)
                 tl.store(y + offset, tap.to(y.dtype.element_ty), mask=inside)
+
+    # 4. Report windows whose position is none of their pixels
     if REPORT:
-        astray = pooled & (hits == 0)
+        outside = pooled & (hits == 0)
         if POSITIONS == "offsets":
-            tl.device_assert(astray == 0, "max_unpool2d_with_offsets: found an offset outside its window")
+            tl.device_assert(outside == 0, "max_unpool2d_with_offsets: found an offset outside its window")
         else:
-            tl.store(foreign + tl.zeros((BLOCK, VEC), tl.int32), 1, mask=astray)
+            tl.store(out_of_window + tl.zeros((BLOCK, VEC), tl.int32), 1, mask=outside)
 
 
 @triton.jit
-def max_unpool2d_foreign_kernel(
-    x, indices, y, foreign, PLANES, PROGRAMS, C, HW, OHW, CHANNELS_LAST: tl.constexpr, BLOCK: tl.constexpr
+def max_unpool2d_scatter_kernel(
+    x, indices, y, out_of_window, PLANES, PROGRAMS, C, HW, OHW, CHANNELS_LAST: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Unpooling from any valid indices, run only when *foreign is 1: one program writes whole planes, in order.
+    """Unpool from any valid indices: one program writes whole planes, in order. Needed only if *out_of_window is 1.
 
-    y holds zeros already, and values where an index lies in its own window; all are written again. Of several pooled
-    elements with one index the last in row-major order stays, as in torch on a CPU. Compares BLOCK x BLOCK indices at
-    a time; slow, and never a race.
+    y already holds zeros, and the values whose index is in their own window; all values are written again. If several
+    pooled elements share an index, the last in row-major order stays, as in torch on a CPU. Compares BLOCK x BLOCK
+    indices at a time: slow, but free of races.
     """
-    if tl.load(foreign) != 0:
+    if tl.load(out_of_window) != 0:
         plane = tl.program_id(0).to(tl.int64)
         while plane < PLANES:
             step = C if CHANNELS_LAST else 1
@@ -121,11 +129,12 @@ def max_unpool2d_bwd_kernel(
     POSITIONS: tl.constexpr, PARTIAL: tl.constexpr, WHOLE_WINDOWS: tl.constexpr, WHOLE_ROWS: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """One program gathers BLOCK groups of VEC pooled elements: each takes grad_y at its position.
+    """One program gathers BLOCK groups of VEC pooled elements: each takes the element of grad_y at its position.
 
-    WHOLE_WINDOWS reads the windows of grad_y as they lie, since a lone element costs its 32-byte sector anyway; else,
-    and for an index outside its own window, positions are followed one by one, where they are inside the plane.
+    WHOLE_WINDOWS reads whole windows of grad_y, because one element alone also costs a 32-byte sector. Without it, and
+    for an index outside its own window, each position is read by itself if it is inside the plane.
     """
+    # 1. Which windows, and their positions
     program = tl.program_id(0)
     if WIDE:
         program = program.to(tl.int64)
@@ -135,6 +144,8 @@ def max_unpool2d_bwd_kernel(
     h0, w0 = oh * SH - PH, ow * SW - PW
     out = o[:, None] * VEC + tl.arange(0, VEC)[None, :]
     position = tl.load(positions + out, mask=live, other=0).to(tl.int32 if POSITIONS == "offsets" else tl.int64)
+
+    # 2. Pick from the whole windows
     grad = tl.zeros((BLOCK, VEC), tl.float64 if grad_y.dtype.element_ty == tl.float64 else tl.float32)
     hits = tl.zeros((BLOCK, VEC), tl.int32)
     for i in tl.static_range(KH if WHOLE_WINDOWS else 0):
@@ -163,6 +174,8 @@ def max_unpool2d_bwd_kernel(
                 hit = inside & (position == (i * KW + j if POSITIONS == "offsets" else h.to(tl.int64) * W + w))
                 grad = tl.where(hit, value, grad)
                 hits += hit.to(tl.int32)
+
+    # 3. Read single elements at the remaining positions
     if POSITIONS == "indices" or not WHOLE_WINDOWS:
         if POSITIONS == "indices":
             h, w = position // W, position % W
@@ -172,55 +185,65 @@ def max_unpool2d_bwd_kernel(
             lost = live & (position < KH * KW) & (h >= 0) & (h < H) & (w >= 0) & (w < W)
         offset = image_offset(plane, h, w, run, H, W, RUNS, VEC, CHANNELS_LAST)
         grad = tl.where(lost, tl.load(grad_y + offset, mask=lost, other=0.0).to(grad.dtype), grad)
+
+    # 4. Store
     tl.store(grad_x + out, grad.to(grad_x.dtype.element_ty), mask=live)
 
 
-def max_unpool2d_fwd(x: Tensor, positions: Tensor, y: Tensor, windows: Windows, trusted: bool) -> None:
-    """Unpool x (N, C, OH, OW) into y (N, C, H, W), every element of which is written.
+def max_unpool2d_fwd(
+    x: Tensor, positions: Tensor, y: Tensor, geometry: PoolGeometry, channels_last: bool, *, trusted: bool
+) -> None:
+    """Unpool x (N, C, OH, OW) into y (N, C, H, W); every element of y is written.
 
-    trusted: the positions come from a pool of this geometry, so that each lies in its own window.
+    trusted: the positions come from a pool of this geometry, so each is in its own window.
     """
+    tiling = Tiling(geometry, channels_last)
     search = not trusted and positions.dtype == torch.int64
-    foreign = torch.zeros(1, dtype=torch.int32, device=x.device) if search else y
-    if windows.tile:
-        _unpool_cells(x, positions, y, foreign, windows, trusted)
+    out_of_window = torch.zeros(1, dtype=torch.int32, device=x.device) if search else y
+    if geometry.has_cells:
+        _unpool_cells(x, positions, y, out_of_window, tiling, trusted)
     else:
-        window_gather(x, positions, y, windows, add=False, foreign=foreign, report=not trusted)
+        window_gather(x, positions, y, tiling, add=False, out_of_window=out_of_window, report=not trusted)
     if search:
         n, c, h, w = y.shape
-        programs = min(n * c, FOREIGN_PROGRAMS)
+        programs = min(n * c, SCATTER_PROGRAMS)
         launch(
-            max_unpool2d_foreign_kernel, programs,
-            x, positions, y, foreign, n * c, programs, c, h * w, x.shape[2] * x.shape[3],
-            CHANNELS_LAST=windows.channels_last, BLOCK=FOREIGN_BLOCK, debug=True, sanitize_overflow=False,
+            max_unpool2d_scatter_kernel, programs,
+            x, positions, y, out_of_window, n * c, programs, c, h * w, x.shape[2] * x.shape[3],
+            CHANNELS_LAST=channels_last, BLOCK=SCATTER_BLOCK, debug=True, sanitize_overflow=False,
         )  # fmt: skip
 
 
-def _unpool_cells(x: Tensor, positions: Tensor, y: Tensor, foreign: Tensor, windows: Windows, trusted: bool) -> None:
-    n, c, h, w = y.shape
-    oh, ow = x.shape[-2:]
-    ch = max(triton.cdiv(h + windows.padding[0], windows.stride[0]), oh)
-    cw = max(triton.cdiv(w + windows.padding[1], windows.stride[1]), ow)
-    vec, runs = windows.groups(c, cw, x.element_size())
+def _unpool_cells(
+    x: Tensor, positions: Tensor, y: Tensor, out_of_window: Tensor, tiling: Tiling, trusted: bool
+) -> None:
+    (n, c, h, w), (oh, ow) = y.shape, x.shape[-2:]
+    stride, padding = tiling.geometry.stride, tiling.geometry.padding
+    ch = max(triton.cdiv(h + padding[0], stride[0]), oh)
+    cw = max(triton.cdiv(w + padding[1], stride[1]), ow)
+    vec, runs = tiling.groups(c, cw, x.element_size())
     cells = n * c * ch * cw // vec
-    whole = (h, w) == (oh * windows.stride[0], ow * windows.stride[1]) and not any(windows.padding)
+    whole = (h, w) == (oh * stride[0], ow * stride[1]) and not any(padding)
     launch(
         max_unpool2d_fwd_kernel, triton.cdiv(cells, BLOCK // vec),
-        x, positions, y, foreign, cells, runs, h, w, ch, cw, oh, ow,
-        **windows.constants(y, x, vec), POSITIONS=kind(positions), PARTIAL=not whole, REPORT=not trusted,
+        x, positions, y, out_of_window, cells, runs, h, w, ch, cw, oh, ow,
+        **tiling.constants(y, x, vec), POSITIONS=position_kind(positions), PARTIAL=not whole, REPORT=not trusted,
         debug=not trusted, sanitize_overflow=False,
     )  # fmt: skip
 
 
-def max_unpool2d_bwd(grad_y: Tensor, positions: Tensor, grad_x: Tensor, windows: Windows) -> None:
+def max_unpool2d_bwd(
+    grad_y: Tensor, positions: Tensor, grad_x: Tensor, geometry: PoolGeometry, channels_last: bool
+) -> None:
     """Gather grad_x (N, C, OH, OW) from grad_y (N, C, H, W) at the positions."""
+    tiling = Tiling(geometry, channels_last)
     (h, w), (oh, ow) = grad_y.shape[-2:], grad_x.shape[-2:]
-    vec, runs = windows.groups(grad_x.shape[1], ow, grad_y.element_size())
+    vec, runs = tiling.groups(grad_x.shape[1], ow, grad_y.element_size())
     groups = grad_x.numel() // vec
     launch(
         max_unpool2d_bwd_kernel, triton.cdiv(groups, BLOCK // vec),
         grad_y, positions, grad_x, groups, runs, h, w, h * w, oh, ow,
-        **windows.constants(grad_y, grad_x, vec), POSITIONS=kind(positions),
-        PARTIAL=not windows.inside(grad_y, grad_x),
-        WHOLE_WINDOWS=windows.tile and windows.kernel[0] * windows.kernel[1] <= WHOLE_WINDOWS,
+        **tiling.constants(grad_y, grad_x, vec), POSITIONS=position_kind(positions),
+        PARTIAL=not tiling.windows_are_inside(grad_y, grad_x),
+        WHOLE_WINDOWS=geometry.has_cells and geometry.taps <= WHOLE_WINDOWS,
     )  # fmt: skip

@@ -150,7 +150,7 @@ def test_one_kernel_size_is_too_large_for_offsets(backend, device):
 SYNCHRONISED = """
 import sys, torch, torch.distributed as dist, fastseg
 from fastseg import nn as fused
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {tests!r}
 from test_batch_norm_modules import Up
 rank, path, *backends = int(sys.argv[1]), *sys.argv[2:]
 dist.init_process_group("gloo", init_method=f"file://{{path}}/rendezvous", rank=rank, world_size=2)
@@ -182,7 +182,7 @@ def test_two_processes_equal_one_with_the_whole_batch(tmp_path):
     model = Up(4).double()
     x, upstream = (torch.randn(4, 4, 6, 8, dtype=torch.float64) for _ in range(2))
     torch.save({"state": model.state_dict(), "x": x, "upstream": upstream}, tmp_path / "given.pt")
-    code = SYNCHRONISED.format(tests=str(Path(__file__).parents[1]))
+    code = SYNCHRONISED.format(tests=[str(Path(__file__).parents[1]), str(Path(__file__).parent)])
     runs = [
         subprocess.Popen(
             [sys.executable, "-c", code, str(rank), str(tmp_path), *backends], stderr=subprocess.PIPE, text=True

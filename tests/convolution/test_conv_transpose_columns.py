@@ -180,7 +180,8 @@ def test_only_the_last_block_has_columns_that_are_no_channels(size, columns, blo
 
 
 COMPILE = """
-import json, torch
+import json, sys, torch
+sys.path[:0] = ["tests", "tests/convolution"]
 from fastseg.inspect.codegen import compile_for, disassemble
 from test_conv_transpose_columns import launched
 rows = []

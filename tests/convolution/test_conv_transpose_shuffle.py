@@ -161,10 +161,11 @@ def test_nchw_is_not_copied(monkeypatch):
 
 
 COMPILE = """
-from fastseg import cases, dispatch
+from fastseg import dispatch
+from fastseg.verification import cases
 from fastseg.inspect.codegen import compile_for, disassemble, record
 from fastseg.kernels.launch import targeting
-from fastseg.ops.library import observing
+from fastseg.ops.operator import observing
 import torch
 at = cases.Placement(torch.bfloat16, torch.contiguous_format, "meta")
 for shape, channels, stride in (((1, 150, 45, 24), 40, 1), ((1, 48, 90, 40), 17, (2, 1)), ((2, 200, 5, 8), 9, 2)):

@@ -131,8 +131,8 @@ import torch
 from support.unpool_conv_common import GEOMETRY
 from fastseg import dispatch
 from fastseg.inspect.codegen import compile_for, disassemble, record
-from fastseg.ops import unpool_conv_norm
-from fastseg.ops.unpool_conv_norm import NO_NORM
+from fastseg.ops.convolution import unpool_conv_norm
+from fastseg.ops.convolution.unpool_conv_norm import NO_NORM
 def launches(channels, h, w):
     x, offsets = torch.empty(8, channels, h, w, dtype=torch.bfloat16), torch.empty(8, channels, h, w, dtype=torch.uint8)
     weight = torch.empty(channels, channels, 3, 3, dtype=torch.bfloat16)

@@ -10,6 +10,7 @@ from support import cuda_host
 import fastseg
 from fastseg import functional as FS
 from fastseg.kernels.cuda import launch
+from fastseg.kernels.pooling.geometry import PoolGeometry
 
 pytestmark = pytest.mark.skipif(cuda_host.COMPILER is None, reason="no C++ compiler (g++, clang++ or $CXX)")
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
@@ -128,10 +129,10 @@ def test_an_index_outside_the_plane_is_no_address(bad, kernel, stride, layout):
     indices = torch.zeros(1, 8, 4, 4, dtype=torch.int64).contiguous(memory_format=layout)
     indices[0, 3, 2, 1] = bad
     y, gradient = torch.zeros(1, 8, 8, 8).contiguous(memory_format=layout), torch.full_like(x, 7.0)
-    geometry = tiling.Windows([kernel] * 2, [stride] * 2, [0, 0], layout == torch.channels_last)
+    geometry = tiling.Tiling(PoolGeometry([kernel] * 2, [stride] * 2, [0, 0]), layout == torch.channels_last)
     with pytest.raises(RuntimeError, match="found an invalid max index"):
-        unpool.max_unpool2d_fwd(x, indices, y, geometry, trusted=False)
-    unpool.max_unpool2d_bwd(torch.ones_like(y), indices, gradient, geometry)
+        unpool.max_unpool2d_fwd(x, indices, y, *geometry, trusted=False)
+    unpool.max_unpool2d_bwd(torch.ones_like(y), indices, gradient, *geometry)
     assert gradient[0, 3, 2, 1] == 0 and gradient.sum() == 127
 
 
@@ -143,10 +144,10 @@ def test_an_offset_outside_its_window_is_no_address(bad, kernel, stride):
     x, offsets = torch.ones(1, 8, 4, 4), torch.zeros(1, 8, 4, 4, dtype=torch.uint8)
     offsets[0, 3, 3, 3] = bad if kernel == 2 else 8  # the last tap of the last window lies outside
     y, gradient = torch.zeros(1, 8, 8, 8), torch.full_like(x, 7.0)
-    geometry = tiling.Windows([kernel] * 2, [stride] * 2, [0, 0], False)
+    geometry = tiling.Tiling(PoolGeometry([kernel] * 2, [stride] * 2, [0, 0]), False)
     with pytest.raises(RuntimeError, match="offset outside its window"):
-        unpool.max_unpool2d_fwd(x, offsets, y, geometry, trusted=False)
-    unpool.max_unpool2d_bwd(torch.ones_like(y), offsets, gradient, geometry)
+        unpool.max_unpool2d_fwd(x, offsets, y, *geometry, trusted=False)
+    unpool.max_unpool2d_bwd(torch.ones_like(y), offsets, gradient, *geometry)
     assert gradient[0, 3, 3, 3] == 0 and gradient.sum() == 127
 
 
@@ -221,7 +222,7 @@ def test_what_is_not_covered_is_refused_by_name():
             x, torch.zeros(1, 4, 6, 6, dtype=torch.uint8), None, None, training=True
         ),
     ):
-        with pytest.raises(NotImplementedError, match=r"CUDA C\+\+ kernels do not cover"):
+        with pytest.raises(NotImplementedError, match=r"CUDA C\+\+ kernels do not support"):
             call()
 
 

@@ -98,11 +98,11 @@ def test_the_order_of_threads_changes_nothing(host, operator, layout):
 
 
 def test_a_race_is_seen(monkeypatch):
-    text = launch.source("pool") + RACE
+    text = launch.source("pooling/pool") + RACE
     monkeypatch.setattr(launch, "source", lambda family: text)
     library = cuda_host.Library(cuda_host.library().folder)
     x, found = torch.arange(6.0), []
-    request = launch.Launch("pool", "shared_sum", 6, (x, torch.zeros(3), np.int32(3)))
+    request = launch.Launch("pooling/pool", "shared_sum", 6, (x, torch.zeros(3), np.int32(3)))
     for back in (False, True):
         request.args[1].zero_()
         library.run(request, back)

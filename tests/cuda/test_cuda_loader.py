@@ -13,7 +13,8 @@ from support import cuda_host
 
 from fastseg.kernels.cuda import launch
 from fastseg.kernels.cuda.pooling import pool
-from fastseg.kernels.cuda.pooling.tiling import Windows
+from fastseg.kernels.cuda.pooling.tiling import Tiling
+from fastseg.kernels.pooling.geometry import PoolGeometry
 
 
 class OnGpu(torch.Tensor):
@@ -84,9 +85,9 @@ def cupy(request, monkeypatch):
 def test_a_launch_goes_to_torchs_stream_and_device_and_is_compiled_once(cupy):
     x = torch.randn(2, 3, 6, 10)
     y, positions = torch.empty(2, 3, 3, 5), torch.empty(2, 3, 3, 5, dtype=torch.int64)
-    windows = Windows([2, 2], [2, 2], [0, 0], False)
+    windows = Tiling(PoolGeometry([2, 2], [2, 2], [0, 0]), False)
     for _ in range(2):
-        pool.max_pool2d_fwd(x.as_subclass(OnGpu), y, positions, windows)
+        pool.max_pool2d_fwd(x.as_subclass(OnGpu), y, positions, *windows)
     want = torch.nn.functional.max_pool2d(x, 2, return_indices=True)
     assert torch.equal(y, want[0]) and torch.equal(positions, want[1])
     instance = next(said[1] for said in cupy.said if said[0] == "kernel")
@@ -119,13 +120,13 @@ def test_without_cupy_the_extra_is_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: types.SimpleNamespace(cuda_stream=0))
     x = torch.zeros(1, 1, 2, 2).as_subclass(OnGpu)
     with pytest.raises(RuntimeError, match=r"fastseg-kernels\[cuda12\]"):
-        pool.max_pool2d_fwd(x, torch.zeros(1, 1, 1, 1), None, Windows([2, 2], [2, 2], [0, 0], False))
+        pool.max_pool2d_fwd(x, torch.zeros(1, 1, 1, 1), None, *Tiling(PoolGeometry([2, 2], [2, 2], [0, 0]), False))
 
 
 def test_a_cpu_tensor_is_refused():
     with pytest.raises(RuntimeError, match="not on device type 'cpu'"):
         pool.max_pool2d_fwd(
-            torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 1, 1), None, Windows([2, 2], [2, 2], [0, 0], False)
+            torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 1, 1), None, *Tiling(PoolGeometry([2, 2], [2, 2], [0, 0]), False)
         )
 
 

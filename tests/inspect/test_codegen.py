@@ -41,7 +41,7 @@ def test_gate_rows_that_allow_it_are_read_and_written_16_bytes_wide(facts):
         for row in facts
         if row["constants"].get("VEC") == 8
         and row["constants"].get("WHOLE_WINDOWS", True)  # else lone elements are read where positions point
-        and not row["kernel"].endswith("foreign_kernel")
+        and not row["kernel"].endswith("scatter_kernel")
         and not row["kernel"].startswith("conv_transpose2d")  # which have a gate of their own
     ]
     seen = {(row["kernel"], row["layout"]) for row in wide}
@@ -124,10 +124,11 @@ print(json.dumps([strided.widths("LDG"), spilling.spills, atomic.count(*GLOBAL_A
 
 DOUBLE = """
 import json, torch
-from fastseg import cases, dispatch
+from fastseg import dispatch
+from fastseg.verification import cases
 from fastseg.inspect.codegen import compile_for, disassemble, record
 from fastseg.kernels.launch import targeting
-from fastseg.ops.library import observing
+from fastseg.ops.operator import observing
 at = cases.Placement(torch.float64, torch.contiguous_format, "meta")
 spills = []
 for sm, classes in ((90, 4), (100, 150)):

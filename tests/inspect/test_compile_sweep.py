@@ -7,7 +7,8 @@ import sys
 BAD = """
 import sys
 sys.path.insert(0, "tests")
-import torch, bad_kernels, compile_sweep
+import torch
+from support import bad_kernels, compile_sweep
 from fastseg.inspect.codegen import record
 from fastseg.kernels.launch import launch
 x = torch.empty(1 << 16, device="meta")

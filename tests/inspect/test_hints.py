@@ -13,8 +13,8 @@ import torch
 import fastseg.functional as FS
 from fastseg import kernels
 from fastseg.kernels.triton_internals import interpreter
+from fastseg.ops.arguments import MAX_FLOAT_SIDE
 from fastseg.ops.convolution.conv_transpose_operators import uncovered
-from fastseg.ops.pooling.positions import LONGEST_SIDE
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="reads the values that the interpreter holds")
 
@@ -116,8 +116,8 @@ def test_places_are_exact_up_to_the_longest_side():
 
     Emulated on the largest maps that are covered, whose columns a block of pixels may pass by its own length.
     """
-    for b in [1, 3, 7, 127, 1000, 99_991, LONGEST_SIDE - 1, LONGEST_SIDE]:
-        edges = torch.arange(b, LONGEST_SIDE + 1024, b)
+    for b in [1, 3, 7, 127, 1000, 99_991, MAX_FLOAT_SIDE - 1, MAX_FLOAT_SIDE]:
+        edges = torch.arange(b, MAX_FLOAT_SIDE + 1024, b)
         a = torch.cat([edges - 1, edges, torch.arange(max(0, b - 2), b + 1024)])
         for ulps in (-2, 0, 2):
             reciprocal = torch.tensor(1.0 / b)
@@ -127,8 +127,8 @@ def test_places_are_exact_up_to_the_longest_side():
 
 @pytest.mark.parametrize("side", [2, 3])
 def test_longer_maps_are_left_to_torch(side, triton_backend):
-    shape, words = [1, 1, 1, 1], f"maps of more than {LONGEST_SIDE} rows or columns"
-    shape[side] = LONGEST_SIDE // 2 + 1
+    shape, words = [1, 1, 1, 1], f"maps of more than {MAX_FLOAT_SIDE} rows or columns"
+    shape[side] = MAX_FLOAT_SIDE // 2 + 1
     x, weight = torch.randn(shape, requires_grad=True), torch.ones(1, 1, 3, 3)
     with pytest.raises(NotImplementedError, match=words):
         FS.conv_transpose2d(x, weight, None, 2, 1)

@@ -13,10 +13,11 @@ from fastseg.kernels import launch
 COMPILED = """
 import json, sys
 import torch
-from fastseg import cases, dispatch
+from fastseg import dispatch
+from fastseg.verification import cases
 from fastseg.inspect.codegen import MULTIPROCESSORS, compile_for, record
 from fastseg.kernels.launch import targeting
-from fastseg.ops.library import observing
+from fastseg.ops.operator import observing
 
 sm = int(sys.argv[1])
 found = []

@@ -36,13 +36,16 @@ triton.runtime.driver.set_active(Driver())
 triton.runtime.jit.JITFunction._do_compile = lambda self, *arguments: Kernel(self.__name__)
 
 import torch
-from fastseg import cases, dispatch, verify
-from fastseg.kernels import conv_transpose_tma, launch
+from fastseg import dispatch
+from fastseg.kernels import launch
+from fastseg.kernels.convolution import conv_transpose_tma
+from fastseg.verification import cases
+from fastseg.verification.operators import SIZES
 
 conv_transpose_tma.SPARE = 99  # small images too
 dispatch.interpreted = lambda: True  # CPU tensors may go to the kernels, which are not interpreted
 without = []
-for (operator, sizes), dtype, layout in itertools.product(verify.SIZES.items(), ("float16", "float32"), cases.LAYOUTS):
+for (operator, sizes), dtype, layout in itertools.product(SIZES.items(), ("float16", "float32"), cases.LAYOUTS):
     before = launched.total()
     for make, size in sizes:
         for case in make(cases.Placement(cases.DTYPES[dtype], cases.LAYOUTS[layout], "cpu"), *size):

@@ -22,10 +22,10 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="accesses are 
 FLAG = "a flag, which whoever sets sets to 1, and which the launch behind reads"
 RUNNING = "what is stored was made of the storing thread's own load, or of loads before a barrier in shared memory"
 DECLARED = {
-    ("two programs write", "max_unpool2d_fwd_kernel", "foreign"): FLAG,
-    ("lanes collide", "max_unpool2d_fwd_kernel", "foreign"): FLAG,
-    ("two programs write", "window_gather_kernel", "foreign"): FLAG,
-    ("lanes collide", "window_gather_kernel", "foreign"): FLAG,
+    ("two programs write", "max_unpool2d_fwd_kernel", "out_of_window"): FLAG,
+    ("lanes collide", "max_unpool2d_fwd_kernel", "out_of_window"): FLAG,
+    ("two programs write", "window_gather_kernel", "out_of_window"): FLAG,
+    ("lanes collide", "window_gather_kernel", "out_of_window"): FLAG,
     ("in place", "batch_norm_stats_merge_kernel", "running_mean"): RUNNING,
     ("in place", "batch_norm_stats_merge_kernel", "running_var"): RUNNING,
 }

@@ -8,9 +8,10 @@ import fastseg
 from fastseg import functional as FS
 from fastseg import kernels
 from fastseg.kernels.launch import recording
-from fastseg.kernels.pooling.tiling import Windows
+from fastseg.kernels.pooling.geometry import PoolGeometry
+from fastseg.kernels.pooling.tiling import Tiling
 from fastseg.ops.operator import memory_format, observing
-from fastseg.ops.pooling.positions import pooled_size
+from fastseg.ops.pooling.geometry import pooled_size
 from fastseg.verification import criterion
 
 LAYOUTS = ("nchw", "channels_last", "unbatched")
@@ -51,7 +52,7 @@ def assert_pools(x, arguments):
     y, indices = FS.max_pool2d(x, *arguments, return_indices=True)
     want, want_indices = F.max_pool2d(x, *arguments, return_indices=True)
     assert torch.equal(y, want) and torch.equal(indices, want_indices)
-    assert list(y.shape[-2:]) == pooled_size(x.shape[-2:], *arguments)
+    assert list(y.shape[-2:]) == pooled_size(x.shape[-2:], PoolGeometry(*arguments[:-1]), arguments[-1])
     assert x.numel() == 0 or (y.stride() == want.stride() and indices.stride() == want.stride())
     offsets = FS.max_pool2d_with_offsets(x, *arguments)[1]
     windows = (kernel, stride, padding, x.shape[-1], dilation)
@@ -165,15 +166,15 @@ def test_strays_are_not_written_anywhere():
     """The kernels themselves, past the check that a CPU tensor gets, where windows overlap."""
     guard = torch.full((3, 1, 1, 8, 8), 7.0)
     indices = torch.tensor([0, -70, 2**32 + 3, 200], dtype=torch.int64).repeat(4).view(1, 1, 4, 4)
-    windows = Windows([3, 3], [2, 2], [1, 1], False)
-    kernels.pooling.unpool.max_unpool2d_fwd(torch.ones(1, 1, 4, 4), indices, guard[1], windows, trusted=False)
+    windows = Tiling(PoolGeometry([3, 3], [2, 2], [1, 1]), False)
+    kernels.pooling.unpool.max_unpool2d_fwd(torch.ones(1, 1, 4, 4), indices, guard[1], *windows, trusted=False)
     assert (guard[0] == 7).all() and (guard[2] == 7).all()
     assert guard[1].sum() == 1 and guard[1, 0, 0, 0, 0] == 1
     offsets = torch.tensor([[4, 9, 255, 8], [0, 4, 4, 4], [4, 4, 4, 4], [4, 4, 4, 4]]).byte().view(1, 1, 4, 4)
     inside = torch.tensor([[1, 0, 0, 1], [0, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1]]).view(1, 1, 4, 4)
     for positions, valid in ((indices, indices == 0), (offsets, inside)):
         grad = torch.full((1, 1, 4, 4), float("nan"))
-        kernels.pooling.unpool.max_unpool2d_bwd(torch.ones(1, 1, 8, 8), positions, grad, windows)
+        kernels.pooling.unpool.max_unpool2d_bwd(torch.ones(1, 1, 8, 8), positions, grad, *windows)
         assert torch.equal(grad, valid.float())
 
 
@@ -185,8 +186,8 @@ def test_opcheck(positions, shape, device, triton_backend):
     y, kept = torch.ops.fastseg.max_pool2d(x, *windows, [2, 1], True, positions)
     torch.library.opcheck(torch.ops.fastseg.max_pool2d_backward.default, (y, kept, *windows, [2, 1], [7, 8]))
     y, kept = torch.ops.fastseg.max_pool2d(x, *windows, [1, 1], False, positions)
-    torch.library.opcheck(torch.ops.fastseg.max_unpool2d.default, (y, kept, *windows, [7, 8]))
-    torch.library.opcheck(torch.ops.fastseg.max_unpool2d_backward.default, (x, kept, *windows))
+    torch.library.opcheck(torch.ops.fastseg.max_unpool2d.default, (y, kept, *windows, [1, 1], [7, 8]))
+    torch.library.opcheck(torch.ops.fastseg.max_unpool2d_backward.default, (x, kept, *windows, [1, 1]))
 
 
 def test_positions_that_cannot_be_converted():

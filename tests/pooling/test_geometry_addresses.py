@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from fastseg import kernels
-from fastseg.kernels.pooling.tiling import Windows
+from fastseg.kernels.pooling.geometry import PoolGeometry
 from fastseg.kernels.triton_internals import InterpreterError, interpreter
-from fastseg.ops.pooling.positions import pooled_size
+from fastseg.ops.pooling.geometry import pooled_size
 
 LAYOUTS = ("nchw", "channels_last")
 SHAPE = (40, 64, 2048, 2048)  # 10.7 thousand million elements; their pooled map has 2.7
@@ -39,7 +39,7 @@ def huge(layout, kernel, padding):
     """A pool of stride 2: its windows, image, pooled map and positions without data, and who touches what."""
     layout_ = torch.channels_last if layout == "channels_last" else torch.contiguous_format
     height, width = (
-        pooled_size(SHAPE[2:], [kernel] * 2, [2, 2], [padding] * 2, [1, 1], False)
+        pooled_size(SHAPE[2:], PoolGeometry([kernel] * 2, [2, 2], [padding] * 2), False)
     )  # fmt: skip
     image, pooled = (
         torch.empty(*SHAPE[:2], *size, dtype=torch.float16, device="meta").to(memory_format=layout_)
@@ -69,7 +69,7 @@ def huge(layout, kernel, padding):
                     found.add(pooled_flat(n, c, oh, ow))
         return found
 
-    windows = Windows([kernel] * 2, [2, 2], [padding] * 2, layout == "channels_last")
+    windows = (PoolGeometry([kernel] * 2, [2, 2], [padding] * 2), layout == "channels_last")
     return windows, image, pooled, offsets, seen, holders
 
 
@@ -82,15 +82,17 @@ def touched(kind, layout, kernel, padding):
     last_pooled, last_pixels = (set(range(t.numel() - n, t.numel())) for t, n in ((pooled, 1024), (image, pixels)))
     run, loads, stores = {
         "pool forward": (
-            lambda: kernels.pooling.pool.max_pool2d_fwd(image, pooled, offsets, windows), seen(last_pooled), last_pooled
+            lambda: kernels.pooling.pool.max_pool2d_fwd(image, pooled, offsets, *windows),
+            seen(last_pooled),
+            last_pooled,
         ),
         "pool backward": (
-            lambda: kernels.pooling.pool.max_pool2d_bwd(pooled, offsets, image, windows),
+            lambda: kernels.pooling.pool.max_pool2d_bwd(pooled, offsets, image, *windows),
             holders(last_pixels) if kernel > 2 else last_pooled,
             last_pixels if kernel > 2 else seen(last_pooled),
         ),
         "unpool backward": (
-            lambda: kernels.pooling.unpool.max_unpool2d_bwd(image, offsets, pooled, windows),
+            lambda: kernels.pooling.unpool.max_unpool2d_bwd(image, offsets, pooled, *windows),
             # Overlapping windows are not read whole: the positions, all 0 here, are followed.
             seen(last_pooled) if kernel == 2 else None, last_pooled,
         ),

@@ -4,8 +4,9 @@ import torch.nn.functional as F
 
 import fastseg
 from fastseg import functional as FS
+from fastseg.kernels.pooling.geometry import PoolGeometry
 from fastseg.ops.pooling import pool
-from fastseg.ops.pooling.positions import pooled_size
+from fastseg.ops.pooling.geometry import pooled_size
 
 GEOMETRIES = [  # shape, kernel, stride, padding, ceil_mode: the windows that the kernels cover
     ((2, 8, 8, 32), 2, 2, 0, False),
@@ -65,16 +66,16 @@ def test_offsets_of_64_bits(monkeypatch, device, triton_backend):
     x = torch.randn(2, 8, 6, 10, device=device, requires_grad=True)
     want, want_indices = F.max_pool2d(x, 2, return_indices=True)
     monkeypatch.setattr(tiling, "INT32_MAX", 0)
-    assert tiling.Windows([2, 2], [2, 2], [0, 0], False).constants(x, want, 4)["WIDE"]
+    assert tiling.Tiling(PoolGeometry([2, 2], [2, 2], [0, 0]), False).constants(x, want, 4)["WIDE"]
     y, indices = FS.max_pool2d(x, 2, return_indices=True)
     assert torch.equal(y, want) and torch.equal(indices, want_indices)
     assert torch.equal(torch.autograd.grad(y.sum(), x)[0], torch.autograd.grad(want.sum(), x)[0])
 
 
 def test_offsets_are_wide_in_time():
-    from fastseg.kernels.pooling.tiling import Windows
+    from fastseg.kernels.pooling.tiling import Tiling
 
-    windows = Windows([2, 2], [2, 2], [0, 0], True)
+    windows = Tiling(PoolGeometry([2, 2], [2, 2], [0, 0]), True)
     for batch, wide in ((7, False), (8, True)):
         image = torch.empty(batch, 64, 2048, 2048, device="meta")
         pooled = torch.empty(batch, 64, 1024, 1024, device="meta")
@@ -88,11 +89,11 @@ def test_the_reference_takes_every_argument(trial, device):
     kernel, stride, dilation = [draw(1, 4), draw(1, 4)], [draw(1, 3), draw(1, 3)], [draw(1, 2), draw(1, 2)]
     padding, ceil_mode = [draw(0, k // 2) for k in kernel], bool(draw(0, 1))
     x = torch.randn(2, 3, draw(9, 14), draw(9, 14), dtype=torch.float64, device=device, requires_grad=True)
-    arguments = (kernel, stride, padding, dilation, ceil_mode)
+    geometry = PoolGeometry(kernel, stride, padding, dilation)
     with fastseg.backend("torch"):
-        y, offsets = pool.MaxPool2dFunction.apply(x, *arguments, "offsets")
-        want, indices = F.max_pool2d(x, *arguments, return_indices=True)
-        assert list(y.shape[-2:]) == pooled_size(x.shape[-2:], *arguments)
+        y, offsets = pool.MaxPool2dFunction.apply(x, geometry, ceil_mode, "offsets")
+        want, indices = F.max_pool2d(x, *geometry, ceil_mode, return_indices=True)
+        assert list(y.shape[-2:]) == pooled_size(x.shape[-2:], geometry, ceil_mode)
         assert torch.equal(y, want)
         assert torch.equal(FS.offsets_to_indices(offsets, kernel, stride, padding, x.shape[-1], dilation), indices)
         grad = torch.randn_like(y)
@@ -108,13 +109,14 @@ def test_opcheck(backend, positions, layout, device):
     with fastseg.backend(backend):
         torch.library.opcheck(torch.ops.fastseg.max_pool2d.default, (x, *geometry, True, positions))
         if positions != "none":
-            y, kept = pool.MAX_POOL2D(x, *geometry, True, positions)
+            y, kept = pool.MAX_POOL2D(x, PoolGeometry(*geometry), True, positions)
             torch.library.opcheck(torch.ops.fastseg.max_pool2d_backward.default, (y, kept, *geometry, [7, 8]))
 
 
 def test_gradients(device):
     x = torch.randperm(120, dtype=torch.float64, device=device).view(1, 3, 5, 8).requires_grad_()
-    pooled = lambda x: pool.MaxPool2dFunction.apply(x, [3, 2], [2, 2], [1, 0], [1, 1], False, "offsets")[0]  # noqa: E731
+    geometry = PoolGeometry([3, 2], [2, 2], [1, 0], [1, 1])
+    pooled = lambda x: pool.MaxPool2dFunction.apply(x, geometry, False, "offsets")[0]  # noqa: E731
     with fastseg.backend("torch"):
         assert torch.autograd.gradcheck(pooled, x)
         assert torch.autograd.gradgradcheck(pooled, x)

@@ -5,6 +5,7 @@ from test_pool import GEOMETRIES, LAYOUTS
 
 import fastseg
 from fastseg import functional as FS
+from fastseg.kernels.pooling.geometry import PoolGeometry
 from fastseg.ops.pooling import unpool
 
 
@@ -122,12 +123,12 @@ def test_nothing_is_touched_outside_the_tensors(triton_backend):
 
     guard = torch.full((3, 1, 1, 8, 8), 7.0)
     indices = torch.tensor([0, -70, 2**32 + 3, 200], dtype=torch.int64).repeat(4).view(1, 1, 4, 4)
-    windows = kernels.pooling.tiling.Windows([2, 2], [2, 2], [0, 0], False)
-    kernels.pooling.unpool.max_unpool2d_fwd(torch.ones(1, 1, 4, 4), indices, guard[1], windows, trusted=False)
+    windows = kernels.pooling.tiling.Tiling(PoolGeometry([2, 2], [2, 2], [0, 0]), False)
+    kernels.pooling.unpool.max_unpool2d_fwd(torch.ones(1, 1, 4, 4), indices, guard[1], *windows, trusted=False)
     assert (guard[0] == 7).all() and (guard[2] == 7).all()
     assert guard[1].sum() == 1 and guard[1, 0, 0, 0, 0] == 1
     grad = torch.full((1, 1, 4, 4), float("nan"))
-    kernels.pooling.unpool.max_unpool2d_bwd(torch.ones(1, 1, 8, 8), indices, grad, windows)
+    kernels.pooling.unpool.max_unpool2d_bwd(torch.ones(1, 1, 8, 8), indices, grad, *windows)
     assert torch.equal(grad, (indices == 0).float())
 
 
@@ -154,15 +155,16 @@ def test_opcheck(kind, layout, backend, device):
     if kind == "offsets":
         positions = FS.indices_to_offsets(positions, 2, 2, 0, width=8)
     with fastseg.backend(backend):
-        torch.library.opcheck(torch.ops.fastseg.max_unpool2d.default, (x, positions, *geometry, [7, 8]))
+        torch.library.opcheck(torch.ops.fastseg.max_unpool2d.default, (x, positions, *geometry, [1, 1], [7, 8]))
         grad = torch.randn(2, 3, 7, 8, device=device).contiguous(memory_format=layout)
-        torch.library.opcheck(torch.ops.fastseg.max_unpool2d_backward.default, (grad, positions, *geometry))
+        torch.library.opcheck(torch.ops.fastseg.max_unpool2d_backward.default, (grad, positions, *geometry, [1, 1]))
 
 
 def test_gradients(device):
     x, indices = pooled_from((1, 2, 6, 8), (2, 3, 1), False, torch.float64, LAYOUTS[0], device)
     x.requires_grad_()
-    unpooled = lambda x: unpool.MaxUnpool2dFunction.apply(x, indices, [2, 2], [3, 3], [1, 1], [6, 8])  # noqa: E731
+    geometry = PoolGeometry([2, 2], [3, 3], [1, 1], [1, 1])
+    unpooled = lambda x: unpool.MaxUnpool2dFunction.apply(x, indices, geometry, [6, 8])  # noqa: E731
     with fastseg.backend("torch"):
         assert torch.autograd.gradcheck(unpooled, x)
         assert torch.autograd.gradgradcheck(unpooled, x)

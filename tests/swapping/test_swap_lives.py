@@ -243,7 +243,7 @@ import sys, torch, torch.distributed as dist, fastseg
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {tests!r}
 from test_swap_lives import Net
 rank, path = int(sys.argv[1]), sys.argv[2]
 torch.set_num_threads(1)
@@ -290,7 +290,7 @@ dist.destroy_process_group()
 def test_two_processes_ddp_and_fsdp2(tmp_path):
     """Each has its own image; gradients are those of torch's model, which no parameter is left out of."""
     torch.save({"state": Net().state_dict(), "x": torch.randn(2, 3, 8, 8)}, tmp_path / "given.pt")
-    code = PROCESS.format(tests=str(Path(__file__).parents[1]))
+    code = PROCESS.format(tests=[str(Path(__file__).parents[1]), str(Path(__file__).parent)])
     env = os.environ | {"TRITON_INTERPRET": "1"}  # on CPUs everywhere
     runs = [
         subprocess.Popen(

@@ -9,7 +9,7 @@ from torch.fx import Node
 
 from ... import dispatch, functional
 from ...ops.convolution import conv_transpose_operators
-from ...ops.pooling.positions import pair
+from ...ops.arguments import as_pair
 from .. import availability
 from ..graph import (
     CONV_TRANSPOSE,
@@ -68,7 +68,7 @@ def _geometry(arguments: dict[str, Any]) -> list[Any]:
     """stride, padding, output_padding, groups and dilation as the operator takes them; TypeError for nodes."""
 
     def both(name: str, least: int) -> list[int]:
-        return pair(arguments[name], "conv_transpose2d", name, least)
+        return as_pair(arguments[name], "conv_transpose2d", name, least)
 
     return [
         both("stride", 1), both("padding", 0), both("output_padding", 0), arguments["groups"], both("dilation", 1),

@@ -10,6 +10,7 @@ from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ... import functional
+from ...ops.pooling.geometry import unsupported_dtype
 from ...ops.pooling import positions
 from .. import availability
 from ..graph import Window, arguments_of, constant_window, example_value, function_name, pool_outputs
@@ -41,7 +42,7 @@ class FindOffsets(Rule[IndicesReaders]):
     def obstacle(self, rewriter: Rewriter, match: IndicesReaders) -> str | None:
         arguments = arguments_of(match.pool)
         input, window = example_value(arguments["input"]), constant_window(arguments)
-        reason = availability.reason_off_kernels("max_pool2d", input, positions.uncovered(input))
+        reason = availability.reason_off_kernels("max_pool2d", input, unsupported_dtype(input))
         if reason is not None:
             return reason
         if window is None:
@@ -86,7 +87,7 @@ class ReplaceMaxPool(Rule[Node]):
 
     def obstacle(self, rewriter: Rewriter, match: Node) -> str | None:
         input = example_value(arguments_of(match)["input"])
-        reason = availability.reason_off_kernels("max_pool2d", input, positions.uncovered(input))
+        reason = availability.reason_off_kernels("max_pool2d", input, unsupported_dtype(input))
         if reason is None and not returns_indices(match) and not input.requires_grad:
             return "without indices or a gradient the inner compiler runs it in one pass too"
         return reason
@@ -115,7 +116,7 @@ class ReplaceMaxUnpool(Rule[Node]):
         input = example_value(arguments_of(match)["input"])
         if example_value(match).dtype != input.dtype:
             return "autocast casts its input"
-        return availability.reason_off_kernels("max_unpool2d", input, positions.uncovered(input))
+        return availability.reason_off_kernels("max_unpool2d", input, unsupported_dtype(input))
 
     def rewrite(self, rewriter: Rewriter, match: Node) -> None:
         arguments = arguments_of(match)

@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..arguments import IntOrPair, require_tensor
 from ..operator import double_backward, wants_graph
-from ..pooling.pool import max_pool2d, max_pool2d_with_offsets, pool_arguments
-from ..pooling.positions import IntOrPair, offsets_to_indices, require_tensor
-from ..pooling.unpool import check_unpool, max_unpool2d_with_offsets, unpool_arguments
+from ..pooling.geometry import PoolGeometry, pool_geometry
+from ..pooling.pool import checked_geometry, max_pool2d, max_pool2d_with_offsets
+from ..pooling.positions import to_indices
+from ..pooling.unpool import check_unpool, max_unpool2d_with_offsets, unpooled_size
 from .operators import BACKWARD, BATCH_NORM_RELU, SUMS, means_of, movable, statistics
-from .pooling_operators import POOL, POOL_BACKWARD, POOL_SUMS, UNPOOL, UNPOOL_SUMS, fusible
-
-Geometry = tuple[list[int], ...]  # kernel_size, stride, padding
+from .pooling_operators import POOL, POOL_BACKWARD, POOL_SUMS, UNPOOL, UNPOOL_SUMS
 
 
 class BatchNormReLUFunction(torch.autograd.Function):
@@ -29,15 +29,15 @@ class BatchNormReLUFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         input: Tensor, weight: Tensor | None, bias: Tensor | None, input_bias: Tensor | None, mean: Tensor,
-        shift: Tensor | None, var: Tensor, count: Tensor | None, offsets: Tensor | None, geometry: Geometry | None,
+        shift: Tensor | None, var: Tensor, count: Tensor | None, offsets: Tensor | None, geometry: PoolGeometry | None,
         rest: tuple[Any, ...], eps: float, relu: bool, training: bool, group: Any,
     ) -> Any:  # fmt: skip
         norm = (mean, shift, var, weight, bias, eps, relu)
         if geometry is None:
             return BATCH_NORM_RELU(input, *norm)
         if offsets is None:
-            return POOL(input, *geometry, *rest, *norm)
-        return UNPOOL(input, offsets, *geometry, *rest, *norm)
+            return POOL(input, geometry, *rest, *norm)
+        return UNPOOL(input, offsets, geometry, *rest, *norm)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -65,16 +65,16 @@ class BatchNormReLUFunction(torch.autograd.Function):
             if windows is None:
                 sums = SUMS(grad, input, *norm)
             elif ctx.unpools:
-                grad, sums = UNPOOL_SUMS(grad, offsets, input, *windows, *norm)
+                grad, sums = UNPOOL_SUMS(grad, offsets, input, windows, *norm)
             else:
-                sums = POOL_SUMS(grad, offsets, input, *windows, *norm)
+                sums = POOL_SUMS(grad, offsets, input, windows, *norm)
         found: list[Tensor | None] = [None] * 4
         if needed[0]:
             means = means_of(sums, count, group) if training else None
             if windows is None or ctx.unpools:
                 found[0] = BACKWARD(grad, input, means, *norm)
             else:
-                found[0] = POOL_BACKWARD(grad, offsets, input, means, *windows, *norm)
+                found[0] = POOL_BACKWARD(grad, offsets, input, means, windows, *norm)
         if needed[1]:
             found[1] = sums[1].to(weight.dtype)
         if needed[2]:
@@ -110,9 +110,9 @@ def _gradients_with_graph(ctx: Any, grad: Tensor) -> list[Tensor | None]:
         if ctx.geometry is None:
             return y
         if ctx.unpools:
-            indices = offsets_to_indices(offsets, *ctx.geometry, width=grad.shape[-1])
-            return F.max_unpool2d(y, indices, *ctx.geometry, output_size=grad.shape[-2:])
-        indices = offsets_to_indices(offsets, *ctx.geometry, width=y.shape[-1])
+            indices = to_indices(offsets, ctx.geometry, grad.shape[-1])
+            return F.max_unpool2d(y, indices, *ctx.geometry[:3], output_size=grad.shape[-2:])
+        indices = to_indices(offsets, ctx.geometry, y.shape[-1])
         return y.flatten(-2).gather(-1, indices.flatten(-2)).view(grad.shape)
 
     return double_backward(composed, (input, weight, bias, input_bias), ctx.needs_input_grad[:4], grad)
@@ -191,7 +191,7 @@ def _normalise(
     plain: Callable[[Tensor], Any], backend: str, input: Tensor, running_mean: Tensor | None,
     running_var: Tensor | None, weight: Tensor | None, bias: Tensor | None, training: bool, momentum: float,
     eps: float, relu: bool, input_bias: Tensor | None, group: Any, offsets: Tensor | None = None,
-    geometry: Geometry | None = None, rest: tuple[Any, ...] = (),
+    geometry: PoolGeometry | None = None, rest: tuple[Any, ...] = (),
 ) -> Any:  # fmt: skip
     """Where `backend` is torch, `plain` of torch's own functions; else the operators."""
     if backend == "torch" and not (training and group is not None):
@@ -280,20 +280,19 @@ def batch_norm_relu_max_pool2d(
         process_group is not None,
         windows=True,
     )
-    kernel, stride_, padding_, _ = pool_arguments(name, input, kernel_size, stride, padding, 1, ceil_mode)
+    geometry = checked_geometry(name, input, pool_geometry(name, kernel_size, stride, padding), ceil_mode)
     norm = (input, running_mean, running_var, weight, bias, training, momentum, eps, relu, input_bias, process_group)
 
     def pooled(y: Tensor) -> Any:
         function = max_pool2d_with_offsets if return_offsets else max_pool2d
-        return function(y, kernel, stride_, padding_, ceil_mode=ceil_mode)
+        return function(y, *geometry, ceil_mode=ceil_mode)
 
-    if not fusible(kernel, stride_):
+    if not geometry.has_cells:
         return pooled(_normalise(lambda y: y, BATCH_NORM_RELU.choose(input).backend, *norm))
     leaves = (input, weight, bias, input_bias)
     differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves)
     keep = return_offsets or differentiated
-    geometry = (kernel, stride_, padding_)
-    choice = POOL.choose(input, *geometry)
+    choice = POOL.choose(input, geometry)
     result = _normalise(pooled, choice.backend, *norm, None, geometry, (ceil_mode, keep))
     return result if return_offsets or isinstance(result, Tensor) else result[0]
 
@@ -338,13 +337,14 @@ def batch_norm_relu_max_unpool2d(
         windows=True,
     )
     check_unpool(name, input, offsets, "offsets", torch.uint8)
-    *geometry, size = unpool_arguments(name, input, kernel_size, stride, padding, output_size)
+    geometry = pool_geometry(name, kernel_size, stride, padding)
+    size = unpooled_size(name, input.shape[-2:], geometry, output_size)
     norm = (input, running_mean, running_var, weight, bias, training, momentum, eps, relu, input_bias, process_group)
 
     def unpooled(y: Tensor) -> Tensor:
-        return max_unpool2d_with_offsets(y, offsets, *geometry, output_size=size)
+        return max_unpool2d_with_offsets(y, offsets, *geometry[:3], output_size=size)
 
-    if not fusible(*geometry[:2]):
+    if not geometry.has_cells:
         return unpooled(_normalise(lambda y: y, BATCH_NORM_RELU.choose(input).backend, *norm))
-    choice = UNPOOL.choose(input, offsets, *geometry)
-    return _normalise(unpooled, choice.backend, *norm, offsets, tuple(geometry), (size,))
+    choice = UNPOOL.choose(input, offsets, geometry)
+    return _normalise(unpooled, choice.backend, *norm, offsets, geometry, (size,))

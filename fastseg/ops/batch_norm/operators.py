@@ -22,7 +22,7 @@ from torch import Tensor
 from ... import torch_internals
 from ...kernels import batch_norm as triton_kernels
 from ...kernels.cuda import batch_norm as cuda_kernels
-from ..operator import Operator, dense, empty, memory_format, placed
+from ..operator import Implementation, Operator, dense, empty, memory_format, placed
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 NORM = "Tensor mean, Tensor? shift, Tensor var, Tensor? weight, Tensor? bias, float eps, bool relu"
@@ -121,11 +121,12 @@ def move_running(
 STATS = Operator(
     "batch_norm_stats(Tensor input, Tensor? input_bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
     "float momentum) -> Tensor",
-    kernel=partial(_stats_kernel, triton_kernels),
-    cuda=partial(_stats_kernel, cuda_kernels),
+    kernels={
+        "triton": Implementation(partial(_stats_kernel, triton_kernels), lambda input, *rest: uncovered(input)),
+        "cuda": Implementation(partial(_stats_kernel, cuda_kernels), lambda input, *rest: uncovered(input)),
+    },
     reference=_stats_reference,
     fake=_empty_stats,
-    uncovered=lambda input, *rest: uncovered(input),
 )
 
 
@@ -155,11 +156,12 @@ def _relu_kernel(code: ModuleType, input: Tensor, *norm: Any) -> Tensor:
 
 BATCH_NORM_RELU = Operator(
     f"batch_norm_relu(Tensor input, {NORM}) -> Tensor",
-    kernel=partial(_relu_kernel, triton_kernels),
-    cuda=partial(_relu_kernel, cuda_kernels),
+    kernels={
+        "triton": Implementation(partial(_relu_kernel, triton_kernels), lambda input, *rest: uncovered(input)),
+        "cuda": Implementation(partial(_relu_kernel, cuda_kernels), lambda input, *rest: uncovered(input)),
+    },
     reference=lambda input, *norm: placed(normalised(input, norm), memory_format(input)),
     fake=like_input,
-    uncovered=lambda input, *rest: uncovered(input),
 )
 
 
@@ -194,11 +196,13 @@ def _sums_kernel(code: ModuleType, grad: Tensor, input: Tensor, *norm: Any) -> T
 
 SUMS = Operator(
     f"batch_norm_relu_sums(Tensor grad_output, Tensor input, {NORM}) -> Tensor",
-    kernel=partial(_sums_kernel, triton_kernels),
-    cuda=partial(_sums_kernel, cuda_kernels),
+    kernels={
+        "triton": Implementation(partial(_sums_kernel, triton_kernels), lambda grad, input, *rest: uncovered(input)),
+        "cuda": Implementation(partial(_sums_kernel, cuda_kernels), lambda grad, input, *rest: uncovered(input)),
+    },
     reference=lambda grad, input, *norm: sums_of(*x_hat_and_gradient(grad, input, norm)),
     fake=empty_sums,
-    uncovered=lambda grad, input, *rest: uncovered(input),
+    gradient=True,
 )
 
 
@@ -223,13 +227,17 @@ def input_gradient(x_hat: Tensor, grad: Tensor, means: Tensor | None, input: Ten
 
 BACKWARD = Operator(
     f"batch_norm_relu_backward(Tensor grad_output, Tensor input, Tensor? means, {NORM}) -> Tensor",
-    kernel=partial(_backward_kernel, triton_kernels),
-    cuda=partial(_backward_kernel, cuda_kernels),
+    kernels={
+        "triton": Implementation(
+            partial(_backward_kernel, triton_kernels), lambda grad, input, *rest: uncovered(input)
+        ),
+        "cuda": Implementation(partial(_backward_kernel, cuda_kernels), lambda grad, input, *rest: uncovered(input)),
+    },
     reference=lambda grad, input, means, *norm: input_gradient(
         *x_hat_and_gradient(grad, input, norm), means, input, norm
     ),
     fake=lambda grad, input, *rest: like_input(input),
-    uncovered=lambda grad, input, *rest: uncovered(input),
+    gradient=True,
 )
 
 

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ... import dispatch
+from ..arguments import IntOrPair, as_pair
 from ..operator import double_backward, vmap_loops, wants_graph
-from ..pooling.positions import IntOrPair, pair
 from .conv_transpose_operators import (
     CONV_TRANSPOSE2D,
     CONV_TRANSPOSE2D_BACKWARD,
@@ -54,8 +54,8 @@ def _arguments(
     output_padding: IntOrPair, groups: int, dilation: IntOrPair,
 ) -> tuple[list[int], list[int], list[int], int, list[int]]:  # fmt: skip
     _check_tensors(input, weight, bias, groups)
-    stride, padding = pair(stride, NAME, "stride", 1), pair(padding, NAME, "padding", 0)
-    dilation, extra = pair(dilation, NAME, "dilation", 1), pair(output_padding, NAME, "output_padding", 0)
+    stride, padding = as_pair(stride, NAME, "stride", 1), as_pair(padding, NAME, "padding", 0)
+    dilation, extra = as_pair(dilation, NAME, "dilation", 1), as_pair(output_padding, NAME, "output_padding", 0)
     if any(e >= max(s, d) for e, s, d in zip(extra, stride, dilation, strict=True)):
         raise RuntimeError(
             f"{NAME}: output_padding must be smaller than stride {tuple(stride)} or dilation {tuple(dilation)}, "
@@ -186,7 +186,7 @@ def runs_on_kernels(
     """Whether a call of conv_transpose2d, or with scale and relu of the fused form, would run on the kernels."""
     checked = bias if scale is None and not relu else None
     geometry = _arguments(input, weight, checked, stride, padding, output_padding, groups, dilation)
-    return not _all_on_torch(input, weight, bias, geometry, scale, relu, asks=True)
+    return not _all_on_torch(input, weight, bias, geometry, scale, relu, dry_run=True)
 
 
 def conv_transpose2d_affine_relu(
@@ -227,7 +227,7 @@ def conv_transpose2d_affine_relu(
 
 def _all_on_torch(
     input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Sequence[Any], scale: Tensor | None, relu: bool,
-    asks: bool = False,
+    dry_run: bool = False,
 ) -> bool:  # fmt: skip
     """Whether no direction of a call runs on the kernels; each that will be asked for is chosen for itself.
 
@@ -235,15 +235,15 @@ def _all_on_torch(
     """
     no = uncovered(input, weight, geometry[0], geometry[4])
     if no is not None or not input.is_cuda or dispatch.get_backend() != "auto" or dispatch.without_triton(input.device):
-        return dispatch.choose(NAME, input, no, asks=asks).backend == "torch"
+        return dispatch.choose(NAME, input, dispatch.only_triton(no), dry_run=dry_run).backend == "torch"
     if torch.compiler.is_compiling():
         return False
     image, differentiated = input if input.dim() == 4 else input.unsqueeze(0), torch.is_grad_enabled()
     asked = [differentiated and t.requires_grad for t in (input, weight)]
     choices = [
         dispatch.choose(
-            NAME if way == FORWARD else f"{NAME}, {way}", input, None,
-            preferred(way, image, weight, geometry, bias, scale, relu, _dtype(input)), asks,
+            NAME if way == FORWARD else f"{NAME}, {way}", input, dispatch.only_triton(None),
+            preferred(way, image, weight, geometry, bias, scale, relu, _dtype(input)), dry_run,
         )
         for way in (FORWARD, *gradient_directions(image, weight, geometry, asked, _dtype(input)))
     ]  # fmt: skip

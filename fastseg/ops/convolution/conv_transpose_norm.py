@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..arguments import IntOrPair
 from ..batch_norm.functions import batch_norm_relu
-from ..pooling.positions import IntOrPair
 from .conv_transpose import conv_transpose2d, conv_transpose2d_affine_relu, runs_on_kernels
 
 

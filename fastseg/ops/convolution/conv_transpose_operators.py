@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ... import autotune, dispatch
 from ...kernels import convolution as triton_kernels
-from ..operator import Operator, dense, empty, memory_format
-from ..pooling.positions import INT32_MAX, KERNEL_DTYPES, LONGEST_SIDE
+from ..arguments import FLOAT_DTYPES, INT32_MAX, MAX_FLOAT_SIDE
+from ..operator import Implementation, Operator, dense, empty, memory_format
 
 UNMEASURED = "no measurement says that the kernels beat cuDNN for this shape"
 FORWARD, OF_INPUT, OF_WEIGHT, OF_BOTH = DIRECTIONS = (
@@ -31,13 +31,13 @@ def output_size(
 
 
 def uncovered(input: Tensor, weight: Tensor, stride: list[int], dilation: list[int]) -> str | None:
-    if input.dtype not in KERNEL_DTYPES:
+    if input.dtype not in FLOAT_DTYPES:
         return f"dtype {input.dtype}"
     if any(k > 1 and s > 1 and d > 1 for k, s, d in zip(weight.shape[-2:], stride, dilation, strict=True)):
         return f"dilation {tuple(dilation)} with stride {tuple(stride)}"
     sides = [size * s for size, s in zip(input.shape[-2:], stride, strict=True)]
-    if max(sides) > LONGEST_SIDE:
-        return f"maps of more than {LONGEST_SIDE} rows or columns"
+    if max(sides) > MAX_FLOAT_SIDE:
+        return f"maps of more than {MAX_FLOAT_SIDE} rows or columns"
     if sides[0] * sides[1] > INT32_MAX:
         return f"maps of more than {INT32_MAX} pixels"
     return None
@@ -164,10 +164,14 @@ def preferred(
 CONV_TRANSPOSE2D = Operator(
     "conv_transpose2d(Tensor input, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, "
     "int[2] output_padding, int groups, int[2] dilation, Tensor? scale=None, bool relu=False) -> Tensor",
-    kernel=_conv_transpose2d_kernel,
+    kernels={
+        "triton": Implementation(
+            _conv_transpose2d_kernel,
+            lambda input, weight, bias, stride, *rest: uncovered(input, weight, stride, rest[3]),
+        ),
+    },
     reference=_conv_transpose2d_reference,
     fake=_empty_output,
-    uncovered=lambda input, weight, bias, stride, *rest: uncovered(input, weight, stride, rest[3]),
     preferred=lambda input, weight, bias, *rest: preferred(FORWARD, input, weight, rest[:5], bias, *rest[5:]),
 )
 
@@ -293,9 +297,14 @@ CONV_TRANSPOSE2D_BACKWARD = Operator(
     "conv_transpose2d_backward(Tensor grad_output, Tensor input, Tensor weight, int[2] stride, int[2] padding, "
     "int[2] output_padding, int groups, int[2] dilation, bool[3] output_mask, Tensor? output=None) "
     "-> (Tensor, Tensor, Tensor)",
-    kernel=_conv_transpose2d_backward_kernel,
+    kernels={
+        "triton": Implementation(
+            _conv_transpose2d_backward_kernel,
+            lambda grad, input, weight, stride, *rest: uncovered(input, weight, stride, rest[3]),
+        ),
+    },
     reference=_conv_transpose2d_backward_reference,
     fake=_empty_gradients,
-    uncovered=lambda grad, input, weight, stride, *rest: uncovered(input, weight, stride, rest[3]),
     preferred=_preferred_backward,
+    gradient=True,
 )

@@ -11,10 +11,17 @@ from torch import Tensor
 
 from ... import autotune, dispatch
 from ...kernels import convolution as triton_kernels
-from ...kernels import pooling as pooling_kernels
-from ..operator import Operator, dense, empty, placed
-from ..pooling.positions import INT32_MAX, KERNEL_DTYPES, LONGEST_SIDE, IntOrPair, require_tensor
-from ..pooling.unpool import MAX_UNPOOL2D, check_unpool, max_unpool2d_with_offsets, refuse_strays, unpool_arguments
+from ...kernels.pooling.geometry import PoolGeometry
+from ..arguments import FLOAT_DTYPES, INT32_MAX, MAX_FLOAT_SIDE, IntOrPair, require_tensor
+from ..operator import Implementation, Operator, dense, empty, placed
+from ..pooling.geometry import pool_geometry
+from ..pooling.unpool import (
+    MAX_UNPOOL2D,
+    check_unpool,
+    max_unpool2d_with_offsets,
+    require_positions_inside,
+    unpooled_size,
+)
 from .conv_transpose_operators import layout_of
 
 NAME = "max_unpool2d_conv2d"
@@ -33,20 +40,22 @@ def in_one_kernel(
     padding: list[int], size: list[int], scale: Tensor | None = None, relu: bool = False,
 ) -> Tensor:  # fmt: skip
     """relu(convolution * scale + bias), where scale and relu are given."""
-    refuse_strays(offsets, kernel, stride, padding, size)
+    geometry = PoolGeometry(kernel, stride, padding)
+    require_positions_inside(offsets, geometry, size)
     output = empty_output(input, offsets, weight, bias, kernel, stride, padding, size)
     layout = layout_of(input, weight)
     triton_kernels.unpool_conv.max_unpool2d_conv2d_fwd(
         *(dense(t, layout) for t in (input, offsets, weight)),
         triton_kernels.geometry.Epilogue(*(t if t is None else t.contiguous() for t in (scale, bias)), relu),
         output,
-        pooling_kernels.tiling.Windows(kernel, stride, padding, layout == torch.channels_last),
+        geometry,
+        layout == torch.channels_last,
     )
     return output
 
 
 def _two_steps(input: Tensor, offsets: Tensor, weight: Tensor, bias: Tensor | None, *geometry: list[int]) -> Tensor:
-    return F.conv2d(MAX_UNPOOL2D(input, offsets, *geometry), weight, bias, padding=1)
+    return F.conv2d(MAX_UNPOOL2D(input, offsets, PoolGeometry(*geometry[:3]), geometry[3]), weight, bias, padding=1)
 
 
 def _reference(input: Tensor, offsets: Tensor, weight: Tensor, bias: Tensor | None, *geometry: list[int]) -> Tensor:
@@ -55,12 +64,12 @@ def _reference(input: Tensor, offsets: Tensor, weight: Tensor, bias: Tensor | No
 
 def uncovered(input: Tensor, offsets: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> str | None:
     kernel, stride, _, size = geometry
-    if input.dtype not in KERNEL_DTYPES:
+    if input.dtype not in FLOAT_DTYPES:
         return f"dtype {input.dtype}"
     if any(k > s for k, s in zip(kernel, stride, strict=True)):
         return f"overlapping windows (kernel_size {tuple(kernel)}, stride {tuple(stride)})"
-    if max(size) > LONGEST_SIDE:
-        return f"maps of more than {LONGEST_SIDE} rows or columns"
+    if max(size) > MAX_FLOAT_SIDE:
+        return f"maps of more than {MAX_FLOAT_SIDE} rows or columns"
     if size[0] * size[1] > INT32_MAX:
         return f"maps of more than {INT32_MAX} pixels"
     return None
@@ -88,10 +97,11 @@ def _preferred(
 MAX_UNPOOL2D_CONV2D = Operator(
     "max_unpool2d_conv2d(Tensor input, Tensor offsets, Tensor weight, Tensor? bias, int[2] kernel_size, "
     "int[2] stride, int[2] padding, SymInt[2] output_size) -> Tensor",
-    kernel=in_one_kernel,
+    kernels={
+        "triton": Implementation(in_one_kernel, uncovered),
+    },
     reference=_reference,
     fake=empty_output,
-    uncovered=uncovered,
     preferred=_preferred,
 )
 
@@ -134,7 +144,8 @@ def max_unpool2d_conv2d(
     tensors are cast as conv2d's. Raises what both raise; RuntimeError for a weight that is not 3x3.
     """
     check_unpool(NAME, input, offsets, "offsets", torch.uint8)
-    geometry = unpool_arguments(NAME, input, kernel_size, stride, padding, output_size)
+    windows = pool_geometry(NAME, kernel_size, stride, padding)
+    geometry = (*windows[:3], unpooled_size(NAME, input.shape[-2:], windows, output_size))
     differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, weight, bias))
     device = input.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and input.dtype != torch.float64:

@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ... import autotune, dispatch
+from ...kernels.pooling.geometry import PoolGeometry
 from ..batch_norm import operators as batch_norm
 from ..batch_norm.operators import BATCH_NORM_RELU, Norm
 from ..batch_norm.pooling_operators import UNPOOL
-from ..operator import Operator, placed
+from ..operator import Implementation, Operator, placed
 from ..pooling.unpool import MAX_UNPOOL2D
 from . import unpool_conv
 from .conv_transpose_norm import folded_norm
@@ -44,7 +45,7 @@ def _apart(input: Tensor, offsets: Tensor, weight: Tensor, *rest: Any) -> Tensor
     """As the layers run otherwise: [norm and] unpooling, convolution, norm, each on what it is chosen to."""
     behind, before = _norms(rest)
     unpool, norm = (MAX_UNPOOL2D, ()) if before is None else (UNPOOL, before)
-    unpooled = unpool(input, offsets, *rest[:4], *norm)
+    unpooled = unpool(input, offsets, PoolGeometry(*rest[:3]), rest[3], *norm)
     return BATCH_NORM_RELU(F.conv2d(unpooled, weight, padding=1), *behind)
 
 
@@ -73,10 +74,11 @@ MAX_UNPOOL2D_CONV2D_BATCH_NORM_RELU = Operator(
     "SymInt[2] output_size, Tensor mean, Tensor? shift, Tensor var, Tensor? gamma, Tensor? beta, float eps, bool relu, "
     "Tensor? before_mean, Tensor? before_shift, Tensor? before_var, Tensor? before_gamma, Tensor? before_beta, "
     "float before_eps, bool before_relu) -> Tensor",
-    kernel=_joined,
+    kernels={
+        "triton": Implementation(_joined, _uncovered),
+    },
     reference=lambda *arguments: placed(_apart(*arguments), layout_of(arguments[0], arguments[2])),
     fake=lambda input, offsets, weight, *rest: unpool_conv.empty_output(input, offsets, weight, None, *rest[:4]),
-    uncovered=_uncovered,
     preferred=_preferred,
 )
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...kernels import losses as triton_kernels
-from ..operator import Operator
+from ..operator import Implementation, Operator
 from .upsample import LABELS, upsample_argmax
 
 
@@ -59,10 +59,11 @@ def _uncovered(pred: Tensor, target: Tensor, num_classes: int, ignore_index: int
 
 CONFUSION_MATRIX = Operator(
     "confusion_matrix(Tensor pred, Tensor target, int num_classes, int? ignore_index) -> Tensor",
-    kernel=_kernel,
+    kernels={
+        "triton": Implementation(_kernel, _uncovered),
+    },
     reference=_reference,
     fake=_empty,
-    uncovered=_uncovered,
 )
 
 

@@ -174,8 +174,13 @@ def _call(
     )
     if one_pass and reduction == "none":
         raise ValueError(f"{name}: one_pass must be left out for reduction 'none', which takes two, but is {one_pass}")
-    reasons = uncovered(input, target, weight), cuda_uncovered(input, target, weight, predicted)
-    chosen = dispatch.choose("cross_entropy", input, reasons[0], cuda_uncovered=reasons[1]).backend
+
+    def unsupported(backend: str) -> str | None:
+        if backend == "cuda":
+            return cuda_uncovered(input, target, weight, predicted)
+        return uncovered(input, target, weight)
+
+    chosen = dispatch.choose("cross_entropy", input, unsupported).backend
     classes = input.shape[0 if input.dim() == 1 else 1]
     try:
         if chosen == "torch":

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...kernels import losses as triton_kernels
 from ...kernels.cuda import losses as cuda_kernels
-from ..operator import Operator, dense, empty, memory_format
+from ..operator import Implementation, Operator, dense, empty, memory_format
 from .checks import LABEL_DTYPES, LOGITS_DTYPES, computed, refuse_strays
 from .reference import denominator_of, differentiable, gradient, right_ones, shares_of
 
@@ -147,12 +147,18 @@ def _cross_entropy_reference(
 CROSS_ENTROPY = Operator(
     f"cross_entropy(Tensor input, Tensor target, Tensor? weight, {SCHEMA}, ScalarType? predicted) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    kernel=partial(_cross_entropy_kernel, triton_kernels),
-    cuda=partial(_cross_entropy_kernel, cuda_kernels),
+    kernels={
+        "triton": Implementation(
+            partial(_cross_entropy_kernel, triton_kernels),
+            lambda input, target, weight, *rest: uncovered(input, target, weight),
+        ),
+        "cuda": Implementation(
+            partial(_cross_entropy_kernel, cuda_kernels),
+            lambda input, target, weight, *rest: cuda_uncovered(input, target, weight, rest[-1]),
+        ),
+    },
     reference=_cross_entropy_reference,
     fake=_empty_results,
-    uncovered=lambda input, target, weight, *rest: uncovered(input, target, weight),
-    cuda_uncovered=lambda input, target, weight, *rest: cuda_uncovered(input, target, weight, rest[-1]),
 )
 
 
@@ -186,12 +192,19 @@ def _cross_entropy_backward_reference(
 CROSS_ENTROPY_BACKWARD = Operator(
     "cross_entropy_backward(Tensor grad_output, Tensor input, Tensor target, Tensor? weight, Tensor lse, "
     f"Tensor denominator, {SCHEMA}) -> Tensor",
-    kernel=partial(_cross_entropy_backward_kernel, triton_kernels),
-    cuda=partial(_cross_entropy_backward_kernel, cuda_kernels),
+    kernels={
+        "triton": Implementation(
+            partial(_cross_entropy_backward_kernel, triton_kernels),
+            lambda grad, input, target, *rest: uncovered(input, target),
+        ),
+        "cuda": Implementation(
+            partial(_cross_entropy_backward_kernel, cuda_kernels),
+            lambda grad, input, target, *rest: cuda_uncovered(input, target),
+        ),
+    },
     reference=_cross_entropy_backward_reference,
     fake=_empty_gradient,
-    uncovered=lambda grad, input, target, *rest: uncovered(input, target),
-    cuda_uncovered=lambda grad, input, target, *rest: cuda_uncovered(input, target),
+    gradient=True,
 )
 
 
@@ -249,10 +262,13 @@ def _one_pass_reference(
 CROSS_ENTROPY_ONE_PASS = Operator(
     f"cross_entropy_one_pass(Tensor input, Tensor target, Tensor? weight, {SCHEMA}, ScalarType? predicted) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    kernel=_one_pass_kernel,
+    kernels={
+        "triton": Implementation(
+            _one_pass_kernel, lambda input, target, weight, *rest: uncovered(input, target, weight)
+        ),
+    },
     reference=_one_pass_reference,
     fake=_empty_one_pass,
-    uncovered=lambda input, target, weight, *rest: uncovered(input, target, weight),
 )
 
 
@@ -277,10 +293,14 @@ def _one_pass_backward_reference(
 CROSS_ENTROPY_ONE_PASS_BACKWARD = Operator(
     "cross_entropy_one_pass_backward_(Tensor(a!) grad_input, Tensor grad_output, Tensor input, Tensor target, "
     f"Tensor? weight, Tensor denominator, {SCHEMA}) -> ()",
-    kernel=_one_pass_backward_kernel,
+    kernels={
+        "triton": Implementation(
+            _one_pass_backward_kernel, lambda grad_input, grad, input, target, *rest: uncovered(input, target)
+        ),
+    },
     reference=_one_pass_backward_reference,
     fake=lambda *args: None,
-    uncovered=lambda grad_input, grad, input, target, *rest: uncovered(input, target),
+    gradient=True,
 )
 
 

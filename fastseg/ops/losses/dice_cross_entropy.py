@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ... import dispatch
 from ...kernels import losses as triton_kernels
-from ..operator import Operator, dense, empty, memory_format, placed, wants_graph
+from ..operator import Implementation, Operator, dense, empty, memory_format, placed, wants_graph
 from .checks import LOGITS_DTYPES, check_number, check_target, check_types, check_weight, computed, refuse_strays
 from .cross_entropy import as_images, labels_as_images
 from .reference import pixel_weights
@@ -79,10 +79,11 @@ def _reference(input: Tensor, target: Tensor, weight: Tensor | None, ignore_inde
 
 DICE_CROSS_ENTROPY = Operator(
     "dice_cross_entropy(Tensor input, Tensor target, Tensor? weight, int ignore_index) -> (Tensor, Tensor)",
-    kernel=_kernel,
+    kernels={
+        "triton": Implementation(_kernel, lambda input, *rest: _uncovered(input)),
+    },
     reference=_reference,
     fake=_empty,
-    uncovered=lambda input, *rest: _uncovered(input),
 )
 
 
@@ -117,10 +118,12 @@ def _backward_reference(
 DICE_CROSS_ENTROPY_BACKWARD = Operator(
     "dice_cross_entropy_backward(Tensor grad_loss, Tensor grad_sums, Tensor input, Tensor target, Tensor? weight, "
     "int ignore_index) -> Tensor",
-    kernel=_backward_kernel,
+    kernels={
+        "triton": Implementation(_backward_kernel, lambda grad_loss, grad_sums, input, *rest: _uncovered(input)),
+    },
     reference=_backward_reference,
     fake=_empty_gradient,
-    uncovered=lambda grad_loss, grad_sums, input, *rest: _uncovered(input),
+    gradient=True,
 )
 
 
@@ -188,7 +191,7 @@ def dice_cross_entropy(
     if classes == 0 or (classes == 1 and not include_background):
         what = "" if include_background else " besides the background, which is left out"
         raise ValueError(f"{name}: input must have a class{what}, but has shape {tuple(input.shape)}")
-    chosen = dispatch.choose(name, input, _uncovered(input)).backend
+    chosen = dispatch.choose(name, input, dispatch.only_triton(_uncovered(input))).backend
     logits, labels = as_images(input), labels_as_images(target)
     if input.dim() == 2:  # each row is a sample
         logits, labels = input[:, :, None, None], target.view(-1, 1, 1)

@@ -220,7 +220,8 @@ def linear_cross_entropy(
     )  # fmt: skip
     features = as_images(input)
     probabilities = target.is_floating_point()
-    dispatch.choose(NAME, input, "a target of class probabilities" if probabilities else uncovered(logits, target))
+    missing = "a target of class probabilities" if probabilities else uncovered(logits, target)
+    dispatch.choose(NAME, input, dispatch.only_triton(missing))
     tensors = (features, linear_weight, linear_bias)
     if probabilities or _composed(features, classes, chunk):
         labels = as_images(target) if probabilities else labels_as_images(target)

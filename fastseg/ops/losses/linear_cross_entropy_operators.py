@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..operator import Operator, empty, memory_format
+from ..operator import Implementation, Operator, empty, memory_format
 from .checks import computed, refuse_strays
 from .chunked_reference import chunk_gradient, chunk_losses, elements, even_shares, reduced
 from .cross_entropy_operators import CROSS_ENTROPY, CROSS_ENTROPY_BACKWARD, SCHEMA, _empty_loss, _empty_lse, uncovered
@@ -174,12 +174,16 @@ TENSORS = "Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor targe
 
 LINEAR_CROSS_ENTROPY = Operator(
     f"linear_cross_entropy({TENSORS}, {SCHEMA}, SymInt chunk) -> (Tensor, Tensor, Tensor)",
-    kernel=_forward(_losses_kernel),
+    kernels={
+        "triton": Implementation(
+            _forward(_losses_kernel),
+            lambda input, linear_weight, linear_bias, target, weight, *rest: uncovered(
+                _logits_like(input, linear_weight.shape[0]), target, weight
+            ),
+        ),
+    },
     reference=_forward(_losses_reference),
     fake=_empty_results,
-    uncovered=lambda input, linear_weight, linear_bias, target, weight, *rest: uncovered(
-        _logits_like(input, linear_weight.shape[0]), target, weight
-    ),
 )
 
 
@@ -243,10 +247,15 @@ def _change_reference(
 LINEAR_CROSS_ENTROPY_BACKWARD = Operator(
     f"linear_cross_entropy_backward(Tensor grad_output, {TENSORS}, Tensor lse, Tensor denominator, {SCHEMA}, "
     "SymInt chunk, bool[3] needed) -> (Tensor, Tensor, Tensor)",
-    kernel=_backward(_change_kernel),
+    kernels={
+        "triton": Implementation(
+            _backward(_change_kernel),
+            lambda grad, input, linear_weight, linear_bias, target, weight, *rest: uncovered(
+                _logits_like(input, linear_weight.shape[0]), target, weight
+            ),
+        ),
+    },
     reference=_backward(_change_reference),
     fake=_empty_gradients,
-    uncovered=lambda grad, input, linear_weight, linear_bias, target, weight, *rest: uncovered(
-        _logits_like(input, linear_weight.shape[0]), target, weight
-    ),
+    gradient=True,
 )

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ...kernels import losses as triton_kernels
-from ..operator import Operator, empty
-from ..pooling.positions import LONGEST_SIDE
+from ..arguments import MAX_FLOAT_SIDE
+from ..operator import Implementation, Operator, empty
 from .chunked_reference import elements
 
 MODES = ("nearest", "bilinear")
@@ -93,8 +93,8 @@ def uncovered(input: Tensor, size: Sequence[int]) -> str | None:
     """Why the kernels cannot resize a map, in words, or None."""
     if input.dtype not in LOGITS_DTYPES:
         return f"dtype {input.dtype}"
-    if any(side > LONGEST_SIDE for side in (*input.shape[2:], *size)):
-        return f"maps of more than {LONGEST_SIDE} rows or columns"
+    if any(side > MAX_FLOAT_SIDE for side in (*input.shape[2:], *size)):
+        return f"maps of more than {MAX_FLOAT_SIDE} rows or columns"
     return None
 
 
@@ -244,10 +244,11 @@ def _upsample_argmax_reference(
 UPSAMPLE_ARGMAX = Operator(
     "upsample_argmax(Tensor input, SymInt[] size, float[]? scales, str mode, bool align_corners, ScalarType dtype, "
     "bool probability) -> (Tensor, Tensor)",
-    kernel=_upsample_argmax_kernel,
+    kernels={
+        "triton": Implementation(_upsample_argmax_kernel, lambda input, size, *rest: uncovered(input, size)),
+    },
     reference=_upsample_argmax_reference,
     fake=_empty_labels,
-    uncovered=lambda input, size, *rest: uncovered(input, size),
 )
 
 

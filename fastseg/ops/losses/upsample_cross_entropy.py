@@ -144,7 +144,9 @@ def _takes_one_pass(input: Tensor, target: Tensor, reduction: str) -> bool:
     """Whether the forward makes the gradient, which resizes once in place of twice: eagerly on a CPU."""
     wanted = torch.is_grad_enabled() and input.requires_grad and reduction != "none"
     eager = not torch.compiler.is_compiling() and not torch_internals.functorch_transforms_active()
-    on_torch = dispatch.choose(NAME, input, _uncovered(input, target), asks=True).backend == "torch"
+    on_torch = (
+        dispatch.choose(NAME, input, dispatch.only_triton(_uncovered(input, target)), dry_run=True).backend == "torch"
+    )
     return wanted and eager and on_torch and input.device.type == "cpu"
 
 
@@ -199,7 +201,7 @@ def _call(
         scales, mode, bool(align_corners), *divided(large, target, reduction, normalization), int(ignore_index),
         float(label_smoothing), float(z_loss),
     )  # fmt: skip
-    dispatch.choose(NAME, input, _uncovered(input, target))
+    dispatch.choose(NAME, input, dispatch.only_triton(_uncovered(input, target)))
     if predicted is None and _composed(input, target, mode):
         try:
             return _differentiable(input, target, weight, *arguments), None, None

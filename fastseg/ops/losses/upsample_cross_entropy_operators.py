@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...kernels import losses as triton_kernels
-from ..operator import Operator, empty, memory_format
+from ..operator import Implementation, Operator, empty, memory_format
 from .checks import refuse_strays
 from .chunked_reference import chunk_gradient, chunk_losses, chunk_losses_and_gradient, even_shares, reduced
 from .cross_entropy_operators import SCHEMA, _empty_loss, _empty_lse, _empty_predictions
@@ -116,10 +116,11 @@ def _in_bands(
 UPSAMPLE_CROSS_ENTROPY = Operator(
     f"upsample_cross_entropy(Tensor input, Tensor target, Tensor? weight, {RESIZING}, {SCHEMA}, "
     "ScalarType? predicted) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    kernel=_kernel,
+    kernels={
+        "triton": Implementation(_kernel, lambda input, target, *rest: _uncovered(input, target)),
+    },
     reference=_reference,
     fake=_empty_results,
-    uncovered=lambda input, target, *rest: _uncovered(input, target),
 )
 
 
@@ -165,8 +166,10 @@ def _backward_reference(
 UPSAMPLE_CROSS_ENTROPY_BACKWARD = Operator(
     "upsample_cross_entropy_backward(Tensor grad_output, Tensor input, Tensor target, Tensor? weight, Tensor lse, "
     f"Tensor denominator, {RESIZING}, {SCHEMA}) -> Tensor",
-    kernel=_backward_kernel,
+    kernels={
+        "triton": Implementation(_backward_kernel, lambda grad, input, target, *rest: _uncovered(input, target)),
+    },
     reference=_backward_reference,
     fake=_empty_gradient,
-    uncovered=lambda grad, input, target, *rest: _uncovered(input, target),
+    gradient=True,
 )

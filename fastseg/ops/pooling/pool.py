@@ -1,4 +1,4 @@
-"""max_pool2d: what the operators mean, their torch reference, gradient and functions."""
+"""max_pool2d: its operators, torch reference, gradient and functions."""
 
 from __future__ import annotations
 
@@ -13,61 +13,38 @@ from torch import Tensor
 from ... import torch_internals
 from ...kernels import pooling as triton_kernels
 from ...kernels.cuda import pooling as cuda_kernels
-from ..operator import Operator, dense, empty, memory_format, placed, wants_graph
-from .positions import (
-    MAX_OFFSETS,
-    IntOrPair,
-    batch,
-    indices_to_offsets,
-    offsets_to_indices,
-    pair,
-    pooled_size,
-    require_offsets,
-    require_tensor,
-    uncovered,
-    unset,
-    vmap_folds,
-)
+from ..arguments import IntOrPair, accumulator, require_tensor
+from ..operator import Implementation, Operator, dense, empty, memory_format, placed, wants_graph
+from .geometry import PoolGeometry, as_batch, map_over_batch, pool_geometry, pooled_size, unsupported_dtype
+from .positions import MAX_OFFSETS, require_offsets, to_indices, to_offsets
 
 NO_POSITIONS, OFFSETS, INDICES = "none", "offsets", "indices"
 
 
-def _check_pool(function: str, input: Tensor, geometry: tuple[list[int], ...], ceil_mode: bool) -> None:
-    kernel, _, padding, _ = geometry
+def checked_geometry(function: str, input: Tensor, geometry: PoolGeometry, ceil_mode: bool) -> PoolGeometry:
+    """`geometry`, which must fit the input. Raises TypeError or RuntimeError as torch does."""
+    require_tensor(function, "input", input)
+    kernel, padding = geometry.kernel_size, geometry.padding
     if input.dim() not in (3, 4):
         raise RuntimeError(f"{function}: input must be (N, C, H, W) or (C, H, W), but has shape {tuple(input.shape)}")
     if any(2 * p > k for p, k in zip(padding, kernel, strict=True)):
         raise RuntimeError(f"{function}: padding must be at most half of kernel_size {kernel}, but is {padding}")
     if any(size == 0 for size in input.shape[-3:]):
         raise RuntimeError(f"{function}: input may be empty in its batch only, but has shape {tuple(input.shape)}")
-    if min(pooled_size(input.shape[-2:], *geometry, ceil_mode)) < 1:
+    if min(pooled_size(input.shape[-2:], geometry, ceil_mode)) < 1:
         raise RuntimeError(
             f"{function}: input of shape {tuple(input.shape)} is smaller than a window of kernel_size {kernel}, "
             f"padding {padding}; the output would be empty"
         )
-
-
-def pool_arguments(
-    function: str, input: Tensor, kernel_size: IntOrPair, stride: IntOrPair | None, padding: IntOrPair,
-    dilation: IntOrPair, ceil_mode: bool,
-) -> tuple[list[int], list[int], list[int], list[int]]:  # fmt: skip
-    require_tensor(function, "input", input)
-    geometry = (
-        pair(kernel_size, function, "kernel_size", 1),
-        pair(kernel_size if unset(stride) else stride, function, "stride", 1),
-        pair(padding, function, "padding", 0),
-        pair(dilation, function, "dilation", 1),
-    )
-    _check_pool(function, input, geometry, ceil_mode)
     return geometry
 
 
-def _empty_pooled(
-    input: Tensor, kernel: list[int], stride: list[int], padding: list[int], dilation: list[int], ceil_mode: bool,
-    positions: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+# --- forward ---------------------------------------------------------------------------------------------------------
+
+
+def _empty_pooled(input: Tensor, geometry: PoolGeometry, ceil_mode: bool, positions: str) -> tuple[Tensor, Tensor]:
     layout = memory_format(input)
-    shape = [*input.shape[:-2], *pooled_size(input.shape[-2:], kernel, stride, padding, dilation, ceil_mode)]
+    shape = [*input.shape[:-2], *pooled_size(input.shape[-2:], geometry, ceil_mode)]
     output = empty(input, shape, layout)
     if positions == NO_POSITIONS:
         return output, input.new_empty(0, dtype=torch.uint8)
@@ -75,110 +52,109 @@ def _empty_pooled(
 
 
 def _max_pool2d_kernel(
-    code: ModuleType, input: Tensor, kernel: list[int], stride: list[int], padding: list[int], dilation: list[int],
-    ceil_mode: bool, positions: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    output, kept = _empty_pooled(input, kernel, stride, padding, dilation, ceil_mode, positions)
+    kernels: ModuleType, input: Tensor, geometry: PoolGeometry, ceil_mode: bool, positions: str
+) -> tuple[Tensor, Tensor]:
+    output, found = _empty_pooled(input, geometry, ceil_mode, positions)
     layout = memory_format(input)
-    windows = code.tiling.Windows(kernel, stride, padding, layout == torch.channels_last, dilation)
-    code.pool.max_pool2d_fwd(
-        batch(dense(input, layout)), batch(output), None if positions == NO_POSITIONS else batch(kept), windows
+    kernels.pool.max_pool2d_fwd(
+        as_batch(dense(input, layout)),
+        as_batch(output),
+        None if positions == NO_POSITIONS else as_batch(found),
+        geometry,
+        layout == torch.channels_last,
     )
-    return output, kept
+    return output, found
 
 
 def _max_pool2d_reference(
-    input: Tensor, kernel: list[int], stride: list[int], padding: list[int], dilation: list[int], ceil_mode: bool,
-    positions: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    input: Tensor, geometry: PoolGeometry, ceil_mode: bool, positions: str
+) -> tuple[Tensor, Tensor]:
     layout = memory_format(input)
-    output, kept = F.max_pool2d(input, kernel, stride, padding, dilation, ceil_mode, return_indices=True)
+    output, found = F.max_pool2d(input, *geometry, ceil_mode, return_indices=True)
     if positions == NO_POSITIONS:
         return placed(output, layout), input.new_empty(0, dtype=torch.uint8)
     if positions == OFFSETS:
-        kept = indices_to_offsets(kept, kernel, stride, padding, input.shape[-1], dilation)
-    return placed(output, layout), placed(kept, layout)
+        found = to_offsets(found, geometry, input.shape[-1])
+    return placed(output, layout), placed(found, layout)
+
+
+def _unsupported(input: Tensor, *rest: Any) -> str | None:
+    return unsupported_dtype(input)
 
 
 MAX_POOL2D = Operator(
-    "max_pool2d(Tensor input, int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, bool ceil_mode, "
-    "str positions) -> (Tensor, Tensor)",
-    kernel=partial(_max_pool2d_kernel, triton_kernels),
-    cuda=partial(_max_pool2d_kernel, cuda_kernels),
+    "max_pool2d(Tensor input, PoolGeometry geometry, bool ceil_mode, str positions) -> (Tensor, Tensor)",
+    kernels={
+        "triton": Implementation(partial(_max_pool2d_kernel, triton_kernels), _unsupported),
+        "cuda": Implementation(partial(_max_pool2d_kernel, cuda_kernels), _unsupported),
+    },
     reference=_max_pool2d_reference,
     fake=_empty_pooled,
-    uncovered=lambda input, *arguments: uncovered(input),
 )
-vmap_folds(MAX_POOL2D)
+map_over_batch(MAX_POOL2D)
 
 
-def _empty_pool_gradient(
-    grad: Tensor, kept: Tensor, kernel: list[int], stride: list[int], padding: list[int], dilation: list[int],
-    size: list[int],
-) -> Tensor:  # fmt: skip
-    return empty(grad, [*grad.shape[:-2], *size], memory_format(kept))
+# --- backward --------------------------------------------------------------------------------------------------------
+
+
+def _empty_gradient(grad: Tensor, positions: Tensor, geometry: PoolGeometry, size: list[int]) -> Tensor:
+    return empty(grad, [*grad.shape[:-2], *size], memory_format(positions))
 
 
 def _max_pool2d_backward_kernel(
-    code: ModuleType, grad: Tensor, kept: Tensor, kernel: list[int], stride: list[int], padding: list[int],
-    dilation: list[int], size: list[int],
-) -> Tensor:  # fmt: skip
-    layout = memory_format(kept)
-    grad_input = _empty_pool_gradient(grad, kept, kernel, stride, padding, dilation, size)
-    windows = code.tiling.Windows(kernel, stride, padding, layout == torch.channels_last, dilation)
-    code.pool.max_pool2d_bwd(batch(dense(grad, layout)), batch(dense(kept, layout)), batch(grad_input), windows)
+    kernels: ModuleType, grad: Tensor, positions: Tensor, geometry: PoolGeometry, size: list[int]
+) -> Tensor:
+    layout = memory_format(positions)
+    grad_input = _empty_gradient(grad, positions, geometry, size)
+    kernels.pool.max_pool2d_bwd(
+        as_batch(dense(grad, layout)),
+        as_batch(dense(positions, layout)),
+        as_batch(grad_input),
+        geometry,
+        layout == torch.channels_last,
+    )
     return grad_input
 
 
-def _scattered(
-    grad: Tensor, kept: Tensor, kernel: list[int], stride: list[int], padding: list[int], dilation: list[int],
-    size: list[int],
-) -> Tensor:  # fmt: skip
-    """The gradient in torch's differentiable functions; where windows overlap it sums, in float32 for halves."""
-    indices = kept
-    if kept.dtype == torch.uint8:
-        indices = offsets_to_indices(kept, kernel, stride, padding, size[1], dilation)
-    wide = grad if grad.dtype == torch.float64 else grad.float()
-    empty_plane = wide.new_zeros(*grad.shape[:-2], size[0] * size[1])
-    sums = empty_plane.scatter_add(-1, indices.flatten(-2), wide.flatten(-2))
+def _scatter(grad: Tensor, positions: Tensor, geometry: PoolGeometry, size: list[int]) -> Tensor:
+    """The gradient in torch's differentiable functions. Overlapping windows are summed in float32 or float64."""
+    indices = to_indices(positions, geometry, size[1]) if positions.dtype == torch.uint8 else positions
+    wide = grad.to(accumulator(grad.dtype))
+    planes = wide.new_zeros(*grad.shape[:-2], size[0] * size[1])
+    sums = planes.scatter_add(-1, indices.flatten(-2), wide.flatten(-2))
     return sums.unflatten(-1, size).to(grad.dtype)
 
 
-def _max_pool2d_backward_reference(
-    grad: Tensor, kept: Tensor, kernel: list[int], stride: list[int], padding: list[int], dilation: list[int],
-    size: list[int],
-) -> Tensor:  # fmt: skip
-    return placed(_scattered(grad, kept, kernel, stride, padding, dilation, size), memory_format(kept))
+def _max_pool2d_backward_reference(grad: Tensor, positions: Tensor, geometry: PoolGeometry, size: list[int]) -> Tensor:
+    return placed(_scatter(grad, positions, geometry, size), memory_format(positions))
 
 
 MAX_POOL2D_BACKWARD = Operator(
-    "max_pool2d_backward(Tensor grad_output, Tensor positions, int[2] kernel_size, int[2] stride, int[2] padding, "
-    "int[2] dilation, SymInt[2] input_size) -> Tensor",
-    kernel=partial(_max_pool2d_backward_kernel, triton_kernels),
-    cuda=partial(_max_pool2d_backward_kernel, cuda_kernels),
+    "max_pool2d_backward(Tensor grad_output, Tensor positions, PoolGeometry geometry, SymInt[2] input_size) -> Tensor",
+    kernels={
+        "triton": Implementation(partial(_max_pool2d_backward_kernel, triton_kernels), _unsupported),
+        "cuda": Implementation(partial(_max_pool2d_backward_kernel, cuda_kernels), _unsupported),
+    },
     reference=_max_pool2d_backward_reference,
-    fake=_empty_pool_gradient,
-    uncovered=lambda grad, *arguments: uncovered(grad),
+    fake=_empty_gradient,
+    gradient=True,
 )
-vmap_folds(MAX_POOL2D_BACKWARD)
+map_over_batch(MAX_POOL2D_BACKWARD)
 
 
 class MaxPool2dFunction(torch.autograd.Function):
-    """(input, geometry, ceil_mode, positions) -> (output, positions); the gradient goes where the maxima stood."""
+    """(input, geometry, ceil_mode, positions) -> (output, positions). The gradient goes to the maxima."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(
-        input: Tensor, kernel: list[int], stride: list[int], padding: list[int], dilation: list[int], ceil_mode: bool,
-        positions: str,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        return MAX_POOL2D(input, kernel, stride, padding, dilation, ceil_mode, positions)
+    def forward(input: Tensor, geometry: PoolGeometry, ceil_mode: bool, positions: str) -> tuple[Tensor, Tensor]:
+        return MAX_POOL2D(input, geometry, ceil_mode, positions)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        input, *geometry, _, _ = inputs
-        ctx.arguments = (*geometry, list(input.shape[-2:]))
+        input, ctx.geometry, _, _ = inputs
+        ctx.size = list(input.shape[-2:])
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(output[1])
@@ -186,17 +162,22 @@ class MaxPool2dFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if grad is None:
-            return (None,) * 7
-        run = _scattered if wants_graph() else MAX_POOL2D_BACKWARD
-        return run(grad, *ctx.saved_tensors, *ctx.arguments), *(None,) * 6
+            return None, None, None, None
+        (positions,) = ctx.saved_tensors
+        run = _scatter if wants_graph() else MAX_POOL2D_BACKWARD
+        return run(grad, positions, ctx.geometry, ctx.size), None, None, None
 
 
-def _kept(input: Tensor, kernel: list[int]) -> str:
-    """What a pool whose positions nobody asked for keeps for its backward."""
-    # Under torch.func a tensor that is differentiated further out does not say so.
-    if not (torch.is_grad_enabled() and (input.requires_grad or torch_internals.functorch_transforms_active())):
+# --- functions -------------------------------------------------------------------------------------------------------
+
+
+def _positions_to_save(input: Tensor, geometry: PoolGeometry) -> str:
+    """What to save for the backward when indices are not returned."""
+    # Inside torch.func transforms requires_grad does not tell whether an outer transform differentiates.
+    differentiated = input.requires_grad or torch_internals.functorch_transforms_active()
+    if not (torch.is_grad_enabled() and differentiated):
         return NO_POSITIONS
-    return OFFSETS if kernel[0] * kernel[1] <= MAX_OFFSETS else INDICES
+    return OFFSETS if geometry.taps <= MAX_OFFSETS else INDICES
 
 
 def max_pool2d(
@@ -208,20 +189,47 @@ def max_pool2d(
     ceil_mode: bool = False,
     return_indices: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """torch.nn.functional.max_pool2d, with a backward that neither zero-fills nor uses atomics.
+    """Max-pooling as torch.nn.functional.max_pool2d, with a gradient that needs no zero-fill and no atomics.
 
-    input: (N, C, H, W) or (C, H, W), any float dtype; the output keeps dtype and memory format. Ties go to the
-    first maximum in row-major order, NaN wins, as in torch. Returns the pooled map, and with return_indices also
-    int64 indices (h * W + w in the plane). Without them, training keeps one byte per pooled element (eight for
-    windows of more than 256 elements). Deterministic: where windows overlap each element of the gradient adds up what
-    its windows give in row-major order, in float32 (float64 for float64). Raises RuntimeError for arguments that torch
-    refuses, NotImplementedError for forward-mode derivatives where the kernels are demanded.
+    Ties go to the first maximum in row-major order and NaN wins, as in torch. Without `return_indices` training keeps
+    one byte per pooled element for the backward (eight for windows of more than 256 elements).
+
+    Args:
+        input: of any floating-point dtype.
+        kernel_size, stride, padding, dilation: an int or two ints (height, width). `stride` defaults to `kernel_size`.
+        ceil_mode: round the output size up.
+        return_indices: also return where each maximum was.
+
+    Shape:
+        - input: (N, C, H, W) or (C, H, W).
+        - output: the pooled map, in the dtype and memory format of the input.
+
+    Returns:
+        The pooled map; with `return_indices` also int64 indices h * W + w into the input's planes.
+
+    Raises:
+        TypeError, RuntimeError: for arguments that torch refuses.
+        NotImplementedError: if the kernels are requested for a dtype or a forward-mode derivative they do not support.
+
+    Note:
+        Deterministic. If windows overlap, each element of the gradient sums what its windows contribute in row-major
+        order, in float32 (float64 for float64).
+
+    Example:
+        >>> import torch, fastseg.functional as FS
+        >>> FS.max_pool2d(torch.arange(16.0).view(1, 1, 4, 4), 2)
+        tensor([[[[ 5.,  7.],
+                  [13., 15.]]]])
+
+    Source:
+        torch.nn.functional.max_pool2d.
     """
-    arguments = pool_arguments("max_pool2d", input, kernel_size, stride, padding, dilation, ceil_mode)
-    positions = INDICES if return_indices else _kept(input, arguments[0])
-    if MAX_POOL2D.choose(input, *arguments, ceil_mode, positions).backend == "torch":
-        return F.max_pool2d(input, *arguments, ceil_mode=ceil_mode, return_indices=return_indices)
-    output, indices = MaxPool2dFunction.apply(input, *arguments, ceil_mode, positions)
+    geometry = pool_geometry("max_pool2d", kernel_size, stride, padding, dilation)
+    checked_geometry("max_pool2d", input, geometry, ceil_mode)
+    positions = INDICES if return_indices else _positions_to_save(input, geometry)
+    if MAX_POOL2D.choose(input, geometry, ceil_mode, positions).backend == "torch":
+        return F.max_pool2d(input, *geometry, ceil_mode=ceil_mode, return_indices=return_indices)
+    output, indices = MaxPool2dFunction.apply(input, geometry, ceil_mode, positions)
     return (output, indices) if return_indices else output
 
 
@@ -233,19 +241,36 @@ def max_pool2d_with_offsets(
     dilation: IntOrPair = 1,
     ceil_mode: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """max_pool2d that returns (output, offsets): uint8 positions in the window, an eighth of torch's indices.
+    """Max-pooling that returns uint8 offsets inside the windows, an eighth of the memory of torch's indices.
 
-    offsets: shape of the output, tap i * kernel_width + j of the maximum, for windows of up to 256 elements
-    (RuntimeError beyond), counted without the gaps of a dilation. max_unpool2d_with_offsets takes them (of dilation 1),
-    offsets_to_indices converts them; everything else is as in max_pool2d. On a CPU torch's own pool runs, and keeps its
-    indices for the backward.
+    Args:
+        input, kernel_size, stride, padding, dilation, ceil_mode: as in max_pool2d.
+
+    Returns:
+        (output, offsets). `offsets` has the output's shape and memory format: i * kernel_width + j for the window's
+        row i and column j (a dilation's gaps are not counted). max_unpool2d_with_offsets takes the offsets of a pool
+        without dilation; offsets_to_indices converts them to torch's indices.
+
+    Raises:
+        TypeError, RuntimeError: as max_pool2d, and for windows of more than 256 elements.
+
+    Note:
+        On a CPU torch's own pool runs, and keeps its int64 indices for the backward.
+
+    Example:
+        >>> import torch, fastseg.functional as FS
+        >>> output, offsets = FS.max_pool2d_with_offsets(torch.arange(16.0).view(1, 1, 4, 4), 2)
+        >>> offsets
+        tensor([[[[3, 3],
+                  [3, 3]]]], dtype=torch.uint8)
     """
-    arguments = pool_arguments("max_pool2d_with_offsets", input, kernel_size, stride, padding, dilation, ceil_mode)
-    require_offsets("max_pool2d_with_offsets", arguments[0])
-    backend = MAX_POOL2D.choose(input, *arguments, ceil_mode, OFFSETS).backend
-    # A graph that is traced holds the operator: it may run elsewhere.
+    name = "max_pool2d_with_offsets"
+    geometry = pool_geometry(name, kernel_size, stride, padding, dilation)
+    checked_geometry(name, input, geometry, ceil_mode)
+    require_offsets(name, geometry)
+    backend = MAX_POOL2D.choose(input, geometry, ceil_mode, OFFSETS).backend
+    # A traced graph holds the operator itself, because it may run on another device.
     if backend == "torch" and input.device.type == "cpu" and not torch.compiler.is_compiling():
-        output, indices = F.max_pool2d(input, *arguments, ceil_mode=ceil_mode, return_indices=True)
-        kernel, *geometry, dilation = arguments
-        return output, indices_to_offsets(indices, kernel, *geometry, input.shape[-1], dilation)
-    return MaxPool2dFunction.apply(input, *arguments, ceil_mode, OFFSETS)
+        output, indices = F.max_pool2d(input, *geometry, ceil_mode=ceil_mode, return_indices=True)
+        return output, to_offsets(indices, geometry, input.shape[-1])
+    return MaxPool2dFunction.apply(input, geometry, ceil_mode, OFFSETS)

@@ -1,4 +1,4 @@
-"""max_unpool2d: what the operators mean, their torch reference, gradients and functions."""
+"""max_unpool2d: its operators, torch reference, gradient and functions."""
 
 from __future__ import annotations
 
@@ -13,23 +13,16 @@ from torch import Tensor
 
 from ...kernels import pooling as triton_kernels
 from ...kernels.cuda import pooling as cuda_kernels
-from ..operator import Operator, dense, empty, memory_format, placed, wants_graph
-from .positions import (
-    IntOrPair,
-    batch,
-    offsets_to_indices,
-    pair,
-    require_offsets,
-    require_tensor,
-    uncovered,
-    unset,
-    vmap_folds,
-)
+from ..arguments import IntOrPair, require_tensor
+from ..operator import Implementation, Operator, dense, empty, memory_format, placed, wants_graph
+from .geometry import PoolGeometry, as_batch, map_over_batch, pool_geometry, unsupported_dtype
+from .positions import require_offsets, to_indices
 
-TORCH_UNPOOLS = (torch.float32, torch.float64)  # dtypes of its own operator on every device
+TORCH_UNPOOLS = (torch.float32, torch.float64)  # the dtypes that torch's own operator supports on every device
 
 
 def check_unpool(function: str, input: Tensor, positions: Tensor, name: str, dtype: torch.dtype) -> None:
+    """Raise TypeError or RuntimeError unless `positions`, the argument called `name`, fits the input."""
     require_tensor(function, "input", input)
     require_tensor(function, name, positions)
     if input.dim() not in (3, 4):
@@ -47,66 +40,73 @@ def check_unpool(function: str, input: Tensor, positions: Tensor, name: str, dty
 
 
 def unpooled_size(
-    function: str, size: Sequence[int], kernel: list[int], stride: list[int], padding: list[int],
-    output_size: Sequence[int] | None,
-) -> list[int]:  # fmt: skip
+    function: str, size: Sequence[int], geometry: PoolGeometry, output_size: Sequence[int] | None
+) -> list[int]:
     """Height and width to unpool to: output_size's last two entries, or the smallest image that pools to `size`.
 
-    Raises ValueError, as torch does, for an output_size that no pool of this geometry could have come from.
+    Raises:
+        ValueError: as torch does, for an output_size that no pool of this geometry could have had as its input.
+        RuntimeError: for a size that is not positive.
     """
+    kernel, stride, padding, _ = geometry
     default = [(o - 1) * s - 2 * p + k for o, s, p, k in zip(size, stride, padding, kernel, strict=True)]
-    if output_size is None:
-        return default
-    if len(output_size) not in (2, 3, 4):
-        raise ValueError(f"{function}: output_size must have 2 to 4 entries, but is {tuple(output_size)}")
-    wanted = list(output_size[-2:])
-    for length, middle, s in zip(wanted, default, stride, strict=True):
-        if not middle - s < length < middle + s:
-            raise ValueError(
-                f"{function}: output_size {tuple(wanted)} must differ from {tuple(default)} by less than "
-                f"stride {tuple(stride)} in each dimension"
-            )
+    wanted = default if output_size is None else list(output_size[-2:])
+    if output_size is not None:
+        if len(output_size) not in (2, 3, 4):
+            raise ValueError(f"{function}: output_size must have 2 to 4 entries, but is {tuple(output_size)}")
+        for length, middle, s in zip(wanted, default, stride, strict=True):
+            if not middle - s < length < middle + s:
+                raise ValueError(
+                    f"{function}: output_size {tuple(wanted)} must differ from {tuple(default)} by less than "
+                    f"stride {tuple(stride)} in each dimension"
+                )
+    if min(wanted) < 1:
+        raise RuntimeError(f"{function}: output_size must be positive, but is {tuple(wanted)}")
     return wanted
 
 
-def _indices(positions: Tensor, kernel: list[int], stride: list[int], padding: list[int], width: int) -> Tensor:
-    if positions.dtype == torch.uint8:
-        return offsets_to_indices(positions, kernel, stride, padding, width)
-    return positions
+def _as_indices(positions: Tensor, geometry: PoolGeometry, width: int) -> Tensor:
+    return to_indices(positions, geometry, width) if positions.dtype == torch.uint8 else positions
 
 
-def _over_an_edge(offsets: Tensor, kernel: list[int], stride: list[int], padding: list[int], size: list[int]) -> bool:
-    """Whether an offset names a place outside of the plane, where only windows that reach over its edges may."""
+def _offset_leaves_plane(offsets: Tensor, geometry: PoolGeometry, size: list[int]) -> bool:
+    """Whether an offset points outside the plane. Only windows that cross its edges are looked at."""
+    kernel, stride, padding, _ = geometry
     for side, divide in enumerate((Tensor.floor_divide, Tensor.remainder)):
         starts = torch.arange(offsets.shape[side - 2]) * stride[side] - padding[side]
-        reaching = ((starts < 0) | (starts + kernel[side] > size[side])).nonzero().flatten()
-        taps = offsets.index_select(side - 2, reaching).long()
-        places = divide(taps, kernel[1]) + starts[reaching].view((-1, 1) if side == 0 else (-1,))
+        crossing = ((starts < 0) | (starts + kernel[side] > size[side])).nonzero().flatten()
+        taps = offsets.index_select(side - 2, crossing).long()
+        places = divide(taps, kernel[1]) + starts[crossing].view((-1, 1) if side == 0 else (-1,))
         if bool(((places < 0) | (places >= size[side])).any()):
             return True
     return False
 
 
-def refuse_strays(positions: Tensor, kernel: list[int], stride: list[int], padding: list[int], size: list[int]) -> None:
-    """RuntimeError for a position outside the plane or its window. On a GPU a device-side assertion says it."""
+def require_positions_inside(positions: Tensor, geometry: PoolGeometry, size: list[int]) -> None:
+    """Raise RuntimeError for an index outside the plane, or an offset outside its window or the plane.
+
+    CPU only: on a GPU a device-side assertion reports it, because checking here would force a host sync.
+    """
     if positions.device.type != "cpu" or positions.numel() == 0:
         return
+    kernel, stride, padding, _ = geometry
+    # 1. A quick look, which is all that valid positions cost
     if positions.dtype == torch.uint8:
-        inside = int(positions.amax()) < kernel[0] * kernel[1]
-        inside = inside and not _over_an_edge(positions, kernel, stride, padding, size)
+        inside = int(positions.amax()) < geometry.taps and not _offset_leaves_plane(positions, geometry, size)
     else:
         least, most = positions.aminmax()
         inside = 0 <= int(least) <= int(most) < size[0] * size[1]
     if inside:
         return
-    indices = _indices(positions, kernel, stride, padding, size[1])
-    stray = (indices < 0) | (indices >= size[0] * size[1])
+    # 2. Find the first invalid one for the message
+    indices = _as_indices(positions, geometry, size[1])
+    invalid = (indices < 0) | (indices >= size[0] * size[1])
     if positions.dtype == torch.uint8:
-        # Behind the right edge a tap's index would belong to the next row.
+        # To the right of the plane, the index of a window element would belong to the next row.
         columns = torch.arange(positions.shape[-1]) * stride[1] - padding[1] + positions.long() % kernel[1]
-        stray |= (columns < 0) | (columns >= size[1]) | (positions >= kernel[0] * kernel[1])
-    if stray.any():
-        where = tuple(stray.nonzero()[0].tolist())
+        invalid |= (columns < 0) | (columns >= size[1]) | (positions >= geometry.taps)
+    if invalid.any():
+        where = tuple(invalid.nonzero()[0].tolist())
         function, name = ("max_unpool2d", "index") if indices is positions else ("max_unpool2d_with_offsets", "offset")
         raise RuntimeError(
             f"{function}: found an invalid max {name}: {positions[where].item()} at {where} "
@@ -114,126 +114,130 @@ def refuse_strays(positions: Tensor, kernel: list[int], stride: list[int], paddi
         )
 
 
-# --- operators -------------------------------------------------------------------------------------------------------
+def _unsupported(input: Tensor, positions: Tensor, geometry: PoolGeometry, *rest: Any) -> str | None:
+    return "dilation" if tuple(geometry.dilation) != (1, 1) else unsupported_dtype(input)
 
 
-def _empty_unpooled(
-    input: Tensor, positions: Tensor, kernel: list[int], stride: list[int], padding: list[int], size: list[int]
-) -> Tensor:
+# --- forward ---------------------------------------------------------------------------------------------------------
+
+
+def _empty_unpooled(input: Tensor, positions: Tensor, geometry: PoolGeometry, size: list[int]) -> Tensor:
     return empty(input, [*input.shape[:-2], *size], memory_format(input))
 
 
 def _max_unpool2d_kernel(
-    code: ModuleType, input: Tensor, positions: Tensor, kernel: list[int], stride: list[int], padding: list[int],
-    size: list[int],
-) -> Tensor:  # fmt: skip
-    refuse_strays(positions, kernel, stride, padding, size)
+    kernels: ModuleType, input: Tensor, positions: Tensor, geometry: PoolGeometry, size: list[int]
+) -> Tensor:
+    require_positions_inside(positions, geometry, size)
     layout = memory_format(input)
-    output = _empty_unpooled(input, positions, kernel, stride, padding, size)
-    windows = code.tiling.Windows(kernel, stride, padding, layout == torch.channels_last)
-    code.unpool.max_unpool2d_fwd(
-        batch(dense(input, layout)), batch(dense(positions, layout)), batch(output), windows, trusted=False
+    output = _empty_unpooled(input, positions, geometry, size)
+    kernels.unpool.max_unpool2d_fwd(
+        as_batch(dense(input, layout)),
+        as_batch(dense(positions, layout)),
+        as_batch(output),
+        geometry,
+        layout == torch.channels_last,
+        trusted=False,
     )
     return output
 
 
-def _max_unpool2d_reference(
-    input: Tensor, positions: Tensor, kernel: list[int], stride: list[int], padding: list[int], size: list[int]
-) -> Tensor:
-    refuse_strays(positions, kernel, stride, padding, size)
-    indices = _indices(positions, kernel, stride, padding, size[1])
-    apart = all(k <= s for k, s in zip(kernel, stride, strict=True)) and positions.dtype == torch.uint8
-    if apart and input.dtype in TORCH_UNPOOLS and not torch.are_deterministic_algorithms_enabled():
-        layout = memory_format(input)
+def _max_unpool2d_reference(input: Tensor, positions: Tensor, geometry: PoolGeometry, size: list[int]) -> Tensor:
+    require_positions_inside(positions, geometry, size)
+    indices = _as_indices(positions, geometry, size[1])
+    layout = memory_format(input)
+    unique = positions.dtype == torch.uint8 and not geometry.overlaps
+    if unique and input.dtype in TORCH_UNPOOLS and not torch.are_deterministic_algorithms_enabled():
         return placed(torch.ops.aten.max_unpool2d(dense(input, layout), dense(indices, layout), size), layout)
     indices = indices.flatten(-2)
     zeros = input.new_zeros(*input.shape[:-2], size[0] * size[1])
     if input.device.type == "cpu":
-        output = zeros.scatter_(-1, indices, input.flatten(-2))  # a CPU goes through each plane in order
-    else:  # the last element that names a place, by a maximum, which no order changes
+        output = zeros.scatter_(-1, indices, input.flatten(-2))  # a CPU scatters each plane in order
+    else:  # of equal indices the last wins: found by a maximum, which does not depend on the order
         order = torch.arange(indices.shape[-1], device=input.device).expand_as(indices)
         last = indices.new_full(zeros.shape, -1).scatter_reduce_(-1, indices, order, "amax")
         output = torch.where(last < 0, zeros, input.flatten(-2).gather(-1, last.clamp_min(0)))
-    return placed(output.unflatten(-1, size), memory_format(input))
+    return placed(output.unflatten(-1, size), layout)
 
 
 MAX_UNPOOL2D = Operator(
-    "max_unpool2d(Tensor input, Tensor positions, int[2] kernel_size, int[2] stride, int[2] padding, "
-    "SymInt[2] output_size) -> Tensor",
-    kernel=partial(_max_unpool2d_kernel, triton_kernels),
-    cuda=partial(_max_unpool2d_kernel, cuda_kernels),
+    "max_unpool2d(Tensor input, Tensor positions, PoolGeometry geometry, SymInt[2] output_size) -> Tensor",
+    kernels={
+        "triton": Implementation(partial(_max_unpool2d_kernel, triton_kernels), _unsupported),
+        "cuda": Implementation(partial(_max_unpool2d_kernel, cuda_kernels), _unsupported),
+    },
     reference=_max_unpool2d_reference,
     fake=_empty_unpooled,
-    uncovered=lambda input, *arguments: uncovered(input),
 )
-vmap_folds(MAX_UNPOOL2D)
+map_over_batch(MAX_UNPOOL2D)
 
 
-def _empty_unpool_gradient(
-    grad: Tensor, positions: Tensor, kernel: list[int], stride: list[int], padding: list[int]
-) -> Tensor:
+# --- backward --------------------------------------------------------------------------------------------------------
+
+
+def _empty_gradient(grad: Tensor, positions: Tensor, geometry: PoolGeometry) -> Tensor:
     return empty(grad, positions.shape, memory_format(positions))
 
 
 def _max_unpool2d_backward_kernel(
-    code: ModuleType, grad: Tensor, positions: Tensor, kernel: list[int], stride: list[int], padding: list[int]
+    kernels: ModuleType, grad: Tensor, positions: Tensor, geometry: PoolGeometry
 ) -> Tensor:
     layout = memory_format(positions)
-    grad_input = _empty_unpool_gradient(grad, positions, kernel, stride, padding)
-    windows = code.tiling.Windows(kernel, stride, padding, layout == torch.channels_last)
-    code.unpool.max_unpool2d_bwd(
-        batch(dense(grad, layout)), batch(dense(positions, layout)), batch(grad_input), windows
+    grad_input = _empty_gradient(grad, positions, geometry)
+    kernels.unpool.max_unpool2d_bwd(
+        as_batch(dense(grad, layout)),
+        as_batch(dense(positions, layout)),
+        as_batch(grad_input),
+        geometry,
+        layout == torch.channels_last,
     )
     return grad_input
 
 
-def _gathered(grad: Tensor, positions: Tensor, kernel: list[int], stride: list[int], padding: list[int]) -> Tensor:
+def _gather(grad: Tensor, positions: Tensor, geometry: PoolGeometry) -> Tensor:
     """The gradient in torch's differentiable functions."""
-    indices = _indices(positions, kernel, stride, padding, grad.shape[-1])
+    indices = _as_indices(positions, geometry, grad.shape[-1])
     return grad.flatten(-2).gather(-1, indices.flatten(-2)).view(positions.shape)
 
 
-def _max_unpool2d_backward_reference(
-    grad: Tensor, positions: Tensor, kernel: list[int], stride: list[int], padding: list[int]
-) -> Tensor:
-    return placed(_gathered(grad, positions, kernel, stride, padding), memory_format(positions))
+def _max_unpool2d_backward_reference(grad: Tensor, positions: Tensor, geometry: PoolGeometry) -> Tensor:
+    return placed(_gather(grad, positions, geometry), memory_format(positions))
 
 
 MAX_UNPOOL2D_BACKWARD = Operator(
-    "max_unpool2d_backward(Tensor grad_output, Tensor positions, int[2] kernel_size, int[2] stride, int[2] padding) "
-    "-> Tensor",
-    kernel=partial(_max_unpool2d_backward_kernel, triton_kernels),
-    cuda=partial(_max_unpool2d_backward_kernel, cuda_kernels),
+    "max_unpool2d_backward(Tensor grad_output, Tensor positions, PoolGeometry geometry) -> Tensor",
+    kernels={
+        "triton": Implementation(partial(_max_unpool2d_backward_kernel, triton_kernels), _unsupported),
+        "cuda": Implementation(partial(_max_unpool2d_backward_kernel, cuda_kernels), _unsupported),
+    },
     reference=_max_unpool2d_backward_reference,
-    fake=_empty_unpool_gradient,
-    uncovered=lambda grad, *arguments: uncovered(grad),
+    fake=_empty_gradient,
+    gradient=True,
 )
-vmap_folds(MAX_UNPOOL2D_BACKWARD)
-
-
-# --- functions -------------------------------------------------------------------------------------------------------
+map_over_batch(MAX_UNPOOL2D_BACKWARD)
 
 
 class MaxUnpool2dFunction(torch.autograd.Function):
-    """(input, positions, geometry, output_size) -> output; the gradient gathers at the positions."""
+    """(input, positions, geometry, output_size) -> output. The gradient is gathered at the positions."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(
-        input: Tensor, positions: Tensor, kernel: list[int], stride: list[int], padding: list[int], size: list[int]
-    ) -> Tensor:
-        return MAX_UNPOOL2D(input, positions, kernel, stride, padding, size)
+    def forward(input: Tensor, positions: Tensor, geometry: PoolGeometry, size: list[int]) -> Tensor:
+        return MAX_UNPOOL2D(input, positions, geometry, size)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, positions, *ctx.geometry, _ = inputs
+        _, positions, ctx.geometry, _ = inputs
         ctx.save_for_backward(positions)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        run = _gathered if wants_graph() else MAX_UNPOOL2D_BACKWARD
-        return run(grad, *ctx.saved_tensors, *ctx.geometry), *(None,) * 5
+        run = _gather if wants_graph() else MAX_UNPOOL2D_BACKWARD
+        return run(grad, *ctx.saved_tensors, ctx.geometry), None, None, None
+
+
+# --- functions -------------------------------------------------------------------------------------------------------
 
 
 def max_unpool2d(
@@ -244,30 +248,55 @@ def max_unpool2d(
     padding: IntOrPair = 0,
     output_size: Sequence[int] | None = None,
 ) -> Tensor:
-    """torch.nn.functional.max_unpool2d: deterministic, layout kept, each output element written once.
+    """Max-unpooling as torch.nn.functional.max_unpool2d: deterministic, and each output element is written once.
 
-    input: (N, C, H, W) or (C, H, W), any float dtype; indices: int64, input's shape, from max_pool2d with
-    return_indices, whatever its windows, or any others inside the plane. output_size: 2 to 4 entries, the last two are
-    used; default (size - 1) * stride - 2 * padding + kernel_size. Where indices repeat, the last in row-major order
-    stays and, as in torch, each receives the gradient. Indices inside their own windows are gathered; if there is one
-    elsewhere, a second kernel writes each plane in order, which is slow. Works under
-    torch.use_deterministic_algorithms(True), on every backend.
+    Args:
+        input: the pooled map, of any floating-point dtype.
+        indices: int64, from max_pool2d with return_indices, or any others inside the planes.
+        kernel_size, stride, padding: those of the pooling. `stride` defaults to `kernel_size`.
+        output_size: 2 to 4 entries, of which the last two are used. Default: (size - 1) * stride - 2 * padding +
+            kernel_size.
 
-    Raises RuntimeError for indices of another shape or dtype and, on a CPU, for an index outside the plane (on a GPU a
-    device-side assertion), ValueError for an impossible output_size.
+    Shape:
+        - input, indices: (N, C, H, W) or (C, H, W).
+        - output: (N, C, *output_size) or (C, *output_size), in the input's dtype and memory format.
+
+    Raises:
+        RuntimeError: for indices of another shape or dtype and, on a CPU, for an index outside its plane. On a GPU that
+            is a device-side assertion, and nothing is written outside the plane.
+        ValueError: for an output_size that the geometry does not allow.
+
+    Note:
+        Works under torch.use_deterministic_algorithms(True) on every backend. If indices repeat, the last in row-major
+        order stays and, as in torch, each receives the gradient. An index outside its own pooling window makes a
+        second, slow kernel write each plane in order.
+
+    Example:
+        >>> import torch, fastseg.functional as FS
+        >>> pooled, indices = FS.max_pool2d(torch.arange(16.0).view(1, 1, 4, 4), 2, return_indices=True)
+        >>> FS.max_unpool2d(pooled, indices, 2)
+        tensor([[[[ 0.,  0.,  0.,  0.],
+                  [ 0.,  5.,  0.,  7.],
+                  [ 0.,  0.,  0.,  0.],
+                  [ 0., 13.,  0., 15.]]]])
+
+    Source:
+        torch.nn.functional.max_unpool2d.
     """
     name = "max_unpool2d"
     check_unpool(name, input, indices, "indices", torch.int64)
-    arguments = unpool_arguments(name, input, kernel_size, stride, padding, output_size)
-    backend = MAX_UNPOOL2D.choose(input, indices, *arguments).backend
-    if backend == "torch" and not torch.are_deterministic_algorithms_enabled():  # which torch's own refuses
-        *geometry, size = arguments
+    geometry = pool_geometry(name, kernel_size, stride, padding)
+    size = unpooled_size(name, input.shape[-2:], geometry, output_size)
+    backend = MAX_UNPOOL2D.choose(input, indices, geometry, size).backend
+    if backend == "torch" and not torch.are_deterministic_algorithms_enabled():  # torch's own refuses to run then
         try:
-            return F.max_unpool2d(input, indices, *geometry, output_size=size)
+            return F.max_unpool2d(
+                input, indices, geometry.kernel_size, geometry.stride, geometry.padding, output_size=size
+            )
         except RuntimeError:
-            refuse_strays(indices, *arguments)  # torch's own message does not say where
+            require_positions_inside(indices, geometry, size)  # torch's own message does not say where
             raise
-    return MaxUnpool2dFunction.apply(input, indices, *arguments)
+    return MaxUnpool2dFunction.apply(input, indices, geometry, size)
 
 
 def max_unpool2d_with_offsets(
@@ -278,29 +307,33 @@ def max_unpool2d_with_offsets(
     padding: IntOrPair = 0,
     output_size: Sequence[int] | None = None,
 ) -> Tensor:
-    """max_unpool2d from the uint8 offsets of max_pool2d_with_offsets (dilation 1), to exactly output_size.
+    """Max-unpooling from the uint8 offsets of max_pool2d_with_offsets.
 
-    Every other argument and error is max_unpool2d's; where windows overlap on one maximum, the last of them in
-    row-major order gives the value. Offsets of a dilated pool are for max_unpool2d, after offsets_to_indices. An
-    offset that points outside its window or the plane is an invalid position: RuntimeError on a CPU, a device-side
-    assertion on a GPU.
+    Args:
+        input: the pooled map, of any floating-point dtype.
+        offsets: uint8, of the input's shape, from a pool without dilation. Convert those of a dilated pool with
+            offsets_to_indices and use max_unpool2d.
+        kernel_size, stride, padding, output_size: as in max_unpool2d.
+
+    Returns:
+        The unpooled map, exactly of output_size. If overlapping windows share a maximum, the last window in row-major
+        order gives the value.
+
+    Raises:
+        RuntimeError, ValueError: as max_unpool2d. An offset outside its window or the plane is an invalid position:
+            RuntimeError on a CPU, a device-side assertion on a GPU.
+
+    Example:
+        >>> import torch, fastseg.functional as FS
+        >>> pooled, offsets = FS.max_pool2d_with_offsets(torch.tensor([[[[1.0, 2.0], [4.0, 3.0]]]]), 2)
+        >>> FS.max_unpool2d_with_offsets(pooled, offsets, 2)
+        tensor([[[[0., 0.],
+                  [4., 0.]]]])
     """
     name = "max_unpool2d_with_offsets"
     check_unpool(name, input, offsets, "offsets", torch.uint8)
-    arguments = unpool_arguments(name, input, kernel_size, stride, padding, output_size)
-    require_offsets(name, arguments[0])
-    MAX_UNPOOL2D.choose(input, offsets, *arguments)  # for explain: the operator itself asks when it runs
-    return MaxUnpool2dFunction.apply(input, offsets, *arguments)
-
-
-def unpool_arguments(
-    function: str, input: Tensor, kernel_size: IntOrPair, stride: IntOrPair | None, padding: IntOrPair,
-    output_size: Sequence[int] | None,
-) -> tuple[list[int], list[int], list[int], list[int]]:  # fmt: skip
-    kernel = pair(kernel_size, function, "kernel_size", 1)
-    stride_ = kernel if unset(stride) else pair(stride, function, "stride", 1)
-    padding_ = pair(padding, function, "padding", 0)
-    size = unpooled_size(function, input.shape[-2:], kernel, stride_, padding_, output_size)
-    if min(size) < 1:
-        raise RuntimeError(f"{function}: output_size must be positive, but is {tuple(size)}")
-    return kernel, stride_, padding_, size
+    geometry = pool_geometry(name, kernel_size, stride, padding)
+    size = unpooled_size(name, input.shape[-2:], geometry, output_size)
+    require_offsets(name, geometry)
+    MAX_UNPOOL2D.choose(input, offsets, geometry, size)  # only for `explain`: the operator chooses again when it runs
+    return MaxUnpool2dFunction.apply(input, offsets, geometry, size)

@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...pooling.geometry import PoolGeometry
 from ..launch import index_type, launch, vector_width
-from ..pooling.tiling import Windows
+from ..pooling.tiling import Tiling
 
 STEPS = 4  # groups of a thread that writes
 REDUCING_STEPS = 8  # at least, of a thread that reduces: its partial results are 8 or 12 bytes a channel
@@ -123,47 +124,51 @@ def _flat(channels_last: bool, *maps: Tensor) -> list[Tensor]:
     return list(maps) if channels_last else [x.flatten(2).unsqueeze(2) for x in maps]
 
 
-def _pixels(channels_last: bool) -> Windows:
+def _pixels(channels_last: bool) -> Tiling:
     """A window for each pixel."""
-    return Windows([1, 1], [1, 1], [0, 0], channels_last)
+    return Tiling(PoolGeometry([1, 1], [1, 1], [0, 0]), channels_last)
 
 
 class _Call:
     """What the kernels of batch_norm_pool.cu take in one call, besides their tensors."""
 
     def __init__(
-        self, x: Tensor, pooled: Tensor, windows: Windows, tensors: tuple[Tensor | None, ...], cells: bool,
+        self, x: Tensor, pooled: Tensor, tiling: Tiling, tensors: tuple[Tensor | None, ...], cells: bool,
         reducing: bool,
     ) -> None:  # fmt: skip
         given = [t for t in tensors if t is not None]
-        last, unrolled = windows.channels_last, windows.unrolled()
+        last, unrolled = tiling.channels_last, tiling.unrolled_kernel_size()
         self.across = 0
-        if not last and windows.kernel == windows.stride == [1, 1] and not any(windows.padding):
+        if (
+            not last
+            and tiling.geometry.kernel_size == tiling.geometry.stride == [1, 1]
+            and not any(tiling.geometry.padding)
+        ):
             self.across = 1
-        elif windows.rows(x, pooled, widths=(1, 2)) and unrolled[0] and given[-1].data_ptr() % 16 == 0:
+        elif tiling.has_whole_rows(x, pooled, widths=(1, 2)) and unrolled[0] and given[-1].data_ptr() % 16 == 0:
             self.across = 2
         vec = vector_width(x.shape[1] if last else pooled.shape[-1], *given) if last or self.across else 1
         map = pooled.shape[-2:]
         if cells:
-            sizes = zip(x.shape[-2:], pooled.shape[-2:], windows.stride, windows.padding, strict=True)
+            sizes = zip(x.shape[-2:], pooled.shape[-2:], tiling.geometry.stride, tiling.geometry.padding, strict=True)
             map = [max(-(-(size + padding) // stride), o) for size, o, stride, padding in sizes]
         parts = Parts(x, *map, last, vec, reducing)
         self.chunks, self.threads = parts.chunks, parts.threads
         self.parameters = (x.dtype, index_type(x), last, vec, self.across, *([] if cells else unrolled))
-        self.sizes = (*(map if cells else ()), *windows.numbers(x, pooled))
+        self.sizes = (*(map if cells else ()), *tiling.sizes(x, pooled))
         self.arguments = parts.arguments
 
 
-def write(x: Tensor, norm: Norm, y: Tensor, offsets: Tensor | None, windows: Windows) -> None:
-    call = _Call(x, y, windows, (y, offsets, x), cells=False, reducing=False)
+def write(x: Tensor, norm: Norm, y: Tensor, offsets: Tensor | None, tiling: Tiling) -> None:
+    call = _Call(x, y, tiling, (y, offsets, x), cells=False, reducing=False)
     launch(
         "batch_norm/batch_norm_pool", "bn_relu_max_pool2d_fwd", (*call.parameters, offsets is not None), call.threads,
         x, norm.folded(x), y, offsets, *call.arguments, np.bool_(norm.relu), *call.sizes,
     )  # fmt: skip
 
 
-def add_up(grad_y: Tensor, offsets: Tensor | None, x: Tensor, norm: Norm, sums: Tensor, windows: Windows) -> None:
-    call = _Call(x, grad_y, windows, (grad_y, offsets, x), cells=False, reducing=True)
+def add_up(grad_y: Tensor, offsets: Tensor | None, x: Tensor, norm: Norm, sums: Tensor, tiling: Tiling) -> None:
+    call = _Call(x, grad_y, tiling, (grad_y, offsets, x), cells=False, reducing=True)
     n, c, h, w = x.shape
     folded, partials = norm.folded(x), sums.new_empty((2, call.chunks, c))
     launch(
@@ -176,9 +181,9 @@ def add_up(grad_y: Tensor, offsets: Tensor | None, x: Tensor, norm: Norm, sums: 
 
 def write_gradient(
     grad_y: Tensor, offsets: Tensor | None, x: Tensor, norm: Norm, means: Tensor | None, grad_x: Tensor,
-    windows: Windows,
+    tiling: Tiling,
 ) -> None:  # fmt: skip
-    call = _Call(x, grad_y, windows, (grad_y, offsets, x, grad_x), cells=True, reducing=False)
+    call = _Call(x, grad_y, tiling, (grad_y, offsets, x, grad_x), cells=True, reducing=False)
     launch(
         "batch_norm/batch_norm_pool", "bn_relu_max_pool2d_bwd", (*call.parameters, offsets is not None), call.threads,
         grad_y, offsets, x, norm.folded(x), means, grad_x, *call.arguments, np.bool_(norm.relu), *call.sizes,

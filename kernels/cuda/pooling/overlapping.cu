@@ -45,10 +45,10 @@ __global__ void window_gather(
 }
 
 // Looks for positions outside their own windows or the plane, of which window_gather sees nothing: an offset is an
-// error, an index sets *foreign to 1. A thread looks at one position.
+// error, an index sets *out_of_window to 1. A thread looks at one position.
 template <typename Position, typename Index, bool CHANNELS_LAST>
-__global__ void report_strays(
-    const Position* positions, int* foreign, int64 groups, int runs, int height, int width, int pooled_height,
+__global__ void report_out_of_window(
+    const Position* positions, int* out_of_window, int64 groups, int runs, int height, int width, int pooled_height,
     int pooled_width, int kernel_h, int kernel_w, int stride_h, int stride_w, int padding_h, int padding_w) {
     int64 number = thread_number();
     if (number >= groups) return;
@@ -63,5 +63,5 @@ __global__ void report_strays(
     }
     int64 h = position / width, w = position % width;
     if (position < 0 || h >= height || h < top || h >= top + kernel_h || w < left || w >= left + kernel_w)
-        *foreign = 1;
+        *out_of_window = 1;
 }

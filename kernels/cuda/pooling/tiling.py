@@ -1,37 +1,44 @@
-"""Pooling windows as the CUDA C++ kernels take them: see windows.cuh."""
+"""How threads of the CUDA C++ kernels map to the images of a pooling: see tiling.cuh."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from torch import Tensor
 
-from ...pooling.geometry import Geometry
+from ...pooling.geometry import PoolGeometry
 from ..launch import vector_width
 
-UNROLLED = 16  # taps that are written out one by one; more run in a loop
+UNROLLED = 16  # at most so many window elements are unrolled; more run in a loop
 
 
-class Windows(Geometry):
-    """The windows of one call, and how its maps are divided into groups."""
+class Tiling(NamedTuple):
+    """The windows of one call and the layout of its tensors, and how its maps divide into groups."""
 
-    def rows(self, image: Tensor, pooled: Tensor, widths: tuple[int, ...]) -> bool:
-        """NCHW: whether the rows under windows this wide are whole runs of two pixels for each, and aligned."""
-        apart = self.stride[1] == 2 and self.kernel[1] in widths and not self.padding[1] and self.dilation[1] == 1
+    geometry: PoolGeometry
+    channels_last: bool
+
+    def has_whole_rows(self, image: Tensor, pooled: Tensor, widths: tuple[int, ...]) -> bool:
+        """NCHW: whether each window of a row, of one of these widths, owns two aligned pixels of the image's row."""
+        geometry = self.geometry
+        fits = geometry.stride[1] == 2 and geometry.kernel_size[1] in widths and not geometry.padding[1]
         runs = image.shape[-1] == 2 * pooled.shape[-1] and image.data_ptr() % 16 == 0
-        return apart and runs and not self.channels_last
+        return fits and geometry.dilation[1] == 1 and runs and not self.channels_last
 
-    def groups(self, map: Tensor, wide_rows: bool, *tensors: Tensor) -> tuple[int, int]:
-        """(VEC, groups of a row in NCHW or of a pixel in channels_last) of a map, which aligns in the other tensors.
+    def groups(self, map: Tensor, whole_rows: bool, *tensors: Tensor) -> tuple[int, int]:
+        """(VEC, groups of a row in NCHW or of a pixel in channels_last) of a map; groups align in the other tensors.
 
-        In NCHW a group is one element unless `wide_rows`.
+        In NCHW a group is one element unless `whole_rows`.
         """
         length = map.shape[1] if self.channels_last else map.shape[-1]
-        vec = vector_width(length, map, *tensors) if self.channels_last or wide_rows else 1
+        vec = vector_width(length, map, *tensors) if self.channels_last or whole_rows else 1
         return vec, length // vec
 
-    def unrolled(self) -> tuple[int, int]:
-        """The window's size as parameters of a template: 0 where there are too many taps to write out."""
-        return tuple(self.kernel) if self.kernel[0] * self.kernel[1] <= UNROLLED else (0, 0)
+    def unrolled_kernel_size(self) -> tuple[int, int]:
+        """The kernel size as template parameters: (0, 0) if it has too many elements to unroll."""
+        return tuple(self.geometry.kernel_size) if self.geometry.taps <= UNROLLED else (0, 0)
 
-    def numbers(self, image: Tensor, pooled: Tensor) -> tuple[int, ...]:
-        """What every kernel takes: sizes of the image and of the pooled map, kernel, stride and padding."""
-        return (*image.shape[-2:], *pooled.shape[-2:], *self.kernel, *self.stride, *self.padding)
+    def sizes(self, image: Tensor, pooled: Tensor) -> tuple[int, ...]:
+        """What every kernel takes: sizes of the image and of the pooled map, kernel size, stride and padding."""
+        kernel_size, stride, padding, _ = self.geometry
+        return (*image.shape[-2:], *pooled.shape[-2:], *kernel_size, *stride, *padding)

@@ -5,10 +5,10 @@
 // it; cells tile the image, so each element of y is written once: the window's value at its position, zero elsewhere.
 //
 // It is the gradient of max-pooling too, where x is the gradient of the pooled map. REPORT, for a position outside its
-// own window: an offset is an error, an index sets *foreign to 1. ROWS as in pool.cu, windows one or two wide.
+// own window: an offset is an error, an index sets *out_of_window to 1. ROWS as in pool.cu, windows one or two wide.
 template <typename T, typename Position, typename Index, bool CHANNELS_LAST, int VEC, bool ROWS, bool REPORT>
 __global__ void max_unpool2d_fwd(
-    const T* x, const Position* positions, T* y, int* foreign, int64 groups, int runs, int cells_down,
+    const T* x, const Position* positions, T* y, int* out_of_window, int64 groups, int runs, int cells_down,
     int cells_across, int height, int width, int pooled_height, int pooled_width, int kernel_h, int kernel_w,
     int stride_h, int stride_w, int padding_h, int padding_w) {
     static_assert(CHANNELS_LAST || ROWS || VEC == 1, "in NCHW only whole rows are written wide");
@@ -57,20 +57,20 @@ __global__ void max_unpool2d_fwd(
     for (int k = 0; k < VEC; ++k) {
         if (found[k]) continue;
         if (Kept<Position>::OFFSETS) fail("max_unpool2d_with_offsets: found an offset outside its window");
-        else *foreign = 1;
+        else *out_of_window = 1;
     }
 }
 
-// Unpooling from any valid indices, where *foreign is 1: a thread writes one plane, in order, so that of several
+// Unpooling from any valid indices, where *out_of_window is 1: a thread writes one plane, in order, so that of several
 // pooled elements with one index the last in row-major order stays, as in torch on a CPU.
 //
 // y holds zeros already, and values where an index lies in its own window; all are written again.
 template <typename T, bool CHANNELS_LAST>
-__global__ void max_unpool2d_foreign(
-    const T* x, const int64* indices, T* y, const int* foreign, int64 planes, int channels, int64 pixels,
+__global__ void max_unpool2d_scatter(
+    const T* x, const int64* indices, T* y, const int* out_of_window, int64 planes, int channels, int64 pixels,
     int64 pooled_pixels) {
     int64 plane = thread_number();
-    if (plane >= planes || *foreign == 0) return;
+    if (plane >= planes || *out_of_window == 0) return;
     int64 step = CHANNELS_LAST ? channels : 1;
     int64 image = plane / channels * channels;
     int64 from = CHANNELS_LAST ? image * pooled_pixels + plane % channels : plane * pooled_pixels;
