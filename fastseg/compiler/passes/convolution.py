@@ -8,8 +8,8 @@ import torch
 from torch.fx import Node
 
 from ... import dispatch, functional
-from ...ops.convolution import conv_transpose_operators
 from ...ops.arguments import as_pair
+from ...ops.convolution import conv_transpose_operators
 from .. import availability
 from ..graph import (
     CONV_TRANSPOSE,

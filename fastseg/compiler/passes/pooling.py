@@ -10,8 +10,8 @@ from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ... import functional
-from ...ops.pooling.geometry import unsupported_dtype
 from ...ops.pooling import positions
+from ...ops.pooling.geometry import unsupported_dtype
 from .. import availability
 from ..graph import Window, arguments_of, constant_window, example_value, function_name, pool_outputs
 from ..rewriter import Rewriter, Rule
