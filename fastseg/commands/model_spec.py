@@ -1,4 +1,4 @@
-"""What a command line names: a model and its arguments, and random inputs."""
+"""Models, arguments and random inputs that a command line specifies as text."""
 
 from __future__ import annotations
 
@@ -14,11 +14,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..verification.swapped_model import describe_error
+
 
 def load(spec: str) -> Any:
-    """The object that MODULE:NAME or FILE.py:NAME names; ValueError where there is none.
+    """Import the object that `spec` names.
 
-    The current directory, or the file's, is searched for modules first.
+    The current directory, or that of the file, is searched for modules first.
+
+    Args:
+        spec: MODULE:NAME or FILE.py:NAME.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the module cannot be imported, or has no such name.
+
+    Example::
+
+        >>> from fastseg.commands.model_spec import load
+        >>> load("torch.nn:MaxPool2d").__name__
+        'MaxPool2d'
     """
     where, _, name = spec.rpartition(":")
     if not where or not name:
@@ -29,11 +44,11 @@ def load(spec: str) -> Any:
     if folder not in sys.path:
         sys.path.insert(0, folder)
     try:
-        thing = _run(path) if is_file else importlib.import_module(where)
+        thing = _import_file(path) if is_file else importlib.import_module(where)
     except FileNotFoundError:
         raise
     except Exception as error:
-        raise ValueError(f"{where} cannot be imported: {said(error)}") from error
+        raise ValueError(f"{where} cannot be imported: {describe_error(error)}") from error
     for part in name.split("."):
         if not hasattr(thing, part):
             raise ValueError(f"{where} has no {name}")
@@ -41,39 +56,51 @@ def load(spec: str) -> Any:
     return thing
 
 
-def _run(path: Path) -> Any:
+def _import_file(path: Path) -> Any:
+    """Execute a file as the module of its stem."""
     found = importlib.util.spec_from_file_location(path.stem, path)
     module = sys.modules[path.stem] = importlib.util.module_from_spec(found)
     found.loader.exec_module(module)
     return module
 
 
-def said(error: Exception) -> str:
-    """An error in one line."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
 def arguments(given: Sequence[str]) -> tuple[list[Any], dict[str, Any]]:
-    """(by position, by name) of KEY=VALUE and VALUE, or of one JSON object or list. ValueError for bad JSON."""
+    """Parse the arguments of a function.
+
+    Args:
+        given: texts KEY=VALUE or VALUE, where a value is read as JSON or Python, otherwise as a string; or a single
+            JSON object or list.
+
+    Returns:
+        tuple: positional arguments and keyword arguments.
+
+    Raises:
+        ValueError: the text of a JSON object or list is not valid JSON.
+
+    Example::
+
+        >>> from fastseg.commands.model_spec import arguments
+        >>> arguments(["resnet18", "5", "scale=0.5"])
+        (['resnet18', 5], {'scale': 0.5})
+    """
     if len(given) == 1 and given[0].lstrip()[:1] in ("{", "["):
         try:
             read = json.loads(given[0])
         except json.JSONDecodeError as error:
-            raise ValueError(f"{given[0]!r} is no JSON: {error}") from error
+            raise ValueError(f"{given[0]!r} is not valid JSON: {error}") from error
         return ([], read) if isinstance(read, dict) else (read, {})
-    by_place, by_name = [], {}
+    positional, named = [], {}
     for text in given:
         key, equals, value = text.partition("=")
         if equals and key.isidentifier():
-            by_name[key] = _value(value)
+            named[key] = _value(value)
         else:
-            by_place.append(_value(text))
-    return by_place, by_name
+            positional.append(_value(text))
+    return positional, named
 
 
 def _value(text: str) -> Any:
-    """Read as JSON, else as Python, else the text itself."""
+    """`text` read as JSON, else as Python, else unchanged."""
     for read in (json.loads, ast.literal_eval):
         try:
             return read(text)
@@ -83,38 +110,71 @@ def _value(text: str) -> Any:
 
 
 def model(spec: str, given: Sequence[str] = ()) -> nn.Module:
-    """The torch.nn.Module that MODULE:NAME is, or makes from the arguments `given`. ValueError for anything else."""
+    """Return the module that `spec` names, or that it returns when called.
+
+    Args:
+        spec: MODULE:NAME or FILE.py:NAME of a torch.nn.Module, or of a class or function that makes one.
+        given: its arguments, see :func:`arguments`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the name is not found, raises, or does not make a module.
+
+    Example::
+
+        >>> from fastseg.commands.model_spec import model
+        >>> model("torch.nn:MaxPool2d", ["2"])
+        MaxPool2d(kernel_size=2, stride=2, padding=0, dilation=1, ceil_mode=False)
+    """
     made = load(spec)
     if isinstance(made, nn.Module):
         if given:
-            raise ValueError(f"{spec} is a model already and takes no arguments")
+            raise ValueError(f"{spec} is already a model and takes no arguments")
         return made
     if not callable(made):
-        raise ValueError(f"{spec} is of type {type(made).__name__}; it must be a torch.nn.Module or make one")
-    by_place, by_name = arguments(given)
+        raise ValueError(f"{spec} must be a torch.nn.Module or make one, but is a {type(made).__name__}")
+    positional, named = arguments(given)
     try:
-        made = made(*by_place, **by_name)
+        made = made(*positional, **named)
     except Exception as error:
-        raise ValueError(f"{spec} called with {' '.join(given) or 'no arguments'} raises {said(error)}") from error
+        call = f"called with {' '.join(given) or 'no arguments'}"
+        raise ValueError(f"{spec} {call} raises {describe_error(error)}") from error
     if not isinstance(made, nn.Module):
-        raise ValueError(f"{spec} gives a {type(made).__name__}; it must give a torch.nn.Module")
+        raise ValueError(f"{spec} must return a torch.nn.Module, but returns a {type(made).__name__}")
     return made
 
 
 def tensor(text: str, dtype: torch.dtype) -> tuple[str | None, Tensor]:
-    """(name, random tensor) of [NAME=]SHAPE[:DTYPE[:LIMIT]]; ValueError for anything else.
+    """Return a name and a random tensor.
 
-    Of `dtype` without a DTYPE. Floats are normally distributed; integers from 0 to LIMIT - 1, or 1 without a LIMIT.
+    Args:
+        text: [NAME=]SHAPE[:DTYPE[:LIMIT]], such as ``"1x3x64x64"`` or ``"labels=1x64x64:int64:19"``.
+        dtype: the dtype if `text` has none.
+
+    Returns:
+        tuple: NAME or None; and the tensor. Floats are normally distributed, integers uniformly from 0 to LIMIT - 1
+        (default LIMIT: 2).
+
+    Raises:
+        ValueError: `text` has another form.
+
+    Example::
+
+        >>> import torch
+        >>> from fastseg.commands.model_spec import tensor
+        >>> name, labels = tensor("labels=1x64x64:int64:19", torch.float32)
+        >>> name, labels.shape, labels.dtype
+        ('labels', torch.Size([1, 64, 64]), torch.int64)
     """
     name, equals, rest = text.rpartition("=")
-    shape, *kind = rest.split(":")
-    sizes, named = shape.split("x"), getattr(torch, kind[0], None) if kind else dtype
-    fine = isinstance(named, torch.dtype) and all(size.isdigit() for size in sizes) and len(kind) < 3
-    if fine and len(kind) == 2:
-        fine = kind[1].isdigit() and int(kind[1]) > 0 and not named.is_floating_point
-    if not fine or (equals and not name.isidentifier()):
+    shape, *options = rest.split(":")
+    sizes, found = shape.split("x"), getattr(torch, options[0], None) if options else dtype
+    valid = isinstance(found, torch.dtype) and all(size.isdigit() for size in sizes) and len(options) < 3
+    if valid and len(options) == 2:
+        valid = options[1].isdigit() and int(options[1]) > 0 and not found.is_floating_point
+    if not valid or (equals and not name.isidentifier()):
         raise ValueError(f"{text!r} must be [NAME=]SHAPE[:DTYPE[:LIMIT]], such as 1x3x64x64 or labels=1x64x64:int64:19")
     size = [int(n) for n in sizes]
-    if named.is_floating_point:
-        return name or None, torch.randn(size).to(named)
-    return name or None, torch.randint(int(kind[1]) if len(kind) == 2 else 2, size).to(named)
+    if found.is_floating_point:
+        return name or None, torch.randn(size).to(found)
+    return name or None, torch.randint(int(options[1]) if len(options) == 2 else 2, size).to(found)

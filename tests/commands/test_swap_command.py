@@ -1,4 +1,4 @@
-"""`fastseg swap`: what it is given, what it finds, and that it finds what is wrong."""
+"""`fastseg swap`: its inputs, its results, and that it finds differences."""
 
 import json
 
@@ -8,7 +8,7 @@ from torch import nn
 
 from fastseg import nn as fused
 from fastseg.commands import cli, model_spec
-from fastseg.commands import swap as tryout
+from fastseg.verification import swapped_model
 
 MODEL = '''
 import random
@@ -40,7 +40,7 @@ class Nothing(nn.Module):
         return "no tensor"
 
 class Single(nn.Module):
-    """Of float32 alone, whatever it is given."""
+    """Runs in float32 only."""
     def __init__(self):
         super().__init__()
         self.pool = nn.MaxPool2d(2)
@@ -49,7 +49,7 @@ class Single(nn.Module):
         return self.pool(x)
 
 class Odd(nn.Module):
-    """What a forward does besides."""
+    """A pool whose forward has a side effect or an oddity."""
     def __init__(self, does):
         super().__init__()
         self.does, self.calls = does, 0
@@ -79,7 +79,7 @@ net = Net(3)
 
 @pytest.fixture
 def run(tmp_path, capsys):
-    """run("file.py name", arguments...): exit code, standard output, standard error."""
+    """run(NAME, arguments...) runs `fastseg swap` on MODEL's NAME; returns exit code, stdout and stderr."""
     path = tmp_path / "mine.py"
     path.write_text(MODEL)
 
@@ -111,7 +111,7 @@ def test_a_model_is_swapped_checked_and_timed(run):
     assert "FAILED" not in out
 
 
-def test_json(run):
+def test_the_result_as_json(run):
     code, out, _ = run("Net", "--args", '{"classes": 5}', "--input", "1x3x8x12", "--seconds", "0.01", "--json")
     result = json.loads(out)
     assert code == 0 and result["passed"] and result["failures"] == []
@@ -133,7 +133,7 @@ def test_json_has_no_infinity(run, monkeypatch):
 
 
 @INTERPRETED
-def test_the_kernels_are_checked_where_they_are_asked_for(run):
+def test_the_kernels_are_checked_if_the_backend_is_triton(run):
     code, out, _ = run("Net", "--args", "5", "drop=0.5", "--input", "1x3x8x12", "--backend", "triton", "--json")
     result = json.loads(out)
     assert code == 0, result["failures"]
@@ -153,7 +153,7 @@ def test_a_loss_is_swapped_with_the_model(run):
     assert run("Net", "--args", "5", *QUICK, *target)[0] == 0
 
 
-def test_inputs_by_name(run):
+def test_inputs_are_passed_by_name(run):
     named = ("--input", "image=2x3x8x12", "--input", "labels=2x8x12:int64:5", "--input", "scale=1")
     code, out, _ = run("Net", "--args", "5", *named, "--no-time", "--json")
     checked = json.loads(out)["checked"]["training"]
@@ -161,44 +161,44 @@ def test_inputs_by_name(run):
     assert {"input image", "input scale"} <= {c["tensor"] for c in checked["gradients"]}
 
 
-def test_only_what_was_asked_for(run):
+def test_the_swap_and_the_mode_can_be_limited(run):
     code, out, _ = run(
         "net", *QUICK, "--eval", "--ops", "max_pool2d", "--channels-last", "--dtype", "float64", "--json"
     )
     result = json.loads(out)
-    assert code == 0 and list(result["checked"]) == ["evaluation"] and result["not_timed"] == "not asked for"
+    assert code == 0 and list(result["checked"]) == ["evaluation"] and result["not_timed"] == "not requested"
     assert {layer["op"]: layer["swapped"] for layer in result["swap"]["layers"]} == {
         "batch_norm_relu": False, "max_pool2d": True, "conv_transpose2d": False,
     }  # fmt: skip
 
 
-def test_a_seed_gives_the_same_run(run):
+def test_the_same_seed_gives_the_same_results(run):
     def errors(*seed):
         return json.loads(run("Net", "--args", "5", *QUICK, "--json", *seed)[1])["checked"]
 
     assert errors("--seed", "1") == errors("--seed", "1") != errors("--seed", "2")
 
 
-def test_without_float64_plain_torch_is_the_measure(run):
+def test_a_model_that_fails_in_float64_is_compared_with_plain_torch(run):
     code, out, _ = run("Single", "--input", "1x3x8x12", "--no-time", "--json")
     checked = json.loads(out)["checked"]["training"]
     assert code == 0 and checked["against"] == "plain torch" and "float64" in checked["reason"]
-    assert "in float64 the model fails" in run("Single", "--input", "1x3x8x12", "--no-time")[1]
+    assert "the model fails in float64" in run("Single", "--input", "1x3x8x12", "--no-time")[1]
 
 
 @pytest.mark.parametrize("does", ["writes", "counts"])
-def test_a_forward_with_effects(run, does):
+def test_a_forward_with_side_effects_is_compared(run, does):
     code, out, _ = run("Odd", "--args", does, "--input", "1x2x4x4", "--no-time", "--json")
     assert code == 0 and json.loads(out)["checked"]["training"]["against"] == "float64"
 
 
-def test_what_a_model_prints_is_not_in_the_json(run):
+def test_output_of_the_model_is_not_mixed_with_the_json(run):
     code, out, err = run("Odd", "--args", "prints", "--input", "1x2x4x4", "--seconds", "0.01", "--json")
     assert code == 0 and json.loads(out)["passed"] and "here" in err
     assert "here" in run("Odd", "--args", "prints", "--input", "1x2x4x4", "--no-time")[1]
 
 
-def test_a_model_that_runs_in_one_mode_alone(run):
+def test_a_model_that_runs_in_one_mode_only(run):
     given = ("Odd", "--args", "trains only", "--input", "1x2x4x4", "--no-time")
     assert run(*given, "--train")[0] == 0
     code, out, err = run(*given)
@@ -206,15 +206,17 @@ def test_a_model_that_runs_in_one_mode_alone(run):
     assert run("Net", "--args", "5", "--input", "1x3x2x2", "--no-time", "--eval", "--ops", "max_pool2d")[0] == 0
 
 
-def test_a_model_without_a_layer_to_swap(run):
+def test_a_model_without_a_layer_to_swap_is_reported(run):
     code, out, _ = run("Single", *QUICK, "--ops", "cross_entropy, max_unpool2d")
     assert code == 0 and "0 of 1 layers swapped" in out and "fastseg.swap_functions" in out
 
 
-# --- what is wrong ---------------------------------------------------------------------------------------------------
+# --- differences -----------------------------------------------------------------------------------------------------
 
 
 def broken(how):
+    """A forward of ConvTranspose2d with a changed output."""
+
     def forward(self, input, output_size=None):
         return how(self, nn.ConvTranspose2d.forward(self, input, output_size))
 
@@ -222,7 +224,7 @@ def broken(how):
 
 
 class Scaled(torch.autograd.Function):
-    """The same values, another gradient."""
+    """Returns its input, with a wrong gradient."""
 
     @staticmethod
     def forward(ctx, x):
@@ -238,7 +240,7 @@ def raises(self, y):
 
 
 @pytest.mark.parametrize(
-    "how, said",
+    "how, message",
     [
         (lambda self, y: y * 1.001, "logits (outputs) is off"),
         (lambda self, y: Scaled.apply(y), "(gradients) is off"),
@@ -246,28 +248,28 @@ def raises(self, y):
         (raises, "the swapped model fails: RuntimeError: out of everything"),
     ],
 )
-def test_what_differs_is_found(run, monkeypatch, how, said):
+def test_a_difference_is_found(run, monkeypatch, how, message):
     monkeypatch.setattr(fused.ConvTranspose2d, "forward", broken(how))
     code, out, _ = run("Net", "--args", "5", "--input", "1x3x8x12")
-    assert code == 1 and "FAILED" in out and said in out
-    assert "what differs has no time" in out
+    assert code == 1 and "FAILED" in out and message in out
+    assert "not timed: results differ" in out
 
 
-def test_what_differs_is_found_without_float64(run, monkeypatch):
+def test_a_difference_is_found_without_float64(run, monkeypatch):
     monkeypatch.setattr(fused.MaxPool2d, "forward", lambda self, x: nn.MaxPool2d.forward(self, x) * 1.01)
     code, out, _ = run("Single", *QUICK)
     assert code == 1 and "output (outputs) is off" in out
 
 
-def test_what_differs_from_a_model_that_is_something_else_in_float64_is_found(run, monkeypatch):
+def test_a_difference_is_found_in_a_model_that_computes_something_else_in_float64(run, monkeypatch):
     monkeypatch.setattr(fused.MaxPool2d, "forward", lambda self, x: nn.MaxPool2d.forward(self, x) * 1.01)
     code, out, _ = run("Odd", "--args", "a bit of something else in float64", "--input", "1x2x4x4", "--no-time")
     assert code == 1 and "output (outputs) is off" in out and "computes something else" in out
 
 
-def test_a_model_that_gives_something_else_each_time(run):
+def test_a_model_with_different_results_each_time_is_bad_input(run):
     code, out, err = run("Odd", "--args", "draws", "--input", "1x2x4x4", "--no-time")
-    assert (code, out) == (2, "") and "gives something else each time" in err
+    assert (code, out) == (2, "") and "gives different results each time" in err
 
 
 def test_an_undo_that_fails_is_found(run, monkeypatch):
@@ -275,52 +277,52 @@ def test_an_undo_that_fails_is_found(run, monkeypatch):
 
     monkeypatch.setattr(report, "exchange", lambda *arguments: None)
     code, out, _ = run("Net", "--args", "5", *QUICK)
-    assert code == 1 and "undo does not give the model as it was" in out
+    assert code == 1 and "undo does not restore the model" in out
 
 
 @pytest.mark.parametrize(
-    "name, arguments, said",
+    "name, arguments, message",
     [
         ("Missing", QUICK, "has no Missing"),
-        ("number", QUICK, "gives a int; it must give a torch.nn.Module"),
+        ("number", QUICK, "must return a torch.nn.Module, but returns a int"),
         ("MODEL", QUICK, "has no MODEL"),
         ("Net", QUICK, "called with no arguments raises TypeError"),
         ("Net", ("--args", "5", "colour=red", *QUICK), "unexpected keyword argument 'colour'"),
-        ("Net", ("--args", "{classes: 5}", *QUICK), "is no JSON"),
+        ("Net", ("--args", "{classes: 5}", *QUICK), "is not valid JSON"),
         ("net", ("--args", "5", *QUICK), "takes no arguments"),
         ("Net", ("--args", "5", "--input", "3by8"), "'3by8' must be [NAME=]SHAPE"),
         ("Net", ("--args", "5", "--input", "1x3x8x8:float17"), "must be [NAME=]SHAPE"),
         ("Net", ("--args", "5", "--input", "1x3x8x8:int64:0"), "must be [NAME=]SHAPE"),
         ("Net", ("--args", "5", "--input", "1x4x8x8"), "fails on these inputs in training: RuntimeError"),
-        ("Nothing", QUICK, "gives a str without tensors"),
-        ("Net", ("--args", "5", *QUICK, "--target", "1x8x8:int64"), "--target is for --loss"),
+        ("Nothing", QUICK, "returns a str without tensors"),
+        ("Net", ("--args", "5", *QUICK, "--target", "1x8x8:int64"), "--target needs --loss"),
         ("Net", ("--args", "5", *QUICK, "--loss", "torch.nn:Missing"), "torch.nn has no Missing"),
-        ("Net", ("--args", "5", *QUICK, "--loss", "torch.nn:CTCLoss"), "the model, not swapped, fails"),
+        ("Net", ("--args", "5", *QUICK, "--loss", "torch.nn:CTCLoss"), "the model without fastseg fails"),
         ("Net", ("--args", "5", *QUICK, "--ops", "max_pool3d"), "ops has 'max_pool3d'"),
         ("Net", ("--args", "5", *QUICK, "--seconds", "0"), "--seconds must be above 0"),
-        ("Net", ("--args", "5", *QUICK, "--device", "abacus"), "--device must be"),
+        ("Net", ("--args", "5", *QUICK, "--device", "abacus"), "device must be"),
     ],
 )
-def test_bad_input_is_one_sentence(run, name, arguments, said):
+def test_bad_input_is_reported_in_one_line(run, name, arguments, message):
     code, out, err = run(name, *arguments)
-    assert code == 2 and out == "" and said in err and len(err.splitlines()) == 1, err
+    assert code == 2 and out == "" and message in err and len(err.splitlines()) == 1, err
 
 
 @pytest.mark.parametrize(
-    "spec, said",
+    "spec, message",
     [
         ("segnet", "must be MODULE:NAME"),
         ("no_such_module_here:Net", "no_such_module_here cannot be imported: ModuleNotFoundError"),
         ("nowhere/mine.py:Net", "No such file or directory"),
-        ("torch:pi", "it must be a torch.nn.Module or make one"),
+        ("torch:pi", "must be a torch.nn.Module or make one, but is a float"),
     ],
 )
-def test_a_model_that_is_not_there(spec, said, capsys):
+def test_a_model_that_is_not_found_is_reported(spec, message, capsys):
     assert cli.main(["swap", spec, *QUICK]) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
-def test_a_module_of_the_current_directory(tmp_path, monkeypatch, capsys):
+def test_a_module_in_the_current_directory_is_found(tmp_path, monkeypatch, capsys):
     (tmp_path / "local_model_of_a_test.py").write_text(MODEL)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", [p for p in __import__("sys").path if p])
@@ -329,13 +331,13 @@ def test_a_module_of_the_current_directory(tmp_path, monkeypatch, capsys):
 
 def test_arguments_are_read_as_json_python_and_text():
     given = ["5", "true", "True", "None", "(1, 2)", "resnet18", "a=1.5", "b=[1, 2]", "c=x=y", "d='5'", "1=2"]
-    by_place, by_name = model_spec.arguments(given)
-    assert by_place == [5, True, True, None, (1, 2), "resnet18", "1=2"]
-    assert by_name == {"a": 1.5, "b": [1, 2], "c": "x=y", "d": "5"}
+    positional, named = model_spec.arguments(given)
+    assert positional == [5, True, True, None, (1, 2), "resnet18", "1=2"]
+    assert named == {"a": 1.5, "b": [1, 2], "c": "x=y", "d": "5"}
     assert model_spec.arguments(["[1, 2]"]) == ([1, 2], {})
 
 
-def test_inputs_are_what_they_say():
+def test_inputs_have_the_shape_dtype_and_limit_of_their_specification():
     name, x = model_spec.tensor("ids=4x5:int32:7", torch.float32)
     assert name == "ids" and x.shape == (4, 5) and x.dtype == torch.int32 and 2 < x.max() < 7 and x.min() >= 0
     name, x = model_spec.tensor("2x3", torch.bfloat16)
@@ -343,13 +345,13 @@ def test_inputs_are_what_they_say():
     assert model_spec.tensor("64:bool", torch.float32)[1].unique().tolist() == [False, True]
 
 
-def test_something_else_in_float64_is_noticed():
+def test_a_model_that_computes_something_else_in_float64_is_compared_with_plain_torch():
     class Other(nn.Module):
         def forward(self, x):
             return x if x.dtype == torch.float32 else -x
 
-    trial, other = tryout.Trial(Other(), [torch.randn(2, 3)], {}, 0), Other()
-    own = trial.outcome(other)
-    done = tryout.check(trial, other, own, own)
-    assert done.without_truth == "in float64 the model computes something else"
-    assert all(c.passed for comparisons in done.compared.values() for c in comparisons)
+    trial = swapped_model.Trial(Other(), [torch.randn(2, 3)], {}, 0)
+    outcome = trial.plain_outcome()
+    check = swapped_model.check_outcome(trial, outcome, outcome)
+    assert check.without_truth == "the model computes something else in float64"
+    assert all(c.passed for comparisons in check.compared.values() for c in comparisons)
