@@ -6,89 +6,91 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.table import Table
+from rich.text import Text
 
-from ..bench import models, networks, providers, regressions, report, results
-from ..bench.operators import Bench
-from ..bench.shapes import sites, sizes
+from ..bench import networks, regressions, report, results
+from ..bench.run import PARTS, BenchOptions, measure_all
 from ..verification import cases
 from . import terminal
+from .options import add_json
 
-__all__ = ["configure", "main", "sizes"]
-
-PARTS = ("operators", "overhead", "models")
-QUICK_SECONDS = 0.02
 CPU_NOTE = (
-    "Times of the kernels need a GPU: not measured here. Above, one thread of a CPU: there fastseg takes torch's own "
-    "functions; the offsets go through the torch reference."
+    "Times of the kernels need a GPU: not measured here. Above, one thread of a CPU, where fastseg falls back to "
+    "PyTorch; the offsets go through the torch reference."
 )
 
 
-def _run_options(parser: argparse.ArgumentParser, again: bool) -> None:
-    """The options of `run`. again: for the subcommand, whose defaults must not undo what stands before it."""
+def _add_run_options(parser: argparse.ArgumentParser, subcommand: bool) -> None:
+    """Add the options of `run`. Those of the subcommand have no defaults, which would override options before it."""
 
     def add(*names: str, default: Any = None, **options: Any) -> None:
-        parser.add_argument(*names, default=argparse.SUPPRESS if again else default, **options)
+        parser.add_argument(*names, default=argparse.SUPPRESS if subcommand else default, **options)
 
-    add("--op", action="append", help="only operators whose name begins so (may be repeated)")
+    add("--op", action="append", help="only operators whose name starts with this (may be repeated)")
     names = [network.name for network in networks.NETWORKS]
     add("--network", action="append", choices=names, help="only this network (may be repeated)")
     add("--part", action="append", choices=PARTS, help="only this part (default: all on a GPU, operators on a CPU)")
     add("--dtype", choices=list(cases.DTYPES), help="default: bfloat16 on a GPU, float32 on a CPU")
     add("--layout", choices=list(cases.LAYOUTS), default="channels_last")
-    add("--quick", action="store_true", default=False, help="few small cases; on a CPU always so")
+    add("--quick", action="store_true", default=False, help="few small cases; always so on a CPU")
     add(
         "--compile", action=argparse.BooleanOptionalAction, help="torch.compile too (default: on a GPU, unless --quick)"
     )
-    add("--seconds", type=float, default=float("inf"), help="begin nothing new after this many seconds")
+    add("--seconds", type=float, default=float("inf"), help="start no further case after this many seconds")
     add("--out", type=Path, metavar="FILE",
-        help="append the results here (default: benchmarks/results/<gpu>-<date>.jsonl; on a CPU nowhere)")  # fmt: skip
-    add("--json", action="store_true", default=False, help="one JSON object on standard output")
+        help="append the results here (default: benchmarks/results/<gpu>-<date>.jsonl; none on a CPU)")  # fmt: skip
+    add("--json", action="store_true", default=False, help="print one JSON object on standard output")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `fastseg bench` and its actions."""
     parser.description = (
         "Time each operator and whole networks beside torch's own, torch.compile's and other libraries'. Each is "
-        "checked first; what is wrong, unable or out of memory is shown so. A GPU is needed for times of the kernels; "
-        "without one, what is timed is the path that fastseg takes on a CPU, which is torch."
+        "checked first; a wrong result, an unsupported case and lack of memory are shown in place of a time. Times of "
+        "the kernels need a GPU; without one, the timed path is the one that fastseg takes on a CPU, which is torch."
     )
     parser.epilog = (
         "examples:\n  fastseg bench\n  fastseg bench --part operators --op max_unpool2d --dtype float32 --layout nchw\n"
         "  fastseg bench report benchmarks/results/*.jsonl --out report\n"
         "  fastseg bench compare old.jsonl new.jsonl --fail-above 5%"
     )
-    _run_options(parser, again=False)
+    _add_run_options(parser, subcommand=False)
     actions = parser.add_subparsers(dest="action", metavar="ACTION")
-    run = actions.add_parser("run", help="measure (what happens without an ACTION)")
-    _run_options(run, again=True)
+    run = actions.add_parser("run", help="measure (the default ACTION)")
+    _add_run_options(run, subcommand=True)
     tables = actions.add_parser("report", help="markdown tables and plots from result files")
     tables.add_argument("files", nargs="+", type=Path, metavar="FILE")
     tables.add_argument("--out", type=Path, default=Path("report"), metavar="DIR", help="default: report")
-    two = actions.add_parser("compare", help="exit code 1 where fastseg became slower, larger or wrong")
-    two.add_argument("old", type=Path, metavar="OLD")
-    two.add_argument("new", type=Path, metavar="NEW")
-    two.add_argument("--fail-above", default="5%", metavar="SHARE", help="default: 5%%")
-    for action in (tables, two):
-        action.add_argument("--json", action="store_true", help="one JSON object on standard output")
-    for action in (run, tables, two):
+    compare = actions.add_parser("compare", help="exit code 1 if fastseg became slower, larger or wrong")
+    compare.add_argument("old", type=Path, metavar="OLD")
+    compare.add_argument("new", type=Path, metavar="NEW")
+    compare.add_argument("--fail-above", default="5%", metavar="SHARE", help="default: 5%%")
+    for action in (tables, compare):
+        add_json(action)
+    for action in (run, tables, compare):
         action.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback")
 
 
 def main(args: argparse.Namespace) -> int:
+    """Run `fastseg bench`. Returns 0, or 1 for a wrong result or a regression."""
     return {"report": _report, "compare": _compare}.get(args.action, _run)(args)
 
 
 def _report(args: argparse.Namespace) -> int:
+    """Write tables and plots."""
     written = report.write(results.read(args.files), args.out)
     print(json.dumps({"files": list(map(str, written))}) if args.json else "wrote " + ", ".join(map(str, written)))
     return 0
 
 
 def _compare(args: argparse.Namespace) -> int:
+    """Print the changes between two result files. Returns 1 for a regression."""
     limit = regressions.fraction(args.fail_above)
     changes = regressions.find_changes(results.read([args.old]), results.read([args.new]), limit)
     failed = [change for change in changes if change.failed]
@@ -106,15 +108,16 @@ def _compare(args: argparse.Namespace) -> int:
 # --- run -------------------------------------------------------------------------------------------------------------
 
 
-def _progress(began: float) -> Any:
-    said = set()
+def _progress(began: float) -> Callable[[results.Record], None]:
+    """A function that prints a line on stderr for each time, and for each problem."""
+    shown = set()
 
     def show(record: results.Record) -> None:
-        news = record["metric"] == "status" and record["note"] != "right"
-        if news and record["note"].startswith("unable"):  # once for each provider
-            news = (record["provider"], record["note"]) not in said
-            said.add((record["provider"], record["note"]))
-        if record["metric"] in ("ms", "us") or news:
+        problem = record["metric"] == "status" and record["note"] != "right"
+        if problem and record["note"].startswith("unable"):  # once per provider
+            problem = (record["provider"], record["note"]) not in shown
+            shown.add((record["provider"], record["note"]))
+        if record["metric"] in ("ms", "us") or problem:
             names = ("where", "operator", "shape", "provider", "mode", "launch")
             value = record["note"] if record["p50"] is None or record["note"] else f"{record['p50']:.4g}"
             unit = "" if record["metric"] == "status" else record["metric"]
@@ -124,46 +127,30 @@ def _progress(began: float) -> Any:
     return show
 
 
-def measure_all(args: argparse.Namespace, device: str, recorder: results.Recorder) -> None:
-    """Run the asked parts into the recorder."""
-    began = time.monotonic()
-    small = args.quick or device == "cpu"
-    dtype = args.dtype or ("bfloat16" if device == "cuda" else "float32")
-    compile = args.compile if args.compile is not None else device == "cuda" and not small
-    parts: Sequence[str] = args.part or (PARTS if device == "cuda" else ("operators",))
-    who, deadline = providers.providers(compile), began + args.seconds
-    quick = {"seconds": QUICK_SECONDS} if small else {}
-    bench = Bench(recorder, device, dtype, args.layout, deadline, **quick)
-    if "operators" in parts:
-        bench.ceilings()
-        bench.sites(sites(small), args.op, who)
-    if "overhead" in parts:
-        bench.overhead(args.op, who)
-    if "models" in parts:
-        whole = models.ModelBench(recorder, device, dtype, args.layout, deadline, small, **quick)
-        whole.run([n for n in networks.NETWORKS if not args.network or n.name in args.network], compile)
-
-
 def _run(args: argparse.Namespace) -> int:
+    """Measure. Returns 1 if a result of fastseg is wrong."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.backends.cudnn.benchmark = True
     if device == "cpu":
-        torch.set_num_threads(1)  # where other processes hold a core, threads wait for each other
+        torch.set_num_threads(1)  # if other processes use a core, threads wait for each other
     facts = results.machine()
     path = args.out or (results.default_path(facts) if device == "cuda" else None)
     recorder = results.Recorder(path, facts, _progress(time.monotonic()))
-    measure_all(args, device, recorder)
+    options = BenchOptions(
+        args.part, args.op, args.network, args.dtype, args.layout, args.quick, args.compile, args.seconds
+    )
+    measure_all(options, device, recorder)
     measured = [r for r in recorder.records if r["part"] != "ceilings"]
     if not measured:
-        raise ValueError(f"no operator's name begins with {' or '.join(args.op or [])}")
+        raise ValueError(f"no operator's name starts with {' or '.join(args.op or [])}")
     wrong = [r for r in measured if r["provider"].startswith("fastseg") and r["note"].startswith("wrong")]
     if args.json:
         print(json.dumps({"device": facts["gpu"] or "CPU", "machine": facts, "rows": recorder.records}))
         return 1 if wrong else 0
     console = terminal.console()
     for part in PARTS:
-        for found in _tables(recorder.records, part, facts):
-            console.print(found)
+        for table in _tables(recorder.records, part, facts):
+            console.print(table)
     for r in wrong:
         console.print(
             f"WRONG RESULT {r['where']} {r['operator']} {r['shape']}: {r['provider']}: {r['note']}", markup=False
@@ -175,27 +162,25 @@ def _run(args: argparse.Namespace) -> int:
     return 1 if wrong else 0
 
 
-def _tables(records: list[results.Record], part: str, facts: results.Record) -> list[Any]:
-    from rich.table import Table
-    from rich.text import Text
-
+def _tables(records: list[results.Record], part: str, facts: results.Record) -> list[Table]:
+    """The table of a part, in a list that is empty if nothing was measured."""
     found = report.Results(records, part)
     unit = "us" if part == "overhead" else "ms"
     if not found.cases:
         return []
     unable = {who for who in found.providers if not any(key[1:] == (who, unit) for key in found.values)}
     shown = [who for who in found.providers if who not in unable]
-    made = Table(title=f"{part}: {unit}, median (20 % to 80 %), {facts['gpu'] or 'CPU'}, {found.cases[0][5]}, "
-                 f"{found.cases[0][6]}", caption=_caption(records, part, unable))  # fmt: skip
+    table = Table(title=f"{part}: {unit}, median (20 % to 80 %), {facts['gpu'] or 'CPU'}, {found.cases[0][5]}, "
+                  f"{found.cases[0][6]}", caption=_caption(records, part, unable))  # fmt: skip
     for column in ("where", "operator", "size", "mode", ""):
-        made.add_column(column)
+        table.add_column(column)
     for column in (*shown, "torch / fastseg"):
-        made.add_column(column, justify="right")
+        table.add_column(column, justify="right")
     for case in found.cases:
         ratio = found.speed_up(case) if unit == "ms" else None
         cells = [found.cell(case, who, unit) for who in shown] + ["" if ratio is None else f"{ratio:.2f}"]
-        made.add_row(*map(Text, [*case[:4], "" if case[4] == "eager" else case[4], *cells]))
-    return [made]
+        table.add_row(*map(Text, [*case[:4], "" if case[4] == "eager" else case[4], *cells]))
+    return [table]
 
 
 def _caption(records: list[results.Record], part: str, unable: set[str]) -> str:

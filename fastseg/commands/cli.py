@@ -1,4 +1,4 @@
-"""The `fastseg` command: one subcommand a module, errors as one sentence, exit code 2 for bad input."""
+"""The `fastseg` command. Each subcommand is a module; errors are printed in one line; exit code 2 means bad input."""
 
 from __future__ import annotations
 
@@ -7,19 +7,21 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-COMMANDS = {  # name: (module with configure(parser) and main(args) -> exit code, one line of help)
-    "doctor": ("doctor", "versions, the GPU, and which backend would run and why"),
-    "verify": ("verify", "check every operator against torch in float64"),
-    "demo": ("demo", "swap fused layers into a plain SegNet, train it, check it against torch"),
-    "train": ("train", "train a network on a folder of pictures and masks"),
-    "segment": ("segment", "label the pixels of a picture with a trained checkpoint"),
-    "swap": ("swap", "swap into a model of yours, check and time it"),
-    "inspect": ("inspect", "bytes moved and compiled code, without a GPU"),
-    "bench": ("bench", "time the operators beside torch's"),
+COMMANDS = {
+    "doctor": "versions, the GPU, and the backend that calls would take and why",
+    "verify": "check every operator against torch in float64",
+    "demo": "swap fused layers into a plain SegNet, train it, check it against torch",
+    "train": "train a network on a folder of images and masks",
+    "segment": "predict the classes of an image's pixels with a trained checkpoint",
+    "swap": "swap fused layers into a model of yours, check it and time it",
+    "inspect": "bytes moved and compiled code, without a GPU",
+    "bench": "time the operators beside torch's",
 }
+"""The help of each subcommand. Its module has configure(parser), and main(args) that returns the exit code."""
 
 
 def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     top = argparse.ArgumentParser(
         prog="fastseg",
         description="Fused Triton kernels for image segmentation in PyTorch.",
@@ -28,15 +30,22 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="store_true", help="print the version and exit")
     commands = top.add_subparsers(dest="command", metavar="COMMAND")
-    for name, (module, text) in COMMANDS.items():
+    for name, text in COMMANDS.items():
         command = commands.add_parser(name, help=text, formatter_class=argparse.RawDescriptionHelpFormatter)
-        importlib.import_module(f"fastseg.commands.{module}").configure(command)
+        importlib.import_module(f"fastseg.commands.{name}").configure(command)
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return top
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns its exit code: 0 fine, 1 a check failed, 2 bad input, 130 interrupted."""
+    """Run the command line.
+
+    Args:
+        arguments: the words after `fastseg`. Default: those of the process.
+
+    Returns:
+        int: the exit code: 0 for success, 1 if a check failed or for a bug, 2 for bad input, 130 after Ctrl-C.
+    """
     top = parser()
     args = top.parse_args(arguments)
     if args.version:
@@ -48,15 +57,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         top.print_help()
         return 2
     try:
-        return importlib.import_module(f"fastseg.commands.{COMMANDS[args.command][0]}").main(args)
+        return importlib.import_module(f"fastseg.commands.{args.command}").main(args)
     except Exception as error:
         if args.debug:
             raise
         expected = isinstance(error, (OSError, ValueError, RuntimeError, ImportError))
-        said = str(error) if expected else f"{type(error).__name__}: {error} (a bug; --debug shows where)"
+        message = str(error) if expected else f"{type(error).__name__}: {error} (a bug; --debug shows the traceback)"
         if isinstance(error, OSError) and error.filename is not None:
-            said = f"{error.filename}: {error.strerror}"
-        print(f"fastseg {args.command}: error: {said}", file=sys.stderr)
+            message = f"{error.filename}: {error.strerror}"
+        print(f"fastseg {args.command}: error: {message}", file=sys.stderr)
         return 2 if expected else 1
     except KeyboardInterrupt:
         if args.debug:

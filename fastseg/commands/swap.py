@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from rich.table import Table
 from torch import Tensor, nn
 
 from .. import dispatch
@@ -177,10 +178,8 @@ def print_result(check: SwapCheck, result: dict[str, Any]) -> None:
         console.print(f"timed on {result['device']}, where fastseg falls back to PyTorch: the kernels need a GPU")
 
 
-def error_table(check: SwapCheck, title: str) -> Any:
+def error_table(check: SwapCheck, title: str) -> Table:
     """A table with the largest error of the outputs, gradients and buffers in each mode."""
-    from rich.table import Table
-
     table = Table(title=title)
     for column in ("mode", "of", "tensors", "compared with", "swapped", "plain torch", ""):
         table.add_column(column)

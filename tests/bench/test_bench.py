@@ -10,7 +10,7 @@ import torch
 
 from fastseg import dispatch
 from fastseg.bench import models, networks, operators, providers, report, results, shapes, timing
-from fastseg.commands import bench as bench_command
+from fastseg.bench import run as bench_run
 from fastseg.commands import cli
 from fastseg.verification import cases
 from fastseg.verification.cases import Case
@@ -156,7 +156,7 @@ def one_case(monkeypatch, ours, shape=(2, 3, 4, 4)):
     def make(at, shape):
         yield Case("neg", "x".join(map(str, shape)), ours, lambda x: -x, {"input": at.tensor(*shape)}, lambda x: -x)
 
-    monkeypatch.setattr(bench_command, "sites", lambda small: [shapes.Site("here", make, shape, (), headline=True)])
+    monkeypatch.setattr(bench_run, "sites", lambda small: [shapes.Site("here", make, shape, (), headline=True)])
 
 
 def oom(x):
