@@ -14,6 +14,7 @@
 
 #define EXPORT extern "C" __attribute__((visibility("default"))) int64_t
 #define INLINE inline __attribute__((always_inline))
+#define INLINE_LAMBDA __attribute__((always_inline))
 
 // --- threads ---------------------------------------------------------------------------------------------------------
 
