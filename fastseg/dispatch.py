@@ -1,10 +1,11 @@
 """Which implementation runs for a call, and why.
 
-Backends: ``"triton"`` (the fused kernels), ``"cuda"`` (some of them in CUDA C++, through CuPy), ``"torch"`` (torch's
-own functions, or the reference if torch has none) and ``"auto"``. For a CUDA tensor "auto" takes the Triton kernels, or
-the CUDA C++ kernels if only CuPy is installed; for calls that the kernels do not support, and for other devices, it
-falls back to PyTorch. The setting belongs to the process, like those of torch.backends, because autograd runs the
-backward on its own threads. It is read at each call.
+Backends: ``"triton"`` (the fused kernels), ``"cuda"`` (some of them in CUDA C++, through CuPy), ``"cpu"`` (some of them
+in C++, compiled by the system's compiler at first use), ``"torch"`` (torch's own functions, or the reference if torch
+has none) and ``"auto"``. For a CUDA tensor "auto" takes the Triton kernels, or the CUDA C++ kernels if only CuPy is
+installed; for a CPU tensor the CPU kernels if they can be compiled and torch is not measured to be faster at that size.
+For calls that the kernels do not support, and for other devices, it falls back to PyTorch. The setting belongs to the
+process, like those of torch.backends, because autograd runs the backward on its own threads. It is read at each call.
 """
 
 from __future__ import annotations
@@ -24,12 +25,13 @@ from torch import Tensor
 
 from . import torch_internals
 
-BACKENDS = ("auto", "triton", "cuda", "torch")
-NAMES = {"triton": "Triton", "cuda": "CUDA C++"}  # the backends that are kernels, best first
+BACKENDS = ("auto", "triton", "cuda", "cpu", "torch")
+NAMES = {"triton": "Triton", "cuda": "CUDA C++", "cpu": "CPU"}  # the backends that are kernels, best first
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 CUPY_INSTALLED = importlib.util.find_spec("cupy") is not None and torch.version.hip is None
 OLDEST = (8, 0)  # the oldest compute capability that Triton supports
 NO_KERNELS = "this operator"  # what the kernels of a backend do not support if an operator has none there
+CPU_OPERATORS: set[str] = set()  # the operators that have CPU kernels
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ def get_backend() -> str:
 
 
 def set_backend(name: str) -> None:
-    """Set the backend of the process: "auto", "triton", "cuda" or "torch".
+    """Set the backend of the process: "auto", "triton", "cuda", "cpu" or "torch".
 
     Raises:
         ValueError: for another name.
@@ -138,7 +140,7 @@ def choose(
         operator: its name.
         tensor: an argument whose device decides.
         unsupported: what of the call the kernels of a backend do not support.
-        preferred: the better backend under "auto" if the Triton kernels support the call, and why.
+        preferred: the better backend under "auto" if the device's kernels support the call, and why.
         dry_run: only ask; `explain` does not record it as a call.
 
     Raises:
@@ -173,10 +175,20 @@ def _capability(index: int | None) -> tuple[int, int]:
 _capability_once = functools.cache(_capability)
 
 
+@torch.compiler.assume_constant_result
+def without_cpu_kernels() -> str | None:
+    """Why no CPU kernel can run on this machine, or None if they can. The first call may run the C++ compiler."""
+    from .kernels.cpu import build  # imported here: no kernel file is loaded before it is needed
+
+    return build.unavailable()
+
+
 def torch_alone(tensor: Tensor) -> bool:
     """Whether every operator falls back to PyTorch for `tensor`, whatever its other arguments."""
     setting = get_backend()
     if setting == "auto":
+        if tensor.device.type == "cpu":
+            return without_cpu_kernels() is not None
         return tensor.device.type != "cuda" or not (CUPY_INSTALLED or without_triton(tensor.device) is None)
     return setting == "torch"
 
@@ -187,11 +199,14 @@ def explaining() -> bool:
 
 
 def left_to_torch(operator: str, tensor: Any) -> bool:
-    """torch_alone(tensor), recorded for `explain`: for a module that then calls torch's own forward.
+    """Whether `operator` falls back to PyTorch for `tensor`, whatever its other arguments, recorded for `explain`.
 
-    False if `tensor` is not a tensor.
+    For a module that then calls torch's own forward. False if `tensor` is not a tensor.
     """
-    if not isinstance(tensor, Tensor) or not torch_alone(tensor):
+    if not isinstance(tensor, Tensor):
+        return False
+    no_cpu_kernels = tensor.device.type == "cpu" and get_backend() == "auto" and operator not in CPU_OPERATORS
+    if not no_cpu_kernels and not torch_alone(tensor):
         return False
     if _watched is not None:
         choose(operator, tensor)
@@ -205,9 +220,10 @@ def _decide(operator: str, device: torch.device, unsupported: Unsupported, prefe
     if setting != "auto":
         _require(operator, setting, device, unsupported(setting))
         return Choice(operator, setting, f"the backend is set to '{setting}'")
-    kind = device.type
-    if kind != "cuda":
-        return Choice(operator, "torch", "a CPU tensor" if kind == "cpu" else f"a tensor on device type '{kind}'")
+    if device.type == "cpu":
+        return _decide_on_cpu(operator, unsupported, preferred)
+    if device.type != "cuda":
+        return Choice(operator, "torch", f"a tensor on device type '{device.type}'")
     no_triton = without_triton(device)
     if no_triton is not None and not CUPY_INSTALLED:
         return Choice(operator, "torch", no_triton)
@@ -221,17 +237,39 @@ def _decide(operator: str, device: torch.device, unsupported: Unsupported, prefe
     return Choice(operator, backend, f"{why}a CUDA tensor, supported by the {NAMES[backend]} kernels")
 
 
+def _decide_on_cpu(operator: str, unsupported: Unsupported, preferred: Preference | None) -> Choice:
+    """The choice under "auto" for a CPU tensor."""
+    missing = unsupported("cpu")
+    if missing == NO_KERNELS:
+        return Choice(operator, "torch", "a CPU tensor")
+    if (no_cpu_kernels := without_cpu_kernels()) is not None:
+        return Choice(operator, "torch", f"a CPU tensor, and {no_cpu_kernels}")
+    if missing is not None:
+        return Choice(operator, "torch", f"the CPU kernels do not support {missing}")
+    if torch_internals.forward_mode_active():
+        return Choice(operator, "torch", "inside forward-mode differentiation, for which the kernels have no rule")
+    if preferred is not None:
+        return Choice(operator, *preferred)
+    return Choice(operator, "cpu", "a CPU tensor, supported by the CPU kernels")
+
+
 def _require(operator: str, backend: str, device: torch.device, missing: str | None) -> None:
     """Raise if the requested kernels cannot run the call; `missing` is what of it they do not support."""
     if missing is not None:
         raise NotSupported(
             f"{operator}: the {NAMES[backend]} kernels do not support {missing}; backend 'auto' falls back to PyTorch"
         )
+    requested = f"{operator}: backend '{backend}'"
+    if backend == "cpu":
+        if device.type != "cpu":
+            raise RuntimeError(f"{requested} runs on CPU tensors, not on device type '{device.type}'")
+        if (no_cpu_kernels := without_cpu_kernels()) is not None:
+            raise RuntimeError(f"{requested} cannot run: {no_cpu_kernels}")
+        return
     from .kernels.cuda import launch  # imported here: no kernel file is loaded before it is needed
 
     if backend == "cuda" and launch.recorded():
         return
-    requested = f"{operator}: backend '{backend}'"
     if backend == "triton" and (no_triton := without_triton(device)) is not None:
         raise RuntimeError(f"{requested} cannot run: {no_triton}")
     if backend == "cuda" and not CUPY_INSTALLED:

@@ -106,10 +106,44 @@ def test_auto(device, missing, preferred, backend, reason):
     assert choice.backend == backend and reason in choice.reason
 
 
+@pytest.mark.parametrize(
+    "missing, preferred, no_compiler, backend, reason",
+    [
+        (None, None, None, "cpu", "supported by the CPU kernels"),
+        ("dilation 2", None, None, "torch", "do not support dilation 2"),
+        (None, ("torch", "torch is faster"), None, "torch", "faster"),
+        ("dilation 2", ("torch", "torch is faster"), None, "torch", "dilation 2"),
+        (None, None, "no C++ compiler is found", "torch", "a CPU tensor, and no C++ compiler is found"),
+        (dispatch.NO_KERNELS, None, "no C++ compiler is found", "torch", "a CPU tensor"),
+    ],
+)
+def test_auto_on_a_cpu(monkeypatch, missing, preferred, no_compiler, backend, reason):
+    monkeypatch.setattr(dispatch, "without_cpu_kernels", lambda: no_compiler)
+    unsupported = {"cpu": missing, "triton": None, "cuda": None}.get
+    choice = dispatch._decide("op", torch.device("cpu"), unsupported, preferred)
+    assert choice.backend == backend and reason in choice.reason
+
+
+def test_the_cpu_kernels_when_requested(monkeypatch):
+    with fastseg.backend("cpu"):
+        with pytest.raises(RuntimeError, match=r"op: backend 'cpu' runs on CPU tensors, not on device type 'cuda'"):
+            dispatch._decide("op", CUDA, supported, None)
+        with pytest.raises(NotImplementedError, match="the CPU kernels do not support dilation 2"):
+            dispatch._decide("op", torch.device("cpu"), lambda backend: "dilation 2", None)
+        monkeypatch.setattr(dispatch, "without_cpu_kernels", lambda: None)
+        assert dispatch._decide("op", torch.device("cpu"), supported, None).backend == "cpu"
+        monkeypatch.setattr(dispatch, "without_cpu_kernels", lambda: "no C++ compiler is found")
+        with pytest.raises(RuntimeError, match=r"cannot run: no C\+\+ compiler is found"):
+            dispatch._decide("op", torch.device("cpu"), supported, None)
+
+
 def test_where_every_call_falls_back_to_torch(monkeypatch):
     on_gpu, on_cpu = (SimpleNamespace(device=torch.device(kind)) for kind in ("cuda", "cpu"))
-    assert dispatch.torch_alone(on_cpu) and not dispatch.torch_alone(on_gpu)
-    for setting, alone in (("triton", False), ("cuda", False), ("torch", True)):
+    for reason in (None, "no C++ compiler is found"):
+        monkeypatch.setattr(dispatch, "without_cpu_kernels", lambda reason=reason: reason)
+        assert dispatch.torch_alone(on_cpu) is (reason is not None) and not dispatch.torch_alone(on_gpu)
+        assert dispatch.left_to_torch("no kernels", torch.zeros(1))
+    for setting, alone in (("triton", False), ("cuda", False), ("cpu", False), ("torch", True)):
         with fastseg.backend(setting):
             assert dispatch.torch_alone(on_cpu) is dispatch.torch_alone(on_gpu) is alone
     monkeypatch.setattr(dispatch, "TRITON_INSTALLED", False)
@@ -150,7 +184,7 @@ def test_auto_without_triton(cupy, missing, backend, reason, monkeypatch):
         "op", CUDA, {"triton": "any of it", "cuda": missing}.get, ("torch", "cuDNN is faster than Triton")
     )
     assert choice.backend == backend and re.match(f".*{reason}", choice.reason)
-    assert dispatch._decide("op", torch.device("cpu"), supported, None).backend == "torch"
+    assert dispatch._decide("op", torch.device("cpu"), dispatch.only_triton(None), None).backend == "torch"
 
 
 @pytest.fixture

@@ -73,11 +73,13 @@ class Implementation(NamedTuple):
     """The kernels of one backend for an operator.
 
     run: computes the operator from its arguments. unsupported: says in words what of a call these kernels do not
-    support, or returns None.
+    support, or returns None. preferred, read for "cpu" alone: the better backend under "auto" for a call that they
+    support, and why, or None for these kernels.
     """
 
     run: Callable[..., Any]
     unsupported: Callable[..., str | None]
+    preferred: Callable[..., dispatch.Preference | None] = lambda *args: None
 
 
 class Operator:
@@ -91,7 +93,7 @@ class Operator:
         kernels: the implementation of each backend that has one.
         reference: the same in torch alone, which works in float64 too.
         fake: returns the result's shapes, dtypes and strides, for tracing.
-        preferred: the better backend for a call under "auto" and why; None for the kernels.
+        preferred: the better backend for a call on a GPU under "auto" and why; None for the kernels.
         gradient: whether the operator computes a part of a gradient.
     """
 
@@ -109,6 +111,8 @@ class Operator:
         self.name = flat.partition("(")[0]
         self.kernels, self.fake, self.preferred, self.gradient = kernels, fake, preferred, gradient
         self.implementations = {name: found.run for name, found in kernels.items()} | {"torch": reference}
+        if "cpu" in kernels:
+            dispatch.CPU_OPERATORS.add(self.name)
         LIB.define(flat, tags=TAGS)
         for key in ("CPU", "CUDA"):
             LIB.impl(self.name, self._run, key)
@@ -158,8 +162,10 @@ class Operator:
         if dispatch.torch_alone(args[0]):
             return dispatch.choose(self.name, args[0], dry_run=dry_run)
         preferred = None
-        if dispatch.get_backend() == "auto" and self.unsupported("triton", *args) is None:
-            preferred = self.preferred(*args)
+        if dispatch.get_backend() == "auto":
+            backend = "cpu" if args[0].device.type == "cpu" else "triton"
+            if self.unsupported(backend, *args) is None:
+                preferred = (self.kernels["cpu"] if backend == "cpu" else self).preferred(*args)
         return dispatch.choose(self.name, args[0], lambda backend: self.unsupported(backend, *args), preferred, dry_run)
 
     def floor(self, *args: Any) -> int:
