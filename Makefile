@@ -2,12 +2,13 @@
 # make test   the whole test suite
 # make gpu    on a machine with a GPU: its tests, verify, benchmarks and machine code, into build/gpu (under 9 minutes);
 #             with that machine's own torch and triton: python3 benchmarks/gpu.py --out build/gpu
+# make docs   the documentation with the API reference, into build/site
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo test gpu clean
+.PHONY: demo test gpu docs clean
 
 demo: $(INSTALLED)
 	$(BIN)/fastseg demo
@@ -19,6 +20,10 @@ test: $(INSTALLED)
 
 gpu: $(INSTALLED)
 	$(BIN)/python benchmarks/gpu.py --out build/gpu
+
+docs: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/site
 
 # One stamp for the environment: a second run installs nothing until the pins or the requirements change.
 $(INSTALLED): constraints.txt setup.py pyproject.toml

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import functional, models, swap
+from .. import functional, models
 from .. import nn as fused
+from ..swapping import swap
 
 BN_EPS = 1e-5  # torch's own: with the authors' 1e-9 a check of few pictures sees little but rounding
 SMALL_WIDTH = 0.125

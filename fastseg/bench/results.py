@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from .. import __version__
+from ..version import __version__
 
 IDENTITY = ("part", "where", "operator", "provider", "mode", "launch", "dtype", "layout", "shape", "metric")
 VALUES = ("p20", "p50", "p80")
