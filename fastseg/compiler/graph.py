@@ -15,7 +15,7 @@ from torch.fx.node import map_arg
 
 from .. import torch_internals
 from ..ops.arguments import as_pair, is_unset
-from ..swapping.functions import REPLACED
+from ..swapping.functions import REPLACEMENTS
 
 POOL = ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
 UNPOOL = ("input", "indices", "kernel_size", "stride", "padding", "output_size")
@@ -38,7 +38,7 @@ PARAMETERS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 # Call targets (functions, and methods by name) and the function that each of them is.
 FUNCTIONS: dict[Any, str] = {
-    **{function: name for function, (name, _) in REPLACED.items()},
+    **{function: replacement.name for function, replacement in REPLACEMENTS.items()},
     torch.conv2d: "conv2d",
     F.batch_norm: "batch_norm",
     F.relu: "relu",

@@ -1,4 +1,4 @@
-"""fastseg.swap: fused kernels into a model that exists, and out again."""
+"""fastseg.swap and fastseg.swap_functions: put fastseg's kernels into an existing model or block of code."""
 
 from .functions import swap_functions
 from .modules import swap

@@ -1,7 +1,7 @@
-"""Batch norm and its neighbours in an nn.Sequential, run as one where nobody can see what is between them.
+"""An nn.Sequential that runs a batch norm fused with its neighbors, as long as nothing needs the tensors between them.
 
-The layers inside stay what they are. The sequence looks at them at each call, so that whatever happens to them later,
-another layer in a place, a hook, a conversion to SyncBatchNorm, is followed.
+The layers inside keep their classes. The sequence looks at them at each call, so that later changes count: a replaced
+layer, a new hook, a conversion to SyncBatchNorm.
 """
 
 from __future__ import annotations
@@ -21,11 +21,14 @@ from ..nn.scripting import refuse_script
 from ..ops.batch_norm.operators import BATCH_NORM_RELU
 from ..ops.batch_norm.pooling_operators import fusible
 
-Kind = Callable[[nn.Module], type]
+LayerClass = Callable[[nn.Module], type]  # the class that a layer has, or will have after the swap
 
 
 class Group(NamedTuple):
-    """Layers that run as one: [convolution whose bias the norm takes,] norm [, ReLU] [, pool]."""
+    """Consecutive layers of a sequence that run fused: [convolution,] norm [, ReLU] [, pool].
+
+    conv: the convolution, if the norm takes over its bias or is folded into it. length: the number of layers.
+    """
 
     conv: nn.Module | None
     norm: nn.BatchNorm2d
@@ -52,74 +55,76 @@ class Group(NamedTuple):
 
 
 class Sequential(nn.Sequential):
-    """nn.Sequential whose batch norms run with the convolution's bias before them and the ReLU and pool behind them.
+    """nn.Sequential that runs each batch norm fused with the convolution bias in front and the ReLU and pool after it.
 
-    Where the kernels do not run, or something watches a layer (a hook, a forward of its own), the layers run one by
-    one, as in nn.Sequential.
+    Where the kernels would not run, or a layer has a hook or its own forward, the layers run one by one, as in
+    nn.Sequential.
     """
 
     __prepare_scriptable__ = refuse_script
 
     def forward(self, input: Any) -> Any:
-        if not isinstance(input, Tensor) or dispatch.torch_alone(input) or _watched_from_outside():
-            return nn.Sequential.forward(self, input)  # not super(): a bound forward works after undo
+        if not isinstance(input, Tensor) or dispatch.torch_alone(input) or _layers_must_be_called():
+            # Not super().forward: a bound `forward` that was saved must still work after a swap is undone.
+            return nn.Sequential.forward(self, input)
         layers, at = list(self), 0
         while at < len(layers):
-            group = group_at(layers, at)
-            if group is not None and _covered(input, group.norm):
+            group = find_group(layers, at)
+            if group is not None and _supported(input, group.norm):
                 input, at = group(input), at + group.length
             else:
                 input, at = layers[at](input), at + 1
         return input
 
 
-def groups(sequence: nn.Sequential, kind: Kind, watched: bool) -> list[tuple[str, ...]]:
-    """Names of the children that run as one, group by group.
+def group_names(sequence: nn.Sequential, class_of: LayerClass, ignore_hooks: bool) -> list[tuple[str, ...]]:
+    """The names of the children in each group that would run fused.
 
-    kind: the class that a layer has, or will have. watched: also where a hook prevents it now.
+    class_of: the class that a layer has, or will have. ignore_hooks: include groups that a hook now prevents.
     """
     names, layers, at, found = list(torch_internals.children(sequence)), list(sequence), 0, []
     while at < len(layers):
-        group = group_at(layers, at, kind, watched)
+        group = find_group(layers, at, class_of, ignore_hooks)
         if group is not None:
             found.append(tuple(names[at : at + group.length]))
         at += 1 if group is None else group.length
     return found
 
 
-def group_at(layers: Sequence[nn.Module], at: int, kind: Kind = type, watched: bool = False) -> Group | None:
-    """The group that begins with layer `at`, of two layers at least. kind, watched: as in `groups`."""
+def find_group(
+    layers: Sequence[nn.Module], at: int, class_of: LayerClass = type, ignore_hooks: bool = False
+) -> Group | None:
+    """The group that begins with layer number `at` and has at least two layers, or None."""
     if not isinstance(layers[at], (nn.Conv2d, nn.BatchNorm2d, nn.ConvTranspose2d)):
         return None
 
     def layer_is(place: int, base: type) -> bool:
-        return (
-            place < len(layers)
-            and _stock(layers[place], base, kind)
-            and (watched or not torch_internals.has_hooks(layers[place]))
-        )
+        if place >= len(layers) or not _computes_as(base, layers[place], class_of):
+            return False
+        return ignore_hooks or not torch_internals.has_hooks(layers[place])
 
     conv, end = None, at
-    # A bias with a parametrization is none of the layer's own parameters.
+    # A bias with a parametrization is not among the layer's own parameters, and stays in the convolution.
     biased = torch_internals.parameters(layers[at]).get("bias") is not None
-    if layer_is(at, fused.ConvTranspose2d) or (biased and layer_is(at, nn.Conv2d) and _convolves(layers[at])):
+    convolves = biased and layer_is(at, nn.Conv2d) and torch_internals.convolves_as_torch(layers[at])
+    if layer_is(at, fused.ConvTranspose2d) or convolves:
         conv, end = layers[at], at + 1
     if not layer_is(end, nn.BatchNorm2d) or "parametrizations" in torch_internals.children(layers[end]):
         return None
     norm, end = layers[end], end + 1
     relu = layer_is(end, nn.ReLU)
     end += relu
-    pool = layers[end] if layer_is(end, fused.MaxPool2d) and _joins(layers[end]) else None
+    pool = layers[end] if layer_is(end, fused.MaxPool2d) and _can_be_fused(layers[end]) else None
     end += pool is not None
-    # Without a bias, a transposed convolution gains by its epilogue alone, which has a ReLU.
+    # Without a bias, a transposed convolution only gains from its fused epilogue, which has a ReLU and no pool.
     if conv is not None and not biased and (not relu or pool is not None):
         return None
     return Group(conv, norm, relu, pool, end - at) if end - at > 1 else None
 
 
-def _stock(layer: nn.Module, base: type, kind: Kind) -> bool:
-    """Whether a layer is a `base`, or of a subclass, that is called and computes as one."""
-    cls = kind(layer)
+def _computes_as(base: type, layer: nn.Module, class_of: LayerClass) -> bool:
+    """Whether a layer is a `base` or of a subclass, and neither class nor instance replaces how it is called."""
+    cls = class_of(layer)
     return (
         issubclass(cls, base)
         and cls.forward is base.forward
@@ -128,20 +133,15 @@ def _stock(layer: nn.Module, base: type, kind: Kind) -> bool:
     )
 
 
-def _convolves(conv: nn.Conv2d) -> bool:
-    """Whether a bias that torch's convolution would add can be kept from it: nobody else has a say in that."""
-    return torch_internals.convolves_as_torch(conv)
-
-
-def _joins(pool: nn.MaxPool2d) -> bool:
-    """Whether a pool's windows are those that run in one pass with the norm, and nobody asks for their indices."""
+def _can_be_fused(pool: nn.MaxPool2d) -> bool:
+    """Whether the fused kernel supports a pool: its windows do not overlap and no indices are returned."""
     kernel, stride, dilation = map(torch_internals.as_pair, (pool.kernel_size, pool.stride, pool.dilation))
-    known = len(kernel) == len(stride) == 2
-    return known and not pool.return_indices and dilation == (1, 1) and fusible(kernel, stride)
+    two_dimensional = len(kernel) == len(stride) == 2
+    return two_dimensional and not pool.return_indices and dilation == (1, 1) and fusible(kernel, stride)
 
 
-def _watched_from_outside() -> bool:
-    """Whether a hook of all modules, or a transform that the operators have no rule for, would miss the layers."""
+def _layers_must_be_called() -> bool:
+    """Whether a hook for all modules needs to see the layers, or a transform is active that the operators lack."""
     return (
         torch_internals.has_global_hooks()
         or torch_internals.functorch_transforms_active()
@@ -149,14 +149,14 @@ def _watched_from_outside() -> bool:
     )
 
 
-def _covered(input: Any, norm: nn.BatchNorm2d) -> bool:
-    """Whether the group's operators take these tensors. What torch refuses is left to torch."""
+def _supported(input: Any, norm: nn.BatchNorm2d) -> bool:
+    """Whether the fused operators support the input and the norm's tensors. What torch rejects is left to torch."""
     vectors = [t for t in (norm.weight, norm.bias, norm.running_mean, norm.running_var) if t is not None]
     if not all(
         type(t) in (Tensor, nn.Parameter) or isinstance(t, torch_internals.FakeTensor) for t in (input, *vectors)
     ):
-        return False  # a DTensor, a tuple
+        return False  # a DTensor, or a tuple
     if BATCH_NORM_RELU.unsupported("triton", input) is not None:
         return False
-    halves = (torch.float16, torch.bfloat16)
-    return all(t.dtype == input.dtype or (t.dtype == torch.float32 and input.dtype in halves) for t in vectors)
+    half = input.dtype in (torch.float16, torch.bfloat16)
+    return all(t.dtype == input.dtype or (t.dtype == torch.float32 and half) for t in vectors)

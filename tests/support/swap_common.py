@@ -1,4 +1,4 @@
-"""What the tests of swap share: networks, and a model beside its plain copy."""
+"""Networks for the tests of swap, and comparisons of a swapped model with its plain copy."""
 
 import copy
 
@@ -17,7 +17,7 @@ FUSED = {
 
 
 class Net(nn.Module):
-    """A small network with each of the layers, and its loss."""
+    """A small network with one of each layer, and its loss."""
 
     def __init__(self):
         super().__init__()
@@ -33,7 +33,31 @@ class Net(nn.Module):
         return self.loss(self.up(self.unpool(pooled, indices, output_size=y.size())), target)
 
 
+# What EncoderDecoder runs in training after a swap.
+ENCODER_DECODER_OPERATORS = [NORM, "max_pool2d", POOLED, "conv_transpose2d", NORM, "max_unpool2d"]
+
+
+class EncoderDecoder(nn.Module):
+    """Encoder and decoder in sequences, with a skip connection and with indices passed between them."""
+
+    def __init__(self):
+        super().__init__()
+        self.down = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(inplace=True))
+        self.pool, self.unpool = nn.MaxPool2d(2, return_indices=True), nn.MaxUnpool2d(2)
+        self.middle = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2))
+        self.up = nn.Sequential(nn.ConvTranspose2d(4, 4, 2, 2), nn.BatchNorm2d(4), nn.ReLU())
+        self.head = nn.Conv2d(4, 3, 1)
+
+    def forward(self, x):
+        y = self.down(x)
+        y, indices = self.pool(y)
+        y = y + self.up(self.middle(y))
+        return self.head(self.unpool(y, indices))
+
+
 class MyPool(nn.MaxPool2d):
+    """A subclass with its own forward."""
+
     def forward(self, input):
         return -super().forward(-input)
 
@@ -47,7 +71,7 @@ def deconv(*more, bias=True):
 
 
 def twins(model, **options):
-    """(plain copy, swapped model, report), with batch norms that have lived."""
+    """(plain copy, swapped model, report); the running statistics are random."""
     for name, tensor in model.state_dict().items():
         if name.endswith("running_var"):
             tensor.uniform_(0.5, 2)
@@ -58,7 +82,7 @@ def twins(model, **options):
 
 
 def results(model, *inputs):
-    """Output, gradients of inputs and parameters by name, and buffers behind it."""
+    """The output, the gradients of inputs and parameters, and the buffers after the call, by name."""
     inputs = [x.clone().requires_grad_(x.is_floating_point()) for x in inputs]
     model.zero_grad()
     output = model(*inputs)
@@ -77,7 +101,7 @@ def assert_same(found, want, exactly=False):
             assert found[name] is expected is None or torch.equal(found[name], expected), name
         else:
             scale = max(1.0, expected.double().abs().max().item()) if expected.numel() else 1.0
-            # A bias before a norm has a gradient of zero, for which torch's sums give their rounding.
+            # The gradient of a bias in front of a norm is zero; torch's sums return the rounding error.
             torch.testing.assert_close(found[name], expected, rtol=1e-4, atol=1e-4 * scale, msg=name)
 
 

@@ -116,7 +116,7 @@ def mask2former(transformers):
     return transformers.Mask2FormerForUniversalSegmentation(config)
 
 
-ASPP = {("ASPPPooling", "is a subclass with a forward of its own"): 1}
+ASPP = {("ASPPPooling", "is a subclass with its own forward"): 1}
 SMP, HF, TV = "segmentation_models_pytorch", "transformers", "torchvision"
 SMALL = {"decoder_channels": (16, 8, 8, 8, 8)}
 NETWORKS = {

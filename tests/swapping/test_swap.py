@@ -1,4 +1,4 @@
-"""fastseg.swap: fused layers into a model that exists, and out again."""
+"""fastseg.swap: fastseg's layers are put into an existing model, and taken out again."""
 
 import copy
 import io
@@ -30,10 +30,10 @@ def gradients(net, batch):
     return [loss.detach(), *(p.grad.clone() for p in net.parameters())]
 
 
-# --- in and out ------------------------------------------------------------------------------------------------------
+# --- swap and undo ---------------------------------------------------------------------------------------------------
 
 
-def test_swaps_the_four_layers_in_place(net):
+def test_the_four_layers_are_swapped_in_place(net):
     modules, parameters = list(net.modules()), list(net.parameters())
     before, state = kinds(net), net.state_dict()
     report = fastseg.swap(net)
@@ -46,7 +46,7 @@ def test_swaps_the_four_layers_in_place(net):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_same_numbers_before_during_and_after(net, batch, triton_backend, training):
+def test_results_are_the_same_before_the_swap_after_it_and_after_undo(net, batch, triton_backend, training):
     net.train(training)
     before = gradients(net, batch)
     report = fastseg.swap(net)
@@ -62,7 +62,7 @@ def test_same_numbers_before_during_and_after(net, batch, triton_backend, traini
         assert torch.equal(a, c)
 
 
-def test_undo_restores_the_model_and_keeps_what_it_learned(net, batch):
+def test_undo_restores_the_classes_and_keeps_trained_weights(net, batch):
     before = kinds(net)
     report = fastseg.swap(net)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.5)
@@ -78,7 +78,7 @@ def test_undo_restores_the_model_and_keeps_what_it_learned(net, batch):
         assert all(torch.equal(tensor, trained[name]) for name, tensor in net.state_dict().items())
 
 
-def test_undo_leaves_a_class_that_came_later(net):
+def test_undo_keeps_a_class_that_was_set_after_the_swap(net):
     report = fastseg.swap(net)
     net.pool.__class__ = later = type("Later", (fastseg.nn.MaxPool2d,), {})
     report.undo()
@@ -86,8 +86,8 @@ def test_undo_leaves_a_class_that_came_later(net):
     assert type(net.pool) is later
 
 
-def test_undo_leaves_nothing_behind(device, triton_backend):
-    """Not what a transposed convolution knows of its weight either."""
+def test_undo_leaves_no_attributes(device, triton_backend):
+    """Not even the result of a transposed convolution's check of its weight."""
     up = nn.ConvTranspose2d(3, 3, 2, 2).to(device).requires_grad_(False)
     before = dict(vars(up))
     report = fastseg.swap(up)
@@ -96,9 +96,9 @@ def test_undo_leaves_nothing_behind(device, triton_backend):
     assert vars(up).keys() == before.keys()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="of calls on a CPU")
-def test_on_a_cpu_torchs_own_forward_runs(monkeypatch):
-    """Nothing of fastseg's stands before it but the question where to run."""
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about CPU tensors")
+def test_on_a_cpu_the_forward_of_torch_runs(monkeypatch):
+    """fastseg only decides which backend runs."""
     model = nn.Sequential(nn.MaxPool2d(2), nn.ConvTranspose2d(3, 4, 2))
     plain, model, _ = twins(model)
     x = torch.randn(1, 3, 6, 6)
@@ -110,8 +110,8 @@ def test_on_a_cpu_torchs_own_forward_runs(monkeypatch):
 
 
 @pytest.mark.parametrize("backend", ["auto", "triton"])
-def test_a_forward_that_somebody_keeps_works_after_undo(backend, device):
-    """accelerate, and others, set a forward on the instance that calls the one it had."""
+def test_a_saved_forward_works_after_undo(backend, device):
+    """accelerate and other libraries set a forward on the instance that calls the saved one."""
     up = nn.Sequential(nn.ConvTranspose2d(3, 3, 2), nn.BatchNorm2d(3), nn.ReLU())
     layers = nn.Sequential(nn.MaxPool2d(2), nn.MaxPool2d(2, return_indices=True), nn.MaxUnpool2d(2), *up, up)
     plain, layers, report = twins(layers.to(device).eval(), compact_indices=True)
@@ -133,7 +133,7 @@ def test_swapping_twice_is_harmless(net, batch):
     second = fastseg.swap(net)
     assert kinds(net) == during
     assert len(second.swapped) == 0
-    assert set(reasons(second).values()) == {"is fastseg's already"} and len(second.left) == 4
+    assert set(reasons(second).values()) == {"is already a layer of fastseg"} and len(second.left) == 4
     second.undo()
     assert kinds(net) == during
     first.undo()
@@ -150,15 +150,15 @@ def test_a_bare_layer_is_a_model():
 
 
 @pytest.mark.parametrize("thing", [nn.MaxPool2d, "model", None, {"weight": torch.zeros(1)}])
-def test_refuses_what_is_no_module(thing):
+def test_what_is_not_a_module_is_rejected(thing):
     with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module"):
         fastseg.swap(thing)
 
 
-# --- what lives on ---------------------------------------------------------------------------------------------------
+# --- what a swap does not affect -------------------------------------------------------------------------------------
 
 
-def test_hooks_live_on(net, batch):
+def test_hooks_are_kept(net, batch):
     calls = []
     net.pool.register_forward_pre_hook(lambda *_: calls.append("pre"))
     net.pool.register_forward_hook(lambda *_: calls.append("forward"))
@@ -185,7 +185,7 @@ def test_a_shared_module_is_one_layer_with_two_names():
     assert type(pool) is nn.MaxPool2d
 
 
-def test_copies_and_files_of_a_swapped_model(net, batch):
+def test_a_swapped_model_can_be_copied_and_saved(net, batch):
     fastseg.swap(net)
     want = gradients(net, batch)
     file = io.BytesIO()
@@ -196,14 +196,14 @@ def test_copies_and_files_of_a_swapped_model(net, batch):
         assert all(torch.equal(a, b) for a, b in zip(gradients(copied, batch), want, strict=True))
 
 
-def test_undo_is_of_the_model_not_of_its_copies(net):
+def test_undo_does_not_affect_copies(net):
     report = fastseg.swap(net)
     copied = copy.deepcopy(net)
     report.undo()
     assert type(copied.pool) is fastseg.nn.MaxPool2d and type(net.pool) is nn.MaxPool2d
 
 
-def test_edits_after_the_swap_count(device, triton_backend):
+def test_attributes_set_after_the_swap_count(device, triton_backend):
     model = nn.Sequential(nn.MaxPool2d(2))
     report = fastseg.swap(model)
     x = torch.randn(1, 2, 5, 7, device=device)
@@ -215,7 +215,7 @@ def test_edits_after_the_swap_count(device, triton_backend):
         report.undo()
 
 
-def test_a_compiled_model_follows(device):
+def test_a_compiled_model_is_recompiled_after_swap_and_undo(device):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.MaxPool2d(2)).to(device)
     x = torch.randn(1, 3, 8, 8, device=device)
     ran = []
@@ -237,7 +237,7 @@ def test_a_compiled_model_follows(device):
 
 
 class Five(nn.Module):
-    """One pool and one unpool for all, called by position and by keyword, and a second name for the pool."""
+    """One pool, under two names, and one unpool for all levels, called with positional and keyword arguments."""
 
     def __init__(self):
         super().__init__()
@@ -271,7 +271,7 @@ def test_one_pool_called_five_times(device, triton_backend):
     assert_same(results(model, x), want, exactly=True)
 
 
-def test_a_transposed_convolution_called_by_keyword(device, triton_backend):
+def test_a_transposed_convolution_called_with_keyword_arguments(device, triton_backend):
     class Up(nn.Module):
         def __init__(self):
             super().__init__()
@@ -298,7 +298,7 @@ EDITS = [
 
 
 @pytest.mark.parametrize("layer, edits", EDITS, ids=lambda x: "-".join(x) if isinstance(x, dict) else type(x).__name__)
-def test_edits_of_each_attribute_after_the_swap(layer, edits, device, triton_backend):
+def test_each_attribute_can_be_set_after_the_swap(layer, edits, device, triton_backend):
     plain, layer = copy.deepcopy(layer).to(device), copy.deepcopy(layer).to(device)
     fastseg.swap(layer)
     x = torch.randn(1, 2, 7, 9, device=device)

@@ -1,4 +1,4 @@
-"""Classes that swap gives: for subclasses of the user's, and inside what torch puts around a class."""
+"""The classes that swap sets: for a user's subclasses, and for classes that torch has wrapped."""
 
 import abc
 import copy
@@ -17,7 +17,7 @@ import fastseg
 
 
 class Tagged(nn.MaxPool2d, abc.ABC):
-    """With a metaclass, an attribute of its own, a registry that must not hear of more, and a strict __setattr__."""
+    """Has a metaclass, an attribute, a registry of subclasses that must not change, and a strict __setattr__."""
 
     registry: list = []  # noqa: RUF012
 
@@ -39,7 +39,7 @@ class Tagged(nn.MaxPool2d, abc.ABC):
 
 
 class Named(nn.MaxUnpool2d):
-    forward = nn.MaxUnpool2d.forward  # said again
+    forward = nn.MaxUnpool2d.forward
 
 
 class Deeper(Named):
@@ -63,7 +63,7 @@ def subclassed():
     )
 
 
-def test_subclasses_with_the_stock_forward():
+def test_subclasses_with_torchs_forward_are_swapped():
     model = subclassed()
     report = fastseg.swap(model)
     assert len(report.swapped) == 4
@@ -91,7 +91,7 @@ def test_subclasses_run_on_the_kernels(device, triton_backend):
     assert torch.equal(model["unpool"](values, indices), plain["unpool"](values, indices))
 
 
-def test_copies_and_files_of_subclasses():
+def test_swapped_subclasses_can_be_copied_and_saved():
     model = subclassed()
     report = fastseg.swap(model)
     file = io.BytesIO()
@@ -106,13 +106,13 @@ def test_copies_and_files_of_subclasses():
     assert type(copies[0]["pool"]) is not Tagged and b"fastseg" not in pickle.dumps(model)
 
 
-def test_a_forward_of_its_own_is_left():
+def test_a_subclass_with_its_own_forward_is_not_swapped():
     model = Focal()
-    assert fastseg.swap(model).left[0].reason == "is a subclass with a forward of its own"
+    assert fastseg.swap(model).left[0].reason == "is a subclass with its own forward"
     assert type(model) is Focal
 
 
-def test_a_class_that_cannot_be_extended_is_left():
+def test_a_class_that_cannot_be_extended_is_not_swapped():
     class Final(type):
         def __new__(cls, name, bases, namespace, **kwargs):
             if any(isinstance(base, Final) for base in bases):
@@ -151,7 +151,7 @@ def twice():
 
 WRAPPED = {
     "weight norm": lambda: parametrizations.weight_norm(up()),
-    "spectral norm": lambda: parametrizations.spectral_norm(up()).eval(),  # in training its vectors move at each call
+    "spectral norm": lambda: parametrizations.spectral_norm(up()).eval(),  # in training its vectors change at each call
     "two": twice,
     "subclass": lambda: parametrizations.weight_norm(up(Bilinear)),
 }
@@ -176,7 +176,7 @@ def test_parametrized_layers(name, device, triton_backend):
     assert_same(results(layer, x), results(plain, x), exactly=True)
 
 
-def test_parametrizations_that_go_after_the_swap(device, triton_backend):
+def test_parametrizations_removed_after_the_swap(device, triton_backend):
     layer = twice().to(device)
     report = fastseg.swap(layer)
     parametrize.remove_parametrizations(layer, "bias")
@@ -192,7 +192,7 @@ def test_parametrizations_that_go_after_the_swap(device, triton_backend):
     torch.testing.assert_close(layer(x), want, rtol=1e-4, atol=1e-5)
 
 
-def test_parametrizations_that_come_after_the_swap(device, triton_backend):
+def test_parametrizations_added_after_the_swap(device, triton_backend):
     layer = up().to(device)
     report = fastseg.swap(layer)
     parametrizations.weight_norm(layer)
@@ -218,8 +218,8 @@ def test_copies_of_a_parametrized_layer_keep_their_class():
     assert type(layer) is type(twin) is found
 
 
-def test_a_copy_made_meanwhile_does_not_stand_in_the_way_of_undo():
-    layer = WRAPPED["weight norm"]()  # copying notes its slots in its class
+def test_a_copy_made_after_the_swap_does_not_prevent_undo():
+    layer = WRAPPED["weight norm"]()  # copying sets __slotnames__ on its class
     found = type(layer)
     report = fastseg.swap(layer)
     assert type(copy.deepcopy(layer)) is type(layer)
@@ -229,7 +229,7 @@ def test_a_copy_made_meanwhile_does_not_stand_in_the_way_of_undo():
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.spectral_norm])
-def test_norms_by_hook(norm, device, triton_backend):
+def test_weight_norms_that_use_hooks(norm, device, triton_backend):
     plain, layer = (norm(up().to(device)).eval() for _ in range(2))
     plain.load_state_dict(layer.state_dict())
     report = fastseg.swap(layer)
@@ -246,7 +246,7 @@ def test_norms_by_hook(norm, device, triton_backend):
 
 def test_a_lazy_layer_is_swapped_once_it_knows_its_channels(device):
     model = nn.Sequential(nn.LazyConvTranspose2d(4, 2)).to(device)
-    assert fastseg.swap(model).left[0].reason == "is lazy; swap after the model was called once"
+    assert fastseg.swap(model).left[0].reason == "is lazy; swap after the first call of the model"
     model(torch.randn(1, 3, 4, 4, device=device))
     assert type(model[0]) is nn.ConvTranspose2d
     fastseg.swap(model, strict=True)

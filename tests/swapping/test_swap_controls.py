@@ -1,4 +1,4 @@
-"""What swap can be told, what it says, and the way out for a while; indices as offsets."""
+"""The options of swap, its log line, temporary undo, and offsets in place of indices."""
 
 import copy
 import json
@@ -14,7 +14,7 @@ import fastseg
 
 
 class Whole(nn.Module):
-    """All that swap knows."""
+    """Has every kind of candidate."""
 
     def __init__(self):
         super().__init__()
@@ -38,7 +38,7 @@ OPS = {
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_ops_chooses(op):
+def test_ops_selects_the_operators(op):
     model = Whole()
     report = fastseg.swap(model, ops=iter([op]))
     assert [(layer.op, layer.names) for layer in report.swapped] == [(op, (OPS[op],))]
@@ -50,23 +50,23 @@ def test_ops_chooses(op):
 
 
 @pytest.mark.parametrize(
-    "ops, error, said",
+    "ops, error, message",
     [
-        (["max_pool2d", "pool"], ValueError, "ops has 'pool'; it must be of 'max_pool2d', 'max_unpool2d'"),
-        (["max_pool2d", 3], ValueError, "ops has 3; it must be of"),
+        (["max_pool2d", "pool"], ValueError, "ops must be names out of 'max_pool2d', .*, but has 'pool'"),
+        (["max_pool2d", 3], ValueError, "ops must be names out of .*, but has 3"),
         ("max_pool2d", TypeError, "ops must be an iterable of names, such as .*, but is 'max_pool2d'"),
         (7, TypeError, "ops must be an iterable of names, such as .*, but is 7"),
     ],
 )
-def test_wrong_ops(ops, error, said):
+def test_wrong_ops(ops, error, message):
     model = Whole()
     before = kinds(model)
-    with pytest.raises(error, match=said):
+    with pytest.raises(error, match=message):
         fastseg.swap(model, ops=ops)
     assert kinds(model) == before
 
 
-def test_a_transposed_convolution_that_ops_leaves_is_torchs_in_its_sequence(device, triton_backend):
+def test_a_transposed_convolution_that_ops_excludes_stays_torchs_in_its_sequence(device, triton_backend):
     up = nn.Sequential(nn.ConvTranspose2d(3, 4, 2, 2), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2))
     plain, model, report = twins(up.to(device), ops=["batch_norm_relu"])
     assert report.swapped[0].together == (("1", "2"),)
@@ -77,7 +77,7 @@ def test_a_transposed_convolution_that_ops_leaves_is_torchs_in_its_sequence(devi
         assert_same(results(model, x), results(plain, x))
 
 
-def test_filter_fn_is_asked_for_each_name():
+def test_filter_fn_is_called_for_each_name():
     pool = nn.MaxPool2d(2)
     model = nn.ModuleDict(
         {"a": pool, "head": nn.ModuleDict({"b": pool, "c": nn.MaxPool2d(3)}), "conv": nn.Conv2d(1, 1, 1)}
@@ -90,7 +90,7 @@ def test_filter_fn_is_asked_for_each_name():
 
     report = fastseg.swap(model, filter_fn=outside_head, strict=True)
     assert asked == [(pool, "a"), (pool, "head.b"), (model["head"]["c"], "head.c")]
-    assert reasons(report) == {"a": "filter_fn said no", "head.b": "filter_fn said no"}
+    assert reasons(report) == {"a": "is excluded by filter_fn", "head.b": "is excluded by filter_fn"}
     assert type(pool) is nn.MaxPool2d and type(model["head"]["c"]) is fastseg.nn.MaxPool2d
     asked.clear()
     fastseg.swap(pool, filter_fn=lambda module, name: asked.append(name) or True)
@@ -101,11 +101,11 @@ def test_filter_fn_and_sequences():
     model = nn.Sequential(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()), nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()))
     report = fastseg.swap(model, filter_fn=lambda _, name: name == "1")
     assert [type(m).__module__.startswith("fastseg") for m in model] == [False, True]
-    assert reasons(report) == {"0": "filter_fn said no"} and report.left[0].together == ()
+    assert reasons(report) == {"0": "is excluded by filter_fn"} and report.left[0].together == ()
 
 
 @pytest.mark.parametrize("wrong", ["head", 3, ["a"]])
-def test_a_filter_fn_that_cannot_be_called(wrong):
+def test_a_filter_fn_that_is_not_callable(wrong):
     with pytest.raises(TypeError, match="filter_fn must be callable as filter_fn"):
         fastseg.swap(Whole(), filter_fn=wrong)
 
@@ -118,7 +118,7 @@ def test_an_error_in_filter_fn_leaves_the_model_as_it_was():
     assert kinds(model) == before
 
 
-def test_strict_names_all_that_would_stay_and_changes_nothing():
+def test_strict_names_all_candidates_that_would_not_be_swapped_and_changes_nothing():
     hooked = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU())
     hooked[0].register_forward_hook(lambda *_: None)
     model = nn.ModuleDict({"mine": MyPool(2), "hooked": hooked, "pool": nn.MaxPool2d(2)})
@@ -126,22 +126,23 @@ def test_strict_names_all_that_would_stay_and_changes_nothing():
     with pytest.raises(RuntimeError) as raised:
         fastseg.swap(model, strict=True)
     assert str(raised.value).split("\n  ")[1:] == [
-        "mine (swap_common.MyPool): is a subclass with a forward of its own",
-        "hooked (torch.nn.modules.container.Sequential): has hooks on 0 + 1, which see what would not be made",
+        "mine (support.swap_common.MyPool): is a subclass with its own forward",
+        "hooked (torch.nn.modules.container.Sequential): has hooks on 0 + 1, which need tensors that the fused kernel "
+        "never creates",
     ]
     assert kinds(model) == before
     fastseg.swap(model, strict=True, filter_fn=lambda _, name: name == "pool")
     fastseg.swap(model, strict=True, ops=["conv_transpose2d"])
     assert type(model["pool"]) is fastseg.nn.MaxPool2d
     whole = Whole()
-    for _ in range(2):  # fastseg's already, the second time
+    for _ in range(2):  # the second time the layers are already fastseg's
         fastseg.swap(whole, strict=True)
 
 
-# --- what it says ----------------------------------------------------------------------------------------------------
+# --- log and report --------------------------------------------------------------------------------------------------
 
 
-def test_one_line_goes_to_the_log(caplog):
+def test_the_summary_is_logged_in_one_line(caplog):
     model = nn.ModuleDict({"net": Whole(), "mine": MyPool(2)})
     with caplog.at_level(logging.INFO, logger="fastseg"):
         report = fastseg.swap(model)
@@ -150,13 +151,13 @@ def test_one_line_goes_to_the_log(caplog):
             "fastseg",
             "INFO",
             "ModuleDict: 5 of 6 layers swapped (1 batch_norm_relu, 1 conv_transpose2d, 1 cross_entropy, 1 max_pool2d, "
-            "1 max_unpool2d); left: mine (is a subclass with a forward of its own)",
+            "1 max_unpool2d); not swapped: mine (is a subclass with its own forward)",
         )
     ]
     assert report.summary == caplog.records[0].getMessage()
 
 
-def test_the_report_shows_sequences_in_the_models_order():
+def test_the_report_lists_candidates_in_the_order_of_the_model():
     model = Whole()
     report = fastseg.swap(model)
     assert [layer.names[0] for layer in report.candidates] == ["net.pool", "net.unpool", "net.up", "net.loss", "body"]
@@ -165,10 +166,10 @@ def test_the_report_shows_sequences_in_the_models_order():
     assert "yes: 0 + 1" in str(report)
 
 
-# --- out for a while -------------------------------------------------------------------------------------------------
+# --- temporary undo --------------------------------------------------------------------------------------------------
 
 
-def test_undone_is_the_plain_model_and_then_the_swapped_one(device):
+def test_undone_restores_the_plain_model_for_a_block(device):
     model = Whole().to(device)
     before = kinds(model)
     report = fastseg.swap(model)
@@ -183,7 +184,7 @@ def test_undone_is_the_plain_model_and_then_the_swapped_one(device):
     assert kinds(model) == before
 
 
-def test_undone_leaves_what_another_swap_did():
+def test_undone_does_not_affect_another_swap():
     model = Whole()
     first, second = fastseg.swap(model, ops=["max_pool2d"]), fastseg.swap(model)
     with first.undone():
@@ -197,7 +198,7 @@ def test_undone_leaves_what_another_swap_did():
 
 
 class Pooled(nn.Module):
-    """Two pools and their unpools, odd sizes."""
+    """Two pools and their unpools, for odd sizes."""
 
     def __init__(self, unpool=None, second=None, stem=None):
         super().__init__()
@@ -218,9 +219,9 @@ class Pooled(nn.Module):
 
 
 @pytest.mark.parametrize("backend", ["auto", "triton"])
-def test_offsets_flow_from_the_pools_to_the_unpools(backend, device):
+def test_pools_return_offsets_to_the_unpools(backend, device):
     plain, model, report = twins(Pooled(stem=nn.MaxPool2d(3, 1, 1)), compact_indices=True, strict=True)
-    assert report.compact_indices and report.compact_reason is None and "uint8 offsets flow" in str(report)
+    assert report.compact_indices and report.compact_reason is None and "the pools return uint8 offsets" in str(report)
     assert type(model.stem) is fastseg.nn.MaxPool2d and type(model.first) is fastseg.nn.MaxPool2dWithOffsets
     x = torch.randn(2, 3, 9, 11, device=device)
     with fastseg.backend(backend):
@@ -238,7 +239,7 @@ def test_offsets_flow_from_the_pools_to_the_unpools(backend, device):
     assert plain.dtypes[-1] == model.dtypes[-1] == (torch.int64, torch.int64)
 
 
-def test_a_subclass_gives_offsets_too(device):
+def test_a_subclass_returns_offsets_too(device):
     class Mine(nn.MaxPool2d):
         pass
 
@@ -250,7 +251,7 @@ def test_a_subclass_gives_offsets_too(device):
     assert torch.equal(model.first(x), F.max_pool2d(x, 2))
 
 
-def test_offsets_where_fastsegs_layers_are_there_already(device):
+def test_offsets_in_a_model_that_already_has_layers_of_fastseg(device):
     x = torch.randn(1, 2, 8, 8, device=device)
     with_unpools = Pooled(fastseg.nn.MaxUnpool2d(2))
     assert fastseg.swap(with_unpools, compact_indices=True, strict=True).compact_indices
@@ -261,7 +262,7 @@ def test_offsets_where_fastsegs_layers_are_there_already(device):
     swapped = Pooled()
     first = fastseg.swap(swapped)
     report = fastseg.swap(swapped, compact_indices=True)
-    assert report.compact_reason == "first is fastseg's already; undo that swap first"
+    assert report.compact_reason == "first is already a layer of fastseg; undo that swap first"
     first.undo()
     assert fastseg.swap(swapped, compact_indices=True).compact_indices
 
@@ -271,10 +272,13 @@ class MyUnpool(nn.MaxUnpool2d):
         return super().forward(input, indices, output_size)
 
 
-UNFIT = {
+UNSUITABLE = {
     "differ": (Pooled(nn.MaxUnpool2d(3)), "first and unpools.1 differ in kernel_size, stride or padding"),
     "pools differ": (Pooled(second=nn.MaxPool2d(2, 1, return_indices=True)), "first and second differ"),
-    "unpool left": (Pooled(MyUnpool(2)), "unpools.1 is not swapped, and torch's MaxUnpool2d takes int64 alone"),
+    "unpool not swapped": (
+        Pooled(MyUnpool(2)),
+        "unpools.1 is not swapped, and torch's MaxUnpool2d only takes int64 indices",
+    ),
     "no pools": (nn.MaxPool2d(2), "no MaxPool2d that was swapped has return_indices"),
     "no unpools": (nn.MaxPool2d(2, return_indices=True), "no MaxUnpool2d reads them"),
     "dilated": (
@@ -288,10 +292,10 @@ UNFIT = {
 }
 
 
-@pytest.mark.parametrize("name", UNFIT)
-def test_where_offsets_would_not_do_indices_stay(name):
-    model, reason = copy.deepcopy(UNFIT[name])
-    with pytest.raises(RuntimeError, match="int64: .*" + reason):
+@pytest.mark.parametrize("name", UNSUITABLE)
+def test_indices_stay_int64_where_offsets_cannot_replace_them(name):
+    model, reason = copy.deepcopy(UNSUITABLE[name])
+    with pytest.raises(RuntimeError, match="compact indices: .*" + reason):
         fastseg.swap(model, compact_indices=True, strict=True)
     assert not any(type(m) in FUSED.values() for m in model.modules())
     report = fastseg.swap(model, compact_indices=True)
@@ -301,7 +305,7 @@ def test_where_offsets_would_not_do_indices_stay(name):
     assert report.as_dict()["compact_reason"] == report.compact_reason
 
 
-def test_unpool_takes_offsets_and_refuses_other_integers(device):
+def test_unpool_accepts_offsets_and_rejects_other_integers(device):
     x = torch.randn(1, 2, 5, 7, device=device)
     values, offsets = fastseg.functional.max_pool2d_with_offsets(x, 2)
     unpool = fastseg.nn.MaxUnpool2d(2)

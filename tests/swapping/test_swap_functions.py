@@ -1,4 +1,4 @@
-"""fastseg.swap_functions: the functional calls of eager code."""
+"""fastseg.swap_functions: functional calls of eager code run on the kernels."""
 
 import contextlib
 import threading
@@ -17,7 +17,7 @@ ALL = {"max_pool2d", "max_unpool2d", "conv_transpose2d", "cross_entropy"}
 
 
 class FunctionalSegNet(nn.Module):
-    """Everything but the weights is a call: pools with indices, unpools back to the sizes they came from."""
+    """Only functional calls: pools with indices, and unpools back to the sizes of the pools' inputs."""
 
     def __init__(self):
         super().__init__()
@@ -48,7 +48,7 @@ def batch(device):
 
 
 def step(function, net, batch):
-    """Loss and gradients of a step."""
+    """The loss and the gradients of one step."""
     net.zero_grad()
     loss = function(*batch)
     loss.backward()
@@ -62,7 +62,7 @@ def operators(function, *args):
 # --- what is replaced ------------------------------------------------------------------------------------------------
 
 
-def test_a_network_of_calls_runs_on_the_kernels(net, batch, triton_backend):
+def test_a_network_of_functional_calls_runs_on_the_kernels(net, batch, triton_backend):
     want = step(net, net, batch)
     with fastseg.swap_functions() as swapped, mock.patch("torch.max_pool2d", side_effect=AssertionError):
         got = step(net, net, batch)
@@ -73,7 +73,7 @@ def test_a_network_of_calls_runs_on_the_kernels(net, batch, triton_backend):
     assert operators(fastseg.swap_functions()(net), *batch) == ALL
 
 
-def test_modules_that_call_them_are_replaced_too(batch, device, triton_backend):
+def test_calls_made_by_modules_are_replaced_too(batch, device, triton_backend):
     x = batch[0]
     pool, unpool = nn.MaxPool2d(2, return_indices=True), nn.MaxUnpool2d(2)
     conv, loss = nn.ConvTranspose2d(3, 5, 2, 2).to(device), nn.CrossEntropyLoss()
@@ -96,7 +96,7 @@ def test_modules_that_call_them_are_replaced_too(batch, device, triton_backend):
     (lambda x: F.max_pool2d(x, 2, None, 0, 2, False, True), True),
     (lambda x: torch.max_pool2d(x, 2, stride=()), False),
 ])  # fmt: skip
-def test_every_spelling_of_a_pool(pool, with_indices, batch, triton_backend):
+def test_every_way_to_call_a_pool(pool, with_indices, batch, triton_backend):
     want = pool(batch[0])
     with fastseg.swap_functions() as swapped:
         got = pool(batch[0])
@@ -105,7 +105,7 @@ def test_every_spelling_of_a_pool(pool, with_indices, batch, triton_backend):
         assert torch.equal(a, b)
 
 
-def test_on_a_cpu_the_results_are_torchs_to_the_bit(net, batch):
+def test_on_a_cpu_the_results_are_bitwise_those_of_torch(net, batch):
     net, batch = net.cpu(), [t.cpu() for t in batch]
     with fastseg.backend("auto"):
         want = step(net, net, batch)
@@ -131,10 +131,10 @@ def test_a_loss_has_torchs_dtype(dtype, autocast, setting, device):
         assert relative_error(got, want) < max(4 * torch.finfo(want.dtype).eps, 1e-6)
 
 
-def test_chosen_functions_alone(net, batch, triton_backend):
+def test_ops_selects_the_functions(net, batch, triton_backend):
     swapped = fastseg.swap_functions(ops=["max_pool2d", "cross_entropy"])
     assert operators(swapped(net), *batch) == {"max_pool2d", "cross_entropy"}
-    with pytest.raises(ValueError, match=r"ops must be of 'max_pool2d', .* but has 'relu'"):
+    with pytest.raises(ValueError, match=r"ops must be names out of 'max_pool2d', .* but has 'relu'"):
         fastseg.swap_functions(ops=["relu", "max_pool2d"])
     with pytest.raises(TypeError, match="the string 'max_pool2d'"):
         fastseg.swap_functions(ops="max_pool2d")
@@ -146,14 +146,14 @@ def test_errors_are_torchs(batch):
             F.max_pool2d(batch[0], 2, padding=2)
         with pytest.raises(ValueError, match="reduction must be one of"):
             F.cross_entropy(batch[0], batch[1][:, :7, :9], reduction="average")
-    assert F.max_pool2d(batch[0], 2).shape == (2, 3, 3, 4)  # it has left with the exception
+    assert F.max_pool2d(batch[0], 2).shape == (2, 3, 3, 4)  # the mode was left with the exception
 
 
-# --- what is not -----------------------------------------------------------------------------------------------------
+# --- what is not replaced --------------------------------------------------------------------------------------------
 
 
 class Logged(torch.Tensor):
-    """A subclass that says what was called on it."""
+    """A subclass that records the functions called on it."""
 
     called: list = []  # noqa: RUF012
 
@@ -163,7 +163,7 @@ class Logged(torch.Tensor):
         return super().__torch_function__(func, types, args, kwargs or {})
 
 
-def test_tensor_subclasses_are_passed_on_untouched(triton_backend):
+def test_calls_with_tensor_subclasses_are_not_replaced(triton_backend):
     x = torch.randn(1, 2, 4, 4).as_subclass(Logged)
     Logged.called.clear()
     with fastseg.swap_functions() as swapped:
@@ -173,7 +173,7 @@ def test_tensor_subclasses_are_passed_on_untouched(triton_backend):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.jit
-def test_transforms_and_traces_are_torchs(triton_backend):
+def test_calls_inside_transforms_and_traces_are_not_replaced(triton_backend):
     x = torch.randn(3, 2, 4, 4)
     with fastseg.swap_functions() as swapped:
         mapped = torch.func.vmap(lambda x: F.cross_entropy(x, torch.zeros(4, 4, dtype=torch.long)))(x.movedim(1, 2))
@@ -187,7 +187,7 @@ def test_transforms_and_traces_are_torchs(triton_backend):
     assert not swapped.calls and {reason.split()[0] for _, reason in swapped.left} == {"inside"}
 
 
-def test_other_functions_and_inputs_that_are_no_tensors(triton_backend):
+def test_other_functions_and_inputs_that_are_not_tensors_are_not_replaced(triton_backend):
     with fastseg.swap_functions() as swapped:
         F.avg_pool2d(torch.zeros(1, 1, 2, 2), 2)
         F.max_pool3d(torch.zeros(1, 1, 2, 2, 2), 2)
@@ -199,7 +199,7 @@ def test_other_functions_and_inputs_that_are_no_tensors(triton_backend):
 # --- entering and leaving --------------------------------------------------------------------------------------------
 
 
-def test_nested_it_replaces_a_call_once(net, batch):
+def test_a_call_inside_nested_modes_is_replaced_once(net, batch):
     inner, outer = fastseg.swap_functions(), fastseg.swap_functions()
     with outer, inner, inner:
         assert operators(net, *batch) == ALL
@@ -210,7 +210,7 @@ def test_nested_it_replaces_a_call_once(net, batch):
     assert operators(net, *batch) == set()
 
 
-def test_it_is_the_threads_that_entered_it(net, batch):
+def test_the_mode_is_active_in_the_thread_that_entered_it(net, batch):
     found = []
     with fastseg.swap_functions() as swapped:
         thread = threading.Thread(target=lambda: found.append(operators(net, *batch)))
@@ -222,15 +222,15 @@ def test_it_is_the_threads_that_entered_it(net, batch):
 def test_a_decorated_function_keeps_its_name(net, batch):
     @fastseg.swap_functions()
     def run(*args):
-        """What it does."""
+        """A docstring."""
         return net(*args)
 
-    assert (run.__name__, run.__doc__) == ("run", "What it does.")
+    assert (run.__name__, run.__doc__) == ("run", "A docstring.")
     assert operators(run, *batch) == operators(run, *batch) == ALL
     assert not vars(fastseg.swap_functions()(net)).keys() & vars(net).keys()
 
 
-def test_what_would_run_after_it_has_left_is_not_decorated(batch):
+def test_what_would_run_after_the_mode_is_left_cannot_be_decorated(batch):
     def generator():
         yield F.max_pool2d(batch[0], 2)
 
@@ -242,7 +242,7 @@ def test_what_would_run_after_it_has_left_is_not_decorated(batch):
             fastseg.swap_functions()(function)
 
 
-# --- it lives with the rest ------------------------------------------------------------------------------------------
+# --- compatibility ---------------------------------------------------------------------------------------------------
 
 
 CHECKPOINTS = {
@@ -256,7 +256,7 @@ CHECKPOINTS = {
 
 @pytest.mark.parametrize("kind", CHECKPOINTS)
 def test_activation_checkpointing(kind, net, batch, triton_backend):
-    batch = [batch[0].requires_grad_(), batch[1]]  # which a reentrant checkpoint needs
+    batch = [batch[0].requires_grad_(), batch[1]]  # a reentrant checkpoint needs a gradient
     want = [*step(net, net, batch), batch[0].grad.clone()]
     batch[0].grad = None
     swapped = fastseg.swap_functions()
@@ -264,18 +264,18 @@ def test_activation_checkpointing(kind, net, batch, triton_backend):
     loss = CHECKPOINTS[kind](net, batch, swapped)
     forward = swapped.calls.copy()
     net.zero_grad()
-    backward = threading.Thread(target=lambda: found.append(loss.backward()))  # a thread without the mode
+    backward = threading.Thread(target=lambda: found.append(loss.backward()))  # in a thread without the mode
     backward.start()
     backward.join()
     assert found == [None]
     assert forward == {"max_pool2d": 2, "max_unpool2d": 2, "conv_transpose2d": 1, "cross_entropy": 1}
-    assert swapped.calls["max_pool2d"] == 4 and swapped.calls["max_unpool2d"] == 4  # each once more
+    assert swapped.calls["max_pool2d"] == 4 and swapped.calls["max_unpool2d"] == 4  # each was called again
     got = [loss.detach(), *(p.grad for p in net.parameters()), batch[0].grad]
     assert all(relative_error(a, b) < 1e-5 for a, b in zip(got, want, strict=True))
 
 
-def test_a_recomputation_without_the_mode_is_never_silently_wrong(net, batch, triton_backend):
-    """What the documentation says of the two ways that are not to be taken."""
+def test_a_recomputation_without_the_mode_is_correct_or_raises(net, batch, triton_backend):
+    """The two uses that docs/compile.md advises against."""
     batch = [batch[0].requires_grad_(), batch[1]]
     want = step(net, net, batch)
     net.zero_grad()
@@ -288,7 +288,7 @@ def test_a_recomputation_without_the_mode_is_never_silently_wrong(net, batch, tr
         loss = checkpoint(net, *batch, use_reentrant=True)
     calls = swapped.calls.copy()
     loss.backward()
-    assert swapped.calls == calls  # torch's functions computed it again
+    assert swapped.calls == calls  # the recomputation called torch's functions
     got = [loss.detach(), *(p.grad for p in net.parameters())]
     assert all(relative_error(a, b) < 1e-5 for a, b in zip(got, want, strict=True))
 
@@ -307,7 +307,7 @@ def test_a_second_derivative(triton_backend):
         assert torch.autograd.gradgradcheck(lambda x: F.max_pool2d(x.square(), 2), x)
 
 
-def test_unpooling_that_autocast_casts_on_a_cpu(triton_backend):
+def test_an_unpool_whose_input_autocast_casts_on_a_cpu_is_not_replaced(triton_backend):
     y, indices = F.max_pool2d(torch.randn(1, 2, 4, 4, dtype=torch.bfloat16), 2, return_indices=True)
     with torch.autocast("cpu", torch.bfloat16), fastseg.swap_functions() as swapped:
         assert F.max_unpool2d(y, indices, 2).dtype == torch.float32
@@ -315,7 +315,7 @@ def test_unpooling_that_autocast_casts_on_a_cpu(triton_backend):
 
 
 @pytest.mark.parametrize("decorated", [True, False])
-def test_compiled_code_is_traced_through_it(net, batch, decorated, triton_backend):
+def test_torch_compile_traces_through_the_mode(net, batch, decorated, triton_backend):
     graphs = []
 
     def record(graph, _):
@@ -327,7 +327,7 @@ def test_compiled_code_is_traced_through_it(net, batch, decorated, triton_backen
     compiled = torch.compile(swapped(net) if decorated else net, fullgraph=True, backend=record)
     with contextlib.nullcontext() if decorated else swapped:
         losses = [compiled(*batch) for _ in range(3)]
-    assert len(graphs) == 1  # calls are not counted there: each would compile anew
+    assert len(graphs) == 1  # traced calls are not counted, or each would recompile
     assert all(name not in graphs[0] for name in ("max_unpool2d_1", "nn.functional.cross_entropy"))
     assert "autograd_function_apply" in graphs[0]
     assert all(relative_error(loss, net(*batch)) < 1e-5 for loss in losses)

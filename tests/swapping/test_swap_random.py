@@ -1,7 +1,7 @@
-"""torch.compile(backend="fastseg") on random programs: results, gradients, running statistics, all as in eager torch.
+"""torch.compile(backend="fastseg") on random programs: results, gradients and running statistics are those of torch.
 
-What is rewritten is asked for on any tensor here, and runs on torch in float64, so that a wrong rewrite shows as more
-than rounding. FASTSEG_TEST_SEED=random draws other programs; PROGRAMS says how many.
+The rules rewrite calls on any tensor here, and the operators fall back to PyTorch in float64, so that the error of a
+wrong rewrite is larger than rounding. FASTSEG_TEST_SEED=random draws other programs; PROGRAMS is their number.
 """
 
 import os
@@ -17,14 +17,14 @@ from fastseg.compiler import availability
 PROGRAMS = int(os.environ.get("PROGRAMS", 40))
 
 
-def wanted(name, tensor, unsupported, preferred=None):
+def only_rank(name, tensor, unsupported, preferred=None):
     """Stands in for reason_off_kernels: only the rules themselves keep a call from being rewritten."""
     return None if tensor.dim() == 4 else unsupported
 
 
 def assert_same(got, want):
     for a, b in zip(got, want, strict=True):
-        if a is None or b is None:  # a gradient that is zero all over
+        if a is None or b is None:  # None stands for a gradient of zeros
             assert not any(x.any() for x in (a, b) if x is not None)
             continue
         assert a.dtype == b.dtype and a.shape == b.shape
@@ -40,12 +40,12 @@ def test_a_rewritten_program_computes_the_same(inner, share, seed):
         given, program = inputs(torch.Generator().manual_seed(n)), function_of(source)
         try:
             want = outcome(program, given, n)
-        except RuntimeError:  # what torch's own backward needs was written to
+        except RuntimeError:  # the program writes to a tensor that torch's own backward needs
             continue
         torch.compiler.reset()
         reports = []
         options = {"inner": inner, "report": reports.append}
-        with mock.patch.object(availability, "reason_off_kernels", wanted):
+        with mock.patch.object(availability, "reason_off_kernels", only_rank):
             got = outcome(torch.compile(program, backend=fastseg.compile_backend, options=options), given, n)
         try:
             assert_same(got, want)

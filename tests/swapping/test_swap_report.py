@@ -1,4 +1,4 @@
-"""What fastseg.swap leaves alone, and its report of it."""
+"""What fastseg.swap does not swap, and its report."""
 
 import copy
 import json
@@ -13,15 +13,15 @@ import fastseg
 
 
 class Stock(nn.MaxPool2d):
-    """With torch's forward."""
+    """Has torch's forward."""
 
 
 class MaxPool2d(nn.Module):
-    """Of the name, and nothing else."""
+    """Shares only the name with torch's class."""
 
 
-def left_alone():
-    """Layers that no swap may touch, with a word of the reason."""
+def unswappable():
+    """Layers that swap must not change, each with a part of the reason."""
     own = nn.MaxPool2d(2)
     own.forward = lambda input: input
     strange = nn.ConvTranspose2d(2, 2, 2)
@@ -31,17 +31,17 @@ def left_alone():
         "lazy": (nn.LazyConvTranspose2d(4, 2), "lazy"),
         "scripted": (torch.jit.script(nn.MaxPool2d(2)), "torch.jit"),
         "traced": (torch.jit.trace(nn.ConvTranspose2d(2, 2, 2), torch.zeros(1, 2, 3, 3)), "torch.jit"),
-        "quantised": (torch.ao.nn.quantized.ConvTranspose2d(2, 2, 2), "quantised"),
-        "reference": (torch.ao.nn.quantized.reference.ConvTranspose2d(2, 2, 2), "quantised"),
-        "namesake": (MaxPool2d(), "not torch.nn's"),
-        "own forward": (own, "forward of its own"),
+        "quantized": (torch.ao.nn.quantized.ConvTranspose2d(2, 2, 2), "quantized"),
+        "reference": (torch.ao.nn.quantized.reference.ConvTranspose2d(2, 2, 2), "quantized"),
+        "same name": (MaxPool2d(), "does not extend it"),
+        "own forward": (own, "its own forward"),
         "strange weight": (strange, "type Strange"),
     }
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
-def test_leaves_alone_and_says_why():
-    cases = left_alone()
+def test_layers_that_cannot_be_swapped_are_reported_with_the_reason():
+    cases = unswappable()
     model = nn.ModuleDict({name: module for name, (module, _) in cases.items()})
     model["plain"] = nn.MaxPool2d(2)
     before = kinds(model)[:-1]
@@ -53,7 +53,7 @@ def test_leaves_alone_and_says_why():
         assert word in found[name], name
 
 
-def test_other_layers_are_no_candidates():
+def test_other_layers_are_not_candidates():
     model = nn.Sequential(nn.MaxPool1d(2), nn.MaxPool3d(2), nn.AvgPool2d(2), nn.ConvTranspose1d(1, 1, 1), nn.NLLLoss())
     before = kinds(model)
     assert fastseg.swap(model).candidates == []
@@ -63,12 +63,12 @@ def test_other_layers_are_no_candidates():
 # --- the report ------------------------------------------------------------------------------------------------------
 
 
-def test_report_is_a_table_and_a_dictionary(monkeypatch):
+def test_the_report_is_a_table_and_a_dictionary(monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
     model = nn.ModuleDict({"[red]pool": nn.MaxPool2d(2), "mine": MyPool(2)})
     report = fastseg.swap(model)
     text = str(report)
-    why = "is a subclass with a forward of its own"
+    why = "is a subclass with its own forward"
     for word in ("ModuleDict: 1 of 2 layers swapped", "[red]pool", "yes", "mine", f"no: {why}"):
         assert word in text
     assert json.loads(json.dumps(report.as_dict())) == {
@@ -85,7 +85,7 @@ def test_report_is_a_table_and_a_dictionary(monkeypatch):
             {
                 "names": ["mine"],
                 "op": "max_pool2d",
-                "class": "swap_common.MyPool",
+                "class": "support.swap_common.MyPool",
                 "swapped": False,
                 "reason": why,
                 "together": [],
@@ -102,12 +102,11 @@ def test_the_table_is_as_wide_as_the_terminal(monkeypatch):
     for columns in (60, 80, 200):
         monkeypatch.setenv("COLUMNS", str(columns))
         assert max(map(len, str(report).splitlines())) <= columns
-    assert len(str(report).splitlines()) == 6  # nothing is broken in a terminal as wide as that
+    assert len(str(report).splitlines()) == 6  # no line is wrapped in a terminal of that width
 
 
 @pytest.mark.parametrize("make", [lambda: nn.MaxPool2d(2), lambda: Stock(2)])
-def test_a_report_goes_where_its_model_goes(make):
-    """Kept in the model, into copies and files."""
+def test_a_report_kept_in_its_model_is_copied_and_saved_with_it(make):
     model = nn.Sequential(make())
     model.report = fastseg.swap(model)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):

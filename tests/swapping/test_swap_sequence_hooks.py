@@ -1,4 +1,4 @@
-"""Sequences that run as one: what can see the intermediate, and what happens to them after the swap."""
+"""Fused sequences: hooks that need the tensors between the layers, and changes after the swap."""
 
 import copy
 
@@ -9,7 +9,7 @@ from torch import nn
 
 import fastseg
 
-# --- what can see the intermediate -----------------------------------------------------------------------------------
+# --- hooks -----------------------------------------------------------------------------------------------------------
 
 
 HOOKS = ["forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"]
@@ -19,8 +19,8 @@ HOOKS = ["forward_hook", "forward_pre_hook", "full_backward_hook", "full_backwar
 @pytest.mark.parametrize(
     "at, ran", [(0, POOLED), (1, "max_pool2d"), (2, "max_pool2d"), (3, NORM)], ids=["conv", "norm", "relu", "pool"]
 )
-def test_a_hook_sees_what_it_saw(at, ran, register, device, triton_backend):
-    """Registered after the swap; what it does not watch still runs as one."""
+def test_a_hook_registered_after_the_swap_sees_the_same_tensors(at, ran, register, device, triton_backend):
+    """Layers without hooks still run fused."""
     plain, model, _ = twins(block(nn.ReLU(), nn.MaxPool2d(2)).to(device))
     x = torch.randn(2, 3, 6, 6, device=device)
     seen = []
@@ -36,17 +36,17 @@ def test_a_hook_sees_what_it_saw(at, ran, register, device, triton_backend):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_hooks_that_are_there_already_are_reported():
+def test_hooks_registered_before_the_swap_are_reported():
     model = block(nn.ReLU(), bias=False)
     handle = model[1].register_forward_hook(lambda *_: None)
     report = fastseg.swap(model)
     assert type(model) is nn.Sequential
-    assert report.left[0].reason == "has hooks on 1 + 2, which see what would not be made"
+    assert report.left[0].reason == "has hooks on 1 + 2, which need tensors that the fused kernel never creates"
     handle.remove()
     assert fastseg.swap(model).swapped[0].together == (("1", "2"),)
 
 
-def test_a_hook_of_all_modules_sees_every_layer(device, triton_backend):
+def test_a_hook_for_all_modules_sees_every_layer(device, triton_backend):
     _, model, _ = twins(block(nn.ReLU()).to(device))
     x, seen = torch.randn(2, 3, 5, 5, device=device), []
     handle = nn.modules.module.register_module_forward_hook(lambda layer, *_: seen.append(type(layer).__name__))
@@ -58,8 +58,8 @@ def test_a_hook_of_all_modules_sees_every_layer(device, triton_backend):
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_weight_norm_by_hook_stays_right(device, triton_backend):
-    """nn.utils.weight_norm's hook makes the weight anew at each call: the convolution must be called."""
+def test_weight_norm_that_uses_a_hook_is_correct(device, triton_backend):
+    """The hook of nn.utils.weight_norm recomputes the weight at each call, so the convolution must be called."""
     plain, model = (block(nn.ReLU()).to(device) for _ in range(2))
     for each in (plain, model):
         nn.utils.weight_norm(each[0])
@@ -73,10 +73,10 @@ def test_weight_norm_by_hook_stays_right(device, triton_backend):
     assert_same(results(model, x), results(plain, x))
 
 
-# --- what happens to a sequence later --------------------------------------------------------------------------------
+# --- changes after the swap ------------------------------------------------------------------------------------------
 
 
-def test_another_layer_in_a_place_counts(device, triton_backend):
+def test_replaced_layers_count(device, triton_backend):
     plain, model, _ = twins(block(nn.ReLU(), nn.MaxPool2d(2)).to(device))
     x = torch.randn(2, 3, 6, 6, device=device)
     for at, layer in ((2, nn.GELU()), (1, nn.Identity()), (0, nn.Conv2d(3, 2, 1)), (3, nn.BatchNorm2d(2))):
@@ -112,8 +112,8 @@ def test_a_slice_is_a_sequence_of_the_same_layers(device, triton_backend):
         assert_same(results(model[part], given), results(plain[part], given))
 
 
-def test_shared_layers_in_a_row(device, triton_backend):
-    """[conv, bn, relu] * 3: one norm, whose statistics move three times."""
+def test_layers_repeated_in_one_sequence(device, triton_backend):
+    """[conv, bn, relu] * 3 has one norm, whose statistics are updated three times."""
     plain, model, report = twins(
         nn.Sequential(*[nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU()] * 3).to(device)
     )
@@ -124,8 +124,8 @@ def test_shared_layers_in_a_row(device, triton_backend):
     assert model[1].num_batches_tracked == 3
 
 
-def test_a_norm_that_is_used_elsewhere_too(device, triton_backend):
-    """Its own output there, fused here: an alias sees no intermediate of another call."""
+def test_a_norm_that_is_also_called_outside_its_sequence(device, triton_backend):
+    """It runs alone there and fused in the sequence; the two calls do not affect each other."""
 
     class Twice(nn.Module):
         def __init__(self):
@@ -141,7 +141,7 @@ def test_a_norm_that_is_used_elsewhere_too(device, triton_backend):
     assert_same(results(model, x), results(plain, x))
 
 
-def test_conversion_to_synchronised_norms_after_the_swap(device, triton_backend):
+def test_conversion_to_sync_batch_norm_after_the_swap(device, triton_backend):
     plain, model, report = twins(block(nn.ReLU()).to(device))
     converted = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     assert converted is model and type(model[1]) is nn.SyncBatchNorm

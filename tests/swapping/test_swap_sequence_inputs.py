@@ -1,4 +1,4 @@
-"""Sequences that run as one: classes of the user's, inputs of every kind, derivatives and compilers."""
+"""Fused sequences: a user's classes, inputs of all kinds, derivatives and torch.compile."""
 
 import copy
 
@@ -10,7 +10,7 @@ from torch import nn
 
 import fastseg
 
-# --- sequences of the user's, and inputs of every kind ---------------------------------------------------------------
+# --- a user's classes, and inputs of all kinds -----------------------------------------------------------------------
 
 
 class Stem(nn.Sequential):
@@ -27,7 +27,7 @@ class Skip(nn.Sequential):
 def test_subclasses_of_sequential(device, triton_backend):
     plain, model, report = twins(nn.ModuleDict({"stem": Stem(3, "s"), "skip": Skip(*Stem(3, "k"))}).to(device))
     stem, skip = report.candidates
-    assert stem.swapped and skip.reason == "is a subclass with a forward of its own"
+    assert stem.swapped and skip.reason == "is a subclass with its own forward"
     assert isinstance(model["stem"], Stem) and model["stem"].name == "s" and type(model["skip"]) is Skip
     x = torch.randn(2, 3, 4, 4, device=device)
     assert operators(model["stem"], x) == [NORM] and operators(model["skip"], x) == []
@@ -38,8 +38,8 @@ def test_subclasses_of_sequential(device, triton_backend):
     assert type(model["stem"]) is Stem
 
 
-def test_what_the_kernels_do_not_cover_runs_as_before(device, triton_backend):
-    """Inputs without a batch, float64 parameters of another dtype, no tensors: torch's answers and errors."""
+def test_unsupported_inputs_run_the_layers(device, triton_backend):
+    """Unbatched inputs, wrong channels or dtypes, and what is not a tensor: results and errors are torch's."""
     plain, model, _ = twins(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()).to(device))
     for wrong in (torch.randn(3, 4, 4), torch.randn(2, 4, 4, 4), torch.randn(2, 3, 4, 4).double(), [1], None):
         wrong = wrong.to(device) if isinstance(wrong, torch.Tensor) else wrong
@@ -51,7 +51,7 @@ def test_what_the_kernels_do_not_cover_runs_as_before(device, triton_backend):
     assert model.eval()(empty).shape == empty.shape
 
 
-def test_tensors_of_another_class_go_through_the_layers(device, triton_backend):
+def test_tensor_subclasses_run_the_layers(device, triton_backend):
     class Own(torch.Tensor):
         pass
 
@@ -70,7 +70,7 @@ def test_other_dtypes_and_autocast(dtype, device, triton_backend):
         return
     exact = results(copy.deepcopy(plain).double(), x.double())
     for each in (plain, model):
-        each.eval()  # whose numbers do not depend on the batch's
+        each.eval()  # results then do not depend on the statistics of the batch
     exact = copy.deepcopy(plain).double()(x.double())
     with torch.autocast(device, dtype):
         found, theirs = model(x), plain(x)
@@ -81,7 +81,7 @@ def test_other_dtypes_and_autocast(dtype, device, triton_backend):
 
 
 def test_transforms_run_the_layers(device, triton_backend):
-    """vmap, forward-mode derivatives: torch's own layers have rules for them."""
+    """vmap and forward-mode derivatives: torch's own layers have rules for them."""
     plain, model, _ = twins(block(nn.ReLU()).to(device).eval())
     x, direction = torch.randn(2, 2, 3, 5, 5, device=device)
     xs = torch.randn(2, 2, 3, 5, 5, device=device)
@@ -106,11 +106,11 @@ def test_second_derivatives(device, triton_backend):
         torch.testing.assert_close(got, expected)
 
 
-# --- compiled --------------------------------------------------------------------------------------------------------
+# --- torch.compile ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_compiles_in_one_graph_and_follows_later_hooks(training, device, triton_backend):
+def test_a_sequence_compiles_in_one_graph_and_later_hooks_count(training, device, triton_backend):
     plain, model, report = twins(
         nn.Sequential(
             *block(nn.ReLU(), nn.MaxPool2d(2)),

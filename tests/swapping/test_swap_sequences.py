@@ -1,4 +1,4 @@
-"""Sequences with batch norm in them: fused where nothing sees what is between, and as before everywhere else."""
+"""Sequences with batch norms: fused where nothing needs the tensors between the layers, unchanged elsewhere."""
 
 import copy
 
@@ -13,7 +13,7 @@ from fastseg.inspect.traffic import metering
 
 
 class Conv(nn.Conv2d):
-    """Of the user's, with torch's forward."""
+    """A user's class with torch's forward."""
 
 
 class Own(nn.BatchNorm2d):
@@ -22,7 +22,7 @@ class Own(nn.BatchNorm2d):
 
 
 POOL, UP = "max_pool2d", "conv_transpose2d"
-SEQUENCES = {  # the sequence, the children that run as one, operators in training, and in evaluation
+SEQUENCES = {  # the sequence, the children that run fused, the operators in training, and those in evaluation
     "conv bn relu": (block(nn.ReLU()), ["0 + 1 + 2"], [NORM], [NORM]),
     "conv bn": (block(), ["0 + 1"], [NORM], [NORM]),
     "conv bn relu pool": (block(nn.ReLU(True), nn.MaxPool2d(2)), ["0 + 1 + 2 + 3"], [POOLED], [POOLED]),
@@ -59,8 +59,8 @@ SEQUENCES = {  # the sequence, the children that run as one, operators in traini
 
 
 @pytest.mark.parametrize("name", SEQUENCES)
-def test_each_group_runs_as_one_with_the_same_numbers(name, device, triton_backend):
-    """In training, twice, and in evaluation: outputs, gradients, buffers and state_dict, and after undo."""
+def test_each_group_runs_fused_with_the_same_results(name, device, triton_backend):
+    """Twice in training, in evaluation, and after undo: outputs, gradients, buffers and state_dict."""
     sequence, together, training, evaluation = SEQUENCES[name]
     plain, model, report = twins(copy.deepcopy(sequence).to(device))
     keys = list(plain.state_dict())
@@ -76,7 +76,7 @@ def test_each_group_runs_as_one_with_the_same_numbers(name, device, triton_backe
     for mode, ran in ((True, training), (True, training), (False, evaluation)):
         for each in (plain, model):
             each.train(mode)
-        if name != "momentum None" or not mode:  # whose factor is read from a tensor, and a fake has none
+        if name != "momentum None" or not mode:  # its momentum is read from a tensor, and fake tensors have no values
             assert operators(model, x) == ran
         assert_same(results(model, x), results(plain, x))
     assert list(model.state_dict()) == keys
@@ -87,7 +87,7 @@ def test_each_group_runs_as_one_with_the_same_numbers(name, device, triton_backe
 
 
 class Scaled(nn.Conv2d):
-    """Its bias is scaled with the rest."""
+    """Scales the bias with the rest."""
 
     def _conv_forward(self, input, weight, bias):
         return 3 * super()._conv_forward(input, weight, bias)
@@ -99,7 +99,7 @@ class WithOwnBias(nn.Conv2d):
 
 
 @pytest.mark.parametrize("conv", [Scaled(3, 4, 3), WithOwnBias(3, 4, 3), nn.Conv2d(3, 4, 3)], ids=str)
-def test_a_convolution_with_a_convolution_of_its_own_keeps_its_bias(conv, device, triton_backend):
+def test_a_convolution_with_its_own_conv_forward_keeps_its_bias(conv, device, triton_backend):
     plain, model, report = twins(nn.Sequential(copy.deepcopy(conv), nn.BatchNorm2d(4), nn.ReLU()).to(device))
     if type(conv) is nn.Conv2d:  # set on the instance
         assert report.swapped[0].together == (("0", "1", "2"),)
@@ -113,20 +113,20 @@ def test_a_convolution_with_a_convolution_of_its_own_keeps_its_bias(conv, device
 
 
 class Counting(nn.Module):
-    """A parametrization that gives another value each time it is asked."""
+    """A parametrization that returns another value at each call."""
 
     def __init__(self):
         super().__init__()
-        self.register_buffer("asked", torch.zeros(()))
+        self.register_buffer("calls", torch.zeros(()))
 
     def forward(self, value):
-        self.asked += 1
-        return value * self.asked
+        self.calls += 1
+        return value * self.calls
 
 
 @pytest.mark.parametrize("make", [block, deconv], ids=["conv", "deconv"])
 @pytest.mark.parametrize("at, name", [(0, "weight"), (0, "bias"), (1, "weight"), (1, "bias")])
-def test_a_parametrization_is_asked_once(at, name, make, device, triton_backend):
+def test_a_parametrization_is_called_once(at, name, make, device, triton_backend):
     model = make(nn.ReLU()).to(device)
     nn.utils.parametrize.register_parametrization(model[at], name, Counting(), unsafe=True)
     plain, model, _ = twins(model)
@@ -157,14 +157,14 @@ class Loud(nn.ReLU):
     ],
     ids=str,
 )
-def test_a_sequence_without_a_group_is_no_candidate(sequence):
+def test_a_sequence_without_a_group_is_not_a_candidate(sequence):
     assert fastseg.swap(sequence).candidates == []
     assert type(sequence) is nn.Sequential
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_where_the_kernels_do_not_run_the_layers_do(training, device):
-    """Under "torch", and on a CPU under "auto": every bit as before, each layer called by itself."""
+def test_layers_are_called_one_by_one_where_the_kernels_do_not_run(training, device):
+    """Under "torch", and on a CPU under "auto": results are bitwise the same, and each layer is called."""
     plain, model, _ = twins(nn.Sequential(*block(nn.ReLU(), nn.MaxPool2d(2)), *deconv(nn.ReLU())[1:]).to(device))
     x = torch.randn(2, 3, 6, 8, device=device)
     called = []
@@ -186,8 +186,8 @@ def test_where_the_kernels_do_not_run_the_layers_do(training, device):
     assert called[: len(model)] == [type(layer).__name__ for layer in plain]
 
 
-def test_the_bias_before_the_norm_has_a_gradient(device, triton_backend):
-    """Zero in training, where the mean takes it out again: not None, for DDP would wait for it."""
+def test_a_convolution_bias_in_front_of_a_norm_has_a_gradient(device, triton_backend):
+    """It is zero in training, where the mean cancels the bias, and not None, for which DDP would wait."""
     for make in (block, deconv):
         _, model, _ = twins(make(nn.ReLU()).to(device))
         found = results(model, torch.randn(2, 3, 5, 5, device=device))
@@ -195,7 +195,7 @@ def test_the_bias_before_the_norm_has_a_gradient(device, triton_backend):
         assert all(value is not None for value in found.values())
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="counts what is launched where it is interpreted")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="counts the launches of the interpreter")
 def test_a_transposed_convolution_in_evaluation_is_one_kernel(triton_backend):
     _, model, _ = twins(nn.Sequential(nn.ConvTranspose2d(16, 16, 2, 2), nn.BatchNorm2d(16), nn.ReLU()))
     x = torch.randn(1, 16, 4, 4).contiguous(memory_format=torch.channels_last)

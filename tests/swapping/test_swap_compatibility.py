@@ -1,4 +1,4 @@
-"""A swapped model and the rest of torch: files, devices, precision, checkpointing, compilers, exporters, processes."""
+"""Swapped models with the rest of torch: saving, dtypes, autocast, checkpointing, compilers, exporters, processes."""
 
 import copy
 import io
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.swap_common import assert_same, operators, results, twins
+from support.swap_common import ENCODER_DECODER_OPERATORS, EncoderDecoder, assert_same, operators, results, twins
 from torch import nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
@@ -18,31 +18,9 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 import fastseg
 
 
-class Net(nn.Module):
-    """Encoder and decoder in sequences, indices across, a skip, a sequence that is called twice."""
-
-    def __init__(self):
-        super().__init__()
-        self.down = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(inplace=True))
-        self.pool, self.unpool = nn.MaxPool2d(2, return_indices=True), nn.MaxUnpool2d(2)
-        self.middle = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2))
-        self.up = nn.Sequential(nn.ConvTranspose2d(4, 4, 2, 2), nn.BatchNorm2d(4), nn.ReLU())
-        self.head = nn.Conv2d(4, 3, 1)
-
-    def forward(self, x):
-        y = self.down(x)
-        y, indices = self.pool(y)
-        y = y + self.up(self.middle(y))
-        return self.head(self.unpool(y, indices))
-
-
-OPERATORS = ["batch_norm_relu", "max_pool2d", "batch_norm_relu_max_pool2d", "conv_transpose2d"]
-OPERATORS += ["batch_norm_relu", "max_unpool2d"]
-
-
 @pytest.fixture
 def net(device):
-    return Net().to(device)
+    return EncoderDecoder().to(device)
 
 
 @pytest.fixture
@@ -50,9 +28,9 @@ def x(device):
     return torch.randn(2, 3, 8, 8, device=device)
 
 
-def test_numbers_before_during_and_after_training(net, x, triton_backend):
+def test_results_before_during_and_after_training(net, x, triton_backend):
     plain, model, report = twins(net)
-    assert operators(model, x) == OPERATORS
+    assert operators(model, x) == ENCODER_DECODER_OPERATORS
     optimizers = [torch.optim.SGD(each.parameters(), 0.1, momentum=0.9) for each in (plain, model)]
     for _ in range(2):
         for each, optimizer in zip((plain, model), optimizers, strict=True):
@@ -65,25 +43,25 @@ def test_numbers_before_during_and_after_training(net, x, triton_backend):
         torch.testing.assert_close(model.state_dict()[name], value, rtol=1e-3, atol=1e-4, msg=name)
 
 
-# --- files and forms -------------------------------------------------------------------------------------------------
+# --- saving, layouts and dtypes --------------------------------------------------------------------------------------
 
 
-def test_copies_and_files(net, x, triton_backend):
+def test_a_swapped_model_can_be_copied_and_saved(net, x, triton_backend):
     plain, model, _ = twins(net)
     file = io.BytesIO()
     torch.save(model, file)
     file.seek(0)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(file, weights_only=False)):
         assert [type(m) for m in twin.modules()] == [type(m) for m in model.modules()]
-        assert operators(twin, x) == OPERATORS
+        assert operators(twin, x) == ENCODER_DECODER_OPERATORS
         assert list(twin.state_dict()) == list(plain.state_dict())
     assert_same(results(twin, x), results(plain, x))
 
 
-def test_state_dict_both_ways(net, x):
+def test_state_dicts_load_in_both_directions(net, x):
     plain, model, _ = twins(net)
     assert list(plain.state_dict()) == list(model.state_dict())
-    for source, target in ((Net(), model), (model, plain)):
+    for source, target in ((EncoderDecoder(), model), (model, plain)):
         target.load_state_dict(source.state_dict(), strict=True)
         assert all(
             torch.equal(a.cpu(), b.cpu())
@@ -100,7 +78,7 @@ def test_to_channels_last_and_other_dtypes(net, x, triton_backend):
     assert found["output"].is_contiguous(memory_format=torch.channels_last)
     assert_same(found, results(plain, nhwc))
     model.half().float().eval(), plain.half().float().eval()
-    assert operators(model, x)[3:5] == ["conv_transpose2d", "max_unpool2d"]  # batch norm folded
+    assert operators(model, x)[3:5] == ["conv_transpose2d", "max_unpool2d"]  # the batch norm is folded
     assert_same(results(model, x), results(plain, x))
     assert_same(results(model.train(), x), results(plain.train(), x))
 
@@ -111,8 +89,10 @@ def test_autocast(training, net, x, triton_backend):
     exact = copy.deepcopy(plain).double()(x.double())
     with torch.autocast(x.device.type, torch.bfloat16):
         found, theirs = model(x), plain(x)
-        folded = [] if training else [4]  # the batch norm behind the transposed convolution
-        assert operators(model, x) == [name for place, name in enumerate(OPERATORS) if place not in folded]
+        folded = [] if training else [4]  # the batch norm after the transposed convolution
+        assert operators(model, x) == [
+            name for place, name in enumerate(ENCODER_DECODER_OPERATORS) if place not in folded
+        ]
     assert found.dtype == theirs.dtype
     errors = [((y.double() - exact).square().mean() / exact.square().mean()).sqrt() for y in (found, theirs)]
     assert errors[0] < 2 * errors[1]
@@ -127,7 +107,7 @@ def test_autocast(training, net, x, triton_backend):
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing(reentrant, device, triton_backend):
-    class Checkpointed(Net):
+    class Checkpointed(EncoderDecoder):
         def forward(self, x):
             y, indices = checkpoint(lambda x: self.pool(self.down(x)), x, use_reentrant=reentrant)
             y = y + checkpoint_sequential(nn.Sequential(self.middle, self.up), 2, y, use_reentrant=reentrant)
@@ -172,8 +152,8 @@ def test_torch_export(backend, net, x):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_torch_jit_script_is_refused_and_works_undone(net, x):
-    """torch's own MaxUnpool2d cannot be scripted either (its int arguments are no lists), so the model has none."""
+def test_torch_jit_script_raises_and_works_inside_undone(net, x):
+    """torch's own MaxUnpool2d cannot be scripted either (its int arguments are not lists): the model has none."""
     model = nn.Sequential(net.down, net.middle, net.up, net.head).eval()
     report = fastseg.swap(model)
     kinds = [type(m) for m in model.modules()]
@@ -200,7 +180,7 @@ def test_torch_jit_script_is_refused_and_works_undone(net, x):
 def test_onnx_of_the_plain_model(x, tmp_path, capsys):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    plain, model, report = twins(Net().eval())
+    plain, model, report = twins(EncoderDecoder().eval())
     kinds, x = [type(m) for m in model.modules()], x.cpu()
     with report.undone():
         torch.onnx.export(model, (x,), tmp_path / "net.onnx", dynamo=True, verbose=False)
@@ -214,7 +194,7 @@ def test_onnx_of_the_plain_model(x, tmp_path, capsys):
 
 
 def test_gradients_of_each_sample(device, triton_backend):
-    """vmap over grad, and an ensemble's vmap over parameters, as the layers of torch have them."""
+    """vmap over grad, and vmap over the parameters of an ensemble."""
     model = nn.ModuleDict(
         {"pool": nn.MaxPool2d(2), "up": nn.ConvTranspose2d(3, 4, 2, 2), "loss": nn.CrossEntropyLoss()}
     )
@@ -243,8 +223,8 @@ import sys, torch, torch.distributed as dist, fastseg
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-sys.path[:0] = {tests!r}
-from test_swap_lives import Net
+sys.path.insert(0, {tests!r})
+from support.swap_common import EncoderDecoder
 rank, path = int(sys.argv[1]), sys.argv[2]
 torch.set_num_threads(1)
 dist.init_process_group("gloo", init_method=f"file://{{path}}/rendezvous", rank=rank, world_size=2)
@@ -252,7 +232,7 @@ given = torch.load(f"{{path}}/given.pt")
 x = given["x"][rank : rank + 1]
 
 def gradients(swapped, wrap):
-    model = Net()
+    model = EncoderDecoder()
     model.load_state_dict(given["state"])
     report = fastseg.swap(model) if swapped else None
     model = wrap(model)
@@ -276,8 +256,8 @@ for name, wrap in (("ddp", DistributedDataParallel), ("fsdp", sharded)):
 try:
     fastseg.swap(model)
 except RuntimeError as error:
-    saved["refused"] = str(error)
-report.undo()  # fsdp's: the classes that fully_shard made stay, around torch's
+    saved["error"] = str(error)
+report.undo()  # the sharded model's: the classes that fully_shard made stay, around torch's
 saved["undone"] = [cls.__module__ for m in model.modules() for cls in type(m).__mro__]
 saved["sharded"] = [type(m).__name__ for m in model.modules()]
 saved["output"] = model(x).detach()
@@ -288,10 +268,10 @@ dist.destroy_process_group()
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
 def test_two_processes_ddp_and_fsdp2(tmp_path):
-    """Each has its own image; gradients are those of torch's model, which no parameter is left out of."""
-    torch.save({"state": Net().state_dict(), "x": torch.randn(2, 3, 8, 8)}, tmp_path / "given.pt")
-    code = PROCESS.format(tests=[str(Path(__file__).parents[1]), str(Path(__file__).parent)])
-    env = os.environ | {"TRITON_INTERPRET": "1"}  # on CPUs everywhere
+    """Each process has its own image; all gradients are those of torch's model, and none is missing."""
+    torch.save({"state": EncoderDecoder().state_dict(), "x": torch.randn(2, 3, 8, 8)}, tmp_path / "given.pt")
+    code = PROCESS.format(tests=str(Path(__file__).parents[1]))
+    env = os.environ | {"TRITON_INTERPRET": "1"}  # the processes use CPUs everywhere
     runs = [
         subprocess.Popen(
             [sys.executable, "-c", code, str(rank), str(tmp_path)], stderr=subprocess.PIPE, text=True, env=env
@@ -299,10 +279,10 @@ def test_two_processes_ddp_and_fsdp2(tmp_path):
         for rank in range(2)
     ]
     for run in runs:
-        _, said = run.communicate(timeout=300)
-        assert run.returncode == 0, said
+        _, errors = run.communicate(timeout=300)
+        assert run.returncode == 0, errors
     parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    assert parts[0]["ddp"][0] == OPERATORS
+    assert parts[0]["ddp"][0] == ENCODER_DECODER_OPERATORS
     for part in parts:
         for name in ("ddp", "fsdp"):
             _, ours, theirs = part[name]
@@ -310,9 +290,9 @@ def test_two_processes_ddp_and_fsdp2(tmp_path):
                 torch.testing.assert_close(got, want, rtol=1e-3, atol=2e-4 * max(1.0, want.abs().max().item()))
         for got, want in zip(part["ddp"][1], parts[0]["ddp"][1], strict=True):
             assert torch.equal(got, want)
-        assert part["refused"].startswith(
-            "swap: (the model) is sharded by fully_shard already; swap before fully_shard"
+        assert part["error"].startswith(
+            "swap: (the model) is already sharded by fully_shard; call swap before fully_shard"
         )
         assert not any(module.startswith("fastseg") for module in part["undone"])
-        assert {"FSDPNet", "FSDPSequential", "FSDPConvTranspose2d"} <= set(part["sharded"])
+        assert {"FSDPEncoderDecoder", "FSDPSequential", "FSDPConvTranspose2d"} <= set(part["sharded"])
         assert part["output"].isfinite().all()
