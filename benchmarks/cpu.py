@@ -27,11 +27,14 @@ from fastseg import functional as ours
 from fastseg.models import SegNet
 from fastseg.models.plain_segnet import PlainSegNet
 from fastseg.verification import cases
-from fastseg.verification.cases import Case, Placement
+from fastseg.verification.cases import Case, ConvTransposeSpec, Placement, PoolSpec
 
 SIZES = [((1, 64, 64), (512, 512)), ((2, 33, 41), (263, 321))]  # pictures and size of logits, size of labels
 CLASSES = (1, 2, 4, 6, 8, 11, 14, 19, 24, 64)
 MAPS = [(4, 32, 90, 120), (2, 64, 45, 61)]
+CEIL = PoolSpec(ceil_mode=True)
+BY_2 = ConvTransposeSpec(32, kernel=2, stride=2)
+ODD = ConvTransposeSpec(32, kernel=3, stride=2, padding=1, output_padding=1)
 
 
 class Pair(NamedTuple):
@@ -83,8 +86,8 @@ def losses() -> Iterator[Pair]:
     for classes in (2, 11, 19):
         for shape in ((2, classes, 180, 240), (3, classes, 61, 83)):
             logits, labels = torch.randn(shape), _labels(classes, shape[0], *shape[2:], ignored=True)
-            yield from map(_of_case, cases.cross_entropy(at, shape, 255))
-            yield from map(_of_case, cases.dice_cross_entropy(at, shape, 255))
+            yield from map(_of_case, cases.cross_entropy(at, shape))
+            yield from map(_of_case, cases.dice_cross_entropy(at, shape))
             yield from map(_of_case, cases.linear_cross_entropy(at, (shape[0], 64, *shape[2:]), classes))
             yield from map(_of_case, cases.confusion_matrix(at, labels.shape, classes))
 
@@ -107,10 +110,10 @@ def layers() -> Iterator[Pair]:
         at = Placement(torch.float32, layout, "cpu")
         for shape in MAPS:
             for case in (
-                *cases.max_pool2d(at, shape, ceil_mode=True), *cases.max_unpool2d(at, shape, ceil_mode=True),
-                *cases.batch_norm_relu(at, shape), *cases.conv_transpose2d(at, shape, 32, 2, 2),
-                *cases.conv_transpose2d(at, shape, 32, 3, 2, 1, 1),
-                *cases.conv_transpose2d_affine_relu(at, shape, 32, 2, 2),
+                *cases.max_pool2d(at, shape, CEIL), *cases.max_unpool2d(at, shape, CEIL),
+                *cases.batch_norm_relu(at, shape), *cases.conv_transpose2d(at, shape, BY_2),
+                *cases.conv_transpose2d(at, shape, ODD),
+                *cases.conv_transpose2d_affine_relu(at, shape, BY_2),
             ):  # fmt: skip
                 words = f"{case.size}{' channels_last' * (layout == torch.channels_last)}"
                 theirs = case.eager if case.operator == "max_pool2d_with_offsets" else case.theirs

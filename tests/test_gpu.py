@@ -13,8 +13,7 @@ REPEATS = 100 if torch.cuda.is_available() else 2
 
 
 def made(operator, number, dtype, layout, device="cuda"):
-    make, size = operators.SIZES[operator][number]
-    return list(make(cases.Placement(dtype, layout, device), *size))
+    return list(operators.SIZES[operator][number](cases.Placement(dtype, layout, device)))
 
 
 def tensors(result):

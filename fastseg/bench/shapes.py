@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..verification import cases
-from ..verification.cases import LAYOUTS, Case, Placement
+from ..verification.cases import LAYOUTS, Case, ConvTransposeSpec, Placement, PoolSpec, ResizeSpec
 
 
 class DrawnInPlace(Placement):
@@ -52,9 +52,10 @@ class Site:
 
 
 def _encoder(net: str, batch: int, maps: Sequence[tuple[int, int, int]]) -> list[Site]:
-    geometry = (2, 2, 0, True)  # kernel, stride, padding, ceil_mode
+    """The pools, unpools and batch norms of an encoder and its decoder; maps: their inputs (C, H, W) in order."""
+    pool = PoolSpec(ceil_mode=True)
     return [
-        Site(f"{net} stage {number}", make, (batch, *shape), geometry, headline=number == 1)
+        Site(f"{net} stage {number}", make, (batch, *shape), (pool,), headline=number == 1)
         for number, shape in enumerate(maps, 1)
         for make in (cases.max_pool2d, cases.max_unpool2d)
     ] + [
@@ -65,29 +66,31 @@ def _encoder(net: str, batch: int, maps: Sequence[tuple[int, int, int]]) -> list
 
 def _resized(at: Placement, shape: Sequence[int], factor: int) -> Iterator[Case]:
     """The loss of logits that are resized to labels `factor` times as high and wide."""
-    return cases.upsample_cross_entropy(at, shape, (factor * shape[2], factor * shape[3]))
+    return cases.upsample_cross_entropy(at, shape, ResizeSpec((factor * shape[2], factor * shape[3])))
 
 
 _HEADLINES = ("U-Net up 1", "DeconvNet deconv 2-1", "FCN 21 classes", "Cityscapes", "ADE20K")
-_CONVS = [  # where, input, output channels, kernel, stride, padding, output_padding, groups
-    ("DeconvNet fc6", (16, 4096, 1, 1), 512, 7, 1, 0, 0),
-    ("DeconvNet deconv 5-1", (16, 512, 14, 14), 512, 3, 1, 1, 0),
-    ("DeconvNet deconv 4-1", (16, 512, 28, 28), 512, 3, 1, 1, 0),
-    ("DeconvNet deconv 3-1", (16, 256, 56, 56), 256, 3, 1, 1, 0),
-    ("DeconvNet deconv 2-1", (16, 128, 112, 112), 128, 3, 1, 1, 0),
-    ("DeconvNet deconv 1-1", (16, 64, 224, 224), 64, 3, 1, 1, 0),
-    ("U-Net up 1", (8, 128, 256, 256), 64, 2, 2, 0, 0),
-    ("U-Net up 2", (8, 256, 128, 128), 128, 2, 2, 0, 0),
-    ("U-Net up 3", (8, 512, 64, 64), 256, 2, 2, 0, 0),
-    ("U-Net up 4", (8, 1024, 32, 32), 512, 2, 2, 0, 0),
-    ("FCN 21 classes", (8, 21, 64, 64), 21, 4, 2, 1, 0),
-    ("FCN 256 channels", (8, 256, 64, 64), 128, 4, 2, 1, 0),
-    ("FCN-8s depthwise", (8, 21, 64, 64), 21, 16, 8, 4, 0, 21),
-    ("ERFNet up 1", (8, 128, 64, 128), 64, 3, 2, 1, 1),
-    ("DPT reassemble", (8, 256, 24, 24), 256, 4, 4, 0, 0),
-    ("odd", (3, 37, 29, 41), 13, 3, 2, 1, 1),
+_SAME_3 = {"kernel": 3, "padding": 1}  # keeps the size
+_BY_2 = {"kernel": 2, "stride": 2}  # doubles the size
+_CONVS = [
+    ("DeconvNet fc6", (16, 4096, 1, 1), ConvTransposeSpec(512, kernel=7)),
+    ("DeconvNet deconv 5-1", (16, 512, 14, 14), ConvTransposeSpec(512, **_SAME_3)),
+    ("DeconvNet deconv 4-1", (16, 512, 28, 28), ConvTransposeSpec(512, **_SAME_3)),
+    ("DeconvNet deconv 3-1", (16, 256, 56, 56), ConvTransposeSpec(256, **_SAME_3)),
+    ("DeconvNet deconv 2-1", (16, 128, 112, 112), ConvTransposeSpec(128, **_SAME_3)),
+    ("DeconvNet deconv 1-1", (16, 64, 224, 224), ConvTransposeSpec(64, **_SAME_3)),
+    ("U-Net up 1", (8, 128, 256, 256), ConvTransposeSpec(64, **_BY_2)),
+    ("U-Net up 2", (8, 256, 128, 128), ConvTransposeSpec(128, **_BY_2)),
+    ("U-Net up 3", (8, 512, 64, 64), ConvTransposeSpec(256, **_BY_2)),
+    ("U-Net up 4", (8, 1024, 32, 32), ConvTransposeSpec(512, **_BY_2)),
+    ("FCN 21 classes", (8, 21, 64, 64), ConvTransposeSpec(21, kernel=4, stride=2, padding=1)),
+    ("FCN 256 channels", (8, 256, 64, 64), ConvTransposeSpec(128, kernel=4, stride=2, padding=1)),
+    ("FCN-8s depthwise", (8, 21, 64, 64), ConvTransposeSpec(21, kernel=16, stride=8, padding=4, groups=21)),
+    ("ERFNet up 1", (8, 128, 64, 128), ConvTransposeSpec(64, kernel=3, stride=2, padding=1, output_padding=1)),
+    ("DPT reassemble", (8, 256, 24, 24), ConvTransposeSpec(256, kernel=4, stride=4)),
+    ("odd", (3, 37, 29, 41), ConvTransposeSpec(13, kernel=3, stride=2, padding=1, output_padding=1)),
 ]
-_HEADS = [  # where, map before the classifier, classes, how much larger the labels are
+_HEADS = [  # where, the classifier's input, classes, size of the labels relative to it
     ("ADE20K", (16, 256, 128, 128), 150, 4),
     ("Cityscapes", (8, 128, 128, 256), 19, 4),
     ("odd", (3, 24, 31, 41), 7, 3),
@@ -98,29 +101,31 @@ _LOGITS = [
     ("SegNet CamVid", (8, 11, 360, 480)),
     ("odd", (3, 7, 61, 83)),
 ]
+_OVERLAPPING_POOL = PoolSpec(kernel=3, stride=2, padding=1)
+_ODD_POOL = PoolSpec(kernel=3, stride=3, padding=1)
 SITES = [
     *_encoder("SegNet", 8, [(64, 360, 480), (128, 180, 240), (256, 90, 120), (512, 45, 60), (512, 23, 30)]),
     *_encoder("DeconvNet", 16, [(64, 224, 224), (128, 112, 112), (256, 56, 56), (512, 28, 28), (512, 14, 14)]),
-    Site("ResNet stem", cases.max_pool2d, (8, 64, 256, 512), (3, 2, 1, False)),
-    Site("odd", cases.max_pool2d, (3, 37, 53, 91), (3, 3, 1, False)),
-    Site("odd", cases.max_unpool2d, (3, 37, 53, 91), (3, 3, 1, False)),
-    *(Site(where, cases.conv_transpose2d, shape, tuple(rest), where in _HEADLINES) for where, shape, *rest in _CONVS),
-    *(Site(where, cases.conv_transpose2d_affine_relu, shape, tuple(rest)) for where, shape, *rest in _CONVS),
-    *(Site(where, cases.cross_entropy, shape, (255,), where in _HEADLINES) for where, shape in _LOGITS),
+    Site("ResNet stem", cases.max_pool2d, (8, 64, 256, 512), (_OVERLAPPING_POOL,)),
+    Site("odd", cases.max_pool2d, (3, 37, 53, 91), (_ODD_POOL,)),
+    Site("odd", cases.max_unpool2d, (3, 37, 53, 91), (_ODD_POOL,)),
+    *(Site(where, cases.conv_transpose2d, shape, (conv,), where in _HEADLINES) for where, shape, conv in _CONVS),
+    *(Site(where, cases.conv_transpose2d_affine_relu, shape, (conv,)) for where, shape, conv in _CONVS),
+    *(Site(where, cases.cross_entropy, shape, headline=where in _HEADLINES) for where, shape in _LOGITS),
     *(
         Site(where, _resized, (n, classes, h, w), (factor,), where == "ADE20K")
         for where, (n, _, h, w), classes, factor in _HEADS
     ),
     *(Site(where, cases.linear_cross_entropy, shape, (classes,)) for where, shape, classes, _ in _HEADS),
-    *(Site(where, cases.dice_cross_entropy, shape, (255,)) for where, shape in _LOGITS),
+    *(Site(where, cases.dice_cross_entropy, shape) for where, shape in _LOGITS),
 ]
 TINY = [
-    Site("tiny", cases.max_pool2d, (1, 8, 4, 4), (2, 2, 0, False)),
-    Site("tiny", cases.max_unpool2d, (1, 8, 4, 4), (2, 2, 0, False)),
+    Site("tiny", cases.max_pool2d, (1, 8, 4, 4)),
+    Site("tiny", cases.max_unpool2d, (1, 8, 4, 4)),
     Site("tiny", cases.batch_norm_relu, (1, 8, 4, 4)),
-    Site("tiny", cases.conv_transpose2d, (1, 16, 4, 4), (16, 2, 2)),
-    Site("tiny", cases.cross_entropy, (1, 8, 4, 4), (255,)),
-    Site("tiny", cases.dice_cross_entropy, (1, 8, 4, 4), (255,)),
+    Site("tiny", cases.conv_transpose2d, (1, 16, 4, 4), (ConvTransposeSpec(16, **_BY_2),)),
+    Site("tiny", cases.cross_entropy, (1, 8, 4, 4)),
+    Site("tiny", cases.dice_cross_entropy, (1, 8, 4, 4)),
     Site("tiny", _resized, (1, 8, 4, 4), (4,)),
     Site("tiny", cases.linear_cross_entropy, (1, 8, 4, 4), (8,)),
 ]

@@ -12,7 +12,7 @@ from .. import dispatch
 from ..kernels.launch import targeting
 from ..ops.operator import observing
 from ..verification import cases
-from ..verification.cases import Case, Placement
+from ..verification.cases import Case, ConvTransposeSpec, LossSpec, Placement, PoolSpec, ResizeSpec
 from . import cuda_codegen
 from .codegen import Compiled, Launch, compile_for, compile_for_amd, disassemble, record
 
@@ -22,30 +22,37 @@ GLOBAL_ATOMICS = ("ATOM.", "ATOMG", "RED.", "REDG")  # ATOMS is of shared memory
 
 def network_cases(at: Placement) -> Iterator[Case]:
     """Every operator at sizes of SegNet, DeconvNet and a U-Net, and pools of an odd size."""
+    ceil, overlapping = PoolSpec(ceil_mode=True), PoolSpec(kernel=3, stride=2, padding=1)
     for shape in ((8, 64, 360, 480), (8, 256, 45, 60)):
-        yield from cases.max_pool2d(at, shape, ceil_mode=True)
-        yield from cases.max_unpool2d(at, shape, ceil_mode=True)
+        yield from cases.max_pool2d(at, shape, ceil)
+        yield from cases.max_unpool2d(at, shape, ceil)
         yield from cases.batch_norm_relu(at, shape)
-    yield from cases.max_pool2d(at, (8, 64, 112, 112), 3, 2, 1)
-    yield from cases.max_unpool2d(at, (8, 64, 112, 112), 3, 2, 1)
+    yield from cases.max_pool2d(at, (8, 64, 112, 112), overlapping)
+    yield from cases.max_unpool2d(at, (8, 64, 112, 112), overlapping)
     yield from cases.max_unpool2d_conv2d(at, (8, 128, 90, 120), 64)
-    yield from cases.conv_transpose2d_affine_relu(at, (8, 128, 180, 240), 64, 2, 2)
-    yield from cases.conv_transpose2d(at, (8, 256, 90, 120), 128, 2, 2)
-    yield from cases.conv_transpose2d(at, (16, 512, 14, 14), 512, 3, 1, 1)
-    yield from cases.conv_transpose2d(at, (8, 128, 90, 120), 64, 3, 2, 1, 1)
-    yield from cases.conv_transpose2d(at, (8, 32, 64, 64), 32, 4, 2, 1, 0, 32)
+    yield from cases.conv_transpose2d_affine_relu(at, (8, 128, 180, 240), ConvTransposeSpec(64, kernel=2, stride=2))
+    yield from cases.conv_transpose2d(at, (8, 256, 90, 120), ConvTransposeSpec(128, kernel=2, stride=2))
+    yield from cases.conv_transpose2d(at, (16, 512, 14, 14), ConvTransposeSpec(512, kernel=3, padding=1))
+    odd_stride = ConvTransposeSpec(64, kernel=3, stride=2, padding=1, output_padding=1)
+    yield from cases.conv_transpose2d(at, (8, 128, 90, 120), odd_stride)
+    depthwise = ConvTransposeSpec(32, kernel=4, stride=2, padding=1, groups=32)
+    yield from cases.conv_transpose2d(at, (8, 32, 64, 64), depthwise)
     for classes, one_pass in ((11, False), (19, False), (19, None), (150, False), (150, None)):
-        yield from cases.cross_entropy(at, (8, classes, 360, 480), 255, one_pass=one_pass)
+        yield from cases.cross_entropy(at, (8, classes, 360, 480), LossSpec(one_pass=one_pass))
     for one_pass in (False, None):
-        yield from cases.cross_entropy(at, (8, 19, 360, 480), 255, one_pass=one_pass, predicted=True)
+        yield from cases.cross_entropy(at, (8, 19, 360, 480), LossSpec(one_pass=one_pass, predicted=True))
     for classes in (4, 150):
-        yield from cases.dice_cross_entropy(at, (8, classes, 360, 480), 255)
+        yield from cases.dice_cross_entropy(at, (8, classes, 360, 480))
     for classes in (11, 19, 150):
         yield from cases.confusion_matrix(at, (8, 360, 480), classes)
-    yield from cases.upsample_cross_entropy(at, (16, 150, 64, 64), (512, 512))
-    yield from cases.upsample_cross_entropy(at, (8, 19, 128, 256), (512, 1024), predicted=True)
-    yield from cases.upsample_cross_entropy(at, (8, 19, 128, 256), (512, 1024), "bilinear", True, True, "none", 0.1)
-    yield from cases.upsample_cross_entropy(at, (8, 21, 33, 33), (67, 67), "nearest", None, True)
+    yield from cases.upsample_cross_entropy(at, (16, 150, 64, 64), ResizeSpec((512, 512)))
+    yield from cases.upsample_cross_entropy(at, (8, 19, 128, 256), ResizeSpec((512, 1024)), LossSpec(predicted=True))
+    yield from cases.upsample_cross_entropy(
+        at, (8, 19, 128, 256), ResizeSpec((512, 1024), align_corners=True),
+        LossSpec(weighted=True, reduction="none", label_smoothing=0.1),
+    )  # fmt: skip
+    nearest = ResizeSpec((67, 67), mode="nearest")
+    yield from cases.upsample_cross_entropy(at, (8, 21, 33, 33), nearest, LossSpec(weighted=True))
     yield from cases.upsample_argmax(at, (16, 150, 128, 128), (512, 512))
 
 

@@ -15,7 +15,7 @@ from ..atomic_write import atomic_write
 from ..kernels import launch
 from ..ops.operator import Operator, observing
 from ..verification import cases
-from ..verification.cases import Case, Placement
+from ..verification.cases import Case, ConvTransposeSpec, LossSpec, Placement, PoolSpec, ResizeSpec
 from .eager import ByteCounter
 from .inductor import compiled
 from .traffic import KernelTraffic, metering
@@ -24,33 +24,34 @@ from .traffic import KernelTraffic, metering
 # second size of each is a multiple of no block.
 IMAGES = ((2, 64, 32, 64), (1, 24, 38, 54))
 OVERLAPPED = ((1, 32, 8, 32), (1, 24, 9, 13))
-STEM = (3, 2, 1)  # kernel, stride, padding of a ResNet's first pool: windows that overlap
+RESNET_STEM = PoolSpec(kernel=3, stride=2, padding=1)  # a ResNet's first pooling, whose windows overlap
 NORMED = ((2, 16, 32, 64), (1, 24, 38, 54))
 LOGITS = (11, 19, 21, 150)
 COMPILED = ("compiled least", "compiled sectors")
 
 
 def sized_cases(at: Placement) -> Iterator[Case]:
-    """Every operator, at a size of whole blocks and at an odd one."""
+    """Every operator, at a size that its blocks divide and at an odd size."""
     for shape in IMAGES:
         yield from cases.max_pool2d(at, shape)
         yield from cases.max_unpool2d(at, shape)
     for shape in NORMED:
         yield from cases.batch_norm_relu(at, shape)
     for shape in OVERLAPPED:
-        yield from cases.max_pool2d(at, shape, *STEM)
-        yield from cases.max_unpool2d(at, shape, *STEM)
+        yield from cases.max_pool2d(at, shape, RESNET_STEM)
+        yield from cases.max_unpool2d(at, shape, RESNET_STEM)
     for classes in LOGITS:
-        yield from cases.cross_entropy(at, (1, classes, 32, 64), 255)
-    yield from cases.cross_entropy(at, (1, 19, 23, 37), 255)
+        yield from cases.cross_entropy(at, (1, classes, 32, 64))
+    yield from cases.cross_entropy(at, (1, 19, 23, 37))
     for size in ((32, 64), (23, 37)):
-        yield from cases.cross_entropy(at, (1, 19, *size), 255, one_pass=False)
-    yield from cases.dice_cross_entropy(at, (1, 4, 64, 128), 255)
-    yield from cases.upsample_cross_entropy(at, (1, 11, 4, 8), (32, 64))
-    yield from cases.upsample_cross_entropy(at, (1, 11, 7, 9), (23, 37), align_corners=True)
+        yield from cases.cross_entropy(at, (1, 19, *size), LossSpec(one_pass=False))
+    yield from cases.dice_cross_entropy(at, (1, 4, 64, 128))
+    yield from cases.upsample_cross_entropy(at, (1, 11, 4, 8), ResizeSpec((32, 64)))
+    yield from cases.upsample_cross_entropy(at, (1, 11, 7, 9), ResizeSpec((23, 37), align_corners=True))
     yield from cases.upsample_argmax(at, (1, 11, 8, 16), (32, 64))
-    yield from cases.conv_transpose2d(at, (1, 64, 32, 32), 32, 2, 2)
-    yield from cases.conv_transpose2d_affine_relu(at, (1, 32, 17, 23), 32, 4, 2, 1)
+    yield from cases.conv_transpose2d(at, (1, 64, 32, 32), ConvTransposeSpec(32, kernel=2, stride=2))
+    affine = ConvTransposeSpec(32, kernel=4, stride=2, padding=1)
+    yield from cases.conv_transpose2d_affine_relu(at, (1, 32, 17, 23), affine)
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""How results are compared with torch's in float64, and the cases that are compared."""
+"""How results are compared with torch's in float64, and the calls that are compared."""

@@ -1,8 +1,8 @@
-"""`fastseg verify`: every operator against torch in float64, and the criterion that the tests use.
+"""When a result of an operator is right: the criterion of `fastseg verify` and of the tests.
 
-The truth is torch itself in float64. An output or gradient is right when its error against the truth is no more than
-torch's own error in the same dtype plus a small tolerance; integer results must be equal. While ours runs, torch's
-deterministic mode is on: it fills every new tensor with NaN, so that an element nobody wrote shows.
+The truth is what torch computes in float64. An output or gradient is right if its error is at most torch's own error in
+the same dtype plus a small tolerance. Integer results must be equal. While fastseg's function runs, torch's
+deterministic mode fills every new tensor with NaN, so that elements that no kernel writes are found.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# In units of the dtype's epsilon: one rounding of a half, the order of a sum in float32.
+# In units of the dtype's epsilon: one rounding in half precision, another order of summation in float32.
 TOLERANCE = {torch.float64: 64, torch.float32: 8, torch.float16: 1, torch.bfloat16: 1}
 
 Function = Callable[..., Any]
@@ -24,7 +24,7 @@ Function = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Comparison:
-    """One result: largest error against float64 over the truth's largest magnitude, ours and torch's."""
+    """One tensor: the relative errors of fastseg's and of torch's result against float64, and the error allowed."""
 
     tensor: str
     error: float
@@ -36,16 +36,21 @@ class Comparison:
         return self.error <= self.allowed
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON, which has no infinity: an error that is none is None."""
+        """The comparison for JSON, which has no infinity: numbers that are not finite become None."""
         numbers = {
             name: value if math.isfinite(value) else None for name, value in asdict(self).items() if name != "tensor"
         }
         return {"tensor": self.tensor, **numbers, "passed": self.passed}
 
 
+def exact_comparison(tensor: str, equal: bool) -> Comparison:
+    """The comparison of a tensor that must be equal to torch's: integers, and gradients that are None."""
+    return Comparison(tensor, 0.0 if equal else float("inf"), 0.0, 0.0)
+
+
 @contextlib.contextmanager
 def poisoned() -> Iterator[None]:
-    """Every new uninitialised tensor is filled with NaN (integers: the largest), and non-determinism is an error."""
+    """Fill new tensors with NaN (integers: the largest value), and raise for non-deterministic operators."""
     before, fill = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True)
@@ -58,7 +63,7 @@ def poisoned() -> Iterator[None]:
 
 
 def relative_error(result: Tensor, truth: Tensor) -> float:
-    """max |result - truth| / max |truth|; infinite where one is NaN or infinite and the other is something else."""
+    """max |result - truth| / max |truth|. Infinite if the shapes differ, or if NaN or infinities differ."""
     if result.shape != truth.shape:
         return float("inf")
     result, truth = result.detach().double(), truth.detach().double()
@@ -72,10 +77,19 @@ def relative_error(result: Tensor, truth: Tensor) -> float:
     return difference.max().item() / max(scale, torch.finfo(torch.float32).tiny)
 
 
-def _run(function: Function, inputs: Sequence[Any], grads: Sequence[Tensor] | None, dtype: torch.dtype | None):
-    """Outputs of the function, then gradients of its float inputs for the given gradients of its float outputs."""
-    cast = [x.detach().to(dtype or x.dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs]
-    leaves = [x.clone().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x for x in cast]
+def _is_float(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
+
+
+def _run(
+    function: Function, inputs: Sequence[Any], grads: Sequence[Tensor] | None, dtype: torch.dtype | None
+) -> tuple[list[Any], list[Tensor | None], Sequence[Tensor]]:
+    """(outputs, gradients of the float inputs, gradients of the outputs) of a call in `dtype` (None: as given).
+
+    grads: gradients of the float outputs; None to draw them.
+    """
+    cast = [x.detach().to(dtype or x.dtype) if _is_float(x) else x for x in inputs]
+    leaves = [x.clone().requires_grad_() if _is_float(x) else x for x in cast]
     result = function(*leaves)
     outputs = list(result) if isinstance(result, (tuple, list)) else [result]
     differentiable = [y for y in outputs if y.requires_grad]
@@ -96,32 +110,26 @@ def compare_to_torch(
 ) -> list[Comparison]:
     """Compare `ours(*inputs)` and its gradients with `theirs`, which must also run in float64.
 
-    inputs: tensors and whatever else the functions take; float tensors are made leaves that require gradients.
-    names: of the inputs, for the report. poison: fill fresh memory and refuse non-determinism while ours runs; not
-    for calls that fall back to torch's functions, some of which are not deterministic.
+    inputs: tensors and other arguments; float tensors become leaves that require gradients. names: of the inputs, for
+    the report. poison: run `ours` under `poisoned`. Pass False for calls that fall back to PyTorch, since some of
+    its operators are not deterministic.
     """
     names = names or [f"input {i}" for i in range(len(inputs))]
     native, native_grads, grads = _run(theirs, inputs, None, None)
     truth, true_grads, _ = _run(theirs, inputs, grads, torch.float64)
     with poisoned() if poison else contextlib.nullcontext():
         mine, my_grads, _ = _run(ours, inputs, grads, None)
-    leaves = [name for name, x in zip(names, inputs, strict=True) if isinstance(x, Tensor) and x.is_floating_point()]
+    leaves = [name for name, x in zip(names, inputs, strict=True) if _is_float(x)]
     labels = [f"output {i}" for i in range(len(mine))] + [f"grad {name}" for name in leaves]
     comparisons = []
     for label, got, own, want in zip(labels, mine + my_grads, native + native_grads, truth + true_grads, strict=True):
         if got is None or want is None:
-            comparisons.append(Comparison(label, 0.0 if got is want else float("inf"), 0.0, 0.0))
+            comparisons.append(exact_comparison(label, got is want))
         elif want.is_floating_point():
             torch_error = relative_error(own, want)
             tolerance = TOLERANCE[got.dtype] * torch.finfo(got.dtype).eps
             comparisons.append(Comparison(label, relative_error(got, want), torch_error, torch_error + tolerance))
         else:
             equal = got.shape == own.shape and got.dtype == own.dtype and torch.equal(got, own)
-            comparisons.append(Comparison(label, 0.0 if equal else float("inf"), 0.0, 0.0))
+            comparisons.append(exact_comparison(label, equal))
     return comparisons
-
-
-# --- the sizes of the command ----------------------------------------------------------------------------------------
-
-
-# --- the command -----------------------------------------------------------------------------------------------------

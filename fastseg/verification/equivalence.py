@@ -1,10 +1,13 @@
-"""What a model computes, and whether another form of it computes the same: outputs, gradients, buffers.
+"""Whether two forms of one model compute the same outputs, gradients and buffers.
 
-`verify` asks this of one operator, this of a whole model, where rounding adds up. An error is the norm of the
-difference from float64 over the norm of the truth; where the truth is zero but for rounding, as the gradient of a bias
-in front of a batch norm is, over the largest norm of all tensors of its kind. A tensor is right when its error is no
-more than SLACK times plain torch's own, plus BASE times the median of torch's errors of its kind, so that no tensor
-needs luck, plus the operators' tolerance.
+`criterion` compares single operators; this module compares whole models, in which rounding errors add up. The error of
+a tensor is the norm of its difference from float64, divided by its norm in float64. A tensor that is zero except for
+rounding, such as the gradient of a bias in front of a batch norm, is divided by the largest norm of its kind instead.
+A tensor is right if its error is at most the sum of
+
+    SLACK times torch's own error,
+    BASE times the median of torch's errors of the same kind, so that no tensor passes or fails by luck, and
+    the tolerance of `criterion`.
 """
 
 from __future__ import annotations
@@ -18,18 +21,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .criterion import TOLERANCE, Comparison
+from .criterion import TOLERANCE, Comparison, exact_comparison
 
 SLACK, BASE = 2.0, 8.0
-ZERO = 1e-9  # of the largest norm: in float64 what is less is rounding
+ZERO = 1e-9  # a norm in float64 that is smaller than this times the largest norm is rounding
 KINDS = ("outputs", "gradients", "buffers")
 
 Outcome = dict[str, dict[str, Tensor | None]]
-"""For each of KINDS, tensors by name; None is a gradient that nothing gave."""
+"""For each of KINDS, tensors by name; None for a parameter that gets no gradient."""
 
 
 def tensors(result: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Every tensor in tuples, lists, mappings and dataclasses, however deep, with the way to it for a name."""
+    """(name, tensor) for every tensor in nested tuples, lists, mappings and dataclasses. Names are dotted paths."""
     if isinstance(result, Tensor):
         yield name or "output", result
     elif isinstance(result, Mapping):
@@ -48,13 +51,14 @@ def outcome(
 ) -> Outcome:
     """Outputs of `model(*inputs, **named)`, gradients of its parameters and float inputs, and its buffers afterwards.
 
-    In training mode, with gradients; in evaluation without. Every output gets a gradient drawn from `seed`, a scalar
-    gets 1; so does whatever the model draws. The model is left as it was, its buffers and `.grad`s too; it gets copies
-    of the inputs, which it may write to.
+    There are gradients in training mode only. A scalar output gets the gradient 1, any other a random one. The seed
+    determines these and whatever the model draws. The model, its buffers and its `.grad`s are left unchanged; the
+    model gets copies of the inputs, which it may overwrite.
     """
-    leaves = [x.detach().clone().requires_grad_(model.training) if _float(x) else x for x in inputs]
+    leaves = [x.detach().clone().requires_grad_(model.training) if _is_float(x) else x for x in inputs]
     keywords = {
-        key: x.detach().clone().requires_grad_(model.training) if _float(x) else x for key, x in (named or {}).items()
+        key: x.detach().clone().requires_grad_(model.training) if _is_float(x) else x
+        for key, x in (named or {}).items()
     }
     parameters = dict(model.named_parameters())
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
@@ -67,8 +71,8 @@ def outcome(
             copied = {key: _copy(x) for key, x in keywords.items()}
             outputs = dict(tensors(model(*map(_copy, leaves), **copied)))
             _backward([y for y in outputs.values() if y.requires_grad], seed)
-        found = {f"input {n}": x.grad for n, x in enumerate(leaves) if _float(x)}
-        found |= {f"input {key}": x.grad for key, x in keywords.items() if _float(x)}
+        found = {f"input {n}": x.grad for n, x in enumerate(leaves) if _is_float(x)}
+        found |= {f"input {key}": x.grad for key, x in keywords.items() if _is_float(x)}
         found |= {name: parameter.grad for name, parameter in parameters.items() if parameter.requires_grad}
         return {
             "outputs": {name: y.detach().clone() for name, y in outputs.items()},
@@ -84,7 +88,7 @@ def outcome(
                     buffer.copy_(before[name])
 
 
-def _float(x: Any) -> bool:
+def _is_float(x: Any) -> bool:
     return isinstance(x, Tensor) and x.is_floating_point()
 
 
@@ -93,6 +97,7 @@ def _copy(x: Any) -> Any:
 
 
 def _backward(outputs: Sequence[Tensor], seed: int) -> None:
+    """Run the backward for a gradient of 1 for scalars and a random one for other outputs."""
     if not outputs:
         return
     generator = torch.Generator().manual_seed(seed)
@@ -108,18 +113,19 @@ def in_float64(
 ) -> Outcome:
     """`outcome` of a copy of the model in float64."""
 
-    def wide(x: Any) -> Any:
-        return x.double() if _float(x) else x
+    def to_float64(x: Any) -> Any:
+        return x.double() if _is_float(x) else x
 
     exact = copy.deepcopy(model).double()
-    return outcome(exact, [wide(x) for x in inputs], {key: wide(x) for key, x in (named or {}).items()}, seed)
+    keywords = {key: to_float64(x) for key, x in (named or {}).items()}
+    return outcome(exact, [to_float64(x) for x in inputs], keywords, seed)
 
 
 def compare_outcomes(found: Outcome, plain: Outcome, truth: Outcome, flips: float = 0.0) -> dict[str, list[Comparison]]:
-    """For each kind, one Comparison a tensor: `found` and `plain` against `truth`, all of the same model.
+    """For each kind, one Comparison per tensor: `found` and `plain` torch against `truth`, all of the same model.
 
-    flips: error allowed to gradients on top. Where two values in a window, or a value and zero, are equal but for
-    rounding, the gradient goes one way or the other, and both are right.
+    flips: additional error allowed to gradients. Where two values in a pooling window, or a value and zero, differ by
+    rounding alone, the gradient may go either way, and both are right.
     """
     return {kind: _compare(found[kind], plain[kind], truth[kind], flips * (kind == "gradients")) for kind in KINDS}
 
@@ -128,30 +134,30 @@ def _compare(
     found: Mapping[str, Tensor | None], plain: Mapping[str, Tensor | None], truth: Mapping[str, Tensor | None],
     flips: float,
 ) -> list[Comparison]:  # fmt: skip
-    norms = {name: _norm(want) for name, want in truth.items() if want is not None and _float(want)}
+    """The comparisons of one kind."""
+    norms = {name: _norm(want) for name, want in truth.items() if want is not None and _is_float(want)}
     largest = max(norms.values(), default=0.0)
     scales = {name: norm if norm > ZERO * largest else largest for name, norm in norms.items()}
-    own = {name: error(plain[name], truth[name], scale) for name, scale in scales.items()}
+    own = {name: norm_error(plain[name], truth[name], scale) for name, scale in scales.items()}
     usual = statistics.median(own.values()) if own else 0.0
-    made = []
+    comparisons = []
     for name in dict.fromkeys([*truth, *found]):
         got, want = found.get(name), truth.get(name)
         if got is None or want is None:
-            same = got is want and name in found and name in truth
-            made.append(Comparison(name, 0.0 if same else float("inf"), 0.0, 0.0))
-        elif _float(want):
+            comparisons.append(exact_comparison(name, got is want and name in found and name in truth))
+        elif _is_float(want):
             dtype = plain[name].dtype
             tolerance = TOLERANCE[dtype] * torch.finfo(dtype).eps
             allowed = SLACK * own[name] + BASE * usual + tolerance + flips
-            made.append(Comparison(name, error(got, want, scales[name]), own[name], allowed))
+            comparisons.append(Comparison(name, norm_error(got, want, scales[name]), own[name], allowed))
         else:
-            same = got.shape == want.shape and got.dtype == want.dtype and torch.equal(got, want)
-            made.append(Comparison(name, 0.0 if same else float("inf"), 0.0, 0.0))
-    return made
+            equal = got.shape == want.shape and got.dtype == want.dtype and torch.equal(got, want)
+            comparisons.append(exact_comparison(name, equal))
+    return comparisons
 
 
-def error(got: Tensor | None, want: Tensor, scale: float) -> float:
-    """Norm of the difference over `scale`; infinite for another shape, or for NaN and infinities elsewhere."""
+def norm_error(got: Tensor | None, want: Tensor, scale: float) -> float:
+    """Norm of the difference over `scale`. Infinite if the shapes differ, or if NaN or infinities differ."""
     if got is None or got.shape != want.shape:
         return float("inf")
     got, want = got.double(), want.double()
@@ -165,6 +171,7 @@ def error(got: Tensor | None, want: Tensor, scale: float) -> float:
 
 
 def _norm(x: Tensor) -> float:
+    """The norm of the finite elements."""
     return x[x.isfinite()].double().norm().item()
 
 
@@ -179,8 +186,10 @@ def failures(compared: Mapping[str, Sequence[Comparison]]) -> list[str]:
 
 
 def equal(first: Outcome, second: Outcome) -> bool:
-    """Whether two outcomes have the same tensors, to the bit; NaN is equal to NaN."""
+    """Whether two outcomes have the same tensors with bitwise equal values; NaN equals NaN."""
     if any(first[kind].keys() != second[kind].keys() for kind in KINDS):
         return False
     pairs = ((first[kind][name], second[kind][name]) for kind in KINDS for name in first[kind])
-    return all(a is b if a is None or b is None else a.dtype == b.dtype and error(a, b, 1.0) == 0.0 for a, b in pairs)
+    return all(
+        a is b if a is None or b is None else a.dtype == b.dtype and norm_error(a, b, 1.0) == 0.0 for a, b in pairs
+    )

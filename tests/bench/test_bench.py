@@ -113,7 +113,7 @@ def test_floors_and_flops_by_hand():
     pooled = 2 * 8 * 4 * 4
     offsets = list(cases.max_pool2d(at, (2, 8, 8, 8)))[1]
     assert operators.floors(offsets)["forward"] == 4 * pooled * 2 + pooled * (2 + 1)
-    (conv,) = cases.conv_transpose2d(at, (2, 8, 4, 4), 16, 2, 2)
+    (conv,) = cases.conv_transpose2d(at, (2, 8, 4, 4), cases.ConvTransposeSpec(16, kernel=2, stride=2))
     assert operators.flops(conv)["forward"] == 2 * (2 * 8 * 4 * 4) * 16 * 4 and not operators.flops(offsets)
 
 

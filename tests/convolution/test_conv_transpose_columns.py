@@ -26,7 +26,8 @@ FC6 = ((16, 4096, 1, 1), 512, 7)  # DeconvNet's
 def launched(size, sm, layout):
     """What a call and its gradients would launch on a GPU of sm_<sm>."""
     at = cases.Placement(torch.bfloat16, LAYOUTS[layout], "meta")
-    (case,) = cases.conv_transpose2d(at, *size)
+    shape, *conv = size
+    (case,) = cases.conv_transpose2d(at, shape, cases.ConvTransposeSpec(*conv))
     with dispatch.backend("triton"), launch.targeting(sm), observing(lambda operator, call: None):
         return record(lambda: case.step(case.ours, backward=True)())
 

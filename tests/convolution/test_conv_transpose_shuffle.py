@@ -142,7 +142,7 @@ def test_gate_each_tensor_is_read_once(layout, make, monkeypatch):
     """At most 1.15 of the floor, shares of the pixels included, whose number does not grow with a map on a GPU."""
     monkeypatch.setattr(kernels.convolution.gemm, "PROGRAMS", 2)
     at = cases.Placement(torch.bfloat16, cases.LAYOUTS[layout], "cpu")
-    (case,) = make(at, (1, 32, 32, 64), 16, 2, 2)
+    (case,) = make(at, (1, 32, 32, 64), cases.ConvTransposeSpec(16, kernel=2, stride=2))
     (backward,) = [t for t in traffic_report.operator_traffic(case) if t.backward]
     assert backward.ratio <= 1.15
 
@@ -162,14 +162,14 @@ def test_nchw_is_not_copied(monkeypatch):
 
 COMPILE = """
 from fastseg import dispatch
-from fastseg.verification import cases
 from fastseg.inspect.codegen import compile_for, disassemble, record
 from fastseg.kernels.launch import targeting
 from fastseg.ops.operator import observing
+from fastseg.verification import cases
 import torch
 at = cases.Placement(torch.bfloat16, torch.contiguous_format, "meta")
 for shape, channels, stride in (((1, 150, 45, 24), 40, 1), ((1, 48, 90, 40), 17, (2, 1)), ((2, 200, 5, 8), 9, 2)):
-    (case,) = cases.conv_transpose2d(at, shape, channels, stride, stride)
+    (case,) = cases.conv_transpose2d(at, shape, cases.ConvTransposeSpec(channels, stride, stride))
     for sm in (90, 100):
         with dispatch.backend("triton"), targeting(sm), observing(lambda operator, call: None):
             found = record(lambda: case.step(case.ours, backward=True)())

@@ -125,10 +125,10 @@ print(json.dumps([strided.widths("LDG"), spilling.spills, atomic.count(*GLOBAL_A
 DOUBLE = """
 import json, torch
 from fastseg import dispatch
-from fastseg.verification import cases
 from fastseg.inspect.codegen import compile_for, disassemble, record
 from fastseg.kernels.launch import targeting
 from fastseg.ops.operator import observing
+from fastseg.verification import cases
 at = cases.Placement(torch.float64, torch.contiguous_format, "meta")
 spills = []
 for sm, classes in ((90, 4), (100, 150)):

@@ -61,7 +61,7 @@ def test_the_last_run_is_what_counts():
 def test_a_transposed_convolution_and_its_bias(layout):
     """In its input's format; the bias is a pass over the result, and in the backward one over the gradient."""
     at = cases.Placement(torch.bfloat16, cases.LAYOUTS[layout], "cpu")
-    (case,) = cases.conv_transpose2d(at, (1, 64, 16, 16), 32, 2, 2)
+    (case,) = cases.conv_transpose2d(at, (1, 64, 16, 16), cases.ConvTransposeSpec(32, kernel=2, stride=2))
     x, weight, y = 64 * 256 * 2, 64 * 32 * 4 * 2, 32 * 1024 * 2
     torch.compiler.reset()
     function, graphs = inductor.compiled(case.theirs)
@@ -106,9 +106,9 @@ def test_bytes_by_hand(operator):
     "make, size",
     [
         (cases.batch_norm_relu, ((1, 24, 19, 27),)),
-        (cases.max_pool2d, ((1, 8, 9, 13), 3, 2, 1)),
-        (cases.cross_entropy, ((1, 150, 8, 9), 255)),
-        (cases.upsample_cross_entropy, ((1, 11, 4, 8), (16, 32))),
+        (cases.max_pool2d, ((1, 8, 9, 13), cases.PoolSpec(kernel=3, stride=2, padding=1))),
+        (cases.cross_entropy, ((1, 150, 8, 9),)),
+        (cases.upsample_cross_entropy, ((1, 11, 4, 8), cases.ResizeSpec((16, 32)))),
     ],
 )
 def test_the_interpreted_program_computes_what_torch_does(make, size, layout):

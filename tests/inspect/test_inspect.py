@@ -129,8 +129,8 @@ def test_gate_a_training_step_of_segnet_outside_its_convolutions():
 @pytest.mark.parametrize("operator", operators.SIZES)
 def test_gate_no_kernel_touches_memory_outside_its_tensors(operator, layout):
     at = cases.Placement(torch.float16, cases.LAYOUTS[layout], "cpu")
-    for make, size in operators.SIZES[operator]:
-        for case in make(at, *size):
+    for make in operators.SIZES[operator]:
+        for case in make(at):
             for traffic in traffic_report.operator_traffic(case):
                 for kernel in traffic.kernels:
                     assert kernel.outside == 0, f"{kernel.kernel} in {case.operator} {case.size}"
@@ -163,7 +163,7 @@ def test_the_floors_are_the_published_ones():
     (dice,) = cases.dice_cross_entropy(at, (2, 4, 16, 32), 255)
     modes = traffic_report.by_mode(traffic_report.operator_traffic(dice))
     assert [t.floor / pixels for t in modes.values()] == pytest.approx([2 * 4 + 8, 4 * 4 + 8], rel=0.01)
-    (case,) = cases.cross_entropy(at, (2, 19, 16, 32), one_pass=False)
+    (case,) = cases.cross_entropy(at, (2, 19, 16, 32), cases.LossSpec(one_pass=False))
     assert sum(t.floor for t in traffic_report.operator_traffic(case)) == pytest.approx(
         (6 * 19 + 24) * pixels, rel=1e-3
     )
@@ -177,7 +177,7 @@ def test_bytes_an_element_do_not_depend_on_the_size():
 
     def an_element(height):
         cases_ = [*cases.max_pool2d(at, (1, 16, height, 64))]
-        cases_ += cases.cross_entropy(at, (1, 19, height, 64), one_pass=False)
+        cases_ += cases.cross_entropy(at, (1, 19, height, 64), cases.LossSpec(one_pass=False))
         return [t.moved / height for case in cases_ for t in traffic_report.operator_traffic(case)]
 
     assert an_element(32) == pytest.approx(an_element(96), rel=0.01)

@@ -14,16 +14,16 @@ COMPILED = """
 import json, sys
 import torch
 from fastseg import dispatch
-from fastseg.verification import cases
 from fastseg.inspect.codegen import MULTIPROCESSORS, compile_for, record
 from fastseg.kernels.launch import targeting
 from fastseg.ops.operator import observing
+from fastseg.verification import cases
 
 sm = int(sys.argv[1])
 found = []
 for layout in cases.LAYOUTS.values():
     at = cases.Placement(torch.bfloat16, layout, "meta")
-    for case in cases.conv_transpose2d(at, (8, 128, 180, 240), 64, 2, 2):
+    for case in cases.conv_transpose2d(at, (8, 128, 180, 240), cases.ConvTransposeSpec(64, kernel=2, stride=2)):
         with dispatch.backend("triton"), targeting(sm), observing(lambda operator, call: None):
             found += record(lambda: case.step(case.ours, backward=True)())
 wanted = [one for one in found if "shuffle" in one.name or "tma" in one.name]

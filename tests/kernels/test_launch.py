@@ -47,8 +47,8 @@ dispatch.interpreted = lambda: True  # CPU tensors may go to the kernels, which 
 without = []
 for (operator, sizes), dtype, layout in itertools.product(SIZES.items(), ("float16", "float32"), cases.LAYOUTS):
     before = launched.total()
-    for make, size in sizes:
-        for case in make(cases.Placement(cases.DTYPES[dtype], cases.LAYOUTS[layout], "cpu"), *size):
+    for make in sizes:
+        for case in make(cases.Placement(cases.DTYPES[dtype], cases.LAYOUTS[layout], "cpu")):
             with dispatch.backend("triton"), launch.targeting(SM):
                 case.step(case.ours, True)()
     if launched.total() == before:

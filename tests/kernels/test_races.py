@@ -15,7 +15,8 @@ from support import bad_kernels, races
 from fastseg import functional, kernels
 from fastseg.kernels.launch import launch
 from fastseg.ops.convolution.unpool_conv import in_one_kernel
-from fastseg.verification import cases
+from fastseg.verification import cases, operators
+from fastseg.verification.cases import ConvTransposeSpec, LossSpec, PoolSpec, ResizeSpec
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="accesses are seen in the interpreter")
 
@@ -37,25 +38,25 @@ ONE_WAY = {  # branches that are constant for all calls
 
 # Small, so that small tensors make several programs, several steps of each, and shares.
 BLOCKS = {
-    "batch_norm": {"TILE": 64, "REDUCED_TILE": 64},
-    "batch_norm_pool": {"TILE": 32},
-    "batch_norm_unpool": {"TILE": 32},
-    "confusion": {"LEAST_PIXELS": 128},
-    "conv_transpose_bwd": {"EPILOGUE_BLOCK": 512},
-    "conv_transpose_bwd_shuffle": {"LEAST_PIXELS": 32},
-    "conv_transpose_depthwise": {"BLOCK": 64},
-    "conv_transpose_tma": {"SPARE": 4},
-    "cross_entropy": {"ROWS": 32, "LONG_ROWS": 16, "TOTAL_BLOCK": 4},
-    "cross_entropy_bwd": {"CHUNKS": 32},
-    "cross_entropy_one_pass": {"TILE": 64, "ROWS": 32, "LONG_ROWS": 16, "CHUNKS": 16, "LABELS": 32},
-    "dice_cross_entropy": {"TILE": 64, "FEW_PROGRAMS": 3},
-    "norm": {"LANES": 16, "STEPS": 2, "REDUCING_STEPS": 2, "MERGED_CHUNKS": 2, "MERGED_CHANNELS": 4},
-    "overlap": {"BLOCK": 128},
-    "pool": {"BLOCK": 128},
-    "products": {"LEAST_STEPS": 1, "COPY_BLOCK": 32, "SUM_BLOCK": 256},
-    "unpool": {"BLOCK": 128, "FOREIGN_BLOCK": 8, "FOREIGN_PROGRAMS": 4},
-    "upsample_cross_entropy": {"PATCH_ROWS": 2},
-    "windows": {"BLOCK": 128},
+    "batch_norm.batch_norm": {"TILE": 64, "REDUCED_TILE": 64},
+    "batch_norm.batch_norm_pool": {"TILE": 32},
+    "batch_norm.batch_norm_unpool": {"TILE": 32},
+    "batch_norm.common": {"LANES": 16, "STEPS": 2, "REDUCING_STEPS": 2, "MERGED_CHUNKS": 2, "MERGED_CHANNELS": 4},
+    "convolution.conv_transpose_bwd": {"EPILOGUE_BLOCK": 512},
+    "convolution.conv_transpose_bwd_shuffle": {"LEAST_PIXELS": 32},
+    "convolution.conv_transpose_depthwise": {"BLOCK": 64},
+    "convolution.conv_transpose_tma": {"SPARE": 4},
+    "convolution.gemm": {"LEAST_STEPS": 1, "COPY_BLOCK": 32, "SUM_BLOCK": 256},
+    "losses.confusion": {"LEAST_PIXELS": 128},
+    "losses.cross_entropy": {"ROWS": 32, "LONG_ROWS": 16, "TOTAL_BLOCK": 4},
+    "losses.cross_entropy_bwd": {"CHUNKS": 32},
+    "losses.cross_entropy_one_pass": {"TILE": 64, "ROWS": 32, "LONG_ROWS": 16, "CHUNKS": 16, "LABELS": 32},
+    "losses.dice_cross_entropy": {"TILE": 64, "FEW_PROGRAMS": 3},
+    "losses.upsample_cross_entropy": {"PATCH_ROWS": 2},
+    "pooling.overlapping": {"BLOCK": 128},
+    "pooling.pool": {"BLOCK": 128},
+    "pooling.tiling": {"BLOCK": 128},
+    "pooling.unpool": {"BLOCK": 128, "FOREIGN_BLOCK": 8, "FOREIGN_PROGRAMS": 4},
 }
 
 
@@ -63,7 +64,7 @@ BLOCKS = {
 def small_blocks(monkeypatch):
     for module, sizes in BLOCKS.items():
         for name, size in sizes.items():
-            monkeypatch.setattr(getattr(kernels, module), name, size)
+            monkeypatch.setattr(f"fastseg.kernels.{module}.{name}", size)
 
 
 def call(function, *inputs):
@@ -76,7 +77,7 @@ def pools(at):
         few = (at.labels(7, 2, 3, 4, 5) * (size[0] * size[1] // 7)).contiguous(memory_format=at.layout)
         unpool = partial(functional.max_unpool2d, kernel_size=geometry[0], stride=geometry[1], padding=geometry[2])
         yield call(partial(unpool, output_size=size), at.tensor(2, 3, 4, 5), few)
-    yield from cases.max_unpool2d(at, (1, 4, 9, 16), 3, 2, 1)
+    yield from cases.max_unpool2d(at, (1, 4, 9, 16), PoolSpec(kernel=3, stride=2, padding=1))
     yield call(partial(functional.max_pool2d_with_offsets, kernel_size=3, dilation=2), at.tensor(1, 2, 13, 12))
 
 
@@ -104,10 +105,11 @@ def _affine(function, options, x, weight=None, bias=None):
 
 def convolutions(at):
     """Without a bias, behind a ReLU, with few channels in and many out, whose sums are split."""
-    yield from cases.conv_transpose2d_affine_relu(at, (1, 8, 3, 4), 8, 3, 2, 1, 1, 8)
-    yield from cases.conv_transpose2d_affine_relu(at, (2, 24, 3, 8), 80, 2, 2)
-    for shape, channels, *geometry in [((1, 72, 2, 8), 80, 2, 2), ((1, 16, 4, 4), 64, 4, 2, 1)]:
-        yield from cases.conv_transpose2d(at, shape, channels, *geometry)
+    depthwise = ConvTransposeSpec(8, kernel=3, stride=2, padding=1, output_padding=1, groups=8)
+    yield from cases.conv_transpose2d_affine_relu(at, (1, 8, 3, 4), depthwise)
+    yield from cases.conv_transpose2d_affine_relu(at, (2, 24, 3, 8), ConvTransposeSpec(80, kernel=2, stride=2))
+    yield from cases.conv_transpose2d(at, (1, 72, 2, 8), ConvTransposeSpec(80, kernel=2, stride=2))
+    yield from cases.conv_transpose2d(at, (1, 16, 4, 4), ConvTransposeSpec(64, kernel=4, stride=2, padding=1))
     for shape, channels, kernel, stride in [
         ((2, 16, 5, 8), 16, 2, 2),
         ((1, 5, 4, 5), 3, 3, 2),
@@ -129,13 +131,14 @@ def unpooled_convolutions(at):
 
 def losses(at):
     """In one pass, which float16 is not made for, and with two terms of lse; another denominator."""
+    probabilities = LossSpec(ignore_index=-100, probabilities=True)
     for dtype in (torch.bfloat16, torch.float32):
         there = replace(at, dtype=dtype)
-        yield from cases.cross_entropy(there, (2, 5, 5, 31), 255, True, predicted=True)
-        yield from cases.cross_entropy(there, (1, 40, 5, 16), 255, label_smoothing=0.1)
-        yield from cases.cross_entropy(there, (2, 5, 5, 16), probabilities=True)
-        yield from cases.cross_entropy(there, (2, 5, 5, 31), probabilities=True, one_pass=False)
-    yield from cases.cross_entropy(at, (2, 5, 9, 31), 255, True, predicted=True)
+        yield from cases.cross_entropy(there, (2, 5, 5, 31), LossSpec(weighted=True, predicted=True))
+        yield from cases.cross_entropy(there, (1, 40, 5, 16), LossSpec(label_smoothing=0.1))
+        yield from cases.cross_entropy(there, (2, 5, 5, 16), probabilities)
+        yield from cases.cross_entropy(there, (2, 5, 5, 31), probabilities._replace(one_pass=False))
+    yield from cases.cross_entropy(at, (2, 5, 9, 31), LossSpec(weighted=True, predicted=True))
     by_number = partial(functional.cross_entropy, weight=at.parameters(5), normalization="valid", z_loss=0.1)
     yield call(by_number, at.tensor(2, 5, 9, 31), at.labels(5, 2, 9, 31))
 
@@ -147,7 +150,7 @@ def dice(at):
 
 def resized_losses(at):
     there = replace(at, dtype=torch.float32)
-    yield from cases.upsample_cross_entropy(there, (2, 5, 3, 4), (9, 35), predicted=True)
+    yield from cases.upsample_cross_entropy(there, (2, 5, 3, 4), ResizeSpec((9, 35)), LossSpec(predicted=True))
     yield call(partial(functional.upsample_argmax, size=(9, 35), align_corners=True), at.tensor(2, 5, 3, 4))
 
 
@@ -193,12 +196,12 @@ FAMILIES = {
 }  # fmt: skip
 
 
-def calls(operators, more):
+def calls(names, more):
     for layout in cases.LAYOUTS.values():
         at = cases.Placement(torch.float16, layout, "cpu")
-        for operator in operators:
-            for make, size in operators.SIZES[operator]:
-                yield from make(at, *size)
+        for name in names:
+            for make in operators.SIZES[name]:
+                yield from make(at)
         yield from more(at)
 
 
@@ -236,22 +239,22 @@ def statements(module):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_races(family, small_blocks, triton_backend):
     """Every statement of the family's kernels is run, by more than one program, and both ways of every branch."""
-    operators, modules, more = FAMILIES[family]
+    names, modules, more = FAMILIES[family]
     with races.recording() as record:
-        for case in calls(operators, more):
+        for case in calls(names, more):
             run(case)
     assert not record.undeclared(DECLARED)
-    names, places = (set().union(*found) for found in zip(*map(statements, modules), strict=True))
+    kernel_names, places = (set().union(*found) for found in zip(*map(statements, modules), strict=True))
     assert places - record.statements == set()
-    assert {name for name in names if record.programs.get(name, 0) < 2} <= ALONE
-    one_way = {branch for branch, ways in record.branches.items() if len(ways) < 2 and branch[0] in names}
+    assert {name for name in kernel_names if record.programs.get(name, 0) < 2} <= ALONE
+    one_way = {branch for branch, ways in record.branches.items() if len(ways) < 2 and branch[0] in kernel_names}
     assert {branch for branch in one_way if branch[1] not in TYPES} <= ONE_WAY
 
 
 def test_every_kernel_belongs_to_a_family():
     """Of every operator that verify runs, and of every module that holds kernels."""
-    operators, modules = (list(chain(*(family[i] for family in FAMILIES.values()))) for i in (0, 1))
-    assert sorted(operators) == sorted(operators.SIZES)
+    names, modules = (list(chain(*(family[i] for family in FAMILIES.values()))) for i in (0, 1))
+    assert sorted(names) == sorted(operators.SIZES)
     root = Path(kernels.__file__).parent
     files = {path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.py")}
     assert sorted(modules) == sorted(name for name in files if not name.startswith("cuda/") and statements(name)[1])

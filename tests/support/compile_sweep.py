@@ -21,7 +21,7 @@ from fastseg.inspect.codegen import MULTIPROCESSORS, Launch, compile_for, record
 from fastseg.kernels.launch import targeting
 from fastseg.ops.operator import observing
 from fastseg.verification import cases
-from fastseg.verification.cases import Case, Placement
+from fastseg.verification.cases import Case, ConvTransposeSpec, LossSpec, Placement, PoolSpec, ResizeSpec
 
 SIDES = [1, 2, 3, 5, 7, 8, 9, 16, 23, 24, 30, 32, 40, 45, 60, 61, 64, 90, 120, 128, 180, 240, 360]
 CHANNELS = [1, 2, 3, 5, 7, 8, 11, 13, 16, 19, 21, 24, 32, 37, 40, 48, 64, 72, 96, 100, 128, 150, 200, 256, 512]
@@ -34,7 +34,7 @@ def shuffled(draw: random.Random, at: Placement, n: int, h: int, w: int) -> Made
     """Transposed convolution with kernel = stride."""
     stride = draw.choice([(1, 1), (2, 2), (2, 2), (4, 4), (1, 2), (2, 1), (1, 16), (8, 8), (16, 16), (4, 2), (3, 3)])
     make = draw.choice([cases.conv_transpose2d, cases.conv_transpose2d_affine_relu])
-    return make(at, (n, draw.choice(CHANNELS), h, w), draw.choice(CHANNELS), stride, stride)
+    return make(at, (n, draw.choice(CHANNELS), h, w), ConvTransposeSpec(draw.choice(CHANNELS), stride, stride))
 
 
 def convolved(draw: random.Random, at: Placement, n: int, h: int, w: int) -> Made:
@@ -48,7 +48,8 @@ def convolved(draw: random.Random, at: Placement, n: int, h: int, w: int) -> Mad
     widest = ((min(h, w) - 1) * stride + dilation * (kernel - 1)) // 2  # that leaves an output
     padding = min(draw.choice([0, 0, 1, 2]), kernel - 1, widest)
     make = draw.choice([cases.conv_transpose2d, cases.conv_transpose2d_affine_relu])
-    return make(at, (n, c, h, w), max(1, k // groups) * groups, kernel, stride, padding, extra, groups, dilation)
+    conv = ConvTransposeSpec(max(1, k // groups) * groups, kernel, stride, padding, extra, groups, dilation)
+    return make(at, (n, c, h, w), conv)
 
 
 def pooled(draw: random.Random, at: Placement, n: int, h: int, w: int) -> Made:
@@ -57,8 +58,8 @@ def pooled(draw: random.Random, at: Placement, n: int, h: int, w: int) -> Made:
     kernel, stride = draw.choice([2, 2, 3, 4, 5]), draw.choice([None, 1, 2])
     padding, channels, bias = draw.choice([0, kernel // 2]), draw.choice(CHANNELS), draw.choice([True, False])
     return draw.choice([
-        lambda: cases.max_pool2d(at, shape, kernel, stride or kernel, padding, ceil_mode),
-        lambda: cases.max_unpool2d(at, shape, kernel, kernel, 0, ceil_mode),
+        lambda: cases.max_pool2d(at, shape, PoolSpec(kernel, stride or kernel, padding, ceil_mode)),
+        lambda: cases.max_unpool2d(at, shape, PoolSpec(kernel, kernel, 0, ceil_mode)),
         lambda: cases.batch_norm_relu(at, shape, min(kernel, 3), ceil_mode, bias),
         lambda: cases.max_unpool2d_conv2d(at, shape, channels, min(kernel, 3)),
     ])()  # fmt: skip
@@ -70,10 +71,10 @@ def lost(draw: random.Random, at: Placement, n: int, h: int, w: int) -> Made:
     large = (draw.choice([2, 3, 4]) * shape[2], draw.choice([2, 4]) * shape[3])
     weighted, smoothed, probabilities = (draw.choice([True, False]) for _ in range(3))
     reduction, one_pass = draw.choice(["mean", "none"]), draw.choice([None, False])
-    words = (-100 if probabilities else 255, weighted, reduction, 0.1 * smoothed, probabilities, one_pass)
+    loss = LossSpec(-100 if probabilities else 255, weighted, reduction, 0.1 * smoothed, probabilities, one_pass)
     return draw.choice([
-        lambda: cases.cross_entropy(at, shape, *words),
-        lambda: cases.upsample_cross_entropy(at, shape, large, draw.choice(["bilinear", "nearest"])),
+        lambda: cases.cross_entropy(at, shape, loss),
+        lambda: cases.upsample_cross_entropy(at, shape, ResizeSpec(large, draw.choice(["bilinear", "nearest"]))),
         lambda: cases.linear_cross_entropy(at, shape, classes),
         lambda: cases.dice_cross_entropy(at, shape, 255),
         lambda: cases.upsample_argmax(at, shape, large),

@@ -1,7 +1,7 @@
-"""Calls of the operators beside torch's own, for whoever verifies, times, counts or compiles them.
+"""Calls of the operators and the same calls in torch, to be verified, timed, counted or compiled.
 
-Each function makes the cases of one operator family at one size: `ours` and `theirs` take the same inputs and mean
-the same, forward and, by autograd, backward. Inputs are random; on the meta device they have no data.
+Each function makes the cases of one operator at one size. `ours` and `theirs` take the same inputs and compute the
+same, and autograd differentiates both. Inputs are random; on the meta device they have no data.
 """
 
 from .case import DTYPES, LAYOUTS, Case, Placement, random_gradients
@@ -22,12 +22,17 @@ from .losses import (
     upsample_argmax,
     upsample_cross_entropy,
 )
+from .specs import ConvTransposeSpec, LossSpec, PoolSpec, ResizeSpec
 
 __all__ = [
     "DTYPES",
     "LAYOUTS",
     "Case",
+    "ConvTransposeSpec",
+    "LossSpec",
     "Placement",
+    "PoolSpec",
+    "ResizeSpec",
     "batch_norm_relu",
     "confusion_matrix",
     "conv_transpose2d",

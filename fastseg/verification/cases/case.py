@@ -1,4 +1,4 @@
-"""A case, and where its tensors lie."""
+"""A case, and the dtype, memory format and device of its tensors."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last
 
 @dataclass(frozen=True)
 class Case:
-    """One call of one operator, ours and torch's, its inputs by name, and its size in words.
+    """One call of an operator: fastseg's function, torch's, the inputs by name, and the sizes in words.
 
-    eager: what torch runs for it on a GPU under autocast in a network of this memory format, where that is more than
-    `theirs`: casts, and copies back to the format that the next layer takes.
+    eager: what torch runs for the call on a GPU, under autocast and in a network of this memory format, if that is more
+    than `theirs`: with the casts, and with copies back to the memory format that the next layer takes.
     """
 
     operator: str
@@ -29,7 +29,7 @@ class Case:
     eager: Callable[..., Any] | None = None
 
     def step(self, function: Callable[..., Any], backward: bool) -> Callable[[], Any]:
-        """A call of `ours` or `theirs` on these inputs; with backward, its gradients for a fixed random gradient."""
+        """A function that calls `function` on the inputs; with backward, also for gradients of fixed random values."""
         leaves = [
             x.detach().requires_grad_(backward) if isinstance(x, Tensor) and x.is_floating_point() else x
             for x in self.inputs.values()
@@ -45,7 +45,7 @@ class Case:
 
 
 def random_gradients(outputs: Sequence[Tensor]) -> list[Tensor]:
-    """For the backward of these outputs; of a loss 1, as loss.backward() has it."""
+    """Random gradients of these outputs; 1 for a scalar, as loss.backward() has it."""
     return [torch.randn_like(y) if y.dim() else torch.ones_like(y) for y in outputs]
 
 
@@ -55,24 +55,32 @@ def _differentiable(result: Any) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where and how the tensors of a case lie."""
+    """The dtype, memory format and device of a case's tensors."""
 
     dtype: torch.dtype
     layout: torch.memory_format
     device: str
 
+    @property
+    def _drawn_on(self) -> str:
+        """Where random values are drawn: on the CPU, so that they are the same on every device."""
+        return "meta" if self.device == "meta" else "cpu"
+
     def tensor(self, *shape: int) -> Tensor:
-        made = torch.randn(shape, device="meta" if self.device == "meta" else "cpu").to(self.device, self.dtype)
+        """A random tensor, in the memory format if it has four dimensions."""
+        made = torch.randn(shape, device=self._drawn_on).to(self.device, self.dtype)
         return made.contiguous(memory_format=self.layout) if made.dim() == 4 else made
 
     def parameters(self, channels: int) -> Tensor:
-        """A value for each channel, between 0.5 and 1.5, in float32 where the tensors are in half precision."""
-        made = torch.rand(channels, device="meta" if self.device == "meta" else "cpu").add(0.5).to(self.device)
+        """A value between 0.5 and 1.5 for each channel, in float32 if the tensors are in half precision."""
+        made = torch.rand(channels, device=self._drawn_on).add(0.5).to(self.device)
         return made.to(torch.float64) if self.dtype == torch.float64 else made
 
     def labels(self, classes: int, *shape: int) -> Tensor:
-        return torch.randint(classes, shape, device="meta" if self.device == "meta" else "cpu").to(self.device)
+        """Random int64 labels from 0 to classes - 1."""
+        return torch.randint(classes, shape, device=self._drawn_on).to(self.device)
 
 
-def in_words(shape: Sequence[int], *rest: str) -> str:
-    return " ".join(["x".join(map(str, shape)), *rest])
+def describe(shape: Sequence[int], *words: str) -> str:
+    """A case's sizes in words, such as "2x8x8x32 k2 s2 p0"."""
+    return " ".join(["x".join(map(str, shape)), *words])
