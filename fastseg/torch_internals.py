@@ -38,6 +38,7 @@ PRIVATE_NAMES: dict[str, str] = {
     "inside it, and PyTorch raises, since the kernels have no forward-mode rule",
     "torch.compiler._is_exporting_flag": "detects torch.export; without it torch.compiler.is_exporting() is called",
     "torch.compiler._is_compiling_flag": "says that the compile backend is tracing",
+    "torch._C.__file__": "finds torch's thread pool for the CPU kernels (kernels/cpu/build.py)",
     "torch._C.DisableTorchFunction": "keeps swap_functions from replacing the calls that fastseg makes itself",
     "torch._subclasses.fake_tensor.FakeTensor": "recognizes tensors without data",
     "torch._subclasses.fake_tensor.FakeTensorMode": "runs fastseg.explain without data",

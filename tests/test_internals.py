@@ -69,13 +69,25 @@ def is_private(name):
 
 MEMBERS = {part for path in torch_internals.PRIVATE_NAMES for part in path.split(".") if is_private(part)}
 TRITON = {path.rpartition(".")[0] for path in triton_internals.PRIVATE_NAMES} - {"triton"}
-ALLOWED = {"torch.ops.aten._log_softmax"}  # the name of an operator
+ALLOWED = {
+    "torch.ops.aten._log_softmax",  # the name of an operator
+    "torch._C.__file__",  # kernels/cpu needs it and may not import fastseg
+}
+
+
+def dotted(node):
+    """The dotted name that a node reads, such as "torch.nn.Conv2d"; of other expressions the last attribute alone."""
+    if isinstance(node, ast.Name):
+        return node.id
+    return f"{dotted(node.value)}.{node.attr}" if isinstance(node, ast.Attribute) else "()"
 
 
 def private(name, members):
     """Whether a dotted name is private to torch or triton. members: also where it is a member of any object."""
     parts = name.split(".")
-    if parts[0] in ("torch", "triton") and name not in ALLOWED and any(map(is_private, parts)):
+    if any(allowed == name or allowed.startswith(f"{name}.") for allowed in ALLOWED):
+        return False
+    if parts[0] in ("torch", "triton") and any(map(is_private, parts)):
         return True
     if any(f"{name}.".startswith(f"{owner}.") for owner in TRITON):
         return True
@@ -91,7 +103,7 @@ def uses(path, members):
         elif isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.Attribute):
-            names = [ast.unparse(node)]
+            names = [dotted(node)]
         for name in names:
             if private(name, members):
                 yield node.lineno, name
