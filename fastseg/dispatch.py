@@ -175,7 +175,7 @@ def _capability(index: int | None) -> tuple[int, int]:
 _capability_once = functools.cache(_capability)
 
 
-@torch.compiler.assume_constant_result
+@torch_internals.constant_when_compiled
 def without_cpu_kernels() -> str | None:
     """Why no CPU kernel can run on this machine, or None if they can. The first call may run the C++ compiler."""
     from .kernels.cpu import build  # imported here: no kernel file is loaded before it is needed

@@ -242,6 +242,12 @@ def warn_of_reduction(reduction: str) -> None:
 # --- Inductor --------------------------------------------------------------------------------------------------------
 
 
+def constant_when_compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compiler.assume_constant_result without its import of torch._dynamo, which imports triton."""
+    function._dynamo_marked_constant = True  # the mark that assume_constant_result sets
+    return function
+
+
 def boxed(function: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
     """Mark a compiled function that takes its arguments in one list, as torch's make_boxed_func does."""
     function._boxed_call = True

@@ -3,6 +3,8 @@
 import ast
 import importlib
 import pkgutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -53,6 +55,17 @@ def test_the_private_name_exists(package, path, purpose):
 def test_a_missing_name_is_found():
     assert not exists("torch.nn._no_such_module.name") and not exists("torch.Tensor._no_such_name")
     assert not exists("torch.nn.Module()._no_such_hooks")
+
+
+def test_functions_are_marked_as_constant_as_torch_marks_them():
+    ours = torch_internals.constant_when_compiled(lambda: None)
+    assert vars(torch.compiler.assume_constant_result(lambda: None)) == vars(ours) != {}
+
+
+def test_importing_fastseg_imports_neither_triton_nor_the_compiler():
+    code = "import sys, fastseg; print([name for name in ('triton', 'torch._dynamo', 'sympy') if name in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert run.stdout.strip() == "[]", run.stdout + run.stderr
 
 
 def test_boxed_functions_are_marked_as_torch_marks_them():
