@@ -12,6 +12,7 @@ if TYPE_CHECKING:
         cross_entropy_bwd,
         cross_entropy_one_pass,
         dice_cross_entropy,
+        options,
         upsample,
         upsample_cross_entropy,
     )
@@ -23,6 +24,7 @@ __all__ = [
     "cross_entropy_bwd",
     "cross_entropy_one_pass",
     "dice_cross_entropy",
+    "options",
     "upsample",
     "upsample_cross_entropy",
 ]

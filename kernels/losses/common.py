@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import INT32_MAX
+from .options import LossInputs, LossOptions
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LONG_ROW = 128  # bytes of a pixel's classes in channels_last, from which on four lanes share a row
@@ -192,14 +193,14 @@ def long_rows(logits: Tensor) -> bool:
     return logits.shape[1] * logits.element_size() >= LONG_ROW
 
 
-def constants(
-    logits: Tensor, targets: Tensor, weight: Tensor | None, reduction: str, label_smoothing: float, z_loss: float
-) -> dict[str, Any]:
-    """The compile-time arguments of every kernel: each value of label_smoothing and z_loss is compiled once."""
+def constants(inputs: LossInputs, options: LossOptions) -> dict[str, Any]:
+    """The compile-time arguments of every kernel. Each value of label_smoothing and z_loss is compiled once."""
+    logits = inputs.logits
     # WIDE: an offset, also of a lane that is masked, can pass int32.
     wide = logits.numel() > INT32_MAX - (logits.shape[1] + 16) * 1024
     return {
-        "C": logits.shape[1], "REDUCTION": reduction, "PROBABILITIES": targets.is_floating_point(),
-        "WEIGHTED": weight is not None, "SMOOTHING": float(label_smoothing), "Z_LOSS": float(z_loss),
+        "C": logits.shape[1], "REDUCTION": options.reduction, "PROBABILITIES": inputs.targets.is_floating_point(),
+        "WEIGHTED": inputs.weight is not None, "SMOOTHING": float(options.label_smoothing),
+        "Z_LOSS": float(options.z_loss),
         "SPLIT": logits.element_size() >= 4, "WIDE": wide,
     }  # fmt: skip

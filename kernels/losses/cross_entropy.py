@@ -37,6 +37,7 @@ from .common import (
     read_tile,
     row_tile,
 )
+from .options import LossInputs, LossOptions, LossResults
 
 FEW_PROGRAMS = 512  # too few to fill a GPU: smaller ones are taken then
 CLASSES = 4  # that a program reads at a time in NCHW: what its registers hold
@@ -224,43 +225,33 @@ class Predicted:
             launch(cross_entropy_counts_kernel, 1, self.partials, self.counts, self.programs, BLOCK=TOTAL_BLOCK)
 
 
-def cross_entropy_fwd(
-    logits: Tensor, targets: Tensor, weight: Tensor | None, reduction: str, ignore_index: int, label_smoothing: float,
-    z_loss: float, channels_last: bool, loss: Tensor, lse: Tensor, denominator: Tensor, prediction: Tensor,
-    counts: Tensor,
-) -> None:  # fmt: skip
-    """Write loss, lse and, where they are asked for, denominator, predictions and counts. All tensors are dense.
-
-    logits: (N, C, H, W); targets: labels (N, H, W) or class probabilities like logits. reduction: "none", "sum", or
-    what the sum is divided by: "weights" of the valid pixels, number of "valid" ones (both are written into
-    denominator), "count", which stands in denominator already. loss: (N, H, W) for "none", else of no dimension. lse:
-    (terms, N, H, W), one or two terms, and for class probabilities their mass behind. prediction (N, H, W) and counts
-    (right, valid) may be empty.
-    """
+def cross_entropy_fwd(inputs: LossInputs, options: LossOptions, channels_last: bool, results: LossResults) -> None:
+    """Fill the results: loss and lse, and denominator, prediction and counts if requested. All tensors are dense."""
+    logits, targets, _ = inputs
+    loss, lse, denominator, prediction, counts = results
     tiles = Tiles.of(logits, channels_last)
     pixels = lse[0].numel()
-    summed = reduction != "none"
-    partials = loss.new_empty((2, tiles.programs)) if summed else loss
+    partials = loss.new_empty((2, tiles.programs)) if options.is_reduced else loss
     predicted = Predicted(prediction, counts, tiles.programs, loss)
     steps = {"WIDTH": CLASSES, "STEPS": triton.cdiv(logits.shape[1], CLASSES), "UNROLL": 1}
     launch(
         cross_entropy_fwd_kernel, tiles.programs,
-        logits, targets, logits if weight is None else weight, loss, lse, partials, *predicted.arguments,
-        logits.numel(), pixels, tiles.runs, tiles.tiles, tiles.programs, ignore_index,
-        **constants(logits, targets, weight, reduction, label_smoothing, z_loss), PREDICT=predicted.wanted,
+        logits, targets, inputs.weight_or_logits, loss, lse, partials, *predicted.arguments,
+        logits.numel(), pixels, tiles.runs, tiles.tiles, tiles.programs, options.ignore_index,
+        **constants(inputs, options), PREDICT=predicted.wanted,
         CHANNELS_LAST=channels_last, RAGGED=channels_last and logits.numel() % tiles.vec != 0, VEC=tiles.vec,
         **(row_steps(logits, tiles.vec) if channels_last else steps), BLOCK=tiles.block,
         num_warps=tiles.warps, debug=True, sanitize_overflow=False,
     )  # fmt: skip
     predicted.total()
-    if summed:
-        total(partials, loss, denominator, tiles.programs, reduction)
+    if options.is_reduced:
+        add_up_losses(partials, loss, denominator, options.reduction)
 
 
-def total(partials: Tensor, loss: Tensor, denominator: Tensor, programs: int, reduction: str) -> None:
-    """Add up the programs' losses, and their denominators where the reduction is a sum of them."""
+def add_up_losses(partials: Tensor, loss: Tensor, denominator: Tensor, reduction: str) -> None:
+    """Add up the losses of the programs, and the denominator if the reduction sums it over the pixels too."""
     launch(
         cross_entropy_total_kernel, 1,
-        partials, loss, denominator, programs,
+        partials, loss, denominator, partials.shape[-1],
         DIVIDED=reduction != "sum", SUMMED=reduction in ("weights", "valid"), BLOCK=TOTAL_BLOCK,
     )  # fmt: skip

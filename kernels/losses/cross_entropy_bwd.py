@@ -13,6 +13,7 @@ from torch import Tensor
 from ..launch import launch
 from .common import class_shares, constants, exponential, gradient, label_weight, read_target, read_tile, smoothed_mass
 from .cross_entropy import Tiles
+from .options import LossInputs, LossOptions
 
 CLASSES = 2  # that a program writes at a time in NCHW: what its registers hold
 CHUNKS = 256  # of a program in channels_last
@@ -199,27 +200,31 @@ def chunk_width(logits: Tensor) -> int:
 
 
 def cross_entropy_bwd(
-    grad_loss: Tensor, logits: Tensor, targets: Tensor, weight: Tensor | None, lse: Tensor, denominator: Tensor,
-    reduction: str, ignore_index: int, label_smoothing: float, z_loss: float, channels_last: bool, grad_logits: Tensor,
-) -> None:  # fmt: skip
-    """Write the gradient of the logits; the arguments are cross_entropy_fwd's."""
-    tensors = (grad_loss, logits, targets, logits if weight is None else weight, lse, denominator, grad_logits)
+    grad_loss: Tensor,
+    inputs: LossInputs,
+    lse: Tensor,
+    denominator: Tensor,
+    options: LossOptions,
+    channels_last: bool,
+    grad_logits: Tensor,
+) -> None:
+    """Write the gradient of the logits from the lse and denominator of cross_entropy_fwd."""
+    logits, targets, _ = inputs
+    tensors = (grad_loss, logits, targets, inputs.weight_or_logits, lse, denominator, grad_logits)
     classes, pixels = logits.shape[1], lse[0].numel()
-    shared = constants(logits, targets, weight, reduction, label_smoothing, z_loss) | {
-        "PADDED": triton.next_power_of_2(classes)
-    }
+    shared = constants(inputs, options) | {"PADDED": triton.next_power_of_2(classes)}
     if channels_last:
         vec = chunk_width(logits)
         launch(
             cross_entropy_bwd_rows_kernel, triton.cdiv(logits.numel(), vec * CHUNKS),
-            *tensors, pixels, logits.numel(), ignore_index,
+            *tensors, pixels, logits.numel(), options.ignore_index,
             **shared, VEC=vec, RAGGED=logits.numel() % vec != 0, BLOCK=CHUNKS,
         )  # fmt: skip
     else:
         tiles = Tiles.of(logits, channels_last)
         launch(
             cross_entropy_bwd_kernel, tiles.programs,
-            *tensors, pixels, tiles.runs, tiles.tiles, ignore_index,
+            *tensors, pixels, tiles.runs, tiles.tiles, options.ignore_index,
             **shared, VEC=tiles.vec, WIDTH=CLASSES, STEPS=triton.cdiv(classes, CLASSES),
             BLOCK=tiles.block, num_warps=tiles.warps,
         )  # fmt: skip

@@ -30,8 +30,16 @@ from .common import (
     read_tile,
     row_tile,
 )
-from .cross_entropy import TOTAL_BLOCK, Predicted, cross_entropy_total_kernel, row_steps, store_predictions, total
+from .cross_entropy import (
+    TOTAL_BLOCK,
+    Predicted,
+    add_up_losses,
+    cross_entropy_total_kernel,
+    row_steps,
+    store_predictions,
+)
 from .cross_entropy_bwd import chunk_width, pixel_factors, write_chunks
+from .options import LossInputs, LossOptions, OnePassResults
 
 TILE = 8192  # logits of a program in NCHW, which its registers hold
 ROWS = 256  # pixels of a program in channels_last, which its share of the first-level cache holds
@@ -238,11 +246,14 @@ def pick(
 
 
 def _launch(
-    grad_loss: Tensor | None, logits: Tensor, targets: Tensor, weight: Tensor | None, denominator: Tensor,
-    reduction: str, ignore_index: int, label_smoothing: float, z_loss: float, channels_last: bool,
-    grad_logits: Tensor, prediction: Tensor, counts: Tensor,
-) -> tuple[Tensor, int]:  # fmt: skip
-    """Write the gradient, for 1 with predictions and the programs' losses, which are returned."""
+    grad_loss: Tensor | None, inputs: LossInputs, options: LossOptions, channels_last: bool, results: OnePassResults
+) -> Tensor:
+    """Write grad_logits for this gradient of the loss; for None, which is 1, predictions too.
+
+    Returns the programs' sums of losses, which are written only for None.
+    """
+    logits, targets, _ = inputs
+    denominator = results.denominator
     n, classes, h, w = logits.shape
     again, vec, pixels = grad_loss is not None, vector_width(logits.element_size(), h * w), n * h * w
     width = triton.next_power_of_2(classes)
@@ -254,72 +265,72 @@ def _launch(
         block = min(max(tile // width, line), 1024, max(line, triton.next_power_of_2(h * w)))
         programs = n * triton.cdiv(h * w, block)
     partials = denominator.new_empty((programs,))
-    predicted = Predicted(prediction, counts, programs, partials)
+    predicted = Predicted(results.prediction, results.counts, programs, partials)
     tensors = (
-        partials if grad_loss is None else grad_loss, logits, targets, logits if weight is None else weight,
-        denominator, partials, *predicted.arguments, grad_logits,
+        partials if grad_loss is None else grad_loss, logits, targets, inputs.weight_or_logits, denominator, partials,
+        *predicted.arguments, results.grad_logits,
     )  # fmt: skip
-    shared = constants(logits, targets, weight, reduction, label_smoothing, z_loss) | {
+    shared = constants(inputs, options) | {
         "PREDICT": predicted.wanted, "AGAIN": again, "BLOCK": block, "debug": True, "sanitize_overflow": False,
     }  # fmt: skip
     if channels_last:
         row_vec, vec = 16 // logits.element_size(), chunk_width(logits)
         launch(
             cross_entropy_one_pass_rows_kernel, programs,
-            *tensors, logits.numel(), pixels, programs, ignore_index,
+            *tensors, logits.numel(), pixels, programs, options.ignore_index,
             **shared, ROW_RAGGED=logits.numel() % row_vec != 0, ROW_VEC=row_vec, **row_steps(logits, row_vec),
             RAGGED=logits.numel() % vec != 0, VEC=vec, CHUNKS=CHUNKS,
         )  # fmt: skip
     else:
         launch(
             cross_entropy_one_pass_kernel, programs,
-            *tensors, h * w // vec, triton.cdiv(h * w, block), programs, ignore_index,
+            *tensors, h * w // vec, triton.cdiv(h * w, block), programs, options.ignore_index,
             **shared, VEC=vec, WIDTH=width, num_warps=max(4, block * width // tile * 8),
         )  # fmt: skip
     predicted.total()
-    return partials, programs
+    return partials
 
 
 def cross_entropy_one_pass(
-    logits: Tensor, targets: Tensor, weight: Tensor | None, reduction: str, ignore_index: int, label_smoothing: float,
-    z_loss: float, channels_last: bool, loss: Tensor, grad_logits: Tensor, packed: Tensor, denominator: Tensor,
-    prediction: Tensor, counts: Tensor,
-) -> None:  # fmt: skip
-    """Write loss and the gradient of logits for a gradient of the loss that is 1. All tensors are dense.
+    inputs: LossInputs, options: LossOptions, channels_last: bool, results: OnePassResults
+) -> None:
+    """Fill the results: the loss, and the gradient of the logits for a loss gradient of 1. All tensors are dense.
 
-    The arguments are cross_entropy_fwd's, reduction but for "none", at most 256 classes. packed: empty, or for the
-    reductions "weights" and "valid" uint8 (int16 from 256 classes on) like the labels: it receives them, with 255
-    (-1) where there is none.
+    Every reduction but "none", up to 256 classes. In packed_labels an ignored pixel has the label 255 (-1 in int16).
     """
-    if reduction in ("weights", "valid"):
+    loss, packed, denominator = results.loss, results.packed_labels, results.denominator
+    if options.sums_denominator:
+        targets, weight = inputs.targets, inputs.weight
         programs, none = triton.cdiv(packed.numel(), LABELS), NO_LABEL[packed.dtype]
         partials = denominator.new_empty((programs,))
         launch(
             cross_entropy_labels_kernel, programs,
-            targets, logits if weight is None else weight, packed, partials, packed.numel(), ignore_index, none,
-            C=logits.shape[1], REDUCTION=reduction, WEIGHTED=weight is not None, BLOCK=LABELS,
+            targets, inputs.weight_or_logits, packed, partials, packed.numel(), options.ignore_index, none,
+            C=inputs.logits.shape[1], REDUCTION=options.reduction, WEIGHTED=weight is not None, BLOCK=LABELS,
             WIDE=packed.numel() > INT32_MAX - LABELS, debug=True, sanitize_overflow=False,
         )  # fmt: skip
-        total(partials, denominator, denominator, programs, "sum")
-        targets, ignore_index = packed, none
-    found = _launch(
-        None, logits, targets, weight, denominator, reduction, ignore_index, label_smoothing, z_loss, channels_last,
-        grad_logits, prediction, counts,
-    )  # fmt: skip
+        add_up_losses(partials, denominator, denominator, "sum")
+        inputs, options = inputs._replace(targets=packed), options._replace(ignore_index=none)
+    partials = _launch(None, inputs, options, channels_last, results)
     launch(
         cross_entropy_total_kernel, 1,
-        found[0], loss, denominator, found[1], DIVIDED=reduction != "sum", SUMMED=False, BLOCK=TOTAL_BLOCK,
+        partials, loss, denominator, partials.numel(), DIVIDED=options.is_mean, SUMMED=False, BLOCK=TOTAL_BLOCK,
     )  # fmt: skip
 
 
 def cross_entropy_one_pass_bwd(
-    grad_loss: Tensor, logits: Tensor, targets: Tensor, weight: Tensor | None, denominator: Tensor, reduction: str,
-    ignore_index: int, label_smoothing: float, z_loss: float, channels_last: bool, grad_logits: Tensor,
-) -> None:  # fmt: skip
-    """Make grad_logits anew for this gradient of the loss, unless it is 1. targets: cross_entropy_one_pass's packed
-    labels and their ignore_index, or what it took."""
+    grad_loss: Tensor,
+    inputs: LossInputs,
+    denominator: Tensor,
+    options: LossOptions,
+    channels_last: bool,
+    grad_logits: Tensor,
+) -> None:
+    """Recompute grad_logits for this gradient of the loss, unless that is 1.
+
+    The targets and options.ignore_index are cross_entropy_one_pass's packed labels and the label of an ignored pixel
+    in them, or those that it was given.
+    """
     nothing = grad_logits.new_empty((0,))
-    _launch(
-        grad_loss, logits, targets, weight, denominator, reduction, ignore_index, label_smoothing, z_loss,
-        channels_last, grad_logits, nothing, nothing,
-    )  # fmt: skip
+    results = OnePassResults(nothing, grad_logits, nothing, denominator, nothing, nothing)
+    _launch(grad_loss, inputs, options, channels_last, results)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..launch import INT32_MAX, launch
 from .common import exponential, label_weight, read_label
+from .options import LossInputs
 
 TILE = 4096  # logits of a step, which the registers of 8 warps hold
 FEW_PROGRAMS = 512  # too few to fill a GPU: each takes fewer steps then
@@ -135,10 +136,10 @@ def _tiles(logits: Tensor) -> tuple[int, dict[str, int]]:
 
 
 def dice_cross_entropy_fwd(
-    logits: Tensor, labels: Tensor, weight: Tensor | None, ignore_index: int, channels_last: bool, loss: Tensor,
-    sums: Tensor,
-) -> None:  # fmt: skip
-    """Write loss (2,): of the pixels and their weights, and sums (N, 3, C) of logits (N, C, H, W), all dense."""
+    inputs: LossInputs, ignore_index: int, channels_last: bool, loss: Tensor, sums: Tensor
+) -> None:
+    """Write loss (2,), the sums of the pixels' losses and weights, and sums (N, 3, C). All tensors are dense."""
+    logits, labels, weight = inputs
     n, classes, h, w = logits.shape
     blocks, sizes = _tiles(logits)
     steps = STEPS
@@ -149,7 +150,7 @@ def dice_cross_entropy_fwd(
     partial_losses = sums.new_empty((2, n * parts))
     launch(
         dice_cross_entropy_fwd_kernel, n * parts,
-        logits, labels, logits if weight is None else weight, partial_sums, partial_losses,
+        logits, labels, inputs.weight_or_logits, partial_sums, partial_losses,
         h * w, parts, n * parts, ignore_index,
         C=classes, WEIGHTED=weight is not None, CHANNELS_LAST=channels_last, STEPS=steps, **sizes,
         debug=True, sanitize_overflow=False,
@@ -159,15 +160,20 @@ def dice_cross_entropy_fwd(
 
 
 def dice_cross_entropy_bwd(
-    grad_loss: Tensor, grad_sums: Tensor, logits: Tensor, labels: Tensor, weight: Tensor | None, ignore_index: int,
-    channels_last: bool, grad_logits: Tensor,
-) -> None:  # fmt: skip
-    """Write the gradient of the logits for that of loss[0] and of sums."""
+    grad_loss: Tensor,
+    grad_sums: Tensor,
+    inputs: LossInputs,
+    ignore_index: int,
+    channels_last: bool,
+    grad_logits: Tensor,
+) -> None:
+    """Write the gradient of the logits for the gradients of loss[0] and of sums."""
+    logits, labels, weight = inputs
     n, classes, h, w = logits.shape
     blocks, sizes = _tiles(logits)
     launch(
         dice_cross_entropy_bwd_kernel, n * blocks,
-        grad_loss, grad_sums, logits, labels, logits if weight is None else weight, grad_logits,
+        grad_loss, grad_sums, logits, labels, inputs.weight_or_logits, grad_logits,
         h * w, blocks, ignore_index,
         C=classes, WEIGHTED=weight is not None, CHANNELS_LAST=channels_last, **sizes,
     )  # fmt: skip

@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import INT32_MAX, launch
+from .options import Resizing
 
 POINT = tl.constexpr(40)  # binary digits behind the point of a source coordinate
 HALF = tl.constexpr(2**39)  # one half, so written
@@ -172,34 +173,31 @@ def _float32(number: float) -> float:
     return struct.unpack("f", struct.pack("f", number))[0]
 
 
-class Resizing(NamedTuple):
-    """What a kernel is told about the way from h x w to H x W: arguments by name, and compile-time ones."""
+class ResizeGeometry(NamedTuple):
+    """The way from h x w to H x W as the kernels need it."""
 
     nearest: bool
     corners: bool
-    ratio: tuple[Fraction, Fraction]  # source positions an output position, along y and x
+    ratio: tuple[Fraction, Fraction]  # source positions per output position, along y and x
     sizes: tuple[int, int, int, int]  # h, w, H, W
 
     @classmethod
-    def of(
-        cls, low: Tensor, size: Sequence[int], scales: Sequence[float] | None, mode: str, align_corners: bool
-    ) -> Resizing:
-        """scales: the factors that torch divides by in place of the sizes, or None."""
-        nearest = mode == "nearest"
-        if tuple(low.shape[2:]) == tuple(size):  # a copy in torch, whatever the factors
+    def of(cls, low: Tensor, size: Sequence[int], resizing: Resizing) -> ResizeGeometry:
+        scales, nearest = resizing.scales, resizing.mode == "nearest"
+        if tuple(low.shape[2:]) == tuple(size):  # torch copies then, whatever the factors
             scales = None
         ratios = []
         for side, (short, long) in enumerate(zip(low.shape[2:], size, strict=True)):
-            if align_corners:
+            if resizing.align_corners:
                 ratio = Fraction(short - 1, long - 1) if long > 1 else Fraction(0)
-            elif nearest and long in (short, 2 * short):  # torch takes these without looking at scales
+            elif nearest and long in (short, 2 * short):  # torch ignores the scales for these two
                 ratio = Fraction(short, long)
             elif nearest:
                 ratio = Fraction(_float32(short / long if scales is None else 1.0 / scales[side]))
             else:
                 ratio = Fraction(short, long) if scales is None else 1 / Fraction(scales[side])
             ratios.append(ratio)
-        return cls(nearest, align_corners, (ratios[0], ratios[1]), (*low.shape[2:], *size))
+        return cls(nearest, resizing.align_corners, (ratios[0], ratios[1]), (*low.shape[2:], *size))
 
     def steps(self) -> tuple[int | float, int | float]:
         """STEP_H, STEP_W."""
@@ -211,13 +209,13 @@ class Resizing(NamedTuple):
         return {"NEAREST": self.nearest, "CORNERS": self.corners}
 
     def tile(self) -> dict[str, int]:
-        """Rows of a tile: no more than share few rows of the small map."""
+        """The sizes of a tile. Its rows share few rows of the small map."""
         ratio = self.ratio[0]
         rows = 4 if ratio <= Fraction(1, 2) else 2 if ratio <= 1 else 1
         return {"ROWS": rows, "TAPS": math.ceil((rows - 1) * ratio) + 2, "COLUMNS": COLUMNS}
 
     def tiles(self) -> tuple[int, int]:
-        """Tiles along x and y."""
+        """The number of tiles along x and y."""
         return triton.cdiv(self.sizes[3], COLUMNS), triton.cdiv(self.sizes[2], self.tile()["ROWS"])
 
 
@@ -230,17 +228,14 @@ def is_wide(pixels: int, *maps: Tensor) -> bool:
     return max(*reaches, pixels + 2**20) > INT32_MAX
 
 
-def upsample_argmax(
-    low: Tensor, labels: Tensor, probability: Tensor | None, scales: Sequence[float] | None, mode: str,
-    align_corners: bool,
-) -> None:  # fmt: skip
-    """Write the labels (N, H, W) of `low` (N, C, h, w) resized to H x W, and their probabilities where asked for."""
-    by = Resizing.of(low, labels.shape[1:], scales, mode, align_corners)
-    across, down = by.tiles()
+def upsample_argmax(low: Tensor, labels: Tensor, probability: Tensor | None, resizing: Resizing) -> None:
+    """Write the labels (N, H, W) of `low` (N, C, h, w) resized to H x W, and their probabilities if requested."""
+    geometry = ResizeGeometry.of(low, labels.shape[1:], resizing)
+    across, down = geometry.tiles()
     launch(
         upsample_argmax_kernel, low.shape[0] * across * down,
-        low, labels, labels if probability is None else probability, across, down, *by.steps(), *by.sizes,
+        low, labels, labels if probability is None else probability, across, down, *geometry.steps(), *geometry.sizes,
         *low.stride(),
-        C=low.shape[1], PROBABILITY=probability is not None, **by.modes(), **by.tile(),
+        C=low.shape[1], PROBABILITY=probability is not None, **geometry.modes(), **geometry.tile(),
         WIDE=is_wide(labels.numel(), low), num_warps=1,
     )  # fmt: skip

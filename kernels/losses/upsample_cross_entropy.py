@@ -14,7 +14,6 @@ added up in memory.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,10 +23,10 @@ from torch import Tensor
 
 from ..launch import launch
 from .common import constants, exponential, gradient, label_weight, pixel_loss, read_label, smoothed_mass
-from .cross_entropy import Predicted
-from .cross_entropy import total as add_up
+from .cross_entropy import Predicted, add_up_losses
 from .cross_entropy_bwd import read_pixels
-from .upsample import Resizing, _class, _first, _row, _source, _tile, _wins, is_wide
+from .options import LossInputs, LossOptions, LossResults, Resizing
+from .upsample import ResizeGeometry, _class, _first, _row, _source, _tile, _wins, is_wide
 
 BACKWARD_CLASSES = 16  # of a program: the least that a product takes
 BACKWARD_COLUMNS = 32  # output columns that it holds at a time
@@ -208,61 +207,59 @@ def upsample_cross_entropy_bwd_kernel(
         tl.store(grad_low + at, grad.to(grad_low.dtype.element_ty), mask=written)
 
 
-def _constants(
-    low: Tensor, target: Tensor, weight: Tensor | None, reduction: str, label_smoothing: float, z_loss: float,
-    by: Resizing, *maps: Tensor,
-) -> dict[str, Any]:  # fmt: skip
-    """The compile-time arguments that forward and backward share; maps: what they read and write of the small size."""
-    shared = constants(low, target, weight, reduction, label_smoothing, z_loss)
+def _constants(inputs: LossInputs, options: LossOptions, geometry: ResizeGeometry, *maps: Tensor) -> dict[str, Any]:
+    """The compile-time arguments that forward and backward share. maps: the small maps that are read and written."""
+    shared = constants(inputs, options)
     del shared["PROBABILITIES"]
-    return shared | by.modes() | {"WIDE": is_wide(target.numel(), *maps)}
+    return shared | geometry.modes() | {"WIDE": is_wide(inputs.targets.numel(), *maps)}
 
 
 def upsample_cross_entropy_fwd(
-    low: Tensor, target: Tensor, weight: Tensor | None, scales: Sequence[float] | None, mode: str,
-    align_corners: bool, reduction: str, ignore_index: int, label_smoothing: float, z_loss: float, loss: Tensor,
-    lse: Tensor, denominator: Tensor, prediction: Tensor, counts: Tensor,
-) -> None:  # fmt: skip
-    """Write loss and lse of `low` (N, C, h, w), of any strides, and denominator where it is a sum over the pixels.
-
-    target: (N, H, W). reduction: "none", "sum", or what the sum is divided by: "weights", "valid", or "count", which
-    the denominator holds already. loss: (N, H, W) for "none", else of no dimension; lse: (1, N, H, W), or
-    (2, N, H, W) for its two terms. prediction (N, H, W) and counts (right, valid) are written, unless they are empty.
-    """
-    by = Resizing.of(low, target.shape[1:], scales, mode, align_corners)
-    across, down = by.tiles()
+    inputs: LossInputs, resizing: Resizing, options: LossOptions, results: LossResults
+) -> None:
+    """Fill the results of the logits (N, C, h, w), of any strides, resized to the labels' H x W."""
+    low, target, _ = inputs
+    loss, lse, denominator, prediction, counts = results
+    geometry = ResizeGeometry.of(low, target.shape[1:], resizing)
+    across, down = geometry.tiles()
     programs = low.shape[0] * across * down
-    summed = reduction != "none"
-    partials = torch.empty((2, programs), dtype=torch.float32, device=low.device) if summed else loss
+    partials = torch.empty((2, programs), dtype=torch.float32, device=low.device) if options.is_reduced else loss
     predicted = Predicted(prediction, counts, programs, loss)
     launch(
         upsample_cross_entropy_fwd_kernel, programs,
-        low, target, low if weight is None else weight, loss, lse, partials, *predicted.arguments,
-        target.numel(), programs, across, down, ignore_index, *by.steps(), *by.sizes, *low.stride(),
-        **_constants(low, target, weight, reduction, label_smoothing, z_loss, by, low), **by.tile(),
+        low, target, inputs.weight_or_logits, loss, lse, partials, *predicted.arguments,
+        target.numel(), programs, across, down, options.ignore_index, *geometry.steps(), *geometry.sizes,
+        *low.stride(),
+        **_constants(inputs, options, geometry, low), **geometry.tile(),
         PREDICT=predicted.wanted, num_warps=1, debug=True, sanitize_overflow=False,
     )  # fmt: skip
     predicted.total()
-    if summed:
-        add_up(partials, loss, denominator, programs, reduction)
+    if options.is_reduced:
+        add_up_losses(partials, loss, denominator, options.reduction)
 
 
 def upsample_cross_entropy_bwd(
-    grad_loss: Tensor, low: Tensor, target: Tensor, weight: Tensor | None, lse: Tensor, denominator: Tensor,
-    scales: Sequence[float] | None, mode: str, align_corners: bool, reduction: str, ignore_index: int,
-    label_smoothing: float, z_loss: float, grad_low: Tensor,
-) -> None:  # fmt: skip
-    """Write the gradient of `low`, of any strides; the arguments are upsample_cross_entropy_fwd's."""
-    by = Resizing.of(low, target.shape[1:], scales, mode, align_corners)
+    grad_loss: Tensor,
+    inputs: LossInputs,
+    lse: Tensor,
+    denominator: Tensor,
+    resizing: Resizing,
+    options: LossOptions,
+    grad_low: Tensor,
+) -> None:
+    """Write the gradient of the logits (N, C, h, w), of any strides, from the forward's lse and denominator."""
+    low, target, _ = inputs
+    geometry = ResizeGeometry.of(low, target.shape[1:], resizing)
     n, classes, h, w = low.shape
     # As many columns of the small map as one block of output columns reaches, without the one before them.
-    patch = min(max(int(BACKWARD_COLUMNS * by.ratio[1]) - 1, LEAST_PATCH - 1), LARGEST_PATCH)
+    patch = min(max(int(BACKWARD_COLUMNS * geometry.ratio[1]) - 1, LEAST_PATCH - 1), LARGEST_PATCH)
     across, down = triton.cdiv(w, patch), triton.cdiv(h, PATCH_ROWS)
     launch(
         upsample_cross_entropy_bwd_kernel, n * across * down * triton.cdiv(classes, BACKWARD_CLASSES),
-        grad_loss, low, target, low if weight is None else weight, lse, denominator, grad_low, target.numel(),
-        across, down, patch, ignore_index, *by.steps(), *by.sizes, *low.stride(), *grad_low.stride(),
-        **_constants(low, target, weight, reduction, label_smoothing, z_loss, by, low, grad_low),
+        grad_loss, low, target, inputs.weight_or_logits, lse, denominator, grad_low, target.numel(),
+        across, down, patch, options.ignore_index, *geometry.steps(), *geometry.sizes, *low.stride(),
+        *grad_low.stride(),
+        **_constants(inputs, options, geometry, low, grad_low),
         PADDED=triton.next_power_of_2(classes), CLASSES=BACKWARD_CLASSES, COLUMNS=BACKWARD_COLUMNS, ROWS=PATCH_ROWS,
         LOW_COLUMNS=triton.next_power_of_2(patch), PRECISION="ieee" if low.dtype == torch.float32 else "tf32",
         num_warps=4, maxnreg=REGISTERS,

@@ -201,13 +201,17 @@ def test_cross_entropy_of_many_pixels_adds_up_in_steps():
 @pytest.mark.parametrize("label", [-1, 4, 2**32])
 def test_a_label_that_is_no_class_is_no_address(label):
     from fastseg.kernels.cuda.losses import cross_entropy
+    from fastseg.kernels.losses.options import LossInputs, LossOptions, LossResults
 
     logits, labels = torch.randn(1, 4, 2, 2), torch.zeros(1, 2, 2, dtype=torch.int64)
     labels[0, 1, 1] = label
     loss, lse, nothing = torch.empty(()), torch.empty(2, 1, 2, 2), torch.empty(0)
     with pytest.raises(RuntimeError, match="neither a class nor ignore_index"):
         cross_entropy.cross_entropy_fwd(
-            logits, labels, None, "sum", 255, 0.0, 0.0, False, loss, lse, nothing, nothing, nothing
+            LossInputs(logits, labels, None),
+            LossOptions("sum", 0, 255, 0.0, 0.0),
+            False,
+            LossResults(loss, lse, nothing, nothing, nothing),
         )
 
 

@@ -18,6 +18,7 @@ from fastseg.kernels.losses import common as parts
 from fastseg.kernels.losses import cross_entropy as forward
 from fastseg.kernels.losses import cross_entropy_bwd as backward
 from fastseg.kernels.losses import cross_entropy_one_pass as one_pass
+from fastseg.kernels.losses.options import LossInputs, LossOptions, LossResults, OnePassResults
 from fastseg.ops.losses import cross_entropy as ops
 
 pytestmark = QUIET
@@ -67,7 +68,8 @@ def test_any_division_gives_the_same(layout, shape, patch, monkeypatch, device, 
 def test_offsets_are_wide_in_time(classes):
     for pixels, wide in ((2**31 - 2**22 - 2048 * classes, False), (2**31 - 2, True), (2**31 + 2**12, True)):
         x = torch.empty(1, classes, pixels // classes // 2, 2, device="meta")
-        assert parts.constants(x, x, None, "sum", 0.0, 0.0)["WIDE"] == wide
+        options = LossOptions("sum", 0, -100, 0.0, 0.0)
+        assert parts.constants(LossInputs(x, x, None), options)["WIDE"] == wide
 
 
 @LAYOUTS
@@ -112,12 +114,14 @@ def test_the_last_program_of_a_huge_image(size):
     """More pixels than 2^31 in one image, and fewer of many classes: all that is read and written, and no more."""
     classes = 2 if size > 2**31 else 117
     x, labels, lse, loss = on_meta((1, classes, 1, size), torch.float16)
-    grad, nothing, rest = torch.empty_like(x), loss.new_empty((0,)), ("count", -100, 0.0, 0.0, False)
+    grad, nothing = torch.empty_like(x), loss.new_empty((0,))
+    inputs, options = LossInputs(x, labels, None), LossOptions("count", 1, -100, 0.0, 0.0)
 
     def run():
-        forward.cross_entropy_fwd(x, labels, None, *rest, loss, lse, loss, nothing, nothing)
-        backward.cross_entropy_bwd(loss, x, labels, None, lse, loss, *rest, grad)
-        one_pass.cross_entropy_one_pass(x, labels, None, *rest, loss, grad, nothing, loss, nothing, nothing)
+        forward.cross_entropy_fwd(inputs, options, False, LossResults(loss, lse, loss, nothing, nothing))
+        backward.cross_entropy_bwd(loss, inputs, lse, loss, options, False, grad)
+        results = OnePassResults(loss, grad, nothing, loss, nothing, nothing)
+        one_pass.cross_entropy_one_pass(inputs, options, False, results)
 
     launches = [launch for launch in recorded(run) if launch[1] > 1]
     assert len(launches) == 3
@@ -137,15 +141,14 @@ def test_the_third_plane_of_huge_sums():
     """Of class probabilities in float32 lse has two terms and the mass of the target behind them, 2^31 elements on."""
     size = 2**30
     x, _, lse, _ = on_meta((1, 2, 1, size), torch.float32, terms=3)
-    targets, grad, rest = torch.empty_like(x), torch.empty_like(x), ("none", -100, 0.0, 0.0, False)
-    nothing, loss = lse.new_empty((0,)), lse[0]
-    (launch,) = recorded(
-        lambda: forward.cross_entropy_fwd(x, targets, None, *rest, loss, lse, loss, nothing, nothing)
-    )  # fmt: skip
+    inputs, grad = LossInputs(x, torch.empty_like(x), None), torch.empty_like(x)
+    options, nothing = LossOptions("none", 0, -100, 0.0, 0.0), lse.new_empty((0,))
+    results = LossResults(lse[0], lse, nothing, nothing, nothing)
+    (launch,) = recorded(lambda: forward.cross_entropy_fwd(inputs, options, False, results))
     planes = {term * size + p for term in range(3) for p in range(size - launch[3]["BLOCK"], size)}
     assert planes <= addresses(launch, launch[1] - 1)["store", torch.float32]
     # Loads are told apart from the first tensor alone, which is the gradient of the loss.
-    (launch,) = recorded(lambda: backward.cross_entropy_bwd(lse, x, targets, None, lse, loss, *rest, grad))
+    (launch,) = recorded(lambda: backward.cross_entropy_bwd(lse, inputs, lse, nothing, options, False, grad))
     assert planes <= addresses(launch, launch[1] - 1)["load", torch.float32]
 
 
@@ -161,7 +164,7 @@ def test_a_stray_label_is_an_index_error_on_a_cpu(stray, backend):
     with fastseg.backend(backend), pytest.raises(IndexError, match=f"Target {stray} is out of bounds"):
         FS.cross_entropy(x, target)
     with fastseg.backend(backend), pytest.raises(IndexError, match=r"\(1, 2, 3\)"):
-        ops.CROSS_ENTROPY(x, target, None, *ops.Arguments("weights", 0, -100, 0.0, 0.0), None)
+        ops.CROSS_ENTROPY(x, target, None, LossOptions("weights", 0, -100, 0.0, 0.0), None)
     FS.cross_entropy(x, target, ignore_index=stray)
 
 
@@ -177,12 +180,13 @@ def test_a_stray_label_is_never_an_address(classes, layout):
     weight, grad_loss, last = torch.rand(classes) + 0.1, torch.rand(1, 3, 7), layout == torch.channels_last
     loss, lse, grad = torch.full((1, 3, 7), NAN), torch.full((2, 1, 3, 7), NAN), torch.full_like(x, NAN)
     mean, divisor, made, packed = torch.tensor(NAN), torch.tensor(NAN), torch.full_like(x, NAN), target.byte()
-    nothing = (loss.new_empty((0,)), loss.new_empty((0,)))
+    nothing, inputs = loss.new_empty((0,)), LossInputs(x, target, weight)
+    each, weighted = (LossOptions(reduction, 0, -100, 0.1, 0.01) for reduction in ("none", "weights"))
     with traffic.metering() as launches:
-        tensors, rest = (x, target, weight), (-100, 0.1, 0.01, last)
-        forward.cross_entropy_fwd(*tensors, "none", *rest, loss, lse, mean, *nothing)
-        backward.cross_entropy_bwd(grad_loss, *tensors, lse, mean, "none", *rest, grad)
-        one_pass.cross_entropy_one_pass(*tensors, "weights", *rest, mean, made, packed, divisor, *nothing)
+        forward.cross_entropy_fwd(inputs, each, last, LossResults(loss, lse, nothing, nothing, nothing))
+        backward.cross_entropy_bwd(grad_loss, inputs, lse, nothing, each, last, grad)
+        results = OnePassResults(mean, made, packed, divisor, nothing, nothing)
+        one_pass.cross_entropy_one_pass(inputs, weighted, last, results)
     assert len(launches) == 6 and not any(launch.outside for launch in launches)
     kept = target.where(valid, -100)
     leaf = x.double().requires_grad_()

@@ -7,6 +7,7 @@ from support.cross_entropy_common import LAYOUTS, QUIET, REDUCTIONS, make
 
 import fastseg
 from fastseg import functional as FS
+from fastseg.kernels.losses.options import LossOptions
 from fastseg.ops.losses import cross_entropy as ops
 
 pytestmark = QUIET
@@ -17,12 +18,12 @@ pytestmark = QUIET
 @pytest.mark.parametrize("dtype, reduction", [(torch.float32, "weights"), (torch.bfloat16, "none")], ids=str)
 def test_opcheck(dtype, reduction, backend, layout, device):
     x, target = make((2, 3, 4, 5), device, dtype, layout, ignore=255)
-    weight, arguments = torch.rand(3, device=device), ops.Arguments(reduction, 0, 255, 0.1, 0.01)
+    weight, options = torch.rand(3, device=device), LossOptions(reduction, 0, 255, 0.1, 0.01)
     with fastseg.backend(backend):
-        inputs = (x, target, weight, *arguments, torch.uint8)
+        inputs = (x, target, weight, *options, torch.uint8)
         torch.library.opcheck(torch.ops.fastseg.cross_entropy.default, inputs)
-        loss, lse, denominator, *_ = ops.CROSS_ENTROPY(*inputs)
-        inputs = (torch.ones_like(loss), x, target, weight, lse, denominator, *arguments)
+        loss, lse, denominator, *_ = ops.CROSS_ENTROPY(x, target, weight, options, torch.uint8)
+        inputs = (torch.ones_like(loss), x, target, weight, lse, denominator, *options)
         torch.library.opcheck(torch.ops.fastseg.cross_entropy_backward.default, inputs)
 
 
@@ -31,12 +32,12 @@ def test_opcheck(dtype, reduction, backend, layout, device):
 def test_opcheck_of_one_pass(backend, layout, device):
     x = torch.randn(2, 3, 4, 5, device=device).contiguous(memory_format=layout)
     for target, reduction in ((torch.rand_like(x), "count"), (x.argmax(1), "valid")):
-        arguments = ops.Arguments(reduction, 7, -100, 0.0, 0.0)
+        options = LossOptions(reduction, 7, -100, 0.0, 0.0)
         with fastseg.backend(backend):
-            inputs = (x, target, None, *arguments, None)
+            inputs = (x, target, None, *options, None)
             torch.library.opcheck(torch.ops.fastseg.cross_entropy_one_pass.default, inputs)
-            _, grad, _, denominator, *_ = ops.CROSS_ENTROPY_ONE_PASS(*inputs)
-            inputs = (grad, torch.tensor(2.0, device=device), x, target, None, denominator, *arguments)
+            _, grad, _, denominator, *_ = ops.CROSS_ENTROPY_ONE_PASS(x, target, None, options, None)
+            inputs = (grad, torch.tensor(2.0, device=device), x, target, None, denominator, *options)
             torch.library.opcheck(torch.ops.fastseg.cross_entropy_one_pass_backward_.default, inputs)
 
 
@@ -118,7 +119,7 @@ def test_compiles_in_one_graph(backend, dynamic, device):
 def test_nothing_is_kept_for_a_constant(device, triton_backend):
     x, target = make((1, 3, 2, 4), device)
     assert not FS.cross_entropy(x, target).requires_grad
-    arguments = ops.Arguments("sum", 0, -100, 0.0, 0.0)
-    loss, lse, denominator, *_ = ops.CrossEntropyFunction.apply(x.requires_grad_(), target, None, None, *arguments)
+    options = LossOptions("sum", 0, -100, 0.0, 0.0)
+    loss, lse, denominator, *_ = ops.CrossEntropyFunction.apply(x.requires_grad_(), target, None, options, None)
     assert loss.requires_grad and not lse.requires_grad and denominator.numel() == 0
-    assert ops.CROSS_ENTROPY(x.detach().half(), target, None, *arguments, None)[1].shape == (1, 1, 2, 4)
+    assert ops.CROSS_ENTROPY(x.detach().half(), target, None, options, None)[1].shape == (1, 1, 2, 4)

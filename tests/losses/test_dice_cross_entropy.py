@@ -12,6 +12,7 @@ import fastseg
 from fastseg import functional as FS
 from fastseg.inspect import traffic
 from fastseg.kernels.losses import dice_cross_entropy as kernels
+from fastseg.kernels.losses.options import LossInputs
 from fastseg.ops.losses import dice_cross_entropy as ops
 
 pytestmark = QUIET
@@ -203,8 +204,9 @@ def test_the_last_program_of_one_huge_image(layout):
     grad, sums, loss = torch.empty_like(x), torch.empty((1, 3, classes), device="meta"), torch.empty(2, device="meta")
 
     def run():
-        kernels.dice_cross_entropy_fwd(x, labels, None, 255, last, loss, sums)
-        kernels.dice_cross_entropy_bwd(loss, sums, x, labels, None, 255, last, grad)
+        inputs = LossInputs(x, labels, None)
+        kernels.dice_cross_entropy_fwd(inputs, 255, last, loss, sums)
+        kernels.dice_cross_entropy_bwd(loss, sums, inputs, 255, last, grad)
 
     for launch, access in zip(recorded(run), ("load", "store"), strict=True):
         step = launch[3]["BLOCK"] * launch[3].get("STEPS", 1)

@@ -8,6 +8,7 @@ from torch.profiler import ProfilerActivity, profile
 import fastseg
 from fastseg import functional as FS
 from fastseg import nn
+from fastseg.kernels.losses.options import LossOptions
 from fastseg.ops.losses import chunked_reference as chunks
 from fastseg.ops.losses import linear_cross_entropy as function
 
@@ -116,12 +117,11 @@ def test_only_needed_gradients_are_made(device):
 @BACKENDS
 def test_opcheck(backend, device):
     x, weight, bias, target = make((1, 3, 2, 4), 5, device, layout=torch.channels_last)
-    arguments = ("weights", 0, 255, 0.0, 0.0, 3)
+    tensors, options = (x, weight, bias, target, None), LossOptions("weights", 0, 255, 0.0, 0.0)
     with fastseg.backend(backend):
-        call = (x, weight, bias, target, None, *arguments)
-        torch.library.opcheck(torch.ops.fastseg.linear_cross_entropy.default, call)
-        loss, lse, denominator = function.LINEAR_CROSS_ENTROPY(*call)
-        call = (torch.ones_like(loss), *call[:5], lse, denominator, *arguments, [True, True, False])
+        torch.library.opcheck(torch.ops.fastseg.linear_cross_entropy.default, (*tensors, *options, 3))
+        loss, lse, denominator = function.LINEAR_CROSS_ENTROPY(*tensors, options, 3)
+        call = (torch.ones_like(loss), *tensors, lse, denominator, *options, 3, [True, True, False])
         torch.library.opcheck(torch.ops.fastseg.linear_cross_entropy_backward.default, call)
 
 

@@ -4,7 +4,8 @@ import torch.nn.functional as F
 
 import fastseg
 from fastseg import functional as FS
-from fastseg.ops.losses import upsample as ops
+from fastseg.ops.losses import resizing
+from fastseg.ops.losses.row_chunks import RowChunks
 
 BACKENDS = pytest.mark.parametrize("backend", ["torch", "triton"])
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -74,14 +75,13 @@ def test_sizes_are_interpolates(device):
     for scale in (0.3, 0.5, 1.0, 1.3, 2.0, 2.7, 8):
         for short in (4, 7, 10):
             x = torch.arange(float(short)).view(1, 1, 1, short)
-            for mode in ops.MODES:
+            for mode in resizing.MODES:
                 want = F.interpolate(x.expand(1, 1, short, short), scale_factor=scale, mode=mode)
-                size, scales = ops.check_resizing(
-                    "f", want.new_empty(1, 1, short, short), None, scale, mode, None, None
-                )
+                arguments = resizing.ResizingArguments(None, scale, mode, None, None)
+                size, how = resizing.check_resizing("f", want.new_empty(1, 1, short, short), arguments)
                 assert tuple(size) == want.shape[2:]
-                bands = ops.Bands.of(x.expand(1, 1, short, short), size, scales, mode, False)
-                positions = (bands.taps * bands.weights).sum(0)
+                chunks = RowChunks.of(x.expand(1, 1, short, short), size, how)
+                positions = (chunks.taps * chunks.weights).sum(0)
                 torch.testing.assert_close(positions.float(), want[0, 0, 0], rtol=1e-6, atol=1e-6)
 
 

@@ -92,7 +92,7 @@ def test_the_reference_is_torchs_composition_in_float64(small, way, monkeypatch,
     want = results(composed, x, target, way, weight, reduction="none", label_smoothing=0.2)
     for elements, few in itertools.product((1, 100, 10**6), (1, 99)):  # single rows, bands, all at once; both formats
         monkeypatch.setattr(chunks, "ELEMENTS", elements)
-        monkeypatch.setattr("fastseg.ops.losses.upsample.FEW_CLASSES", few)
+        monkeypatch.setattr("fastseg.ops.losses.row_chunks.FEW_CLASSES", few)
         options = {"ignore_index": 255, "reduction": "none", "label_smoothing": 0.2}
         with fastseg.backend("torch"):
             got = results(FS.upsample_cross_entropy, x, target, weight, **way, **options)
@@ -308,7 +308,7 @@ def test_a_stray_label_is_an_index_error_on_a_cpu(stray, backend):
 def test_a_stray_label_is_never_an_address(monkeypatch, triton_backend):
     from fastseg.inspect.traffic import metering
 
-    monkeypatch.setattr(ops, "refuse_strays", lambda *call: None)
+    monkeypatch.setattr(ops, "require_labels_in_range", lambda *call: None)
     monkeypatch.setattr("triton.language.device_assert", lambda *call, **named: None)
     x, target = make((1, 5, 3, 4), {"size": (6, 8)})
     clean = target.clone()

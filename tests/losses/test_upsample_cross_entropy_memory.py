@@ -9,6 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from fastseg import functional as FS
 from fastseg.kernels.losses import upsample_cross_entropy as kernels
+from fastseg.kernels.losses.options import LossInputs, LossOptions, LossResults, Resizing
 from fastseg.kernels.losses.upsample import upsample_argmax
 from fastseg.ops.losses import chunked_reference as chunks
 
@@ -72,12 +73,13 @@ def wide_launches(layout):
     labels = torch.empty((x.shape[0], *x.shape[2:]), dtype=torch.uint8, device="meta")
     lse, one = torch.empty((1, *labels.shape), device="meta"), torch.empty((), device="meta")
     none = torch.empty(0, device="meta")
-    way, terms = (None, "bilinear", False), ("count", 255, 0.0, 0.0)
+    resizing, options = Resizing(None, "bilinear", False), LossOptions("count", 1, 255, 0.0, 0.0)
+    inputs, results = LossInputs(x, labels, None), LossResults(one, lse, one, none, none)
     launches = recorded(
         lambda: (
-            kernels.upsample_cross_entropy_fwd(x, labels, None, *way, *terms, one, lse, one, none, none),
-            kernels.upsample_cross_entropy_bwd(one, x, labels, None, lse, one, *way, *terms, grad),
-            upsample_argmax(x, labels, None, *way),
+            kernels.upsample_cross_entropy_fwd(inputs, resizing, options, results),
+            kernels.upsample_cross_entropy_bwd(one, inputs, lse, one, resizing, options, grad),
+            upsample_argmax(x, labels, None, resizing),
         )
     )
     forward, backward, argmax = (launch for launch in launches if launch[0].__name__.startswith("upsample"))

@@ -7,8 +7,9 @@ from test_upsample_cross_entropy import BACKENDS, RESIZINGS, composed, make, res
 import fastseg
 from fastseg import functional as FS
 from fastseg import nn
+from fastseg.kernels.losses.options import LossOptions, Resizing
 from fastseg.ops.losses import upsample_cross_entropy_operators as ops
-from fastseg.ops.losses.upsample import Bands
+from fastseg.ops.losses.row_chunks import RowChunks
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy, where a GPU gives NaN
 
@@ -20,13 +21,14 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpr
 @pytest.mark.parametrize("dtype, reduction", [(torch.float32, "weights"), (torch.bfloat16, "none")], ids=str)
 def test_opcheck(dtype, reduction, backend, device):
     x, target = make((1, 3, 2, 3), {"size": (4, 5)}, device, dtype, torch.channels_last)
-    arguments = ([2.0, 5 / 3], "bilinear", False, reduction, 0, 255, 0.1, 0.0)
+    options = (Resizing([2.0, 5 / 3], "bilinear", False), LossOptions(reduction, 0, 255, 0.1, 0.0))
+    flat = [field for group in options for field in group]
     with fastseg.backend(backend):
-        call = (x, target, torch.rand(3, device=device), *arguments)
+        tensors = (x, target, torch.rand(3, device=device))
         for predicted in (None, torch.uint8):
-            torch.library.opcheck(torch.ops.fastseg.upsample_cross_entropy.default, (*call, predicted))
-        loss, lse, denominator, *_ = ops.UPSAMPLE_CROSS_ENTROPY(*call, None)
-        call = (torch.ones_like(loss), *call[:3], lse, denominator, *arguments)
+            torch.library.opcheck(torch.ops.fastseg.upsample_cross_entropy.default, (*tensors, *flat, predicted))
+        loss, lse, denominator, *_ = ops.UPSAMPLE_CROSS_ENTROPY(*tensors, *options, None)
+        call = (torch.ones_like(loss), *tensors, lse, denominator, *flat)
         torch.library.opcheck(torch.ops.fastseg.upsample_cross_entropy_backward.default, call)
 
 
@@ -96,8 +98,9 @@ def test_bands_hold_all_their_rows():
         x, target = make((1, 2, *small), way)
         scale = way.get("scale_factor") if not way.get("recompute_scale_factor") else None
         scales = None if scale is None else list(scale) if isinstance(scale, tuple) else [scale, scale]
-        bands = Bands.of(x, target.shape[1:], scales, way["mode"], bool(way.get("align_corners")))
+        resizing = Resizing(scales, way["mode"], bool(way.get("align_corners")))
+        chunks = RowChunks.of(x, target.shape[1:], resizing)
         for row in range(target.shape[1]):
-            start, stop = bands.reach(slice(row, row + 1))
-            used = bands.taps[:, row][bands.weights[:, row] != 0]
+            start, stop = chunks.reach(slice(row, row + 1))
+            used = chunks.taps[:, row][chunks.weights[:, row] != 0]
             assert start <= used.min() and used.max() < stop

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from ... import functional
-from ...ops.losses import cross_entropy_operators, upsample
+from ...ops.losses import cross_entropy_operators, resizing
 from ...swapping.functions import cross_entropy, with_torch_dtype
 from .. import availability
 from ..graph import arguments_of, example_value, function_name, no_side_effect_between, only_user
@@ -34,22 +34,22 @@ class FuseUpsampleCrossEntropy(Rule[ResizedLoss]):
         return None if loss is None else ResizedLoss(node, loss)
 
     def obstacle(self, rewriter: Rewriter, match: ResizedLoss) -> str | None:
-        resizing, given = arguments_of(match.resize), arguments_of(match.loss)
+        resize, given = arguments_of(match.resize), arguments_of(match.loss)
         if only_user(match.resize) is not match.loss or given["input"] is not match.resize:
             return "the loss is not the only reader of its output"
-        mode, antialias = resizing.get("mode", "nearest"), resizing.get("antialias")
-        if mode not in upsample.MODES or antialias:
+        mode, antialias = resize.get("mode", "nearest"), resize.get("antialias")
+        if mode not in resizing.MODES or antialias:
             return f"mode {mode!r}" + (" with antialias" if antialias else "")
         if any(given.get(name) is not None for name in DEPRECATED):
             return "the loss has size_average or reduce"
-        input, target = example_value((resizing["input"], given["target"]))
+        input, target = example_value((resize["input"], given["target"]))
         if target.is_floating_point():
             return "a target of class probabilities"
         if input.dim() != 4:
             return f"{input.dim()}-D logits"
         if not no_side_effect_between(match.resize, match.loss):
             return "an in-place write or a change of mode stands between it and the loss"
-        unsupported = upsample.uncovered(input, example_value(match.resize).shape[-2:])
+        unsupported = resizing.unsupported_resizing(input, example_value(match.resize).shape[-2:])
         return availability.reason_off_kernels("upsample_cross_entropy", input, unsupported)
 
     def rewrite(self, rewriter: Rewriter, match: ResizedLoss) -> None:
@@ -70,7 +70,7 @@ class ReplaceCrossEntropy(Rule[Node]):
     def obstacle(self, rewriter: Rewriter, match: Node) -> str | None:
         given = arguments_of(match)
         input, target, weight = example_value((given["input"], given["target"], given.get("weight")))
-        unsupported = cross_entropy_operators.uncovered(input, target, weight)
+        unsupported = cross_entropy_operators.unsupported(input, target, weight)
         return availability.reason_off_kernels("cross_entropy", input, unsupported)
 
     def rewrite(self, rewriter: Rewriter, match: Node) -> None:

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from ...kernels import losses as triton_kernels
 from ..operator import Implementation, Operator
-from .upsample import LABELS, upsample_argmax
+from .checks import LABEL_DTYPES
+from .upsample import upsample_argmax
 
 
 def _refuse_strays(pred: Tensor, target: Tensor, num_classes: int, ignore_index: int | None) -> None:
@@ -52,7 +53,7 @@ def _reference(pred: Tensor, target: Tensor, num_classes: int, ignore_index: int
 
 def _uncovered(pred: Tensor, target: Tensor, num_classes: int, ignore_index: int | None) -> str | None:
     for labels in (pred, target):
-        if labels.dtype not in LABELS:
+        if labels.dtype not in LABEL_DTYPES:
             return f"labels of dtype {labels.dtype}"
     return None
 

@@ -1,4 +1,4 @@
-"""cross_entropy: gradients and functions. Any rank of logits is brought into the operators' (N, C, H, W) by views."""
+"""cross_entropy: gradients and functions. Logits of any rank become the operators' (N, C, H, W) through views."""
 
 from __future__ import annotations
 
@@ -7,19 +7,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ... import dispatch
+from ...kernels.losses.options import LossOptions
 from ..operator import dense, double_backward, memory_format, vmap_loops, wants_graph
 from .checks import (
-    check_normalization,
-    check_number,
+    LossArguments,
     check_prediction,
-    check_target,
     check_types,
-    check_weight,
     checked_reduction,
-    divided,
+    loss_options,
+    number_of_classes,
     pixels_shape,
-    refuse_strays,
+    require_labels_in_range,
 )
 from .cross_entropy_operators import (
     CROSS_ENTROPY,
@@ -27,42 +25,34 @@ from .cross_entropy_operators import (
     CROSS_ENTROPY_ONE_PASS,
     CROSS_ENTROPY_ONE_PASS_BACKWARD,
     ONE_PASS_CLASSES,
-    Arguments,
-    cuda_uncovered,
-    packed_labels,
-    uncovered,
+    one_pass_labels,
 )
-from .reference import differentiable, right_ones
+from .reference import differentiable_loss, predict
 
-NOTHING = (None,) * (3 + len(Arguments._fields))  # the gradients of all but input
+# --- gradients -------------------------------------------------------------------------------------------------------
 
 
-def _second(input: Tensor, target: Tensor, weight: Tensor | None, arguments: Arguments, grad: Tensor) -> Tensor | None:
-    """The gradient of input, by torch's formulas, that can be differentiated again."""
-    inputs = (input, target, weight, *arguments)
-    return double_backward(differentiable, inputs, (True, *(False,) * (len(inputs) - 1)), grad)[0]
+def _differentiable_gradient(
+    grad: Tensor, input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions
+) -> Tensor | None:
+    """The gradient of the logits by torch's formulas, which can be differentiated again."""
+    return double_backward(lambda x: differentiable_loss(x, target, weight, options), [input], [True], grad)[0]
 
 
 class CrossEntropyFunction(torch.autograd.Function):
-    """(input, target, weight, predicted, *Arguments) -> (loss, lse, denominator, prediction, counts).
-
-    The gradient is the loss's, of input alone.
-    """
+    """(input, target, weight, options, predicted) -> LossResults. The gradient is that of the loss, for input alone."""
 
     @staticmethod
     def forward(
-        input: Tensor, target: Tensor, weight: Tensor | None, predicted: torch.dtype | None, reduction: str, count: int,
-        ignore_index: int, label_smoothing: float, z_loss: float,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
-        # By name, not as *arguments: by their number torch.compile tells that there is no ctx.
-        return CROSS_ENTROPY(input, target, weight, reduction, count, ignore_index, label_smoothing, z_loss, predicted)
+        input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, predicted: torch.dtype | None
+    ) -> tuple[Tensor, ...]:
+        return CROSS_ENTROPY(input, target, weight, options, predicted)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        input, target, weight, _, *arguments = inputs
-        _, lse, denominator, *rest = output
-        ctx.arguments = Arguments(*arguments)
-        ctx.mark_non_differentiable(lse, denominator, *rest)
+        input, target, weight, ctx.options, _ = inputs
+        _, lse, denominator, *predictions = output
+        ctx.mark_non_differentiable(lse, denominator, *predictions)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(input, target, weight, lse, denominator)
 
@@ -73,39 +63,35 @@ class CrossEntropyFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad is None:
-            return None, *NOTHING
-        input, target, weight, *rest = ctx.saved_tensors
+            return None, None, None, None, None
+        input, target, weight, lse, denominator = ctx.saved_tensors
         if wants_graph():
-            return _second(input, target, weight, ctx.arguments, grad), *NOTHING
-        return CROSS_ENTROPY_BACKWARD(grad, input, target, weight, *rest, *ctx.arguments), *NOTHING
+            found = _differentiable_gradient(grad, input, target, weight, ctx.options)
+        else:
+            found = CROSS_ENTROPY_BACKWARD(grad, input, target, weight, lse, denominator, ctx.options)
+        return found, None, None, None, None
 
 
 class CrossEntropyOnePassFunction(torch.autograd.Function):
-    """(input, target, weight, predicted, *Arguments) -> (loss, grad_input, packed, denominator, prediction, counts).
+    """(input, target, weight, options, predicted) -> OnePassResults.
 
-    The first backward hands out the gradient that the forward made, for a grad_output of 1 as it is; a later one has
-    another made, since what was handed out may have been written to.
+    The first backward returns the forward's gradient unchanged if grad_output is 1. Every later one recomputes it,
+    because the caller may have written to the first.
     """
 
     @staticmethod
     def forward(
-        input: Tensor, target: Tensor, weight: Tensor | None, predicted: torch.dtype | None, reduction: str, count: int,
-        ignore_index: int, label_smoothing: float, z_loss: float,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
-        # By name, not as *arguments: by their number torch.compile tells that there is no ctx.
-        return CROSS_ENTROPY_ONE_PASS(
-            input, target, weight, reduction, count, ignore_index, label_smoothing, z_loss, predicted
-        )
+        input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, predicted: torch.dtype | None
+    ) -> tuple[Tensor, ...]:
+        return CROSS_ENTROPY_ONE_PASS(input, target, weight, options, predicted)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        input, target, weight, _, *arguments = inputs
-        _, grad_input, packed, denominator, *_ = output
-        ctx.arguments = Arguments(*arguments)
+        input, target, weight, ctx.options, _ = inputs
+        _, ctx.grad_input, packed, denominator, *_ = output
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(input, target, weight, packed, denominator)
-        ctx.grad_input = grad_input
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
@@ -114,21 +100,24 @@ class CrossEntropyOnePassFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad is None:
-            return None, *NOTHING
+            return None, None, None, None, None
         input, target, weight, packed, denominator = ctx.saved_tensors
         if wants_graph():
-            return _second(input, target, weight, ctx.arguments, grad), *NOTHING
+            found = _differentiable_gradient(grad, input, target, weight, ctx.options)
+            return found, None, None, None, None
         grad_input, ctx.grad_input = ctx.grad_input, None
         if grad_input is None:
-            grad_input = CROSS_ENTROPY_ONE_PASS(input, target, weight, *ctx.arguments, None)[1]
-        labels, ignore_index = packed_labels(target, packed, ctx.arguments.ignore_index)
-        arguments = ctx.arguments._replace(ignore_index=ignore_index)
-        CROSS_ENTROPY_ONE_PASS_BACKWARD(grad_input, grad, input, labels, weight, denominator, *arguments)
-        return grad_input, *NOTHING
+            _, grad_input, *_ = CROSS_ENTROPY_ONE_PASS(input, target, weight, ctx.options, None)
+        labels, options = one_pass_labels(target, packed, ctx.options)
+        CROSS_ENTROPY_ONE_PASS_BACKWARD(grad_input, grad, input, labels, weight, denominator, options)
+        return grad_input, None, None, None, None
+
+
+# --- functions -------------------------------------------------------------------------------------------------------
 
 
 def as_images(x: Tensor) -> Tensor:
-    """(C,), (N, C) or (N, C, d1, ...) as a dense (N, C, H, W), a view where its strides allow one."""
+    """(C,), (N, C) or (N, C, d1, ...) as a dense (N, C, H, W), a view if its strides allow one."""
     if x.dim() == 1:
         x = x.unsqueeze(0)
     if x.dim() == 2:
@@ -146,11 +135,11 @@ def labels_as_images(target: Tensor) -> Tensor:
 
 
 class CrossEntropyOutput(NamedTuple):
-    """What cross_entropy_with_predictions returns.
+    """The result of cross_entropy_with_predictions and upsample_cross_entropy_with_predictions.
 
-    loss: as cross_entropy's. prediction: each pixel's class with the largest logit, of the target's shape. correct:
-    how many pixels that are not ignored are predicted right; valid: how many are not ignored (both int64, of no
-    dimension, on input's device).
+    loss: that of the function without predictions. prediction: the class of each pixel's largest logit, in the shape
+    of the target. correct: the number of pixels that are predicted right and not ignored. valid: the number of pixels
+    that are not ignored. Both are int64 scalars on input's device.
     """
 
     loss: Tensor
@@ -159,80 +148,66 @@ class CrossEntropyOutput(NamedTuple):
     valid: Tensor
 
 
-def _call(
-    name: str, input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, ignore_index: int,
-    label_smoothing: float, normalization: str, z_loss: float, one_pass: bool | None, predicted: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(loss, prediction, counts) of checked reduction, on the backend that the call takes."""
-    check_types(name, input, target, weight, ignore_index, label_smoothing)
-    check_normalization(name, reduction, normalization)
-    check_number(name, "z_loss", z_loss)
-    check_target(name, input, target, ignore_index)
-    check_weight(name, input, target, weight)
-    arguments = Arguments(
-        *divided(input, target, reduction, normalization), int(ignore_index), float(label_smoothing), float(z_loss)
-    )
-    if one_pass and reduction == "none":
-        raise ValueError(f"{name}: one_pass must be left out for reduction 'none', which takes two, but is {one_pass}")
-
-    def unsupported(backend: str) -> str | None:
-        if backend == "cuda":
-            return cuda_uncovered(input, target, weight, predicted)
-        return uncovered(input, target, weight)
-
-    chosen = dispatch.choose("cross_entropy", input, unsupported).backend
-    classes = input.shape[0 if input.dim() == 1 else 1]
+def _loss_and_predictions(
+    function: str, input: Tensor, target: Tensor, weight: Tensor | None, arguments: LossArguments,
+    one_pass: bool | None, predicted: torch.dtype | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """(loss, prediction, counts), the latter two meaningless unless `predicted` is the dtype of predictions."""
+    check_types(function, input, target, weight, arguments)
+    classes = number_of_classes(input)
+    if predicted is not None:
+        check_prediction(function, classes, target, predicted)
+    options = loss_options(function, input, target, weight, arguments)
+    if one_pass and not options.is_reduced:
+        raise ValueError(
+            f"{function}: one_pass must be left out for reduction 'none', which takes two passes, but is {one_pass}"
+        )
+    backend = CROSS_ENTROPY.choose(input, target, weight, options, predicted).backend
     try:
-        if chosen == "torch":
-            return _in_torch(input, target, weight, predicted, arguments)
-        function = CrossEntropyFunction
-        if chosen == "triton" and _takes_one_pass(input, classes, reduction, one_pass):
-            function = CrossEntropyOnePassFunction
-        return _in_operators(function, input, target, weight, predicted, arguments)
+        if backend == "torch":
+            return _in_torch(input, target, weight, options, predicted)
+        passes = CrossEntropyFunction
+        if backend == "triton" and _takes_one_pass(input, classes, options, one_pass):
+            passes = CrossEntropyOnePassFunction
+        return _in_operators(passes, input, target, weight, options, predicted)
     except IndexError:
-        refuse_strays(name, classes, target, ignore_index)  # neither torch's message nor the operators' says where
+        require_labels_in_range(function, classes, target, options.ignore_index)  # to say at which pixel
         raise
 
 
-def _takes_one_pass(input: Tensor, classes: int, reduction: str, one_pass: bool | None) -> bool:
-    """Whether the forward makes the gradient, which pays where the loss's own gradient is going to be 1.
+def _takes_one_pass(input: Tensor, classes: int, options: LossOptions, one_pass: bool | None) -> bool:
+    """Whether the forward makes the gradient, which pays if the gradient of the loss is going to be 1.
 
-    Not for float16, whose losses are scaled; nor in a compiled graph, which cannot hand out a saved tensor.
+    Not by default for float16, whose losses are scaled; never in a compiled graph, which cannot return a saved tensor.
     """
     if one_pass is None:
         one_pass = input.dtype != torch.float16
     wanted = input.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    return one_pass and wanted and reduction != "none" and classes <= ONE_PASS_CLASSES
+    return one_pass and wanted and options.is_reduced and classes <= ONE_PASS_CLASSES
 
 
 def _in_torch(
-    input: Tensor, target: Tensor, weight: Tensor | None, predicted: torch.dtype | None, arguments: Arguments
+    input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, predicted: torch.dtype | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    loss = differentiable(input, target, weight, *arguments)
+    loss = differentiable_loss(input, target, weight, options)
     if predicted is None:
         return loss, None, None
     with torch.no_grad():
-        best, counts = right_ones(as_images(input), labels_as_images(target), arguments.ignore_index)
+        best, counts = predict(as_images(input), labels_as_images(target), options.ignore_index)
     return loss, best.to(predicted), counts
 
 
 def _in_operators(
-    function: type[torch.autograd.Function],
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
+    passes: type[torch.autograd.Function], input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions,
     predicted: torch.dtype | None,
-    arguments: Arguments,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     logits = as_images(input)
     if target.is_floating_point():
         targets = dense(as_images(target), memory_format(logits))
     else:
         targets = labels_as_images(target)
-    loss, *_, prediction, counts = function.apply(logits, targets, weight, predicted, *arguments)
-    if arguments.reduction == "none":
-        loss = loss.reshape(pixels_shape(input))
-    return loss, prediction, counts
+    loss, *_, prediction, counts = passes.apply(logits, targets, weight, options, predicted)
+    return loss if options.is_reduced else loss.reshape(pixels_shape(input)), prediction, counts
 
 
 def cross_entropy(
@@ -281,11 +256,10 @@ def cross_entropy(
     on a CPU IndexError for a target that is neither a class nor ignore_index (on a GPU a device-side assertion, and no
     memory is read by it).
     """
-    name = "cross_entropy"
-    reduction = checked_reduction(name, size_average, reduce, reduction)
-    return _call(
-        name, input, target, weight, reduction, ignore_index, label_smoothing, normalization, z_loss, one_pass, None
-    )[0]  # fmt: skip
+    reduction = checked_reduction("cross_entropy", size_average, reduce, reduction)
+    arguments = LossArguments(reduction, ignore_index, label_smoothing, normalization, z_loss)
+    loss, *_ = _loss_and_predictions("cross_entropy", input, target, weight, arguments, one_pass, None)
+    return loss
 
 
 def cross_entropy_with_predictions(
@@ -313,9 +287,6 @@ def cross_entropy_with_predictions(
     """
     name = "cross_entropy_with_predictions"
     reduction = checked_reduction(name, None, None, reduction)
-    check_types(name, input, target, weight, ignore_index, label_smoothing)
-    check_prediction(name, input.shape[0 if input.dim() == 1 else 1], target, dtype)
-    loss, prediction, counts = _call(
-        name, input, target, weight, reduction, ignore_index, label_smoothing, normalization, z_loss, one_pass, dtype
-    )
+    arguments = LossArguments(reduction, ignore_index, label_smoothing, normalization, z_loss)
+    loss, prediction, counts = _loss_and_predictions(name, input, target, weight, arguments, one_pass, dtype)
     return CrossEntropyOutput(loss, prediction.reshape(pixels_shape(input)), counts[0], counts[1])

@@ -1,7 +1,7 @@
 """dice_cross_entropy: soft Dice and cross-entropy from one pass over the logits forward, and one backward.
 
-The operator reduces the logits to a few sums, the formula on them is torch's, and its gradient comes back to the
-operator's backward: whatever Dice is made of the sums costs no pass.
+The operator reduces the logits to a few sums. torch computes both losses from these sums, and its gradient of the sums
+is what the operator's backward takes: any formula for Dice costs no further pass over the logits.
 """
 
 from __future__ import annotations
@@ -12,33 +12,51 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ... import dispatch
 from ...kernels import losses as triton_kernels
+from ...kernels.losses.options import LossInputs
+from ..arguments import FLOAT_AND_DOUBLE_DTYPES, accumulator
 from ..operator import Implementation, Operator, dense, empty, memory_format, placed, wants_graph
-from .checks import LOGITS_DTYPES, check_number, check_target, check_types, check_weight, computed, refuse_strays
+from .checks import (
+    LossArguments,
+    check_types,
+    loss_options,
+    number_of_classes,
+    require_labels,
+    require_labels_in_range,
+    require_number,
+)
 from .cross_entropy import as_images, labels_as_images
 from .reference import pixel_weights
 
-CLASSES = 256  # at most, of which a program holds all
+MOST_CLASSES = 256  # a program holds all classes of its pixels
 
 
-def _uncovered(input: Tensor) -> str | None:
-    if input.dtype not in LOGITS_DTYPES:
+def _unsupported(input: Tensor) -> str | None:
+    if input.dtype not in FLOAT_AND_DOUBLE_DTYPES:
         return f"dtype {input.dtype}"
-    classes = input.shape[0 if input.dim() == 1 else 1]
-    return None if 0 < classes <= CLASSES else f"{classes} classes"
+    classes = number_of_classes(input)
+    return None if 0 < classes <= MOST_CLASSES else f"{classes} classes"
 
 
-def _parts(input: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(softmax, whether a class is the pixel's label, whether the pixel counts): of the computed dtype."""
+# --- the sums in torch -----------------------------------------------------------------------------------------------
+
+
+def _softmax_and_masks(input: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(softmax in float32 or float64, whether a class is the pixel's label, whether the pixel is not ignored)."""
     valid = (target.long() != ignore_index).unsqueeze(1)
     classes = torch.arange(input.shape[1], device=input.device).view(-1, 1, 1)
-    return input.to(computed(input.dtype)).softmax(1), (classes == target.unsqueeze(1)) & valid, valid
+    return input.to(accumulator(input.dtype)).softmax(1), (classes == target.unsqueeze(1)) & valid, valid
 
 
-def _statistics(input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """(loss (2,): summed losses and weights of the pixels, sums (N, 3, C): overlap, predicted, labelled), in torch."""
-    softmax, hit, valid = _parts(input, target, ignore_index)
+def _differentiable_sums(
+    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    """The operator's result by torch's functions.
+
+    loss (2,): the sums of the pixels' losses and weights. sums (N, 3, C): overlap, predicted and labelled of
+    kernels/losses/dice_cross_entropy.py.
+    """
+    softmax, hit, valid = _softmax_and_masks(input, target, ignore_index)
     weights = None if weight is None else weight.to(softmax.dtype)
     logits, labels = input.to(softmax.dtype), target.long()
     loss = F.cross_entropy(logits, labels, weights, ignore_index=ignore_index, reduction="sum")
@@ -48,70 +66,76 @@ def _statistics(input: Tensor, target: Tensor, weight: Tensor | None, ignore_ind
     return torch.stack((loss, pixel_weights(input, target, weight, ignore_index).sum())), sums
 
 
-def _second(
+def _differentiable_gradient(
     grad_loss: Tensor, grad_sums: Tensor, input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int
 ) -> Tensor:
-    """The gradient of input, by torch's formulas, that can be differentiated again."""
+    """The gradient of the logits by torch's formulas, which can be differentiated again."""
     with torch.enable_grad():
-        results = _statistics(input, target, weight, ignore_index)
+        results = _differentiable_sums(input, target, weight, ignore_index)
         return torch.autograd.grad(results, input, (grad_loss, grad_sums), create_graph=True)[0]
 
 
-def _empty(input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> tuple[Tensor, Tensor]:
-    dtype, (n, classes, *_) = computed(input.dtype), input.shape
+# --- operators -------------------------------------------------------------------------------------------------------
+
+
+def _empty_sums(input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> tuple[Tensor, Tensor]:
+    dtype, (n, classes, *_) = accumulator(input.dtype), input.shape
     return tuple(empty(input, shape, torch.contiguous_format, dtype) for shape in ((2,), (n, 3, classes)))
 
 
+def _dense_inputs(input: Tensor, target: Tensor, weight: Tensor | None) -> tuple[LossInputs, bool]:
+    """The tensors without gaps, and whether the logits are channels_last."""
+    layout, weight = memory_format(input), None if weight is None else weight.contiguous()
+    return LossInputs(dense(input, layout), target.contiguous(), weight), layout == torch.channels_last
+
+
 def _kernel(input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> tuple[Tensor, Tensor]:
-    refuse_strays("dice_cross_entropy", input.shape[1], target, ignore_index)
-    layout, results = memory_format(input), _empty(input, target, weight, ignore_index)
-    triton_kernels.dice_cross_entropy.dice_cross_entropy_fwd(
-        dense(input, layout), target.contiguous(), None if weight is None else weight.contiguous(), ignore_index,
-        layout == torch.channels_last, *results,
-    )  # fmt: skip
-    return results
+    require_labels_in_range("dice_cross_entropy", input.shape[1], target, ignore_index)
+    loss, sums = _empty_sums(input, target, weight, ignore_index)
+    inputs, channels_last = _dense_inputs(input, target, weight)
+    triton_kernels.dice_cross_entropy.dice_cross_entropy_fwd(inputs, ignore_index, channels_last, loss, sums)
+    return loss, sums
 
 
 def _reference(input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> tuple[Tensor, Tensor]:
-    refuse_strays("dice_cross_entropy", input.shape[1], target, ignore_index)
-    return _statistics(input, target, weight, ignore_index)
+    require_labels_in_range("dice_cross_entropy", input.shape[1], target, ignore_index)
+    return _differentiable_sums(input, target, weight, ignore_index)
 
 
 DICE_CROSS_ENTROPY = Operator(
     "dice_cross_entropy(Tensor input, Tensor target, Tensor? weight, int ignore_index) -> (Tensor, Tensor)",
     kernels={
-        "triton": Implementation(_kernel, lambda input, *rest: _uncovered(input)),
+        "triton": Implementation(_kernel, lambda input, *rest: _unsupported(input)),
     },
     reference=_reference,
-    fake=_empty,
+    fake=_empty_sums,
 )
 
 
-def _empty_gradient(
-    grad_loss: Tensor, grad_sums: Tensor, input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int
-) -> Tensor:
+def _empty_gradient(grad_loss: Tensor, grad_sums: Tensor, input: Tensor, *rest: Any) -> Tensor:
     return empty(input, input.shape, memory_format(input))
 
 
 def _backward_kernel(
     grad_loss: Tensor, grad_sums: Tensor, input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int
 ) -> Tensor:
-    layout, grad_input = memory_format(input), empty(input, input.shape, memory_format(input))
+    grad_input = _empty_gradient(grad_loss, grad_sums, input)
+    inputs, channels_last = _dense_inputs(input, target, weight)
     triton_kernels.dice_cross_entropy.dice_cross_entropy_bwd(
-        grad_loss.contiguous(), grad_sums.contiguous(), dense(input, layout), target.contiguous(),
-        None if weight is None else weight.contiguous(), ignore_index, layout == torch.channels_last, grad_input,
-    )  # fmt: skip
+        grad_loss.contiguous(), grad_sums.contiguous(), inputs, ignore_index, channels_last, grad_input
+    )
     return grad_input
 
 
 def _backward_reference(
     grad_loss: Tensor, grad_sums: Tensor, input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int
 ) -> Tensor:
-    softmax, hit, valid = _parts(input, target, ignore_index)
+    softmax, hit, valid = _softmax_and_masks(input, target, ignore_index)
     overlap, predicted, _ = (grad[:, :, None, None] for grad in grad_sums.unbind(1))
-    wanted = torch.where(hit, overlap, 0.0) + predicted
+    grad_softmax = torch.where(hit, overlap, 0.0) + predicted
     scale = (grad_loss[0] * pixel_weights(input, target, weight, ignore_index)).unsqueeze(1)
-    grad = softmax * (wanted - (softmax * wanted).sum(1, keepdim=True)) + scale * (softmax - hit.to(softmax.dtype))
+    grad = softmax * (grad_softmax - (softmax * grad_softmax).sum(1, keepdim=True))
+    grad = grad + scale * (softmax - hit.to(softmax.dtype))
     return placed(torch.where(valid, grad, 0.0).to(input.dtype), memory_format(input))
 
 
@@ -119,7 +143,7 @@ DICE_CROSS_ENTROPY_BACKWARD = Operator(
     "dice_cross_entropy_backward(Tensor grad_loss, Tensor grad_sums, Tensor input, Tensor target, Tensor? weight, "
     "int ignore_index) -> Tensor",
     kernels={
-        "triton": Implementation(_backward_kernel, lambda grad_loss, grad_sums, input, *rest: _uncovered(input)),
+        "triton": Implementation(_backward_kernel, lambda grad_loss, grad_sums, input, *rest: _unsupported(input)),
     },
     reference=_backward_reference,
     fake=_empty_gradient,
@@ -128,7 +152,7 @@ DICE_CROSS_ENTROPY_BACKWARD = Operator(
 
 
 class DiceCrossEntropyFunction(torch.autograd.Function):
-    """(input, target, weight, ignore_index) -> (loss, sums); the gradient is of input alone."""
+    """(input, target, weight, ignore_index) -> (loss, sums). The gradient is that of both, for input alone."""
 
     @staticmethod
     def forward(input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> tuple[Tensor, Tensor]:
@@ -141,8 +165,11 @@ class DiceCrossEntropyFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, grad_sums: Tensor) -> tuple[Tensor | None, ...]:
-        function = _second if wants_graph() else DICE_CROSS_ENTROPY_BACKWARD
-        return function(grad_loss, grad_sums, *ctx.saved_tensors, ctx.ignore_index), None, None, None
+        run = _differentiable_gradient if wants_graph() else DICE_CROSS_ENTROPY_BACKWARD
+        return run(grad_loss, grad_sums, *ctx.saved_tensors, ctx.ignore_index), None, None, None
+
+
+# --- the function ----------------------------------------------------------------------------------------------------
 
 
 def dice_cross_entropy(
@@ -178,28 +205,26 @@ def dice_cross_entropy(
     for include_background=False with one class.
     """
     name = "dice_cross_entropy"
-    check_types(name, input, target, weight, ignore_index)
+    arguments = LossArguments("mean", ignore_index, 0.0, "weights", 0.0)
+    check_types(name, input, target, weight, arguments)
     for argument, value in (("smooth", smooth), ("dice_weight", dice_weight), ("ce_weight", ce_weight)):
-        check_number(name, argument, value)
+        require_number(name, argument, value)
     if smooth < 0:
         raise ValueError(f"{name}: smooth must not be negative, but is {smooth}")
-    if target.is_floating_point():
-        raise RuntimeError(f"{name}: target must be class indices, but is of {target.dtype}")
-    check_target(name, input, target, ignore_index)
-    check_weight(name, input, target, weight)
-    classes = input.shape[0 if input.dim() == 1 else 1]
+    require_labels(name, target)
+    options, classes = loss_options(name, input, target, weight, arguments), number_of_classes(input)
     if classes == 0 or (classes == 1 and not include_background):
         what = "" if include_background else " besides the background, which is left out"
         raise ValueError(f"{name}: input must have a class{what}, but has shape {tuple(input.shape)}")
-    chosen = dispatch.choose(name, input, dispatch.only_triton(_uncovered(input))).backend
+    backend = DICE_CROSS_ENTROPY.choose(input, target, weight, options.ignore_index).backend
     logits, labels = as_images(input), labels_as_images(target)
     if input.dim() == 2:  # each row is a sample
         logits, labels = input[:, :, None, None], target.view(-1, 1, 1)
-    function = _statistics if chosen == "torch" else DiceCrossEntropyFunction.apply
+    function = _differentiable_sums if backend == "torch" else DiceCrossEntropyFunction.apply
     try:
-        loss, sums = function(logits, labels, weight, int(ignore_index))
+        loss, sums = function(logits, labels, weight, options.ignore_index)
     except IndexError:
-        refuse_strays(name, classes, target, ignore_index)  # neither torch's message nor the operators' says where
+        require_labels_in_range(name, classes, target, options.ignore_index)  # to say at which pixel
         raise
     if batch:
         sums = sums.sum(0, keepdim=True)

@@ -2,152 +2,168 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ... import dispatch, torch_internals
+from ...kernels.losses.options import LossOptions
+from ..arguments import accumulator, require_tensor
 from ..convolution.conv_transpose import _dtype
 from ..operator import double_backward, wants_graph
 from .checks import (
-    check_normalization,
-    check_number,
-    check_target,
+    LossArguments,
     check_types,
-    check_weight,
     checked_reduction,
-    computed,
-    divided,
+    loss_options,
     pixels_shape,
-    refuse_strays,
+    require_labels_in_range,
 )
-from .chunked_reference import chunk_losses_and_gradient, even_shares, factor_of, reduced
+from .chunked_reference import chunk_losses_and_gradient, gradient_scale, reduce_chunks, smoothed_shares
 from .cross_entropy import as_images, labels_as_images
-from .cross_entropy_operators import uncovered
 from .linear_cross_entropy_operators import (
     LINEAR_CROSS_ENTROPY,
     LINEAR_CROSS_ENTROPY_BACKWARD,
     NAME,
-    Arguments,
-    _chunk_pixels,
-    _chunks,
-    _differentiable,
-    _empty_gradients,
-    _empty_results,
-    _logits_like,
+    LinearInputs,
+    differentiable_linear_loss,
+    empty_gradients,
+    empty_logits,
+    empty_results,
+    pixel_chunks,
 )
 
-NOTHING = (None,) * (2 + len(Arguments._fields))  # the gradients of target, weight and arguments
+Needed = tuple[bool, bool, bool]  # whether input, linear_weight and linear_bias need a gradient
+
+# --- gradients -------------------------------------------------------------------------------------------------------
+
+
+def _differentiable_gradients(
+    grad: Tensor, inputs: LinearInputs, options: LossOptions, needed: Needed
+) -> list[Tensor | None]:
+    """The gradients by torch's formulas, which can be differentiated again."""
+    input, linear_weight, linear_bias, target, weight = inputs
+    return double_backward(
+        lambda *leaves: differentiable_linear_loss(*leaves, target, weight, options),
+        (input, linear_weight, linear_bias), needed, grad,
+    )  # fmt: skip
 
 
 class LinearCrossEntropyFunction(torch.autograd.Function):
-    """(input, linear_weight, linear_bias, target, weight, *Arguments) -> (loss, lse, denominator).
+    """(input, linear_weight, linear_bias, target, weight, options, chunk) -> (loss, lse, denominator).
 
-    The gradient is the loss's, of input, linear_weight and linear_bias.
+    The gradient is that of the loss, for input, linear_weight and linear_bias.
     """
 
     @staticmethod
     def forward(
         input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Tensor, weight: Tensor | None,
-        reduction: str, count: int, ignore_index: int, label_smoothing: float, z_loss: float, chunk: int,
+        options: LossOptions, chunk: int,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        # By name, not as *arguments: by their number torch.compile tells that there is no ctx.
-        arguments = (reduction, count, ignore_index, label_smoothing, z_loss, chunk)
-        return LINEAR_CROSS_ENTROPY(input, linear_weight, linear_bias, target, weight, *arguments)
+        return LINEAR_CROSS_ENTROPY(input, linear_weight, linear_bias, target, weight, options, chunk)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        ctx.arguments = inputs[5:]
+        *tensors, ctx.options, ctx.chunk = inputs
         _, lse, denominator = output
         ctx.mark_non_differentiable(lse, denominator)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs[:5], lse, denominator)
+        ctx.save_for_backward(*tensors, lse, denominator)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        needed = ctx.needs_input_grad[:3]
         if grad is None:
-            return None, None, None, *NOTHING
+            return None, None, None, None, None, None, None
         *tensors, lse, denominator = ctx.saved_tensors
+        inputs, needed = LinearInputs(*tensors), ctx.needs_input_grad[:3]
         if wants_graph():
-            inputs = (*tensors, *ctx.arguments)
-            found = double_backward(_differentiable, inputs, (*needed, *(False,) * len(NOTHING)), grad)[:3]
-            return *found, *NOTHING
-        found = LINEAR_CROSS_ENTROPY_BACKWARD(grad, *tensors, lse, denominator, *ctx.arguments, needed)
-        return *(x if need else None for x, need in zip(found, needed, strict=True)), *NOTHING
+            found = _differentiable_gradients(grad, inputs, ctx.options, needed)
+        else:
+            found = LINEAR_CROSS_ENTROPY_BACKWARD(grad, inputs, lse, denominator, ctx.options, ctx.chunk, needed)
+        return *_only_needed(found, needed), None, None, None, None
 
 
 class LinearCrossEntropyOnePassFunction(torch.autograd.Function):
-    """The same of a mean or a sum, whose forward makes the gradients of `needed` too, but for a factor."""
+    """LinearCrossEntropyFunction in torch, for a mean or a sum: the forward makes the gradients, up to a factor.
+
+    (input, linear_weight, linear_bias, target, weight, options, needed) -> (loss, denominator, gradients...).
+    """
 
     @staticmethod
     def forward(
         input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Tensor, weight: Tensor | None,
-        needed: tuple[bool, bool, bool], *rest: Any,
+        options: LossOptions, needed: Needed,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        a = Arguments(*rest)
-        refuse_strays(NAME, linear_weight.shape[0], target, a.ignore_index)
-        loss, _, denominator = _empty_results(input, linear_weight, linear_bias, target, weight, *rest)
-        grads = _empty_gradients(loss, input, linear_weight, linear_bias, needed)
-        for sums in grads[1:]:
-            sums.zero_()
-        shares = even_shares(weight, a.label_smoothing, _logits_like(input, linear_weight.shape[0]))
+        inputs = LinearInputs(input, linear_weight, linear_bias, target, weight)
+        require_labels_in_range(NAME, inputs.classes, target, options.ignore_index)
+        loss, _, denominator = empty_results(*inputs, options, 0)
+        grads = _, grad_weight, grad_bias = empty_gradients(inputs, needed)
+        grad_weight.zero_()
+        grad_bias.zero_()
+        shares = smoothed_shares(empty_logits(input, inputs.classes), weight, options.label_smoothing)
         parts = []
-        for chunk in _chunks(input, _chunk_pixels(a.chunk, input, linear_weight.shape[0])):
-            features = chunk.features(input)
-            logits = chunk.logits(features, linear_weight, linear_bias)
-            part, divisor = chunk_losses_and_gradient(
-                logits, chunk.pixels(target).long(), weight, shares, a.reduction, a.ignore_index, a.label_smoothing,
-                a.z_loss,
-            )  # fmt: skip
-            parts.append((part.sum(), divisor.sum(dtype=part.dtype)))
-            chunk.add_gradients(chunk.flat(logits), features, linear_weight, grads, needed)
-        reduced(parts, a.reduction, a.count, loss, denominator)
+        for pixels in pixel_chunks(inputs, 0):
+            features = pixels.features(input)
+            logits = pixels.logits(features, linear_weight, linear_bias)
+            labels = pixels.pixels(target).long()
+            losses, divisor = chunk_losses_and_gradient(logits, labels, weight, shares, options)
+            parts.append((losses.sum(), divisor.sum(dtype=losses.dtype)))
+            pixels.add_gradients(pixels.as_matrix(logits), features, linear_weight, grads, needed)
+        reduce_chunks(parts, options, loss, denominator)
         return loss, denominator, *grads
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.needed, *ctx.arguments = inputs[5:]
-        ctx.mark_non_differentiable(*output[1:])
+        *tensors, ctx.options, ctx.needed = inputs
+        _, denominator, *grads = output
+        ctx.mark_non_differentiable(denominator, *grads)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs[:5], *output[1:])
+        ctx.save_for_backward(*tensors, denominator, *grads)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        nothing = (*NOTHING, None)
         if grad is None:
-            return None, None, None, *nothing
+            return None, None, None, None, None, None, None
         *tensors, denominator, grad_input, grad_weight, grad_bias = ctx.saved_tensors
+        inputs = LinearInputs(*tensors)
         if wants_graph():
-            inputs = (*tensors, *ctx.arguments)
-            found = double_backward(_differentiable, inputs, (*ctx.needed, *(False,) * len(NOTHING)), grad)[:3]
-            return *found, *nothing
-        a = Arguments(*ctx.arguments)
-        scale = factor_of(grad, denominator, a.reduction, tensors[3], a.ignore_index)
-        grads = (grad_input, grad_weight, grad_bias)
-        return *(x * scale if need else None for x, need in zip(grads, ctx.needed, strict=True)), *nothing
+            found = _differentiable_gradients(grad, inputs, ctx.options, ctx.needed)
+        else:
+            scale = gradient_scale(grad, denominator, inputs.target, ctx.options)
+            grads = _only_needed((grad_input, grad_weight, grad_bias), ctx.needed)
+            found = [None if x is None else x * scale for x in grads]
+        return *found, None, None, None, None
 
 
-def _composed(input: Tensor, classes: int, chunk: int | None) -> bool:
-    """Whether a CPU runs torch's two functions: where the logits are little beside the features, and time counts."""
-    few = 2 * classes <= input.shape[1] and input.dtype == computed(input.dtype)
-    return chunk is None and few and input.device.type == "cpu" and dispatch.get_backend() == "auto"
+def _only_needed(grads: Sequence[Tensor | None], needed: Needed) -> list[Tensor | None]:
+    return [x if need else None for x, need in zip(grads, needed, strict=True)]
 
 
-def _takes_one_pass(tensors: tuple[Tensor | None, ...], reduction: str, chunk: int | None) -> bool:
-    """Whether the forward makes the gradients, which saves a product: eagerly on a CPU, where nothing else is asked."""
-    input = tensors[0]
-    wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+def _composes_torch(features: Tensor, classes: int, chunk: int | None) -> bool:
+    """Whether torch's two functions run on a CPU: if the logits are small compared to the features, they are faster."""
+    few = 2 * classes <= features.shape[1] and features.dtype == accumulator(features.dtype)
+    return chunk is None and few and features.device.type == "cpu" and dispatch.get_backend() == "auto"
+
+
+def _takes_one_pass(leaves: tuple[Tensor, Tensor, Tensor | None], options: LossOptions, chunk: int | None) -> bool:
+    """Whether the forward makes the gradients, which saves a matrix product: in eager code on a CPU, by default."""
+    input, _, _ = leaves
+    wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in leaves)
     eager = not torch.compiler.is_compiling() and not torch_internals.functorch_transforms_active()
-    plain = input.device.type == "cpu" and input.dtype == computed(input.dtype) and dispatch.get_backend() != "triton"
-    return wanted and eager and plain and reduction != "none" and chunk is None
+    on_torch = input.device.type == "cpu" and dispatch.get_backend() != "triton"
+    full_precision = input.dtype == accumulator(input.dtype)
+    return wanted and eager and on_torch and full_precision and options.is_reduced and chunk is None
+
+
+# --- the function ----------------------------------------------------------------------------------------------------
 
 
 def _check_linear(input: Tensor, linear_weight: Any, linear_bias: Any) -> None:
     for name, value in (("linear_weight", linear_weight), ("linear_bias", linear_bias)):
-        if not isinstance(value, Tensor) and not (name == "linear_bias" and value is None):
-            raise TypeError(f"{NAME}: {name} must be a Tensor, but is of type {type(value).__name__}")
+        if value is not None or name == "linear_weight":
+            require_tensor(NAME, name, value)
         if value is not None and value.device != input.device:
             raise RuntimeError(f"{NAME}: {name} must be on input's device {input.device}, but is on {value.device}")
         if value is not None and _dtype(value) != _dtype(input):
@@ -201,9 +217,8 @@ def linear_cross_entropy(
     cross_entropy raises.
     """
     reduction = checked_reduction(NAME, None, None, reduction)
-    check_types(NAME, input, target, weight, ignore_index, label_smoothing)
-    check_normalization(NAME, reduction, normalization)
-    check_number(NAME, "z_loss", z_loss)
+    arguments = LossArguments(reduction, ignore_index, label_smoothing, normalization, z_loss)
+    check_types(NAME, input, target, weight, arguments)
     _check_linear(input, linear_weight, linear_bias)
     if chunk is not None and chunk < 1:
         raise ValueError(f"{NAME}: chunk must be at least 1 pixel, but is {chunk}")
@@ -212,28 +227,20 @@ def linear_cross_entropy(
     )
     classes = linear_weight.shape[0]
     logits = input.new_empty(()).expand((*input.shape[: input.dim() > 1], classes, *input.shape[2:]))
-    check_target(NAME, logits, target, ignore_index)
-    check_weight(NAME, logits, target, weight)
-    shape, arguments = pixels_shape(logits), (
-        *divided(logits, target, reduction, normalization), int(ignore_index), float(label_smoothing), float(z_loss),
-        chunk or 0,
-    )  # fmt: skip
+    options = loss_options(NAME, logits, target, weight, arguments)
     features = as_images(input)
-    probabilities = target.is_floating_point()
-    missing = "a target of class probabilities" if probabilities else uncovered(logits, target)
-    dispatch.choose(NAME, input, dispatch.only_triton(missing))
-    tensors = (features, linear_weight, linear_bias)
-    if probabilities or _composed(features, classes, chunk):
-        labels = as_images(target) if probabilities else labels_as_images(target)
+    labels = as_images(target) if target.is_floating_point() else labels_as_images(target)
+    leaves = (features, linear_weight, linear_bias)
+    LINEAR_CROSS_ENTROPY.choose(*leaves, labels, weight, options, chunk or 0)
+    if target.is_floating_point() or _composes_torch(features, classes, chunk):
         try:
-            loss = _differentiable(*tensors, labels, weight, *arguments)
+            loss = differentiable_linear_loss(*leaves, labels, weight, options)
         except IndexError:
-            refuse_strays(NAME, classes, labels, ignore_index)  # torch's message does not say where
+            require_labels_in_range(NAME, classes, labels, options.ignore_index)  # to say at which pixel
             raise
-    elif _takes_one_pass(tensors, arguments[0], chunk):
-        needed = tuple(x is not None and x.requires_grad for x in tensors)
-        function, labels = LinearCrossEntropyOnePassFunction, labels_as_images(target)
-        loss = function.apply(*tensors, labels, weight, needed, *arguments)[0]
+    elif _takes_one_pass(leaves, options, chunk):
+        needed = tuple(x is not None and x.requires_grad for x in leaves)
+        loss, *_ = LinearCrossEntropyOnePassFunction.apply(*leaves, labels, weight, options, needed)
     else:
-        loss = LinearCrossEntropyFunction.apply(*tensors, labels_as_images(target), weight, *arguments)[0]
-    return loss.reshape(shape) if reduction == "none" else loss
+        loss, *_ = LinearCrossEntropyFunction.apply(*leaves, labels, weight, options, chunk or 0)
+    return loss if options.is_reduced else loss.reshape(pixels_shape(logits))

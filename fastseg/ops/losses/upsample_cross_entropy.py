@@ -10,85 +10,89 @@ import torch
 from torch import Tensor
 
 from ... import dispatch, torch_internals
+from ...kernels.losses.options import LossOptions, Resizing
+from ..arguments import accumulator
 from ..operator import double_backward, empty, memory_format, wants_graph
 from .checks import (
-    LABEL_DTYPES,
-    check_normalization,
-    check_number,
+    LossArguments,
     check_prediction,
-    check_target,
     check_types,
-    check_weight,
     checked_reduction,
-    divided,
-    refuse_strays,
+    loss_options,
+    require_labels_in_range,
 )
-from .chunked_reference import factor_of
+from .chunked_reference import gradient_scale
 from .cross_entropy import CrossEntropyOutput
-from .reference import differentiable
-from .upsample import check_map, check_resizing
+from .reference import differentiable_loss
+from .resizing import ResizingArguments, check_map, check_resizing, check_target_kind, check_target_size
 from .upsample_cross_entropy_operators import (
     NAME,
     UPSAMPLE_CROSS_ENTROPY,
     UPSAMPLE_CROSS_ENTROPY_BACKWARD,
-    Arguments,
-    _in_bands,
-    _large,
-    _uncovered,
+    in_chunks,
+    resized_shape,
 )
 
-FEW_CLASSES = {"bilinear": 8, "nearest": 32}  # up to which a CPU resizes all in less time than in bands
-NOTHING = (None,) * (3 + len(Arguments._fields))  # the gradients of all but input
+FEW_CLASSES = {"bilinear": 8, "nearest": 32}  # up to so many a CPU resizes the whole map faster than in chunks
+
+# --- torch's two functions -------------------------------------------------------------------------------------------
 
 
-def _finite(x: Tensor) -> bool:
-    """Whether all of a map is known to be finite: looked at on a CPU alone, and not while it stands for others."""
+def _known_to_be_finite(x: Tensor) -> bool:
+    """Whether the values were checked, which needs a CPU tensor that is not being traced, and all are finite."""
     traced = (
         torch.compiler.is_compiling() or torch_internals.functorch_transforms_active() or torch_internals.is_fake(x)
     )
     return x.device.type == "cpu" and not traced and math.isfinite(float(x.detach().abs().amax()))
 
 
-def _differentiable(input: Tensor, target: Tensor, weight: Tensor | None, *rest: Any) -> Tensor:
-    """torch's two functions, in the computed dtype: they store the large logits."""
-    scales, mode, align_corners, *arguments = rest
-    corners = () if mode == "nearest" else (align_corners,)
-    # F.interpolate takes a size or scales; the operator below it both.
-    resize = getattr(torch.ops.aten, f"upsample_{mode}2d").default
-    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
-    large = resize(input.to(dtype), list(target.shape[-2:]), *corners, *(scales or (None, None)))
+def _differentiable_loss(
+    input: Tensor, target: Tensor, weight: Tensor | None, resizing: Resizing, options: LossOptions
+) -> Tensor:
+    """The loss by torch's two functions, in float32 or float64: they store the resized logits."""
+    # F.interpolate takes a size or scales; the operator below it takes both.
+    resize = getattr(torch.ops.aten, f"upsample_{resizing.mode}2d").default
+    corners = () if resizing.mode == "nearest" else (resizing.align_corners,)
+    scales = resizing.scales or (None, None)
+    large = resize(input.to(accumulator(input.dtype)), list(target.shape[-2:]), *corners, *scales)
     if not target.is_floating_point():
         target = target.long()
-        if not _finite(input):  # what is not, in an ignored pixel, would be NaN in torch's gradient
-            large = large.masked_fill((target == Arguments(*rest).ignore_index).unsqueeze(1), 0.0)
-    return differentiable(large, target, weight, *arguments)
+        if not _known_to_be_finite(input):  # an infinite or NaN logit of an ignored pixel makes torch's gradient NaN
+            large = large.masked_fill((target == options.ignore_index).unsqueeze(1), 0.0)
+    return differentiable_loss(large, target, weight, options)
 
 
-def _composed(input: Tensor, target: Tensor, mode: str) -> bool:
-    """Whether torch's two functions run: for class probabilities, and where their memory is little and time counts."""
-    few = input.device.type == "cpu" and input.shape[1] <= FEW_CLASSES[mode] and dispatch.get_backend() == "auto"
-    return target.is_floating_point() or few
+def _composes_torch(input: Tensor, target: Tensor, resizing: Resizing) -> bool:
+    """Whether torch's two functions run: for class probabilities, and for few classes on a CPU: it is faster there."""
+    few = input.shape[1] <= FEW_CLASSES[resizing.mode]
+    return target.is_floating_point() or (few and input.device.type == "cpu" and dispatch.get_backend() == "auto")
+
+
+# --- gradients -------------------------------------------------------------------------------------------------------
+
+
+def _differentiable_gradient(
+    grad: Tensor, input: Tensor, target: Tensor, weight: Tensor | None, resizing: Resizing, options: LossOptions
+) -> Tensor | None:
+    """The gradient of the logits by torch's formulas, which can be differentiated again."""
+    return double_backward(lambda x: _differentiable_loss(x, target, weight, resizing, options), [input], [True], grad)[
+        0
+    ]
 
 
 class UpsampleCrossEntropyFunction(torch.autograd.Function):
-    """(input, target, weight, predicted, *Arguments) -> (loss, lse, denominator, prediction, counts).
-
-    The gradient is the loss's, of input alone.
-    """
+    """(input, target, weight, resizing, options, predicted) -> LossResults. The gradient is the loss's, for input."""
 
     @staticmethod
     def forward(
-        input: Tensor, target: Tensor, weight: Tensor | None, predicted: torch.dtype | None,
-        scales: Sequence[float] | None, mode: str, align_corners: bool, reduction: str, count: int, ignore_index: int,
-        label_smoothing: float, z_loss: float,
+        input: Tensor, target: Tensor, weight: Tensor | None, resizing: Resizing, options: LossOptions,
+        predicted: torch.dtype | None,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        # By name, not as *arguments: by their number torch.compile tells that there is no ctx.
-        arguments = (scales, mode, align_corners, reduction, count, ignore_index, label_smoothing, z_loss, predicted)
-        return UPSAMPLE_CROSS_ENTROPY(input, target, weight, *arguments)
+        return UPSAMPLE_CROSS_ENTROPY(input, target, weight, resizing, options, predicted)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        input, target, weight, _, *ctx.arguments = inputs
+        input, target, weight, ctx.resizing, ctx.options, _ = inputs
         _, lse, denominator, *predictions = output
         ctx.mark_non_differentiable(lse, denominator, *predictions)
         ctx.set_materialize_grads(False)
@@ -97,30 +101,30 @@ class UpsampleCrossEntropyFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad is None:
-            return None, *NOTHING
-        input, target, weight, *rest = ctx.saved_tensors
+            return None, None, None, None, None, None
+        *tensors, lse, denominator = ctx.saved_tensors
         if wants_graph():
-            inputs = (input, target, weight, *ctx.arguments)
-            needed = (True, *(False,) * (len(inputs) - 1))
-            return double_backward(_differentiable, inputs, needed, grad)[0], *NOTHING
-        return UPSAMPLE_CROSS_ENTROPY_BACKWARD(grad, input, target, weight, *rest, *ctx.arguments), *NOTHING
+            found = _differentiable_gradient(grad, *tensors, ctx.resizing, ctx.options)
+        else:
+            found = UPSAMPLE_CROSS_ENTROPY_BACKWARD(grad, *tensors, lse, denominator, ctx.resizing, ctx.options)
+        return found, None, None, None, None, None
 
 
 class UpsampleCrossEntropyOnePassFunction(torch.autograd.Function):
-    """The same on torch, of a mean or a sum, whose forward makes the gradient too, but for a factor."""
+    """UpsampleCrossEntropyFunction in torch, for a mean or a sum: the forward makes the gradient, up to a factor."""
 
     @staticmethod
     def forward(
-        input: Tensor, target: Tensor, weight: Tensor | None, predicted: torch.dtype | None, *arguments: Any
-    ) -> tuple[Tensor, ...]:
-        dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
-        gradient = empty(input, input.shape, memory_format(input), dtype)
-        loss, _, *rest = _in_bands(input, target, weight, gradient, *arguments, predicted)
-        return loss, gradient, *rest
+        input: Tensor, target: Tensor, weight: Tensor | None, resizing: Resizing, options: LossOptions,
+        predicted: torch.dtype | None,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        gradient = empty(input, input.shape, memory_format(input), accumulator(input.dtype))
+        results = in_chunks(input, target, weight, resizing, options, predicted, gradient)
+        return results.loss, gradient, results.denominator, results.prediction, results.counts
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        input, target, weight, _, *ctx.arguments = inputs
+        input, target, weight, ctx.resizing, ctx.options, _ = inputs
         _, gradient, denominator, *predictions = output
         ctx.mark_non_differentiable(gradient, denominator, *predictions)
         ctx.set_materialize_grads(False)
@@ -129,89 +133,51 @@ class UpsampleCrossEntropyOnePassFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad is None:
-            return None, *NOTHING
+            return None, None, None, None, None, None
         input, target, weight, gradient, denominator = ctx.saved_tensors
         if wants_graph():
-            inputs = (input, target, weight, *ctx.arguments)
-            needed = (True, *(False,) * (len(inputs) - 1))
-            return double_backward(_differentiable, inputs, needed, grad)[0], *NOTHING
-        a = Arguments(*ctx.arguments)
-        scale = factor_of(grad, denominator, a.reduction, target, a.ignore_index)
-        return (gradient * scale).to(input.dtype), *NOTHING
+            found = _differentiable_gradient(grad, input, target, weight, ctx.resizing, ctx.options)
+        else:
+            found = (gradient * gradient_scale(grad, denominator, target, ctx.options)).to(input.dtype)
+        return found, None, None, None, None, None
 
 
-def _takes_one_pass(input: Tensor, target: Tensor, reduction: str) -> bool:
-    """Whether the forward makes the gradient, which resizes once in place of twice: eagerly on a CPU."""
-    wanted = torch.is_grad_enabled() and input.requires_grad and reduction != "none"
+def _takes_one_pass(input: Tensor, options: LossOptions, backend: str) -> bool:
+    """Whether the forward makes the gradient, which saves one resizing: in eager code on a CPU."""
+    wanted = torch.is_grad_enabled() and input.requires_grad and options.is_reduced
     eager = not torch.compiler.is_compiling() and not torch_internals.functorch_transforms_active()
-    on_torch = (
-        dispatch.choose(NAME, input, dispatch.only_triton(_uncovered(input, target)), dry_run=True).backend == "torch"
-    )
-    return wanted and eager and on_torch and input.device.type == "cpu"
+    return wanted and eager and backend == "torch" and input.device.type == "cpu"
 
 
-def _check_target_kind(name: str, input: Tensor, target: Tensor) -> None:
-    """Labels (N, H, W) or class probabilities (N, C, H, W), of any H and W."""
-    probabilities = target.is_floating_point()
-    if (probabilities or target.dtype in LABEL_DTYPES) and target.dim() == (4 if probabilities else 3):
-        return
-    other_batch = target.shape[:1] != input.shape[:1]
-    raise (ValueError if other_batch else RuntimeError)(
-        f"{name}: target must be class indices (N, H, W) of dtype uint8, int16, int32 or int64, or class probabilities "
-        f"(N, C, H, W) of a floating-point dtype, for input of shape {tuple(input.shape)}, but is of {target.dtype} "
-        f"and shape {tuple(target.shape)}" + (": another batch size" if other_batch else "")
-    )
+# --- functions -------------------------------------------------------------------------------------------------------
 
 
-def _check_target_shape(name: str, input: Tensor, size: Sequence[int], target: Tensor) -> None:
-    """That a target of the right kind has the pixels of the resized logits."""
-    wanted = (*input.shape[: target.dim() - 2], *size)
-    if target.shape != wanted:
-        other_batch = target.shape[0] != input.shape[0]
-        raise (ValueError if other_batch else RuntimeError)(
-            f"{name}: target must have shape {wanted} for input of shape {tuple(input.shape)} resized to "
-            f"{tuple(size)}, but has {tuple(target.shape)}" + (": another batch size" if other_batch else "")
-        )
-
-
-def _call(
-    name: str, input: Tensor, target: Tensor, weight: Tensor | None, size: int | Sequence[int] | None,
-    scale_factor: float | Sequence[float] | None, mode: str, align_corners: bool | None,
-    recompute_scale_factor: bool | None, ignore_index: int, reduction: str, label_smoothing: float,
-    normalization: str, z_loss: float, predicted: torch.dtype | None,
+def _loss_and_predictions(
+    function: str, input: Tensor, target: Tensor, weight: Tensor | None, resizing_arguments: ResizingArguments,
+    arguments: LossArguments, predicted: torch.dtype | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """(loss, prediction, counts), the last two of no use where nothing is to be predicted."""
-    reduction = checked_reduction(name, None, None, reduction)
-    check_map(name, input)
-    check_types(name, input, target, weight, ignore_index, label_smoothing)
+    """(loss, prediction, counts), the latter two meaningless unless `predicted` is the dtype of predictions."""
+    check_map(function, input)
+    check_types(function, input, target, weight, arguments)
     if predicted is not None:
-        check_prediction(name, input.shape[1], target, predicted)
-    check_normalization(name, reduction, normalization)
-    check_number(name, "z_loss", z_loss)
-    _check_target_kind(name, input, target)
-    if size is None and scale_factor is None and 0 in target.shape[-2:]:
-        raise RuntimeError(f"{name}: target must have rows and columns, but has shape {tuple(target.shape)}")
-    default = target.shape[-2:]
-    out, scales = check_resizing(name, input, size, scale_factor, mode, align_corners, recompute_scale_factor, default)
-    _check_target_shape(name, input, out, target)
-    large = _large(input, out)
-    check_target(name, large, target, ignore_index)
-    check_weight(name, large, target, weight)
-    arguments = Arguments(
-        scales, mode, bool(align_corners), *divided(large, target, reduction, normalization), int(ignore_index),
-        float(label_smoothing), float(z_loss),
-    )  # fmt: skip
-    dispatch.choose(NAME, input, dispatch.only_triton(_uncovered(input, target)))
-    if predicted is None and _composed(input, target, mode):
+        check_prediction(function, input.shape[1], target, predicted)
+    check_target_kind(function, input, target)
+    if resizing_arguments.size is None and resizing_arguments.scale_factor is None and 0 in target.shape[-2:]:
+        raise RuntimeError(f"{function}: target must have rows and columns, but has shape {tuple(target.shape)}")
+    size, resizing = check_resizing(function, input, resizing_arguments, default_size=target.shape[-2:])
+    check_target_size(function, input, size, target)
+    options = loss_options(function, resized_shape(input, size), target, weight, arguments)
+    backend = UPSAMPLE_CROSS_ENTROPY.choose(input, target, weight, resizing, options, predicted).backend
+    if predicted is None and _composes_torch(input, target, resizing):
         try:
-            return _differentiable(input, target, weight, *arguments), None, None
+            return _differentiable_loss(input, target, weight, resizing, options), None, None
         except IndexError:
-            refuse_strays(name, input.shape[1], target, ignore_index)  # torch's message does not say where
+            require_labels_in_range(NAME, input.shape[1], target, options.ignore_index)  # to say at which pixel
             raise
-    one_pass = _takes_one_pass(input, target, arguments.reduction)
-    function = UpsampleCrossEntropyOnePassFunction if one_pass else UpsampleCrossEntropyFunction
-    loss, _, _, *predictions = function.apply(input, target.contiguous(), weight, predicted, *arguments)
-    return loss, *predictions
+    one_pass = _takes_one_pass(input, options, backend)
+    passes = UpsampleCrossEntropyOnePassFunction if one_pass else UpsampleCrossEntropyFunction
+    loss, _, _, prediction, counts = passes.apply(input, target.contiguous(), weight, resizing, options, predicted)
+    return loss, prediction, counts
 
 
 def upsample_cross_entropy(
@@ -254,10 +220,11 @@ def upsample_cross_entropy(
     RuntimeError for a target that has not the output's size, for other shapes, dtypes and devices; and on a CPU
     IndexError for a target that is neither a class nor ignore_index (on a GPU a device-side assertion).
     """
-    return _call(
-        NAME, input, target, weight, size, scale_factor, mode, align_corners, recompute_scale_factor, ignore_index,
-        reduction, label_smoothing, normalization, z_loss, None,
-    )[0]  # fmt: skip
+    reduction = checked_reduction(NAME, None, None, reduction)
+    resizing = ResizingArguments(size, scale_factor, mode, align_corners, recompute_scale_factor)
+    arguments = LossArguments(reduction, ignore_index, label_smoothing, normalization, z_loss)
+    loss, *_ = _loss_and_predictions(NAME, input, target, weight, resizing, arguments, None)
+    return loss
 
 
 def upsample_cross_entropy_with_predictions(
@@ -288,8 +255,9 @@ def upsample_cross_entropy_with_predictions(
     Raises what upsample_cross_entropy raises, RuntimeError for class probabilities, ValueError for another dtype and
     for torch.uint8 with more than 256 classes.
     """
-    loss, prediction, counts = _call(
-        "upsample_cross_entropy_with_predictions", input, target, weight, size, scale_factor, mode, align_corners,
-        recompute_scale_factor, ignore_index, reduction, label_smoothing, normalization, z_loss, dtype,
-    )  # fmt: skip
+    name = "upsample_cross_entropy_with_predictions"
+    reduction = checked_reduction(name, None, None, reduction)
+    resizing = ResizingArguments(size, scale_factor, mode, align_corners, recompute_scale_factor)
+    arguments = LossArguments(reduction, ignore_index, label_smoothing, normalization, z_loss)
+    loss, prediction, counts = _loss_and_predictions(name, input, target, weight, resizing, arguments, dtype)
     return CrossEntropyOutput(loss, prediction, counts[0], counts[1])

@@ -5,15 +5,22 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor
 
+from ...losses.options import LossInputs, LossOptions
 from ..launch import launch, vector_width
-from .cross_entropy import REDUCTIONS, numbers, types
+from .cross_entropy import REDUCTIONS, scalars, template_types
 
 
 def cross_entropy_bwd(
-    grad_loss: Tensor, logits: Tensor, targets: Tensor, weight: Tensor | None, lse: Tensor, denominator: Tensor,
-    reduction: str, ignore_index: int, label_smoothing: float, z_loss: float, channels_last: bool, grad_logits: Tensor,
-) -> None:  # fmt: skip
-    """Write the gradient of the logits; the arguments are cross_entropy_fwd's."""
+    grad_loss: Tensor,
+    inputs: LossInputs,
+    lse: Tensor,
+    denominator: Tensor,
+    options: LossOptions,
+    channels_last: bool,
+    grad_logits: Tensor,
+) -> None:
+    """Write the gradient of the logits from the lse and denominator of cross_entropy_fwd."""
+    logits, targets, weight = inputs
     n, classes, h, w = logits.shape
     pixels = n * h * w
     if channels_last:
@@ -22,12 +29,11 @@ def cross_entropy_bwd(
     else:
         vec = vector_width(h * w, logits, grad_logits)
         groups = pixels // vec
-    smoothed = label_smoothing != 0
-    mass = (weight.to(lse.dtype).sum() * (label_smoothing / classes)) if smoothed and weight is not None else None
-    divisor = denominator if reduction not in ("none", "sum") else None
+    smoothing = options.label_smoothing
+    mass = (weight.to(lse.dtype).sum() * (smoothing / classes)) if smoothing != 0 and weight is not None else None
     launch(
         "losses/cross_entropy", "cross_entropy_bwd",
-        (*types(logits, targets, weight), channels_last, vec, REDUCTIONS[reduction], smoothed), groups,
-        grad_loss, logits, targets, weight, lse, divisor, mass, grad_logits, np.int64(groups), np.int64(h * w),
-        np.int64(pixels), *numbers(logits, ignore_index, label_smoothing, z_loss),
+        (*template_types(inputs), channels_last, vec, REDUCTIONS[options.reduction], smoothing != 0), groups,
+        grad_loss, logits, targets, weight, lse, denominator if options.is_mean else None, mass, grad_logits,
+        np.int64(groups), np.int64(h * w), np.int64(pixels), *scalars(inputs, options),
     )  # fmt: skip
