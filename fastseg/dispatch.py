@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from . import torch_internals
+from .kernels.shared import Setting
 
 BACKENDS = ("auto", "triton", "cuda", "cpu", "torch")
 NAMES = {"triton": "Triton", "cuda": "CUDA C++", "cpu": "CPU"}  # the backends that are kernels, best first
@@ -52,8 +53,10 @@ def _checked(name: str, source: str) -> str:
     return name
 
 
-_setting = os.environ.get("FASTSEG_BACKEND", "auto")  # the environment is read once: each call needs the setting
-_watched: list[Choice] | None = None
+_setting = Setting(
+    os.environ.get("FASTSEG_BACKEND", "auto")
+)  # the environment is read once: each call needs the setting
+_watched: Setting[list[Choice] | None] = Setting(None)  # what `explain` lists
 
 
 def get_backend() -> str:
@@ -62,7 +65,7 @@ def get_backend() -> str:
     Raises:
         ValueError: if FASTSEG_BACKEND is not the name of a backend.
     """
-    return _checked(_setting, "the environment variable FASTSEG_BACKEND")  # set_backend checks its own argument
+    return _checked(_setting.value, "the environment variable FASTSEG_BACKEND")  # set_backend checks its own argument
 
 
 def set_backend(name: str) -> None:
@@ -71,8 +74,7 @@ def set_backend(name: str) -> None:
     Raises:
         ValueError: for another name.
     """
-    global _setting
-    _setting = _checked(name, "backend")
+    _setting.value = _checked(name, "backend")
 
 
 @contextlib.contextmanager
@@ -87,13 +89,8 @@ def backend(name: str) -> Iterator[None]:
     Raises:
         ValueError: if `name` is not the name of a backend.
     """
-    global _setting
-    before = _setting
-    set_backend(name)
-    try:
+    with _setting.replaced(_checked(name, "backend")):
         yield
-    finally:
-        _setting = before
 
 
 def interpreted() -> bool:
@@ -148,8 +145,8 @@ def choose(
         RuntimeError: if it cannot run on this machine.
     """
     choice = _decide(operator, tensor.device, unsupported, preferred)
-    if _watched is not None and not dry_run:
-        _watched.append(choice)
+    if _watched.value is not None and not dry_run:
+        _watched.value.append(choice)
     return choice
 
 
@@ -195,7 +192,7 @@ def torch_alone(tensor: Tensor) -> bool:
 
 def explaining() -> bool:
     """Whether `explain` is recording, so that choices with a known result must be made too."""
-    return _watched is not None
+    return _watched.value is not None
 
 
 def left_to_torch(operator: str, tensor: Any) -> bool:
@@ -208,7 +205,7 @@ def left_to_torch(operator: str, tensor: Any) -> bool:
     no_cpu_kernels = tensor.device.type == "cpu" and get_backend() == "auto" and operator not in CPU_OPERATORS
     if not no_cpu_kernels and not torch_alone(tensor):
         return False
-    if _watched is not None:
+    if _watched.value is not None:
         choose(operator, tensor)
     return True
 
@@ -305,11 +302,9 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Cho
         >>> print(*fastseg.explain(fastseg.functional.max_pool2d, torch.zeros(1, 8, 16, 16), 2))
         max_pool2d: torch (a CPU tensor)
     """
-    global _watched
     with torch_internals.FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fake_args, fake_kwargs = torch_internals.tree_map_only(Tensor, mode.from_tensor, (args, kwargs))
-        outer, _watched = _watched, []
-        try:
+        with _watched.replaced([]) as choices:
             if isinstance(function, torch.nn.Module):
                 # Each module once, tied tensors once per module: with functional_call's own tying a shared module would
                 # be given its fake tensors twice and keep them.
@@ -322,6 +317,4 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Cho
                 torch.func.functional_call(function, fakes, fake_args, fake_kwargs, tie_weights=False)
             else:
                 function(*fake_args, **fake_kwargs)
-            return _watched
-        finally:
-            _watched = outer
+            return choices

@@ -1,19 +1,18 @@
-"""The one place where kernels are launched: the device guard, the grid, and a hook for the instruments."""
+"""The one place where Triton kernels are launched: the device guard, the grid, and a hook for the instruments."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .shared import INT32_MAX as INT32_MAX  # kernels import it from here
+from .shared import Setting
 from .triton_internals import INTERPRETED
-
-INT32_MAX = 2**31 - 1
-
 
 if INTERPRETED:
     from . import interpreter
@@ -21,18 +20,19 @@ if INTERPRETED:
     interpreter.prepare()
 
 Recorder = Callable[[Any, int, tuple[Any, ...], dict[str, Any]], None]
-_recorder: Recorder | None = None
+_recorder: Setting[Recorder | None] = Setting(None)
+_target: Setting[int | None] = Setting(None)  # compute capability to launch for; None for that of the GPU
 
 
 def launch(kernel: Any, programs: int, *args: Any, **meta: Any) -> None:
-    """Run `programs` programs of `kernel` on the device and stream of its first tensor.
+    """Run `programs` programs of `kernel` on the device and current stream of its first tensor argument.
 
-    Grids are one-dimensional: axis 0 alone goes past 65,535. A launch of no programs does nothing.
+    Grids are one-dimensional, since only axis 0 can exceed 65,535. A launch of no programs does nothing.
     """
     if programs == 0:
         return
-    if _recorder is not None:
-        _recorder(kernel, programs, args, meta)
+    if _recorder.value is not None:
+        _recorder.value(kernel, programs, args, meta)
         return
     tensor = next(a for a in args if isinstance(a, Tensor))
     with on_device_of(tensor):
@@ -40,30 +40,21 @@ def launch(kernel: Any, programs: int, *args: Any, **meta: Any) -> None:
 
 
 def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Makes the tensor's GPU the current one, since Triton launches on the current one whatever its arguments."""
+    """Make the tensor's GPU the current one: Triton launches on the current GPU, wherever its arguments are."""
     if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
         return torch.cuda.device(tensor.device)
     return contextlib.nullcontext()
 
 
-@contextlib.contextmanager
-def recording(recorder: Recorder) -> Iterator[None]:
-    """Hand every launch to ``recorder(kernel, programs, args, meta)`` in place of running it."""
-    global _recorder
-    outer, _recorder = _recorder, recorder
-    try:
-        yield
-    finally:
-        _recorder = outer
-
-
-_target: int | None = None
+def recording(recorder: Recorder) -> contextlib.AbstractContextManager[Any]:
+    """Pass every launch to ``recorder(kernel, programs, args, meta)`` instead of running it."""
+    return _recorder.replaced(recorder)
 
 
 def capability(tensor: Tensor) -> int:
-    """Compute capability (90 for 9.0) of the tensor's GPU, asked once; of an H100 for kernels that are interpreted."""
-    if _target is not None:
-        return _target
+    """Compute capability of the tensor's GPU, such as 90 for 9.0; 90 for CPU tensors, whose kernels are interpreted."""
+    if _target.value is not None:
+        return _target.value
     return _capability(tensor.device.index) if tensor.is_cuda else 90
 
 
@@ -76,23 +67,17 @@ def _capability(index: int) -> int:
 
 
 def roomy(tensor: Tensor) -> bool:
-    """Whether a program may take 227 KiB of shared memory there: since 9.0, but not on the 12.x, which have 99."""
+    """Whether a program may use 227 KiB of shared memory: from 9.0 on, except on 12.x, where it may use 99 KiB."""
     return 90 <= capability(tensor) < 120
 
 
-@contextlib.contextmanager
-def targeting(sm: int) -> Iterator[None]:
-    """Launch as on a GPU of this compute capability, for those who record launches or interpret them."""
-    global _target
-    outer, _target = _target, sm
-    try:
-        yield
-    finally:
-        _target = outer
+def targeting(sm: int) -> contextlib.AbstractContextManager[Any]:
+    """Launch as on a GPU of this compute capability; for launches that are recorded or interpreted."""
+    return _target.replaced(sm)
 
 
 def vector_width(element_size: int, *lengths: int) -> int:
-    """Elements of one 16-byte access that divide every one of `lengths`: a power of two."""
+    """The most elements, a power of two, that fit 16 bytes and divide every one of `lengths`."""
     width = 16 // element_size
     while any(length % width for length in lengths):
         width //= 2

@@ -190,15 +190,11 @@ class OnGPU(torch.Tensor):
 
 def chosen(x, weight, bias=None):
     """(whether torch takes the whole call, {direction: (backend, reason)})."""
-    dispatch._watched = []
-    try:
-        with fastseg.backend("auto"):
-            torch_alone = functions._all_on_torch(
-                x.as_subclass(OnGPU), weight, bias, ([2, 2], [0, 0], [0, 0], 1, [1, 1]), None, False
-            )
-        return torch_alone, {choice.operator: (choice.backend, choice.reason) for choice in dispatch._watched}
-    finally:
-        dispatch._watched = None
+    with dispatch._watched.replaced([]) as choices, fastseg.backend("auto"):
+        torch_alone = functions._all_on_torch(
+            x.as_subclass(OnGPU), weight, bias, ([2, 2], [0, 0], [0, 0], 1, [1, 1]), None, False
+        )
+    return torch_alone, {choice.operator: (choice.backend, choice.reason) for choice in choices}
 
 
 def test_each_direction_is_chosen_for_itself(known):

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..kernels.shared import INT32_MAX as INT32_MAX  # the operators import it from here
+
 IntOrPair = int | Sequence[int]
 
-INT32_MAX = 2**31 - 1
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 FLOAT_DTYPES = (torch.float32, *HALF_DTYPES)
 FLOAT_AND_DOUBLE_DTYPES = (*FLOAT_DTYPES, torch.float64)

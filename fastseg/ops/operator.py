@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import dispatch
+from ..kernels.shared import Setting
 from ..torch_internals import tree_leaves
 
 LIB = torch.library.Library("fastseg", "DEF")  # module scope: dropping it would unregister the operators
@@ -177,16 +178,16 @@ class Operator:
         args = self.rebuild(flat)
         with torch.no_grad(), _no_autocast(args[0].device.type):
             result = self.implementations[self.choose(*args).backend](*args)
-        if _observer is not None:
-            _observer(self, args)
+        if _observer.value is not None:
+            _observer.value(self, args)
         return result
 
     def _trace(self, *flat: Any) -> Any:
         args = self.rebuild(flat)
-        if _observer is None:
+        if _observer.value is None:
             return self.fake(*args)
         result = self.implementations[self.choose(*args).backend](*args)  # its launches are recorded, not run
-        _observer(self, args)
+        _observer.value(self, args)
         return result
 
 
@@ -197,21 +198,16 @@ def _no_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext()
 
 
-_observer: Callable[[Operator, tuple[Any, ...]], None] | None = None
+Observer = Callable[[Operator, tuple[Any, ...]], None]
+_observer: Setting[Observer | None] = Setting(None)
 
 
-@contextlib.contextmanager
-def observing(observer: Callable[[Operator, tuple[Any, ...]], None]) -> Iterator[None]:
+def observing(observer: Observer) -> contextlib.AbstractContextManager[Any]:
     """Call ``observer(operator, args)`` after every operator that runs, on the meta device too.
 
     On the meta device the kernels' launchers run instead of the fakes, so launches must be recorded meanwhile.
     """
-    global _observer
-    outer, _observer = _observer, observer
-    try:
-        yield
-    finally:
-        _observer = outer
+    return _observer.replaced(observer)
 
 
 def memory_format(x: Tensor) -> torch.memory_format:

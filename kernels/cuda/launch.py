@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..shared import INT32_MAX, Setting
+
 THREADS = 256  # of a block
-INT32_MAX = 2**31 - 1
 OPTIONS = ("-std=c++17", "-ftz=true")  # the second CuPy adds whatever is asked for: others are to compile the same
 FOLDER = Path(__file__).parent
 CUPY = "the package CuPy, which is not installed: pip install 'fastseg-kernels[cuda12]' (or [cuda13])"
@@ -46,23 +47,17 @@ class Launch(NamedTuple):
 
 
 Recorder = Callable[[Launch], None]
-_recorder: Recorder | None = None
+_recorder: Setting[Recorder | None] = Setting(None)
 
 
-@contextlib.contextmanager
-def recording(recorder: Recorder) -> Iterator[None]:
+def recording(recorder: Recorder) -> contextlib.AbstractContextManager[Any]:
     """Hand every launch to ``recorder(launch)`` in place of running it."""
-    global _recorder
-    outer, _recorder = _recorder, recorder
-    try:
-        yield
-    finally:
-        _recorder = outer
+    return _recorder.replaced(recorder)
 
 
 def recorded() -> bool:
     """Whether launches go to a recorder, so that their tensors need not be on a GPU."""
-    return _recorder is not None
+    return _recorder.value is not None
 
 
 def launch(family: str, kernel: str, parameters: Sequence[Any], threads: int, *args: Any) -> None:
@@ -76,8 +71,8 @@ def launch(family: str, kernel: str, parameters: Sequence[Any], threads: int, *a
     python = {int: np.int32, float: np.float32}  # by their very type: numpy's float64 is a float too
     typed = tuple(python[type(a)](a) if type(a) in python else a for a in args)
     request = Launch(family, f"{kernel}<{', '.join(map(spelled, parameters))}>", threads, typed)
-    if _recorder is not None:
-        _recorder(request)
+    if _recorder.value is not None:
+        _recorder.value(request)
         return
     _run(request)
 
