@@ -14,6 +14,7 @@ from .. import dispatch
 from ..atomic_write import atomic_write
 from ..kernels import launch
 from ..ops.operator import Operator, observing
+from ..torch_internals import tree_map_only
 from ..verification import cases
 from ..verification.cases import Case, ConvTransposeSpec, LossSpec, Placement, PoolSpec, ResizeSpec
 from .eager import ByteCounter
@@ -109,7 +110,7 @@ def by_mode(traffic: list[OperatorTraffic]) -> dict[str, OperatorTraffic]:
 
 def _around(operator: Operator, args: tuple[Any, ...]) -> int:
     """Bytes of the torch operators that an operator runs besides its kernels: copies to a dense layout, zero-fills."""
-    bare = [x.to("meta") if isinstance(x, Tensor) else x for x in args]
+    bare = tree_map_only(Tensor, lambda x: x.to("meta"), args)
     with launch.recording(lambda *call: None), torch.no_grad(), ByteCounter() as counter:
         operator.implementations["triton"](*bare)
     return counter.sectors.total()

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .. import autotune, dispatch, torch_internals
 from ..nn import BatchNormReLU2d, BatchNormReLUMaxUnpool2d
-from ..ops.batch_norm.operators import Norm
+from ..ops.batch_norm.arguments import NormArguments
 from ..ops.convolution.unpool_conv_norm import max_unpool2d_conv2d_batch_norm_relu
 from .blocks import Block, Conv2d, Kept, Stage, decode, unpool
 
@@ -48,11 +48,11 @@ def _entered(before: Block | None, x: Tensor, kept: Kept, block: Block) -> Tenso
     return block(unpool(x, kept) if before is None else before[1](x, offsets, size, input_bias=before[0].bias))
 
 
-def _norm(block: Block) -> Norm:
+def _norm(block: Block) -> NormArguments:
     conv, norm = torch_internals.children(block).values()
     buffers, parameters = torch_internals.buffers(norm), torch_internals.parameters(norm)
     vectors = buffers["running_mean"], torch_internals.parameters(conv)["bias"], buffers["running_var"]
-    return *vectors, parameters["weight"], parameters["bias"], norm.eps, norm.relu
+    return NormArguments(*vectors, parameters["weight"], parameters["bias"], norm.eps, norm.relu)
 
 
 def _worth_asking(x: Tensor) -> bool:

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from .. import dispatch, torch_internals
 from .. import functional as F
 from .. import nn as fused
+from ..kernels.pooling.geometry import PoolGeometry
 from ..nn.batch_norm import call_with_state
 from ..nn.conv import conv_transpose_with_bias, folded_conv_transpose
 from ..nn.scripting import refuse_script
-from ..ops.batch_norm.operators import BATCH_NORM_RELU
-from ..ops.batch_norm.pooling_operators import fusible
+from ..ops.batch_norm.batch_norm import BATCH_NORM_RELU
 
 LayerClass = Callable[[nn.Module], type]  # the class that a layer has, or will have after the swap
 
@@ -135,9 +135,10 @@ def _computes_as(base: type, layer: nn.Module, class_of: LayerClass) -> bool:
 
 def _can_be_fused(pool: nn.MaxPool2d) -> bool:
     """Whether the fused kernel supports a pool: its windows do not overlap and no indices are returned."""
-    kernel, stride, dilation = map(torch_internals.as_pair, (pool.kernel_size, pool.stride, pool.dilation))
-    two_dimensional = len(kernel) == len(stride) == 2
-    return two_dimensional and not pool.return_indices and dilation == (1, 1) and fusible(kernel, stride)
+    sizes = (pool.kernel_size, pool.stride, pool.padding, pool.dilation)
+    geometry = PoolGeometry(*map(torch_internals.as_pair, sizes))
+    two_dimensional = len(geometry.kernel_size) == len(geometry.stride) == 2
+    return two_dimensional and not pool.return_indices and geometry.has_cells
 
 
 def _layers_must_be_called() -> bool:

@@ -18,16 +18,18 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import launch
+from .arguments import NormArguments, RunningStatistics
 from .common import (
     MERGED_CHANNELS,
     MERGED_CHUNKS,
-    Norm,
-    Tiles,
+    Partition,
     affine,
     channels_of,
     flat_offset,
     masked,
     merge_sums,
+    norm_constants,
+    norm_pointers,
     normalised,
     program_of,
     statistics,
@@ -193,60 +195,60 @@ def batch_norm_relu_bwd_kernel(
 
 
 def batch_norm_stats(
-    x: Tensor, input_bias: Tensor | None, running: tuple[Tensor, Tensor] | None, momentum: float, stats: Tensor,
-    channels_last: bool,
-) -> None:  # fmt: skip
-    """Write stats (3, C), mean, shift and biased variance of x, and move the running mean and variance.
+    x: Tensor, input_bias: Tensor | None, running: RunningStatistics | None, stats: Tensor, channels_last: bool
+) -> None:
+    """Write stats (3, C): mean, shift and biased variance of x. Update the running statistics.
 
-    input_bias: what a convolution before x has not added; the running mean counts it in.
+    input_bias: the bias of the preceding convolution, if it has not been added to x; the running mean includes it.
     """
     n, c, h, w = x.shape
-    tiles = Tiles.flat(x, channels_last, REDUCED_TILE, reducing=True)
-    partials = torch.empty((2, tiles.chunks, c), dtype=stats.dtype, device=x.device)
+    partition = Partition.flat(x, channels_last, REDUCED_TILE, reducing=True)
+    partials = torch.empty((2, partition.chunks, c), dtype=stats.dtype, device=x.device)
     launch(
-        batch_norm_stats_kernel, tiles.programs,
-        x, partials, *tiles.sizes, tiles.chunks, tiles.steps, **tiles.constants, num_warps=8,
+        batch_norm_stats_kernel, partition.programs,
+        x, partials, *partition.sizes, partition.chunks, partition.steps, **partition.constants, num_warps=8,
     )  # fmt: skip
+    pixels = partition.tile_rows * partition.steps * partition.pixels_a_row
+    running_mean, running_var, momentum = running or (stats, stats, 0.0)  # without running statistics never read
     rounded = ctypes.c_float(momentum).value
-    pixels = tiles.tile_rows * tiles.steps * tiles.pixels_a_row
     launch(
         batch_norm_stats_merge_kernel, triton.cdiv(c, MERGED_CHANNELS),
-        x, partials, stats if input_bias is None else input_bias, stats, *(running or (stats, stats)),
-        1 if channels_last else h * w, n * h * w, pixels, tiles.chunks, c, rounded, momentum - rounded,
+        x, partials, stats if input_bias is None else input_bias, stats, running_mean, running_var,
+        1 if channels_last else h * w, n * h * w, pixels, partition.chunks, c, rounded, momentum - rounded,
         INPUT_BIASED=input_bias is not None, TRACKED=running is not None, ROWS=MERGED_CHUNKS, LANES=MERGED_CHANNELS,
-        num_warps=8,  # of four, Triton 3.6 spills on sm_80
+        num_warps=8,  # with four, Triton 3.6 spills registers on sm_80
     )  # fmt: skip
 
 
-def batch_norm_relu_fwd(x: Tensor, norm: Norm, y: Tensor, channels_last: bool) -> None:
+def batch_norm_relu_fwd(x: Tensor, norm: NormArguments, y: Tensor, channels_last: bool) -> None:
     """Write y = relu(batch norm of x)."""
-    tiles = Tiles.flat(x, channels_last, TILE)
+    partition = Partition.flat(x, channels_last, TILE)
     launch(
-        batch_norm_relu_fwd_kernel, tiles.programs,
-        x, *norm.tensors(), y, *tiles.sizes,
-        **norm.constants(), **tiles.constants, STEPS=tiles.steps,
+        batch_norm_relu_fwd_kernel, partition.programs,
+        x, *norm_pointers(norm), y, *partition.sizes,
+        **norm_constants(norm), **partition.constants, STEPS=partition.steps,
     )  # fmt: skip
 
 
-def batch_norm_relu_sums(grad_y: Tensor, x: Tensor, norm: Norm, sums: Tensor, channels_last: bool) -> None:
+def batch_norm_relu_sums(grad_y: Tensor, x: Tensor, norm: NormArguments, sums: Tensor, channels_last: bool) -> None:
     """Write sums (4, C): of grad and grad * x_hat over the pixels, where grad is behind the ReLU, and their means."""
-    tiles = Tiles.flat(x, channels_last, REDUCED_TILE, reducing=True)
-    partials = torch.empty((2, tiles.chunks, x.shape[1]), dtype=sums.dtype, device=x.device)
+    partition = Partition.flat(x, channels_last, REDUCED_TILE, reducing=True)
+    partials = torch.empty((2, partition.chunks, x.shape[1]), dtype=sums.dtype, device=x.device)
     launch(
-        batch_norm_relu_sums_kernel, tiles.programs,
-        grad_y, x, *norm.tensors(), partials, *tiles.sizes, tiles.chunks, tiles.steps,
-        **norm.constants(), **tiles.constants, num_warps=8,
+        batch_norm_relu_sums_kernel, partition.programs,
+        grad_y, x, *norm_pointers(norm), partials, *partition.sizes, partition.chunks, partition.steps,
+        **norm_constants(norm), **partition.constants, num_warps=8,
     )  # fmt: skip
     merge_sums(partials, norm, sums, x)
 
 
 def batch_norm_relu_bwd(
-    grad_y: Tensor, x: Tensor, norm: Norm, means: Tensor | None, grad_x: Tensor, channels_last: bool
+    grad_y: Tensor, x: Tensor, norm: NormArguments, means: Tensor | None, grad_x: Tensor, channels_last: bool
 ) -> None:
     """Write grad_x; means (2, C): of grad and grad * x_hat, or None where the statistics are constants."""
-    tiles = Tiles.flat(x, channels_last, TILE)
+    partition = Partition.flat(x, channels_last, TILE)
     launch(
-        batch_norm_relu_bwd_kernel, tiles.programs,
-        grad_y, x, *norm.tensors(), grad_x if means is None else means, grad_x, *tiles.sizes,
-        BATCH_STATS=means is not None, **norm.constants(), **tiles.constants, STEPS=tiles.steps,
+        batch_norm_relu_bwd_kernel, partition.programs,
+        grad_y, x, *norm_pointers(norm), grad_x if means is None else means, grad_x, *partition.sizes,
+        BATCH_STATS=means is not None, **norm_constants(norm), **partition.constants, STEPS=partition.steps,
     )  # fmt: skip

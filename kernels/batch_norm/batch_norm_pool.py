@@ -16,15 +16,17 @@ from ..launch import launch
 from ..pooling.geometry import PoolGeometry
 from ..pooling.pool import keep_larger
 from ..pooling.tiling import Tiling, run_offset
+from .arguments import NormArguments
 from .common import (
-    Norm,
-    Tiles,
+    Partition,
     affine,
     cells,
     channels_of,
     gathered,
     masked,
     merge_sums,
+    norm_constants,
+    norm_pointers,
     normalised,
     pixel_offset,
     program_of,
@@ -39,7 +41,7 @@ TILE = 1024  # elements of the pooled map, or cells, that a program has in its r
 
 
 @triton.jit
-def bn_relu_max_pool2d_fwd_kernel(
+def batch_norm_relu_max_pool2d_fwd_kernel(
     x, mean, shift, var, weight, bias, y, offsets, M, C, RUNS, CHANNEL_TILES, H, W, OH, OW,
     EPS: tl.constexpr, SHIFTED: tl.constexpr, WEIGHTED: tl.constexpr, BIASED: tl.constexpr, RELU: tl.constexpr,
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
@@ -100,7 +102,7 @@ def bn_relu_max_pool2d_fwd_kernel(
 
 
 @triton.jit
-def bn_relu_max_pool2d_sums_kernel(
+def batch_norm_relu_max_pool2d_sums_kernel(
     grad_y, offsets, x, mean, shift, var, weight, bias, partials, M, C, RUNS, CHANNEL_TILES, CHUNKS, STEPS,
     H, W, OH, OW,
     EPS: tl.constexpr, SHIFTED: tl.constexpr, WEIGHTED: tl.constexpr, BIASED: tl.constexpr, RELU: tl.constexpr,
@@ -135,7 +137,7 @@ def bn_relu_max_pool2d_sums_kernel(
 
 
 @triton.jit
-def bn_relu_max_pool2d_bwd_kernel(
+def batch_norm_relu_max_pool2d_bwd_kernel(
     grad_y, offsets, x, mean, shift, var, weight, bias, means, grad_x, M, C, RUNS, CHANNEL_TILES,
     H, W, CH, CW, OH, OW,
     EPS: tl.constexpr, BATCH_STATS: tl.constexpr, SHIFTED: tl.constexpr, WEIGHTED: tl.constexpr,
@@ -190,9 +192,9 @@ def bn_relu_max_pool2d_bwd_kernel(
                     tl.store(grad_x + offset, there.to(grad_x.dtype.element_ty), mask=inside)
 
 
-def bn_relu_max_pool2d_fwd(
+def batch_norm_relu_max_pool2d_fwd(
     x: Tensor,
-    norm: Norm,
+    norm: NormArguments,
     y: Tensor,
     offsets: Tensor | None,
     geometry: PoolGeometry,
@@ -201,21 +203,21 @@ def bn_relu_max_pool2d_fwd(
     """Write y = max-pool(relu(batch norm of x)) and, where they are wanted, the offsets of the maxima."""
     tiling = Tiling(geometry, channels_last)
     (h, w), (oh, ow) = x.shape[-2:], y.shape[-2:]
-    tiles = Tiles(x, oh, ow, tiling.channels_last, TILE)
+    partition = Partition(x, oh, ow, tiling.channels_last, TILE)
     launch(
-        bn_relu_max_pool2d_fwd_kernel, tiles.programs,
-        x, *norm.tensors(), y, y if offsets is None else offsets, *tiles.sizes, h, w, oh, ow,
-        **norm.constants(), **tiles.constants, **window_constants(x, y, tiling),
+        batch_norm_relu_max_pool2d_fwd_kernel, partition.programs,
+        x, *norm_pointers(norm), y, y if offsets is None else offsets, *partition.sizes, h, w, oh, ow,
+        **norm_constants(norm), **partition.constants, **window_constants(x, y, tiling),
         PARTIAL=not tiling.windows_are_inside(x, y), OFFSETS=offsets is not None,
-        STEPS=tiles.steps,
+        STEPS=partition.steps,
     )  # fmt: skip
 
 
-def bn_relu_max_pool2d_sums(
+def batch_norm_relu_max_pool2d_sums(
     grad_y: Tensor,
     offsets: Tensor,
     x: Tensor,
-    norm: Norm,
+    norm: NormArguments,
     sums: Tensor,
     geometry: PoolGeometry,
     channels_last: bool,
@@ -223,21 +225,22 @@ def bn_relu_max_pool2d_sums(
     """Write sums (4, C), as batch_norm_relu_sums does, of the gradient that the pooling's maxima get."""
     tiling = Tiling(geometry, channels_last)
     (h, w), (oh, ow) = x.shape[-2:], grad_y.shape[-2:]
-    tiles = Tiles(x, oh, ow, tiling.channels_last, TILE, reducing=True)
-    partials = torch.empty((2, tiles.chunks, x.shape[1]), dtype=sums.dtype, device=x.device)
+    partition = Partition(x, oh, ow, tiling.channels_last, TILE, reducing=True)
+    partials = torch.empty((2, partition.chunks, x.shape[1]), dtype=sums.dtype, device=x.device)
     launch(
-        bn_relu_max_pool2d_sums_kernel, tiles.programs,
-        grad_y, offsets, x, *norm.tensors(), partials, *tiles.sizes, tiles.chunks, tiles.steps, h, w, oh, ow,
-        **norm.constants(), **tiles.constants, **window_constants(x, grad_y, tiling),
+        batch_norm_relu_max_pool2d_sums_kernel, partition.programs,
+        grad_y, offsets, x, *norm_pointers(norm), partials, *partition.sizes, partition.chunks,
+        partition.steps, h, w, oh, ow,
+        **norm_constants(norm), **partition.constants, **window_constants(x, grad_y, tiling),
     )  # fmt: skip
     merge_sums(partials, norm, sums, x)
 
 
-def bn_relu_max_pool2d_bwd(
+def batch_norm_relu_max_pool2d_bwd(
     grad_y: Tensor,
     offsets: Tensor,
     x: Tensor,
-    norm: Norm,
+    norm: NormArguments,
     means: Tensor | None,
     grad_x: Tensor,
     geometry: PoolGeometry,
@@ -247,12 +250,12 @@ def bn_relu_max_pool2d_bwd(
     tiling = Tiling(geometry, channels_last)
     (h, w), (oh, ow) = x.shape[-2:], grad_y.shape[-2:]
     ch, cw = cells(x, grad_y, tiling)
-    tiles = Tiles(x, ch, cw, tiling.channels_last, TILE)
+    partition = Partition(x, ch, cw, tiling.channels_last, TILE)
     launch(
-        bn_relu_max_pool2d_bwd_kernel, tiles.programs,
-        grad_y, offsets, x, *norm.tensors(), grad_x if means is None else means, grad_x, *tiles.sizes,
+        batch_norm_relu_max_pool2d_bwd_kernel, partition.programs,
+        grad_y, offsets, x, *norm_pointers(norm), grad_x if means is None else means, grad_x, *partition.sizes,
         h, w, ch, cw, oh, ow,
-        **norm.constants(), **tiles.constants, **window_constants(x, grad_y, tiling),
+        **norm_constants(norm), **partition.constants, **window_constants(x, grad_y, tiling),
         BATCH_STATS=means is not None, ALIGNED=cw == ow,
-        STEPS=tiles.steps,
+        STEPS=partition.steps,
     )  # fmt: skip

@@ -14,15 +14,17 @@ from torch import Tensor
 from ..launch import launch
 from ..pooling.geometry import PoolGeometry
 from ..pooling.tiling import Tiling, run_offset
+from .arguments import NormArguments
 from .common import (
-    Norm,
-    Tiles,
+    Partition,
     affine,
     cells,
     channels_of,
     gathered,
     masked,
     merge_sums,
+    norm_constants,
+    norm_pointers,
     normalised,
     pixel_offset,
     program_of,
@@ -36,7 +38,7 @@ TILE = 1024  # elements of the pooled map, or cells, that a program has in its r
 
 
 @triton.jit
-def bn_relu_max_unpool2d_fwd_kernel(
+def batch_norm_relu_max_unpool2d_fwd_kernel(
     x, offsets, mean, shift, var, weight, bias, y, M, C, RUNS, CHANNEL_TILES, H, W, CH, CW, OH, OW,
     EPS: tl.constexpr, SHIFTED: tl.constexpr, WEIGHTED: tl.constexpr, BIASED: tl.constexpr, RELU: tl.constexpr,
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
@@ -88,7 +90,7 @@ def bn_relu_max_unpool2d_fwd_kernel(
 
 
 @triton.jit
-def bn_relu_max_unpool2d_sums_kernel(
+def batch_norm_relu_max_unpool2d_sums_kernel(
     grad_y, offsets, x, mean, shift, var, weight, bias, grads_x, partials, M, C, RUNS, CHANNEL_TILES, CHUNKS, STEPS,
     H, W, OH, OW,
     EPS: tl.constexpr, SHIFTED: tl.constexpr, WEIGHTED: tl.constexpr, BIASED: tl.constexpr, RELU: tl.constexpr,
@@ -125,10 +127,10 @@ def bn_relu_max_unpool2d_sums_kernel(
     store_sums(partials, chunk, CHUNKS, c, live_c, C, grads, products, CHANNELS_LAST)
 
 
-def bn_relu_max_unpool2d_fwd(
+def batch_norm_relu_max_unpool2d_fwd(
     x: Tensor,
     offsets: Tensor,
-    norm: Norm,
+    norm: NormArguments,
     y: Tensor,
     geometry: PoolGeometry,
     channels_last: bool,
@@ -137,20 +139,20 @@ def bn_relu_max_unpool2d_fwd(
     tiling = Tiling(geometry, channels_last)
     (h, w), (oh, ow) = y.shape[-2:], x.shape[-2:]
     ch, cw = cells(y, x, tiling)
-    tiles = Tiles(y, ch, cw, tiling.channels_last, TILE)
+    partition = Partition(y, ch, cw, tiling.channels_last, TILE)
     launch(
-        bn_relu_max_unpool2d_fwd_kernel, tiles.programs,
-        x, offsets, *norm.tensors(), y, *tiles.sizes, h, w, ch, cw, oh, ow,
-        **norm.constants(), **tiles.constants, **window_constants(y, x, tiling), ALIGNED=cw == ow, STEPS=tiles.steps,
-        debug=True, sanitize_overflow=False,
+        batch_norm_relu_max_unpool2d_fwd_kernel, partition.programs,
+        x, offsets, *norm_pointers(norm), y, *partition.sizes, h, w, ch, cw, oh, ow,
+        **norm_constants(norm), **partition.constants, **window_constants(y, x, tiling), ALIGNED=cw == ow,
+        STEPS=partition.steps, debug=True, sanitize_overflow=False,
     )  # fmt: skip
 
 
-def bn_relu_max_unpool2d_sums(
+def batch_norm_relu_max_unpool2d_sums(
     grad_y: Tensor,
     offsets: Tensor,
     x: Tensor,
-    norm: Norm,
+    norm: NormArguments,
     grads: Tensor,
     sums: Tensor,
     geometry: PoolGeometry,
@@ -162,12 +164,12 @@ def bn_relu_max_unpool2d_sums(
     """
     tiling = Tiling(geometry, channels_last)
     (h, w), (oh, ow) = grad_y.shape[-2:], x.shape[-2:]
-    tiles = Tiles(grad_y, oh, ow, tiling.channels_last, TILE, reducing=True)
-    partials = torch.empty((2, tiles.chunks, x.shape[1]), dtype=sums.dtype, device=x.device)
+    partition = Partition(grad_y, oh, ow, tiling.channels_last, TILE, reducing=True)
+    partials = torch.empty((2, partition.chunks, x.shape[1]), dtype=sums.dtype, device=x.device)
     launch(
-        bn_relu_max_unpool2d_sums_kernel, tiles.programs,
-        grad_y, offsets, x, *norm.tensors(), grads, partials, *tiles.sizes, tiles.chunks, tiles.steps,
+        batch_norm_relu_max_unpool2d_sums_kernel, partition.programs,
+        grad_y, offsets, x, *norm_pointers(norm), grads, partials, *partition.sizes, partition.chunks, partition.steps,
         h, w, oh, ow,
-        **norm.constants(), **tiles.constants, **window_constants(grad_y, x, tiling),
+        **norm_constants(norm), **partition.constants, **window_constants(grad_y, x, tiling),
     )  # fmt: skip
     merge_sums(partials, norm, sums, x)

@@ -12,7 +12,7 @@ LANES neighbouring channels. So the vectors of C are read once a program.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..launch import INT32_MAX, launch, vector_width
 from ..pooling.tiling import Tiling, run_offset
+from .arguments import NormArguments
 
 LANES = 64  # channels of a program in channels_last
 STEPS = 4  # tiles of a program that writes
@@ -204,29 +205,21 @@ def batch_norm_relu_sums_merge_kernel(
     tl.store(sums + 3 * C + c, products / COUNT, mask=live_c)
 
 
-class Norm(NamedTuple):
-    """The statistics and parameters of a call, vectors of C: centred = (x - mean) + shift."""
-
-    mean: Tensor
-    shift: Tensor | None
-    var: Tensor
-    weight: Tensor | None
-    bias: Tensor | None
-    eps: float
-    relu: bool
-
-    def tensors(self) -> tuple[Tensor, ...]:
-        """The pointers that every kernel takes; an absent one is never read."""
-        return self.mean, *(self.mean if t is None else t for t in (self.shift, self.var, self.weight, self.bias))
-
-    def constants(self) -> dict[str, Any]:
-        return {
-            "SHIFTED": self.shift is not None, "WEIGHTED": self.weight is not None, "BIASED": self.bias is not None,
-            "EPS": self.eps, "RELU": self.relu,
-        }  # fmt: skip
+def norm_pointers(norm: NormArguments) -> tuple[Tensor, ...]:
+    """The pointers that every kernel takes. `mean` stands in for a missing vector, which is never read."""
+    mean, shift, var, weight, bias, _, _ = norm
+    return mean, *(mean if t is None else t for t in (shift, var, weight, bias))
 
 
-class Tiles:
+def norm_constants(norm: NormArguments) -> dict[str, Any]:
+    """The compile-time arguments that every kernel takes."""
+    return {
+        "SHIFTED": norm.shift is not None, "WEIGHTED": norm.weight is not None, "BIASED": norm.bias is not None,
+        "EPS": norm.eps, "RELU": norm.relu,
+    }  # fmt: skip
+
+
+class Partition:
     """How a map of `rows` x `columns` for each image and channel is divided among programs.
 
     The map may be that of `x`, which is then one row, or its pooled map, or its cells. reducing: programs write a
@@ -256,12 +249,12 @@ class Tiles:
         }  # fmt: skip
 
     @classmethod
-    def flat(cls, x: Tensor, channels_last: bool, tile: int, reducing: bool = False) -> Tiles:
+    def flat(cls, x: Tensor, channels_last: bool, tile: int, reducing: bool = False) -> Partition:
         """Of x itself, whose rows and columns do not matter."""
         return cls(x, 1, x.shape[2] * x.shape[3], channels_last, tile, reducing)
 
 
-def merge_sums(partials: Tensor, norm: Norm, sums: Tensor, x: Tensor) -> None:
+def merge_sums(partials: Tensor, norm: NormArguments, sums: Tensor, x: Tensor) -> None:
     """Write sums (4, C) from partials (2, chunks, C)."""
     n, c, h, w = x.shape
     launch(

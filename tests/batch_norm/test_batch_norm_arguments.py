@@ -54,7 +54,7 @@ def test_bad_arguments_of_our_own():
     x, v = torch.zeros(2, 4, 3, 3), torch.ones(4)
     with pytest.raises(TypeError, match="input must be a Tensor"):
         FS.batch_norm_relu([1.0], v, v)
-    with pytest.raises(RuntimeError, match="input_bias must be of shape"):
+    with pytest.raises(RuntimeError, match="input_bias must have shape"):
         FS.batch_norm_relu(x, v, v, input_bias=torch.ones(3))
     with pytest.raises(RuntimeError, match=r"must be \(N, C, H, W\)"):
         FS.batch_norm_relu_max_pool2d(x[0], torch.ones(3), torch.ones(3))

@@ -42,14 +42,14 @@ def test_opcheck(layout, backend, device):
     x, ops = problem.x, torch.ops.fastseg
     vector = lambda: torch.rand(4, device=device) + 0.5  # noqa: E731
     norm = (vector(), vector(), vector(), vector(), vector(), 1e-5, True)
-    windows = ([2, 2], [2, 2], [0, 0])
+    windows = ([2, 2], [2, 2], [0, 0], [1, 1])
     grad = torch.randn_like(x)
     pooled, offsets = FS.max_pool2d_with_offsets(x, 2)
     small = torch.randn_like(pooled)
     with fastseg.backend(backend):
         for op, arguments in [
             (ops.batch_norm_stats, (x, vector(), vector(), vector(), 0.1)),
-            (ops.batch_norm_stats, (x, None, None, None, 0.1)),
+            (ops.batch_norm_stats, (x, None, None, None, None)),
             (ops.batch_norm_relu, (x, *norm)),
             (ops.batch_norm_relu_sums, (grad, x, *norm)),
             (ops.batch_norm_relu_backward, (grad, x, torch.rand(2, 4, device=device), *norm)),

@@ -40,7 +40,7 @@ def test_gate_the_vector_path_is_16_bytes_wide(rows):
         and not re.search(r"unpool2d_bwd<.* false, 0, 0>", row["constants"]["instance"])  # follows lone positions
     ]
     seen = {(row["kernel"].split()[1], row["layout"]) for row in wide}
-    pools = [f"{norm}max_pool2d_{way}" for norm in ("", "bn_relu_") for way in ("fwd", "bwd", "sums")]
+    pools = [f"{norm}max_pool2d_{way}" for norm in ("", "batch_norm_relu_") for way in ("fwd", "bwd", "sums")]
     names = {*pools, "max_unpool2d_fwd", "max_unpool2d_bwd", "batch_norm_stats", "cross_entropy_bwd"}
     names -= {"max_pool2d_bwd", "max_pool2d_sums"}  # which are an unpooling, or none
     assert {(name, layout) for name in names for layout in cases.LAYOUTS} <= seen
@@ -48,7 +48,7 @@ def test_gate_the_vector_path_is_16_bytes_wide(rows):
     for row in wide:
         name = row["kernel"].split()[1]
         assert "16" in row["loads"], row
-        if name not in ("batch_norm_stats", "bn_relu_max_pool2d_sums"):
+        if name not in ("batch_norm_stats", "batch_norm_relu_max_pool2d_sums"):
             assert "16" in row["stores"], row
         # Besides: lone elements that indices name, a channel's first one, the end of a tensor that 8 does not divide.
         if name not in ("max_unpool2d_bwd", "batch_norm_stats", "cross_entropy_bwd"):

@@ -11,7 +11,7 @@ from fastseg.verification import cases
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled here, not interpreted")
 
-REDUCING = ("batch_norm_stats_kernel", "batch_norm_relu_sums_kernel", "bn_relu_max_pool2d_sums_kernel")
+REDUCING = ("batch_norm_stats_kernel", "batch_norm_relu_sums_kernel", "batch_norm_relu_max_pool2d_sums_kernel")
 
 
 def test_gate_no_kernel_spills(facts):
@@ -48,7 +48,8 @@ def test_gate_rows_that_allow_it_are_read_and_written_16_bytes_wide(facts):
     names = ("max_pool2d_fwd", "max_unpool2d_fwd", "max_unpool2d_bwd", "window_gather")
     norms = [f"batch_norm_{name}" for name in ("stats", "relu_fwd", "relu_sums", "relu_bwd")]
     norms += [
-        f"bn_relu_max_{name}" for name in ("pool2d_fwd", "pool2d_sums", "pool2d_bwd", "unpool2d_fwd", "unpool2d_sums")
+        f"batch_norm_relu_max_{name}"
+        for name in ("pool2d_fwd", "pool2d_sums", "pool2d_bwd", "unpool2d_fwd", "unpool2d_sums")
     ]
     kernels = {f"{name}_kernel" for name in (*names, *norms)}
     assert {(kernel, layout) for kernel in kernels for layout in cases.LAYOUTS} <= seen

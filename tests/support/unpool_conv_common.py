@@ -9,7 +9,7 @@ from fastseg.inspect.traffic import metering
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="counts what is launched where it is interpreted")
 GEOMETRY = ([2, 2], [2, 2], [0, 0])
 JOINED = ["batch_norm_relu_fwd_kernel", "max_unpool2d_conv2d_fwd_kernel"]
-APART = ["bn_relu_max_unpool2d_fwd_kernel", "batch_norm_relu_fwd_kernel"]
+APART = ["batch_norm_relu_max_unpool2d_fwd_kernel", "batch_norm_relu_fwd_kernel"]
 
 
 def norm(channels, device, shifted=True, affine=True, relu=True, dtype=torch.float32):

@@ -8,8 +8,8 @@ import torch
 from torch.fx import Node
 
 from ... import functional
-from ...ops.batch_norm import operators
-from ...ops.batch_norm.pooling_operators import fusible
+from ...kernels.pooling.geometry import PoolGeometry
+from ...ops.batch_norm.batch_norm import BATCH_NORM_RELU
 from ...ops.convolution.conv_transpose_norm import conv_transpose2d_batch_norm_relu
 from .. import availability
 from ..graph import (
@@ -85,7 +85,7 @@ def norm_relu_obstacle(norm: Node, relu: Node) -> str | None:
         return "its parameters or running statistics have neither its input's dtype nor float32"
     if not no_side_effect_between(norm, relu):
         return "an in-place write or a change of mode stands between it and its ReLU"
-    return availability.reason_off_kernels("batch_norm_relu", input, operators.uncovered(input))
+    return availability.reason_off_kernels("batch_norm_relu", input, BATCH_NORM_RELU.unsupported("triton", input))
 
 
 def find_norm_relu_pool(norm: Node, function: str) -> NormReLUPool | None:
@@ -97,7 +97,7 @@ def find_norm_relu_pool(norm: Node, function: str) -> NormReLUPool | None:
     if function_name(pool) != function or arguments_of(pool)["input"] is not chain.relu:
         return None
     window = constant_window(arguments_of(pool))
-    if window is None or not fusible(window.kernel_size, window.stride):
+    if window is None or not PoolGeometry(*window).has_cells:
         return None
     return NormReLUPool(*chain, pool, window) if no_side_effect_between(chain.relu, pool) else None
 

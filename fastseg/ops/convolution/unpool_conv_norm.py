@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ... import autotune, dispatch
+from ...kernels.batch_norm.arguments import NormArguments
 from ...kernels.pooling.geometry import PoolGeometry
-from ..batch_norm import operators as batch_norm
-from ..batch_norm.operators import BATCH_NORM_RELU, Norm
-from ..batch_norm.pooling_operators import UNPOOL
+from ..batch_norm.batch_norm import BATCH_NORM_RELU, unsupported_input
+from ..batch_norm.batch_norm_unpool import BATCH_NORM_RELU_MAX_UNPOOL2D
 from ..operator import Implementation, Operator, placed
 from ..pooling.unpool import MAX_UNPOOL2D
 from . import unpool_conv
@@ -25,17 +25,17 @@ UNMEASURED = "no measurement says that one kernel beats cuDNN's convolution of t
 NO_NORM = (None, None, None, None, None, 0.0, False)
 
 
-def _norms(arguments: Sequence[Any]) -> tuple[Norm, Norm | None]:
+def _norms(arguments: Sequence[Any]) -> tuple[NormArguments, NormArguments | None]:
     """(behind the convolution, in front of the unpooling) of the operator's arguments from the geometry on."""
-    behind, before = arguments[4:11], arguments[11:]
-    return behind, None if before[0] is None else before
+    behind, before = NormArguments(*arguments[4:11]), NormArguments(*arguments[11:])
+    return behind, None if before.mean is None else before
 
 
 def _joined(input: Tensor, offsets: Tensor, weight: Tensor, *rest: Any) -> Tensor:
     """The norm in front on the small map, the one behind in the convolution's epilogue."""
     behind, before = _norms(rest)
     if before is not None:
-        input = BATCH_NORM_RELU.implementations["triton"](input, *before)
+        input = BATCH_NORM_RELU.implementations["triton"](input, before)
     mean, input_bias, var, gamma, beta, eps, relu = behind
     scale, shift = folded_norm(mean, var, gamma, beta, eps, input_bias)
     return unpool_conv.in_one_kernel(input, offsets, weight, shift, *rest[:4], scale, relu)
@@ -44,19 +44,19 @@ def _joined(input: Tensor, offsets: Tensor, weight: Tensor, *rest: Any) -> Tenso
 def _apart(input: Tensor, offsets: Tensor, weight: Tensor, *rest: Any) -> Tensor:
     """As the layers run otherwise: [norm and] unpooling, convolution, norm, each on what it is chosen to."""
     behind, before = _norms(rest)
-    unpool, norm = (MAX_UNPOOL2D, ()) if before is None else (UNPOOL, before)
+    unpool, norm = (MAX_UNPOOL2D, ()) if before is None else (BATCH_NORM_RELU_MAX_UNPOOL2D, (before,))
     unpooled = unpool(input, offsets, PoolGeometry(*rest[:3]), rest[3], *norm)
-    return BATCH_NORM_RELU(F.conv2d(unpooled, weight, padding=1), *behind)
+    return BATCH_NORM_RELU(F.conv2d(unpooled, weight, padding=1), behind)
 
 
 def _uncovered(input: Tensor, offsets: Tensor, weight: Tensor, *rest: Any) -> str | None:
-    return unpool_conv.uncovered(input, offsets, weight, None, *rest[:4]) or batch_norm.uncovered(input)
+    return unpool_conv.uncovered(input, offsets, weight, None, *rest[:4]) or unsupported_input(input)
 
 
 def _preferred(input: Tensor, offsets: Tensor, weight: Tensor, *rest: Any) -> dispatch.Preference:
     """By the time that all of it takes both ways."""
     before = _norms(rest)[1]
-    key = f"{NAME} {unpool_conv.described(input, weight, *rest[:4])} behind {before and f'a norm, relu={before[-1]}'}"
+    key = f"{NAME} {unpool_conv.described(input, weight, *rest[:4])} behind {before and f'a norm, relu={before.relu}'}"
 
     def calls() -> tuple[Any, Any]:
         arguments = (input, offsets, weight.to(input.dtype), *rest)
@@ -84,7 +84,12 @@ MAX_UNPOOL2D_CONV2D_BATCH_NORM_RELU = Operator(
 
 
 def max_unpool2d_conv2d_batch_norm_relu(
-    input: Tensor, offsets: Tensor, weight: Tensor, geometry: Sequence[list[int]], behind: Norm, before: Norm | None
+    input: Tensor,
+    offsets: Tensor,
+    weight: Tensor,
+    geometry: Sequence[list[int]],
+    behind: NormArguments,
+    before: NormArguments | None,
 ) -> Tensor | None:
     """behind(conv2d(max_unpool2d_with_offsets(before(input), offsets, ...), weight, padding=1)), or None.
 
@@ -109,7 +114,7 @@ def max_unpool2d_conv2d_batch_norm_relu(
     return MAX_UNPOOL2D_CONV2D_BATCH_NORM_RELU(input, offsets, weight.to(input.dtype), *arguments)
 
 
-def _fits(norm: Norm, shape: torch.Size) -> bool:
+def _fits(norm: NormArguments, shape: torch.Size) -> bool:
     """Whether there are statistics, and all vectors are of the channels' shape."""
     mean, shift, var, gamma, beta, *_ = norm
     if mean is None or var is None:

@@ -10,7 +10,7 @@
 
 // A thread writes its part of the pooled map y, and offsets where they are kept. Reads x once.
 template <typename T, typename Index, bool CHANNELS_LAST, int VEC, int ACROSS, int KH, int KW, bool OFFSETS>
-__global__ void bn_relu_max_pool2d_fwd(
+__global__ void batch_norm_relu_max_pool2d_fwd(
     const T* x, const Computed<T>* folded, T* y, uint8* offsets, int tiles, int64 groups, int64 chunks, int channels,
     int runs, bool relu, int height, int width, int pooled_height, int pooled_width, int kernel_h, int kernel_w,
     int stride_h, int stride_w, int padding_h, int padding_w) {
@@ -66,7 +66,7 @@ __global__ void bn_relu_max_pool2d_fwd(
 // A thread adds up grad and grad * centred of its channels over its part of the pooled map, of the elements that the
 // ReLU let through. Reads grad_y, offsets and the windows of x once. partials: (2, chunks, C).
 template <typename T, typename Index, bool CHANNELS_LAST, int VEC, int ACROSS, int KH, int KW, bool OFFSETS>
-__global__ void bn_relu_max_pool2d_sums(
+__global__ void batch_norm_relu_max_pool2d_sums(
     const T* grad_y, const uint8* offsets, const T* x, const Computed<T>* folded, Computed<T>* partials, int tiles,
     int64 groups, int64 chunks, int channels, int runs, bool relu, int height, int width, int pooled_height,
     int pooled_width, int kernel_h, int kernel_w, int stride_h, int stride_w, int padding_h, int padding_w) {
@@ -130,7 +130,7 @@ __global__ void bn_relu_max_pool2d_sums(
 // A thread writes its part of grad_x, cell by cell: a cell is a window and the gap behind it. Reads everything once.
 // means: (2, C), of grad and grad * x_hat, which the gradient loses because x moves the statistics too; or none.
 template <typename T, typename Index, bool CHANNELS_LAST, int VEC, int ACROSS, bool OFFSETS>
-__global__ void bn_relu_max_pool2d_bwd(
+__global__ void batch_norm_relu_max_pool2d_bwd(
     const T* grad_y, const uint8* offsets, const T* x, const Computed<T>* folded, const Computed<T>* means, T* grad_x,
     int tiles, int64 groups, int64 chunks, int channels, int runs, bool relu, int cells_down, int cells_across,
     int height, int width, int pooled_height, int pooled_width, int kernel_h, int kernel_w, int stride_h, int stride_w,

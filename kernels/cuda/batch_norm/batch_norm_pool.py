@@ -1,40 +1,33 @@
-"""Launchers of batch_norm_pool.cu: batch norm, ReLU and the max-pooling behind them."""
+"""Launchers of batch_norm_pool.cu: batch norm + ReLU + max-pooling."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
+from ...batch_norm.arguments import NormArguments
 from ...pooling.geometry import PoolGeometry
 from ..pooling.tiling import Tiling
-from .batch_norm import Norm, add_up, write, write_gradient
+from .common import reduce_gradient, write_gradient, write_output
 
 
-def bn_relu_max_pool2d_fwd(
-    x: Tensor, norm: Norm, y: Tensor, offsets: Tensor | None, geometry: PoolGeometry, channels_last: bool
+def batch_norm_relu_max_pool2d_fwd(
+    x: Tensor, norm: NormArguments, y: Tensor, offsets: Tensor | None, geometry: PoolGeometry, channels_last: bool
 ) -> None:
-    """Write y = max-pool(relu(batch norm of x)) and, where they are wanted, the offsets of the maxima."""
-    tiling = Tiling(geometry, channels_last)
-    write(x, norm, y, offsets, tiling)
+    """Write y = max-pool(relu(batch norm of x)) and, unless `offsets` is None, the offsets of the maxima."""
+    write_output(x, norm, y, offsets, Tiling(geometry, channels_last))
 
 
-def bn_relu_max_pool2d_sums(
-    grad_y: Tensor, offsets: Tensor, x: Tensor, norm: Norm, sums: Tensor, geometry: PoolGeometry, channels_last: bool
-) -> None:
-    """Write sums (4, C), as batch_norm_relu_sums does, of the gradient that the pooling's maxima get."""
-    tiling = Tiling(geometry, channels_last)
-    add_up(grad_y, offsets, x, norm, sums, tiling)
-
-
-def bn_relu_max_pool2d_bwd(
-    grad_y: Tensor,
-    offsets: Tensor,
-    x: Tensor,
-    norm: Norm,
-    means: Tensor | None,
-    grad_x: Tensor,
-    geometry: PoolGeometry,
+def batch_norm_relu_max_pool2d_sums(
+    grad_y: Tensor, offsets: Tensor, x: Tensor, norm: NormArguments, sums: Tensor, geometry: PoolGeometry,
     channels_last: bool,
-) -> None:
+) -> None:  # fmt: skip
+    """Write sums (4, C) as batch_norm_relu_sums does, for the gradient of the pooling's input."""
+    reduce_gradient(grad_y, offsets, x, norm, sums, Tiling(geometry, channels_last))
+
+
+def batch_norm_relu_max_pool2d_bwd(
+    grad_y: Tensor, offsets: Tensor, x: Tensor, norm: NormArguments, means: Tensor | None, grad_x: Tensor,
+    geometry: PoolGeometry, channels_last: bool,
+) -> None:  # fmt: skip
     """Write grad_x; means as in batch_norm_relu_bwd."""
-    tiling = Tiling(geometry, channels_last)
-    write_gradient(grad_y, offsets, x, norm, means, grad_x, tiling)
+    write_gradient(grad_y, offsets, x, norm, means, grad_x, Tiling(geometry, channels_last))
