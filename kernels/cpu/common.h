@@ -15,6 +15,7 @@
 #define EXPORT extern "C" __attribute__((visibility("default"))) int64_t
 #define INLINE inline __attribute__((always_inline))
 #define INLINE_LAMBDA __attribute__((always_inline))
+#define NOINLINE __attribute__((noinline))  // a copy in each caller would only cost compile time
 
 // --- threads ---------------------------------------------------------------------------------------------------------
 
@@ -49,7 +50,7 @@ static INLINE int64_t grain_of(int64_t elements_per_iteration) {
 
 // Asks for huge pages for the memory of a new, large output before it is written. Its first touch costs 1.9 times a copy
 // of the tensor in 4 KiB pages, and 0.4 times in pages of 2 MiB. Advice only: memory that is in use already stays as it is.
-static void fresh(void* memory, int64_t bytes) {
+[[maybe_unused]] static void fresh(void* memory, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
     constexpr int64_t PAGE = 4096, LEAST = 8 << 20;
     if (memory == nullptr || bytes < LEAST) return;

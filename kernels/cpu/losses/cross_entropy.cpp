@@ -29,10 +29,8 @@ struct Problem {
 
     Problem(const void* x, const void* targets, const W* weight, int64_t n, int64_t c, int64_t size, int64_t last,
             int64_t label_size, int64_t ignored, double smoothing, double z_loss)
-        : shape(n, c, size, last), logits(static_cast<const T*>(x)), labels{targets, label_size, ignored, c, &bad},
+        : shape(Shape{n, c, size, last != 0}.merged()), logits(static_cast<const T*>(x)), labels{targets, label_size, ignored, c, &bad},
           probabilities(static_cast<const TARGET*>(targets)), loss{c, weight, W(smoothing), W(z_loss)}, bad(0) {}
-
-    int64_t all_pixels() const { return shape.images * shape.pixels; }
 };
 
 // What all kernels take: logits and targets in one layout, weights of the classes or null, and the problem's numbers.
@@ -49,7 +47,7 @@ struct Tile {
     explicit Tile(const Problem& problem)
         : values(problem.shape.classes * TILE), shares(PROBABILITIES ? problem.shape.classes * TILE : 1) {}
 
-    INLINE void read(const Problem& problem, const Place& place) {
+    NOINLINE void read(const Problem& problem, const Place& place) {
         rows = read_tile<T, W>(problem.logits, problem.shape, place, values.data);
         target = {shares.data, TILE};
         if constexpr (PROBABILITIES) {
@@ -62,7 +60,7 @@ struct Tile {
     }
 
     // KEEP: the exponentials are left in `values`.
-    template <bool KEEP> INLINE void softmax(const Problem& problem) {
+    template <bool KEEP> NOINLINE void softmax(const Problem& problem) {
         find_highest(rows, problem.shape.classes, highest);
         problem.loss.add_shares(rows, target, highest, mass, distance);
         add_exponentials<KEEP>(rows, problem.shape.classes, highest, label, values.data, total, picked);
@@ -150,7 +148,7 @@ EXPORT cross_entropy_fwd(const void* logits, const void* targets, const W* weigh
                          int64_t prediction_size, int64_t* counts) {
     Problem PROBLEM;
     Predictions predictions{prediction, prediction_size, counts};
-    int64_t blocks = problem.shape.blocks(), all_pixels = problem.all_pixels();
+    int64_t blocks = problem.shape.blocks(), all_pixels = problem.shape.all_pixels();
     bool divides = reduction == WEIGHTS || reduction == VALID;
     Slots slots(blocks);
     predictions.clear();
@@ -196,7 +194,7 @@ EXPORT cross_entropy_bwd(const W* grad_loss, const void* logits, const void* tar
                          double smoothing, double z_loss, const W* lse, const W* denominator, int64_t reduction,
                          T* gradient) {
     Problem PROBLEM;
-    int64_t all_pixels = problem.all_pixels();
+    int64_t all_pixels = problem.shape.all_pixels();
     fresh(gradient, all_pixels * classes * int64_t(sizeof(T)));
     W one = reduction == NONE ? W(0) : reduction == SUM ? *grad_loss : *grad_loss / *denominator;
     W smoothed = 0;  // the mass that label smoothing adds
@@ -259,7 +257,7 @@ static double one_pass(Problem& problem, W factor, T* gradient, const Prediction
 // Writes the labels in one byte or two, all bits set where there is none, and returns the sum of their weights or, for
 // VALID, their number.
 template <typename P> static double pack(const Problem& problem, int64_t reduction, P* packed) {
-    Shape shape(1, 1, problem.all_pixels(), 1);
+    Shape shape{1, 1, problem.shape.all_pixels(), true};
     Slots slots(shape.blocks());
     parallel_for(shape.blocks(), grain_of(BLOCK), [&](int64_t begin, int64_t end) {
         Int<W> label[TILE];
@@ -293,7 +291,7 @@ EXPORT cross_entropy_one_pass(const void* logits, const void* targets, const W* 
                               int64_t* counts) {
     Problem PROBLEM;
     Predictions predictions{prediction, prediction_size, counts};
-    fresh(gradient, problem.all_pixels() * classes * int64_t(sizeof(T)));
+    fresh(gradient, problem.shape.all_pixels() * classes * int64_t(sizeof(T)));
     predictions.clear();
     double divisor = 1;
     if (reduction == WEIGHTS || reduction == VALID) {

@@ -20,7 +20,7 @@ template <typename W> static INLINE Vec<W> row_vector(const Rows<W>& rows, int64
 // --- sums over the classes, a vector for each LANES pixels --------------------------------------------------------------
 
 // The maximum of each pixel's logits; a NaN is passed over.
-template <typename W> static INLINE void find_highest(const Rows<W>& rows, int64_t classes, Vec<W>* result) {
+template <typename W> static NOINLINE void find_highest(const Rows<W>& rows, int64_t classes, Vec<W>* result) {
     constexpr int K = VECTORS<W>;
     Vec<W> highest[K];
 #pragma GCC unroll 8
@@ -36,7 +36,7 @@ template <typename W> static INLINE void find_highest(const Rows<W>& rows, int64
 // total = sum_c exp(x_c - highest), at least 1, or NaN where a logit is NaN or infinite; picked = the label's logit.
 // KEEP: the exponentials are left in `values` (classes, TILE), which may be the rows themselves.
 template <bool KEEP, typename W>
-static INLINE void add_exponentials(const Rows<W>& rows, int64_t classes, const Vec<W>* maximum, const Int<W>* label,
+static NOINLINE void add_exponentials(const Rows<W>& rows, int64_t classes, const Vec<W>* maximum, const Int<W>* label,
                                     W* values, Vec<W>* total, Vec<W>* picked) {
     constexpr int K = VECTORS<W>;
     Vec<W> highest[K], sum[K], found[K];
@@ -61,7 +61,7 @@ static INLINE void add_exponentials(const Rows<W>& rows, int64_t classes, const 
 }
 
 // The class of each pixel's largest logit: the first of equal ones, and a NaN before any number, as torch.argmax.
-template <typename W> static INLINE void argmax(const Rows<W>& rows, int64_t classes, Int<W>* result) {
+template <typename W> static NOINLINE void argmax(const Rows<W>& rows, int64_t classes, Int<W>* result) {
     constexpr int K = VECTORS<W>;
     Vec<W> most[K];
     IntVec<W> best[K];
@@ -110,7 +110,7 @@ template <typename W, bool PROBABILITIES> struct Loss {
     }
 
     // mass = sum_c q_c and distance = sum_c q_c * (highest - x_c), without the label's own part.
-    INLINE void add_shares(const Rows<W>& rows, const Rows<W>& target, const Vec<W>* highest, Vec<W>* mass,
+    NOINLINE void add_shares(const Rows<W>& rows, const Rows<W>& target, const Vec<W>* highest, Vec<W>* mass,
                            Vec<W>* distance) const {
         for (int k = 0; k < VECTORS<W>; ++k) mass[k] = distance[k] = Vec<W>{};
         for (int64_t c = 0; shared() && c < classes; ++c) {
@@ -123,7 +123,7 @@ template <typename W, bool PROBABILITIES> struct Loss {
     }
 
     // The weight of each pixel's label: 0 where there is none, 1 for probabilities.
-    INLINE void read_factors(const Int<W>* label, W* factor) const {
+    NOINLINE void read_factors(const Int<W>* label, W* factor) const {
         if (weight == nullptr || PROBABILITIES) {
             for (int i = 0; i < TILE; ++i) factor[i] = label[i] < 0 ? W(0) : W(1);
         } else {
@@ -132,7 +132,7 @@ template <typename W, bool PROBABILITIES> struct Loss {
     }
 
     // The losses of a tile's pixels, 0 where there is no label. above = log(total).
-    INLINE void losses(const Vec<W>* highest, const Vec<W>* above, const Vec<W>* picked, const W* factor,
+    NOINLINE void losses(const Vec<W>* highest, const Vec<W>* above, const Vec<W>* picked, const W* factor,
                        const Int<W>* label, const Vec<W>* mass, const Vec<W>* distance, W* result) const {
         for (int k = 0; k < VECTORS<W>; ++k) {
             Vec<W> loss{};

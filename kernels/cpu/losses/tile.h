@@ -9,13 +9,14 @@ constexpr int TILE = 64;      // pixels of a tile
 constexpr int BLOCK = 1024;   // pixels of a block, whose sums go to one slot: fixed, so that no sum depends on threads
 template <typename W> constexpr int VECTORS = TILE / LANES<W>;  // of a row
 
-// Logits or their gradient. In channels_last all images are one, since their pixels follow each other.
+// Logits or their gradient.
 struct Shape {
     int64_t images, classes, pixels;  // pixels of an image
     bool channels_last;
 
-    Shape(int64_t n, int64_t c, int64_t size, int64_t last)
-        : images(last ? 1 : n), classes(c), pixels(last ? n * size : size), channels_last(last != 0) {}
+    // The images as one, where their pixels follow each other.
+    Shape merged() const { return channels_last ? Shape{1, classes, images * pixels, true} : *this; }
+    int64_t all_pixels() const { return images * pixels; }
     int64_t blocks_of_image() const { return (pixels + BLOCK - 1) / BLOCK; }
     int64_t blocks() const { return images * blocks_of_image(); }
 };
@@ -50,7 +51,7 @@ template <typename W> struct Scratch {
     ~Scratch() { __builtin_free(memory); }
 };
 
-// Class c's TILE values are at row(c), those past the tile's count are 0 or another finite number.
+// Class c's TILE values are at row(c). Those past the tile's count are of no use.
 template <typename W> struct Rows {
     const W* data;
     int64_t stride;
@@ -60,7 +61,7 @@ template <typename W> struct Rows {
 // --- channels_last: blocks of LANES pixels and classes are transposed ----------------------------------------------------
 
 template <typename T, typename W>
-static __attribute__((noinline)) void gather_rows(const T* from, int64_t classes, int count, int64_t readable, W* rows) {
+static NOINLINE void gather_rows(const T* from, int64_t classes, int count, int64_t readable, W* rows) {
     constexpr int N = LANES<W>;
     for (int p = 0; p < TILE; p += N) {
         for (int64_t c = 0; c < classes; c += N) {
@@ -87,7 +88,7 @@ static __attribute__((noinline)) void gather_rows(const T* from, int64_t classes
 }
 
 template <typename T, typename W>
-static __attribute__((noinline)) void scatter_rows(T* to, int64_t classes, int count, const W* rows) {
+static NOINLINE void scatter_rows(T* to, int64_t classes, int count, const W* rows) {
     constexpr int N = LANES<W>;
     int64_t size = count * classes;  // writable
     for (int p = 0; p < count; p += N) {
@@ -117,11 +118,11 @@ static __attribute__((noinline)) void scatter_rows(T* to, int64_t classes, int c
 
 // The rows of a tile, in place where they are TILE numbers of the computed type, else copied to `rows` (classes, TILE).
 template <typename T, typename W>
-static INLINE Rows<W> read_tile(const T* data, const Shape& shape, const Place& place, W* rows) {
+static NOINLINE Rows<W> read_tile(const T* data, const Shape& shape, const Place& place, W* rows) {
     int64_t classes = shape.classes;
     if (shape.channels_last) {
-        int64_t readable = (shape.pixels - place.first) * classes;
-        gather_rows<T, W>(data + place.first * classes, classes, place.count, readable, rows);
+        int64_t readable = (shape.all_pixels() - place.pixel) * classes;
+        gather_rows<T, W>(data + place.pixel * classes, classes, place.count, readable, rows);
         return {rows, TILE};
     }
     const T* from = data + place.image * classes * shape.pixels + place.first;
@@ -158,7 +159,7 @@ static INLINE void write_tile(T* data, const Shape& shape, const Place& place, W
         for (int k = 0; k < VECTORS<W>; ++k) store(rows + c * TILE + k * LANES<W>, value(c, k));
     }
     if (shape.channels_last) {
-        scatter_rows<T, W>(data + place.first * classes, classes, place.count, rows);
+        scatter_rows<T, W>(data + place.pixel * classes, classes, place.count, rows);
     } else {
         for (int64_t c = 0; c < classes; ++c)
             for (int i = 0; i < place.count; ++i) to[c * shape.pixels + i] = narrow<T>(rows[c * TILE + i]);
@@ -171,13 +172,14 @@ static INLINE void write_tile(T* data, const Shape& shape, const Place& place, W
 struct Labels {
     const void* data;
     int64_t size, ignored, classes;
-    int64_t* bad;  // receives the number of an out-of-range label plus 1; the least that a thread finds
+    int64_t* bad;  // receives the least number of an out-of-range label, plus 1
+    bool ignores = true;
 
     template <typename L, typename I> INLINE bool convert(const L* from, int count, I* label) const {
         Int<float> strange = 0;
         for (int i = 0; i < count; ++i) {
             int64_t value = from[i];
-            bool inside = uint64_t(value) < uint64_t(classes), kept = value != ignored;
+            bool inside = uint64_t(value) < uint64_t(classes), kept = !ignores || value != ignored;
             label[i] = inside && kept ? I(value) : I(-1);
             strange |= kept && !inside;
         }
@@ -190,7 +192,7 @@ struct Labels {
         for (int i = count; i < TILE; ++i) label[i] = I(-1);
         for (int i = 0; strange && i < count; ++i) {
             int64_t value = from[i];
-            if (value != ignored && uint64_t(value) >= uint64_t(classes)) report(first + i + 1);
+            if ((!ignores || value != ignored) && uint64_t(value) >= uint64_t(classes)) report(first + i + 1);
         }
     }
 
@@ -202,7 +204,7 @@ struct Labels {
     }
 
     // The classes of `count` pixels from number `first` on, -1 where a pixel is ignored, out of range or past the count.
-    template <typename I> INLINE void read(int64_t first, int count, I* label) const {
+    template <typename I> NOINLINE void read(int64_t first, int count, I* label) const {
         switch (size) {
             case 1: return read_as<uint8_t>(first, count, label);
             case 2: return read_as<int16_t>(first, count, label);
