@@ -1,4 +1,4 @@
-"""`fastseg bench`: time the operators and networks beside torch's, on the GPU if there is one."""
+"""`fastseg bench`: time operators and networks and compare with torch's, on the GPU if there is one."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _add_run_options(parser: argparse.ArgumentParser, subcommand: bool) -> None:
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `fastseg bench` and its actions."""
     parser.description = (
-        "Time each operator and whole networks beside torch's own, torch.compile's and other libraries'. Each is "
+        "Time each operator and whole networks, and compare with torch, torch.compile and other libraries. Each is "
         "checked first; a wrong result, an unsupported case and lack of memory are shown in place of a time. Times of "
         "the kernels need a GPU; without one, the timed path is the one that fastseg takes on a CPU, which is torch."
     )

@@ -15,7 +15,7 @@ COMMANDS = {
     "segment": "predict the classes of an image's pixels with a trained checkpoint",
     "swap": "swap fused layers into a model of yours, check it and time it",
     "inspect": "bytes moved and compiled code, without a GPU",
-    "bench": "time the operators beside torch's",
+    "bench": "time the operators and compare with torch's",
 }
 """The help of each subcommand. Its module has configure(parser), and main(args) that returns the exit code."""
 

@@ -19,7 +19,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `fastseg inspect`."""
     parser.description = (
         "Instruments that need no GPU. traffic: run the kernels in Triton's interpreter and count the bytes and "
-        "32-byte sectors that they move, beside the floor (the fewest bytes possible), torch eager and torch.compile. "
+        "32-byte sectors that they move, compared with the floor (the fewest possible), torch eager and torch.compile. "
         "codegen: compile the kernels for GPUs that this machine need not have, and read registers, spills, access "
         "widths and tensor-core use from the machine code."
     )

@@ -1,4 +1,4 @@
-"""Training of a plain network beside the same network with fastseg's layers swapped in: what `fastseg demo` checks."""
+"""A plain network compared with its swapped copy in training: what `fastseg demo` checks."""
 
 from __future__ import annotations
 

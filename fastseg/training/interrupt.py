@@ -8,7 +8,7 @@ from types import FrameType
 
 
 class GracefulInterrupt:
-    """A context in which the first Ctrl-C asks training to stop after the current step; a second one stops at once.
+    """A context in which the first Ctrl-C requests a stop after the current step; a second one stops at once.
 
     Inside the context the object is a function without arguments that returns whether Ctrl-C was pressed: the `stop`
     argument of :meth:`fastseg.training.trainer.Trainer.run`. On exit the previous handler of SIGINT is restored.

@@ -90,7 +90,7 @@ class Trainer:
         criterion: the loss, :class:`fastseg.nn.CrossEntropyLoss`.
 
     Raises:
-        ValueError: the images are too small for the network, or the device does not support what `config` asks for.
+        ValueError: the images are too small for the network, or the device does not support what `config` requires.
     """
 
     def __init__(
