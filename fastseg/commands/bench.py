@@ -21,8 +21,8 @@ from . import terminal
 from .options import add_json
 
 CPU_NOTE = (
-    "Times of the kernels need a GPU: not measured here. Above, one thread of a CPU, where fastseg falls back to "
-    "PyTorch; the offsets go through the torch reference."
+    "Times of the Triton and CUDA C++ kernels need a GPU: not measured here. Above, one thread of a CPU, where fastseg "
+    "takes its CPU kernels for supported calls and falls back to PyTorch for the others."
 )
 
 
@@ -53,7 +53,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Time each operator and whole networks, and compare with torch, torch.compile and other libraries. Each is "
         "checked first; a wrong result, an unsupported case and lack of memory are shown in place of a time. Times of "
-        "the kernels need a GPU; without one, the timed path is the one that fastseg takes on a CPU, which is torch."
+        "the Triton and CUDA C++ kernels need a GPU; without one, what fastseg does on a CPU is timed."
     )
     parser.epilog = (
         "examples:\n  fastseg bench\n  fastseg bench --part operators --op max_unpool2d --dtype float32 --layout nchw\n"

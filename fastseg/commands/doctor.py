@@ -84,7 +84,12 @@ def _backend_on(device: str) -> str:
 def _advice(facts: dict[str, object]) -> str:
     """What runs on this machine, and what to install for more."""
     if not facts["cuda"]:
-        return "No CUDA GPU: every call falls back to PyTorch. To check the kernels in the interpreter: fastseg verify"
+        calls = "supported calls take the CPU kernels, the others fall back to PyTorch"
+        if not dispatch.CPU_OPERATORS:
+            calls = "every call falls back to PyTorch"
+        elif (reason := dispatch.without_cpu_kernels()) is not None:
+            calls = f"every call falls back to PyTorch, because {reason}"
+        return f"No CUDA GPU: {calls}. To check the Triton kernels in the interpreter: fastseg verify"
     reason = dispatch.without_triton(torch.device("cuda"))
     if reason is None:
         return (

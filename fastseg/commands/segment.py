@@ -44,7 +44,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     instances.add_argument("--least-side", type=int, metavar="N", help=f"ignore smaller boxes (default: {MIN_SIDE})")
     instances.add_argument("--most-boxes", type=int, metavar="N", help=f"use the first N (default: {MAX_BOXES})")
     instances.add_argument(
-        "--combine", choices=COMBINE, help=f"the probabilities of a pixel in several boxes (default: {COMBINE[0]})"
+        "--combine",
+        choices=COMBINE,
+        help=f"how a pixel's probabilities in several boxes are combined (default: {COMBINE[0]})",
     )
     add_device(parser)
     add("--backend", choices=list(BACKENDS), default="auto", help="fused kernels or torch's (default: auto)")

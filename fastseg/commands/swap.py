@@ -175,7 +175,7 @@ def print_result(check: SwapCheck, result: dict[str, Any]) -> None:
     if result["not_timed"]:
         console.print(f"not timed: {result['not_timed']}")
     elif result["times"] and "CPU" in result["device"]:
-        console.print(f"timed on {result['device']}, where fastseg falls back to PyTorch: the kernels need a GPU")
+        console.print(f"timed on {result['device']}: the Triton and CUDA C++ kernels need a GPU")
 
 
 def error_table(check: SwapCheck, title: str) -> Table:

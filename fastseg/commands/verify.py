@@ -39,15 +39,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run `fastseg verify`. Returns 0, 1 if a check failed, or 130 after Ctrl-C."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = "cuda" if torch.cuda.is_available() and args.backend != "cpu" else "cpu"
     if args.backend == "cuda" and device == "cpu":
         raise ValueError("--backend cuda needs a CUDA GPU, and torch finds none on this machine")
-    if args.backend == "triton" and (reason := dispatch.without_triton(torch.device(device))) is not None:
-        raise ValueError(f"--backend triton cannot run: {reason}")
-    if device == "cpu":
+    reasons = {"triton": lambda: dispatch.without_triton(torch.device(device)), "cpu": dispatch.without_cpu_kernels}
+    if args.backend in reasons and (reason := reasons[args.backend]()) is not None:
+        raise ValueError(f"--backend {args.backend} cannot run: {reason}")
+    interpreted = args.backend == "triton" and device == "cpu"
+    if interpreted:
         dispatch.interpret_kernels()
     seed = args.seed if args.seed is not None else torch.seed() % 2**31
-    where = torch.cuda.get_device_name() if device == "cuda" else "the CPU, kernels interpreted"
+    where = torch.cuda.get_device_name() if device == "cuda" else "the CPU" + ", kernels interpreted" * interpreted
     started, rows, unsupported = time.perf_counter(), [], 0
     console = terminal.console(stderr=args.json)
     runs = verify(args.op or list(SIZES), args.dtype or list(cases.DTYPES), args.quick, device, seed, args.backend)

@@ -4,6 +4,7 @@ import sys
 
 import pytest
 
+from fastseg import dispatch
 from fastseg.commands import cli
 
 
@@ -74,3 +75,14 @@ def test_verify_sets_the_interpreter_by_itself(monkeypatch):
 def test_the_error_for_a_missing_file_has_its_name(capsys):
     assert cli.main(["bench", "compare", "old.jsonl", "new.jsonl"]) == 2
     assert capsys.readouterr().err == "fastseg bench: error: old.jsonl: No such file or directory\n"
+
+
+def test_verify_checks_the_cpu_kernels(capsys, monkeypatch):
+    words = ["verify", "--quick", "--op", "max_pool2d", "--dtype", "float32", "--backend", "cpu"]
+    if dispatch.without_cpu_kernels() is None:
+        assert cli.main(words) == 0
+        printed = capsys.readouterr().out
+        assert "on the CPU, seed" in printed and "0 failed results" in printed
+    monkeypatch.setattr(dispatch, "without_cpu_kernels", lambda: "there is no C++ compiler")
+    assert cli.main(words) == 2
+    assert "--backend cpu cannot run: there is no C++ compiler" in capsys.readouterr().err
