@@ -298,7 +298,7 @@ def test_an_undo_that_fails_is_found(run, monkeypatch):
         ("Net", ("--args", "5", *QUICK, "--target", "1x8x8:int64"), "--target needs --loss"),
         ("Net", ("--args", "5", *QUICK, "--loss", "torch.nn:Missing"), "torch.nn has no Missing"),
         ("Net", ("--args", "5", *QUICK, "--loss", "torch.nn:CTCLoss"), "the model without fastseg fails"),
-        ("Net", ("--args", "5", *QUICK, "--ops", "max_pool3d"), "ops has 'max_pool3d'"),
+        ("Net", ("--args", "5", *QUICK, "--ops", "max_pool3d"), "but has 'max_pool3d'"),
         ("Net", ("--args", "5", *QUICK, "--seconds", "0"), "--seconds must be above 0"),
         ("Net", ("--args", "5", *QUICK, "--device", "abacus"), "device must be"),
     ],

@@ -4,6 +4,7 @@ import pytest
 import torch
 from support.train_common import run, same, start
 
+from fastseg import backend
 from fastseg.training import checkpoint, data, networks, trainer
 from fastseg.training.config import TrainConfig
 from fastseg.training.runs import resume_run
@@ -114,11 +115,13 @@ def test_one_step_equals_a_step_written_out(optimizer, model, tmp_path):
     model = networks.build_model(options["model"], 11, 0.02)
     assert same(model.state_dict(), made.model.state_dict())
     images, masks = made.batch(0)
-    loss = made.training_step(images, masks)
+    with backend("torch"):  # the same rounding as below: AdamW magnifies it where a gradient is nearly zero
+        loss = made.training_step(images, masks)
     weight = torch.tensor([1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 0.5])
-    want = torch.nn.functional.cross_entropy(model((images - 0.5) / 0.25), masks, weight)
-    torch.testing.assert_close(loss, want)
-    want.backward()
+    with backend("torch"):
+        want = torch.nn.functional.cross_entropy(model((images - 0.5) / 0.25), masks, weight)
+        torch.testing.assert_close(loss, want)
+        want.backward()
     kinds = {"sgd": (torch.optim.SGD, {"momentum": 0.9}), "adamw": (torch.optim.AdamW, {})}
     kind, extra = kinds[optimizer]
     kind(model.parameters(), 0.04 * 0.25, weight_decay=5e-4, **extra).step()
