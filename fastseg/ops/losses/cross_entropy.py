@@ -224,37 +224,67 @@ def cross_entropy(
     z_loss: float = 0.0,
     one_pass: bool | None = None,
 ) -> Tensor:
-    """torch.nn.functional.cross_entropy: deterministic, in one pass over the logits or in two.
+    """Cross-entropy as torch.nn.functional.cross_entropy: deterministic, in one pass over the logits or in two.
 
-    input: logits (C,), (N, C) or (N, C, d1, ...), floating-point, in NCHW or channels_last (any rank: classes second
-    or last in memory); other strides are made dense once. target: class indices (), (N,) or (N, d1, ...) of dtype
-    uint8, int16, int32 or int64 (torch: int64 alone), or class probabilities of input's shape. weight: one entry for
-    each class, float32 or input's dtype. A gradient of probabilities or weight is torch's own (fastseg.explain).
+        loss = sum_c q[c] * (lse - x[c]) + z_loss * lse ** 2          of one pixel, lse = log(sum_c exp(x[c]))
+        q[c] = weight[c] * ((1 - label_smoothing) * [c = target] + label_smoothing / C)
 
-    Per pixel sum_c q_c * (lse - x_c) with lse = log sum_c exp(x_c), q_c = w_c * ((1 - label_smoothing) * [c = target]
-    + label_smoothing / C), and for probabilities target_c in place of [c = target]. Beyond torch:
+    For class probabilities, target[c] takes the place of [c = target].
 
-    z_loss: adds z_loss * lse^2 to each pixel that is not ignored, whatever its weight (PaLM's auxiliary loss).
-    normalization: what reduction "mean" divides the sum by. "weights": torch's rule, the weights of the pixels that
-    are not ignore_index (of probabilities: the number of pixels); "valid": the number of pixels that are not ignored
-    (Caffe); "pixels": of all pixels; "batch": N (FCN). With nothing valid the mean over "weights" and "valid" is NaN,
-    the sum 0 and the gradient 0, as in torch.
+    Args:
+        input: logits of any floating-point dtype, in NCHW or channels_last (with other numbers of dimensions: classes
+            second or last in memory). Other strides are made dense once.
+        target: class indices of dtype uint8, int16, int32 or int64 (torch: int64 only), or class probabilities.
+        weight: the weights of the classes, of float32 or the input's dtype.
+        size_average, reduce: deprecated, as in torch.
+        ignore_index: pixels with this label do not count.
+        reduction: "mean", "sum" or "none".
+        label_smoothing: between 0 and 1.
+        normalization: the divisor of a mean. "weights": the sum of the weights of the pixels that are not ignored (of
+            class probabilities: the number of pixels), as in torch; "valid": the number of pixels that are not ignored,
+            as in Caffe; "pixels": the number of all pixels; "batch": N, as in FCN.
+        z_loss: the weight of PaLM's auxiliary loss, which is added for each pixel that is not ignored and is not
+            multiplied by the class weights.
+        one_pass: whether the forward of a mean or a sum also computes the gradient. It saves a third of the bytes if
+            the gradient of the loss is 1 (``loss.backward()``), costs a third more if it is not (a weighted or scaled
+            loss), and gives the same result up to rounding. None: for all dtypes but float16, whose losses are scaled.
+            Only on the Triton kernels, for up to 256 classes, outside compiled graphs. Two passes keep 4 bytes per
+            pixel for the backward, 8 for float32 logits.
 
-    The loss is computed, summed and returned in float32 also for half-precision logits (float64 for float64), under
-    autocast too, on every backend; torch returns input's dtype. The gradient has input's dtype and memory format; on
-    the kernels that of an ignored pixel is exactly 0 even where its logits are NaN or infinite (torch: NaN).
-    A second derivative is torch's own. The kernels are compiled once for each value of label_smoothing and z_loss.
+    Shape:
+        - input: (C,), (N, C) or (N, C, d1, ...).
+        - target: (), (N,) or (N, d1, ...); class probabilities: the shape of the input.
+        - weight: (C,).
+        - output: a scalar; with reduction "none" the shape of the class indices.
 
-    one_pass: whether the forward of a mean or sum makes the gradient too, which saves a third of the bytes where the
-    gradient of the loss is 1 (loss.backward()), costs a third more where it is not (a weighted or scaled loss), and is
-    the same to a rounding. None: for all dtypes but float16, whose losses are scaled. On Triton kernels alone, for up
-    to 256 classes, outside of compiled graphs; two passes keep 4 bytes a pixel for the backward (8 for float32 logits).
+    Returns:
+        The loss in float32, for half-precision logits and under autocast too (torch returns the input's dtype); in
+        float64 for float64 logits. If every pixel is ignored, a mean over "weights" or "valid" is NaN, the sum 0 and
+        the gradient 0, as in torch.
 
-    Raises what torch raises: ValueError for another batch size, an unknown reduction or normalization, and a
-    normalization or one_pass that the reduction has no use for, RuntimeError for other wrong shapes, dtypes, devices
-    and a label_smoothing outside [0, 1] (torch lets a negative one pass), NotImplementedError for integer logits, and
-    on a CPU IndexError for a target that is neither a class nor ignore_index (on a GPU a device-side assertion, and no
-    memory is read by it).
+    Raises:
+        TypeError: for arguments of the wrong type.
+        ValueError: for another batch size, an unknown reduction or normalization, and for a normalization or one_pass
+            that has no meaning for the reduction.
+        RuntimeError: for other wrong shapes, dtypes and devices, and for a label_smoothing outside [0, 1].
+        NotImplementedError: for integer logits, and if requested kernels do not support the call.
+        IndexError: on a CPU, for a label that is neither a class nor ignore_index. On a GPU that is a device-side
+            assertion, and no memory is read at such an index.
+
+    Note:
+        Deterministic, without atomics. Computed and summed in float32 (float64). The gradient has the input's dtype and
+        memory format. On the kernels the gradient of an ignored pixel is exactly 0, even if its logits are NaN or
+        infinite (torch: NaN). Gradients of class probabilities and of weights, and second derivatives, are torch's.
+        Kernels are compiled once for each value of label_smoothing and z_loss.
+
+    Example:
+        >>> import torch, fastseg.functional as FS
+        >>> logits = torch.tensor([[[[2.0, 0.0]], [[0.0, 0.0]]]])  # 2 classes, 1 x 2 pixels
+        >>> FS.cross_entropy(logits, torch.tensor([[[0, 1]]]), reduction="none")
+        tensor([[[0.1269, 0.6931]]])
+
+    Source:
+        torch.nn.functional.cross_entropy. z_loss: Chowdhery et al., "PaLM", 2022.
     """
     reduction = checked_reduction("cross_entropy", size_average, reduce, reduction)
     arguments = LossArguments(reduction, ignore_index, label_smoothing, normalization, z_loss)
@@ -275,15 +305,36 @@ def cross_entropy_with_predictions(
     one_pass: bool | None = None,
     dtype: torch.dtype = torch.int64,
 ) -> CrossEntropyOutput:
-    """cross_entropy of class indices, and what the same read of the logits tells: argmax and number of right pixels.
+    """cross_entropy of class indices, and from the same read of the logits the argmax and the number of right pixels.
 
-    The arguments are cross_entropy's; target must be class indices. dtype: of the prediction, torch.int64 or
-    torch.uint8, which takes an eighth of the memory and holds up to 256 classes. Returns (loss, prediction, correct,
-    valid): see CrossEntropyOutput. Of equal logits the first class wins, and a NaN wins over numbers, as in argmax.
-    Deterministic; the loss alone has a gradient.
+    Args:
+        input, target, weight, ignore_index, reduction, label_smoothing, normalization, z_loss, one_pass: as in
+            cross_entropy; the target must be class indices.
+        dtype: that of the prediction: torch.int64, or torch.uint8, which takes an eighth of the memory and holds up to
+            256 classes.
 
-    Raises what cross_entropy raises, RuntimeError for class probabilities, ValueError for another dtype and for
-    torch.uint8 with more than 256 classes.
+    Shape:
+        - input: (C,), (N, C) or (N, C, d1, ...).
+        - target, prediction: (), (N,) or (N, d1, ...).
+        - loss: a scalar; with reduction "none" the shape of the target. correct, valid: scalars.
+
+    Returns:
+        CrossEntropyOutput(loss, prediction, correct, valid). Only the loss has a gradient.
+
+    Raises:
+        TypeError, ValueError, RuntimeError, NotImplementedError, IndexError: as cross_entropy.
+        RuntimeError: for class probabilities.
+        ValueError: for another dtype, and for torch.uint8 with more than 256 classes.
+
+    Note:
+        Deterministic. Of equal logits the first class wins, and NaN wins over numbers, as in torch.argmax.
+
+    Example:
+        >>> import torch, fastseg.functional as FS
+        >>> logits, target = torch.tensor([[2.0, 0.0], [0.0, 1.0], [3.0, 0.0]]), torch.tensor([0, 1, 1])
+        >>> loss, prediction, correct, valid = FS.cross_entropy_with_predictions(logits, target)
+        >>> prediction, correct, valid
+        (tensor([0, 1, 0]), tensor(2), tensor(3))
     """
     name = "cross_entropy_with_predictions"
     reduction = checked_reduction(name, None, None, reduction)

@@ -184,25 +184,56 @@ def dice_cross_entropy(
     dice_weight: float = 1.0,
     ce_weight: float = 1.0,
 ) -> Tensor:
-    """ce_weight * cross-entropy + dice_weight * (1 - soft Dice), from one read of the logits forward, one backward.
+    """Soft Dice plus cross-entropy, with one read of the logits forward, and one read and one write backward.
 
-    input: logits (C,), (N, C) or (N, C, d1, ...), floating-point, in NCHW or channels_last. target: class indices (),
-    (N,) or (N, d1, ...), uint8, int16, int32 or int64. weight: of the classes in the cross-entropy, which is torch's
-    weighted mean; Dice weighs all classes alike. ignore_index: pixels of this label count in neither.
+        loss = ce_weight * cross_entropy + dice_weight * (1 - mean of dice)
+        dice[c] = (2 * sum(p[c] * [c = target]) + smooth) / (sum(p[c]) + sum([c = target]) + smooth)
 
-    With p = softmax(input), Dice of a class is (2 * sum p_c [c = target] + smooth) / (sum p_c + sum [c = target] +
-    smooth), over the pixels of each sample, or of the whole batch (batch=True), and the mean is taken over classes and
-    samples; include_background=False leaves class 0 out of it (Milletari et al., V-Net, 2016; as nnU-Net and MONAI
-    combine the two). The loss is of no dimension, float32 also for half-precision logits (float64 for float64), under
-    autocast too. With nothing valid the cross-entropy is NaN, as torch's, and so is the loss.
+    p is softmax(input). The sums run over the pixels of each sample that are not ignored, the mean over classes and
+    samples.
 
-    Deterministic. The gradient has input's dtype and memory format, and is exactly 0 for ignored pixels on the
-    kernels. Nothing but the logits is kept for the backward; a second derivative is torch's own. On a GPU, more than
-    256 classes are torch's (fastseg.explain). In channels_last rows of no multiple of 16 bytes are read and written in
-    narrower accesses.
+    Args:
+        input: logits of any floating-point dtype, in NCHW or channels_last.
+        target: class indices of dtype uint8, int16, int32 or int64.
+        weight: the weights of the classes in the cross-entropy, whose mean is torch's weighted mean. Dice weighs all
+            classes alike.
+        ignore_index: pixels with this label count in neither loss.
+        batch: sum over the pixels of the whole batch and not of each sample.
+        include_background: False leaves class 0 out of the mean of Dice.
+        smooth: added to numerator and denominator of Dice; at least 0.
+        dice_weight, ce_weight: the weights of the two losses.
 
-    Raises what cross_entropy raises, RuntimeError for class probabilities, and ValueError for a negative smooth and
-    for include_background=False with one class.
+    Shape:
+        - input: (C,), (N, C) or (N, C, d1, ...).
+        - target: (), (N,) or (N, d1, ...).
+        - weight: (C,).
+        - output: a scalar.
+
+    Returns:
+        The loss in float32, for half-precision logits and under autocast too; in float64 for float64 logits. If every
+        pixel is ignored, the cross-entropy is NaN as in torch, and so is the loss.
+
+    Raises:
+        TypeError, ValueError, RuntimeError, NotImplementedError, IndexError: as cross_entropy.
+        RuntimeError: for class probabilities.
+        ValueError: for a negative smooth, and for include_background=False with one class.
+
+    Note:
+        Deterministic. The gradient has the input's dtype and memory format; on the kernels that of an ignored pixel is
+        exactly 0. Only the logits are kept for the backward. Second derivatives are torch's. On a GPU more than 256
+        classes fall back to PyTorch. In channels_last, pixels whose classes are no multiple of 16 bytes are accessed
+        in narrower units.
+
+    Example:
+        >>> import torch, fastseg.functional as FS
+        >>> logits = torch.tensor([[[[9.0, -9.0]], [[-9.0, 9.0]]]])  # 2 classes, 1 x 2 pixels
+        >>> round(FS.dice_cross_entropy(logits, torch.tensor([[[0, 1]]])).item(), 4)
+        0.0
+        >>> round(FS.dice_cross_entropy(logits, torch.tensor([[[1, 0]]])).item(), 4)  # 18 + 1
+        19.0
+
+    Source:
+        Dice: Milletari et al., "V-Net", 2016. nnU-Net and MONAI combine the two losses in this way.
     """
     name = "dice_cross_entropy"
     arguments = LossArguments("mean", ignore_index, 0.0, "weights", 0.0)

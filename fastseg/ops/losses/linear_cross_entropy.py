@@ -195,26 +195,52 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     chunk: int | None = None,
 ) -> Tensor:
-    """F.cross_entropy(F.conv2d(input, linear_weight, linear_bias), target, ...) for a 1x1 classifier, in chunks.
+    """A 1x1 classifier and its cross-entropy, a chunk of pixels at a time: the logits are never stored.
 
-    The logits of `chunk` pixels and their gradient are all that is in memory of either at a time; the products are
-    torch.mm's, the loss of a chunk is cross_entropy's. The backward makes the logits anew. Besides its gradients a
-    call keeps 8 bytes a pixel (16 for float64). On a CPU in float32 and float64, where no `chunk` is given: with at
-    most half as many classes as features torch's two functions run under backend "auto", which is faster; with more,
-    in eager code, the forward of a mean or a sum makes the gradients too, a product less, and holds them from then on.
+        loss = cross_entropy(conv2d(input, linear_weight, linear_bias), target, weight, ...)
 
-    input: features (N, D, H, W), in NCHW or channels_last, also (D,), (N, D) and (N, D, d1, ...) as
-    torch.nn.functional.linear_cross_entropy has them. linear_weight: (C, D) or (C, D, 1, 1); linear_bias: (C,), both
-    of input's dtype. target, weight, reduction, ignore_index, label_smoothing, normalization, z_loss: those of
-    fastseg.functional.cross_entropy for logits (N, C, H, W); for class probabilities torch's functions run and store
-    the logits. chunk: pixels; None: as many as stay in a CPU's caches or fill a GPU.
+    Only the logits of `chunk` pixels and their gradient are in memory at a time, besides 8 bytes per pixel (16 for
+    float64) and the gradients. The backward recomputes the logits.
 
-    Under autocast features, weight and bias are cast as for a convolution; torch.mm's products have a float32 result.
-    Logits, loss and all sums over pixels are float32 (float64 for float64). Deterministic where torch.mm is: the
-    chunks are added up in their order. Second derivatives are torch's own.
+    Args:
+        input: features of any floating-point dtype, in NCHW or channels_last.
+        linear_weight, linear_bias: the classifier, in the dtype of the input.
+        target: class indices or class probabilities, as in cross_entropy. For class probabilities torch's two functions
+            run, and store the logits.
+        weight, reduction, ignore_index, label_smoothing, normalization, z_loss: as in cross_entropy.
+        chunk: the number of pixels of a chunk. None: as many as fit in the caches of a CPU, or fill a GPU.
 
-    Raises RuntimeError for shapes, dtypes and devices that do not fit, ValueError for a chunk below 1, and what
-    cross_entropy raises.
+    Shape:
+        - input: (N, D, H, W), or (D,), (N, D) and (N, D, d1, ...) as in torch.nn.functional.linear_cross_entropy.
+        - linear_weight: (C, D) or (C, D, 1, 1); linear_bias: (C,).
+        - target: (N, H, W); class probabilities: (N, C, H, W).
+        - output: a scalar; with reduction "none" the shape of the class indices.
+
+    Returns:
+        The loss in float32 (float64 for float64 features).
+
+    Raises:
+        TypeError, ValueError, RuntimeError, NotImplementedError, IndexError: as cross_entropy.
+        RuntimeError: for a classifier whose shape, dtype or device does not fit the input.
+        ValueError: for a chunk below 1.
+
+    Note:
+        Logits, losses and all sums over pixels are float32 (float64). Under autocast the features and the classifier
+        are cast as for a convolution, and the result of their matrix product is float32. Deterministic if torch.mm is:
+        chunks are added in order. Second derivatives are torch's.
+
+        On a CPU in float32 and float64, if no `chunk` is given: under backend "auto" torch's two functions run if there
+        are at most half as many classes as features, which is faster. With more classes, the forward of a mean or a
+        sum in eager code also computes the gradients, which saves a matrix product, and keeps them for the backward.
+
+    Example:
+        >>> import torch, fastseg.functional as FS
+        >>> features, classifier = torch.zeros(1, 16, 2, 2), torch.zeros(5, 16)
+        >>> round(FS.linear_cross_entropy(features, classifier, torch.zeros(1, 2, 2, dtype=torch.long)).item(), 4)
+        1.6094
+
+    Source:
+        torch.nn.functional.linear_cross_entropy.
     """
     reduction = checked_reduction(NAME, None, None, reduction)
     arguments = LossArguments(reduction, ignore_index, label_smoothing, normalization, z_loss)

@@ -69,17 +69,41 @@ def upsample_argmax(
     dtype: torch.dtype = torch.uint8,
     return_probability: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """F.interpolate(input, size, scale_factor, mode, align_corners).argmax(1), without the large logits in memory.
+    """The labels of resized logits: the large logits are never stored.
 
-    input: logits (N, C, h, w) of any strides; float32, float16 and bfloat16 run on the kernels, float64 on torch.
-    size, scale_factor, align_corners, recompute_scale_factor: torch.nn.functional.interpolate's; mode: "bilinear" or
-    "nearest". dtype: uint8, int16, int32 or int64, which must hold C classes.
+        labels = interpolate(input, size, scale_factor, mode, align_corners).argmax(1)
 
-    Returns labels (N, H, W), with return_probability also the softmax probability of each, float32 (float64 for
-    float64). The resized logits are computed in float32 whatever the input's dtype; of equal ones the first wins, NaN
-    wins over numbers. Deterministic. Not differentiable, the probability neither: it is detached.
+    Args:
+        input: logits of any strides. float32, float16 and bfloat16 run on the kernels, float64 falls back to PyTorch.
+        size, scale_factor, align_corners, recompute_scale_factor: as in torch.nn.functional.interpolate.
+        mode: "bilinear" or "nearest".
+        dtype: that of the labels: uint8, int16, int32 or int64, which must hold C classes.
+        return_probability: also return the softmax probability of each label.
 
-    Raises interpolate's exceptions, and ValueError for a dtype that does not hold the labels.
+    Shape:
+        - input: (N, C, h, w).
+        - labels, probability: (N, H, W).
+
+    Returns:
+        The labels; with `return_probability` (labels, probability), the latter in float32 (float64 for float64 logits).
+        Neither has a gradient.
+
+    Raises:
+        TypeError, ValueError, RuntimeError, NotImplementedError: as interpolate.
+        ValueError: for a dtype that does not hold the labels.
+
+    Note:
+        Deterministic. The resized logits are computed in float32 (float64). Of equal logits the first class wins, and
+        NaN wins over numbers, as in torch.argmax.
+
+    Example:
+        >>> import torch, fastseg.functional as FS
+        >>> logits = torch.tensor([[[[3.0, 0.0]], [[0.0, 1.0]]]])  # 2 classes, 1 x 2 pixels
+        >>> FS.upsample_argmax(logits, size=(1, 4))
+        tensor([[[0, 0, 0, 1]]], dtype=torch.uint8)
+
+    Source:
+        torch.nn.functional.interpolate, torch.argmax.
     """
     name = "upsample_argmax"
     check_map(name, input)

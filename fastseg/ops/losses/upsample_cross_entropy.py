@@ -196,29 +196,53 @@ def upsample_cross_entropy(
     normalization: str = "weights",
     z_loss: float = 0.0,
 ) -> Tensor:
-    """F.cross_entropy(F.interpolate(input, size, scale_factor, mode, align_corners), target, ...) in one.
+    """Cross-entropy of logits resized to the size of the target: the large logits are never stored.
 
-    The resized logits are never in memory: on the kernels a call needs the losses or their partial sums, 4 bytes a
-    pixel for the backward (8 for float32 logits) and the gradient of `input`; on torch a band of rows besides. On a CPU
-    under backend "auto" logits of few classes (8; 32 in mode "nearest") are resized whole, which is faster and holds
-    12 bytes a class and pixel.
+        loss = cross_entropy(interpolate(input, size, scale_factor, mode, align_corners), target, weight, ...)
 
-    input: logits (N, C, h, w) of any strides; float32, float16 and bfloat16 run on the kernels, float64 on torch.
-    target: class indices (N, H, W) of dtype uint8, int16, int32 or int64, or class probabilities (N, C, H, W), for
-    which torch's two functions run and do store the resized logits. size, scale_factor, align_corners,
-    recompute_scale_factor: torch.nn.functional.interpolate's; with neither size nor scale_factor the size is target's.
-    mode: "bilinear" or "nearest". The other arguments are fastseg.functional.cross_entropy's.
+    Args:
+        input: logits of any strides. float32, float16 and bfloat16 run on the kernels, float64 falls back to PyTorch.
+        target: class indices of dtype uint8, int16, int32 or int64, or class probabilities. For class probabilities
+            torch's two functions run, and store the resized logits.
+        weight: the weights of the classes, of float32 or the input's dtype.
+        size, scale_factor, align_corners, recompute_scale_factor: as in torch.nn.functional.interpolate. Without size
+            and scale_factor, the size is that of the target.
+        mode: "bilinear" or "nearest".
+        ignore_index, reduction, label_smoothing, normalization, z_loss: as in cross_entropy.
 
-    Computed, summed and returned in float32 also for half-precision logits (float64 for float64), under autocast too.
-    The gradient has input's dtype and memory format. Deterministic, no atomics: the kernels' backward gathers; what
-    runs on torch (float64, class probabilities) is as deterministic as torch's own operators. An ignored pixel
-    adds exactly 0 to it, whatever its logits. A logit that is infinite or NaN may make NaN of pixels nearby that
-    torch's bilinear mode leaves alone. A second derivative is torch's own.
+    Shape:
+        - input: (N, C, h, w).
+        - target: (N, H, W); class probabilities: (N, C, H, W).
+        - weight: (C,).
+        - output: a scalar; with reduction "none" (N, H, W).
 
-    Raises what the two functions raise: ValueError for both size and scale_factor, another batch size, an unknown
-    reduction, align_corners in mode "nearest"; NotImplementedError for other modes, integer or not 4-D logits;
-    RuntimeError for a target that has not the output's size, for other shapes, dtypes and devices; and on a CPU
-    IndexError for a target that is neither a class nor ignore_index (on a GPU a device-side assertion).
+    Returns:
+        The loss in float32, for half-precision logits and under autocast too; in float64 for float64 logits.
+
+    Raises:
+        TypeError, ValueError, RuntimeError, NotImplementedError, IndexError: as interpolate and cross_entropy. For
+            instance ValueError for both size and scale_factor, NotImplementedError for another mode, and RuntimeError
+            for a target that does not have the output's size.
+
+    Note:
+        Deterministic, without atomics: the backward of the kernels gathers. Class probabilities and float64 are as
+        deterministic as torch's own operators. The gradient has the input's dtype and memory format. An ignored
+        pixel adds exactly 0 to it, whatever its logits. An infinite or NaN logit may make the loss of neighbouring
+        pixels NaN that torch's bilinear mode would not touch. Second derivatives are torch's.
+
+        On the kernels a call needs memory for the losses or their partial sums, 4 bytes per pixel for the backward (8
+        for float32 logits) and the gradient of the input; in PyTorch also for a chunk of rows. On a CPU under backend
+        "auto", logits of up to 8 classes (32 in mode "nearest") are resized whole, which is faster and takes 12 bytes
+        per class and pixel.
+
+    Example:
+        >>> import torch, fastseg.functional as FS
+        >>> logits = torch.tensor([[[[3.0, 0.0]], [[0.0, 1.0]]]])  # 2 classes, 1 x 2 pixels
+        >>> FS.upsample_cross_entropy(logits, torch.tensor([[[0, 0, 0, 1]]]), reduction="none")
+        tensor([[[0.0486, 0.1269, 0.6931, 0.3133]]])
+
+    Source:
+        torch.nn.functional.interpolate and cross_entropy.
     """
     reduction = checked_reduction(NAME, None, None, reduction)
     resizing = ResizingArguments(size, scale_factor, mode, align_corners, recompute_scale_factor)
@@ -246,14 +270,36 @@ def upsample_cross_entropy_with_predictions(
 ) -> CrossEntropyOutput:
     """upsample_cross_entropy of class indices, and of the same resized logits the argmax and number of right pixels.
 
-    The arguments are upsample_cross_entropy's; target must be class indices. dtype: of the prediction, torch.int64 or
-    torch.uint8, which takes an eighth of the memory and holds up to 256 classes. Returns (loss, prediction, correct,
-    valid): see CrossEntropyOutput. Of equal values the first class wins, and a NaN wins over numbers, as in
-    upsample_argmax. The logits are resized once for all of it, on a CPU in bands for any number of classes.
-    Deterministic; the loss alone has a gradient.
+    The logits are resized once for all results; on a CPU in chunks, whatever the number of classes.
 
-    Raises what upsample_cross_entropy raises, RuntimeError for class probabilities, ValueError for another dtype and
-    for torch.uint8 with more than 256 classes.
+    Args:
+        input, target, weight, size, scale_factor, mode, align_corners, recompute_scale_factor, ignore_index, reduction,
+            label_smoothing, normalization, z_loss: as in upsample_cross_entropy; the target must be class indices.
+        dtype: that of the prediction: torch.int64, or torch.uint8, which takes an eighth of the memory and holds up to
+            256 classes.
+
+    Shape:
+        - input: (N, C, h, w).
+        - target, prediction: (N, H, W).
+        - loss: a scalar; with reduction "none" (N, H, W). correct, valid: scalars.
+
+    Returns:
+        CrossEntropyOutput(loss, prediction, correct, valid). Only the loss has a gradient.
+
+    Raises:
+        TypeError, ValueError, RuntimeError, NotImplementedError, IndexError: as upsample_cross_entropy.
+        RuntimeError: for class probabilities.
+        ValueError: for another dtype, and for torch.uint8 with more than 256 classes.
+
+    Note:
+        Deterministic. Of equal logits the first class wins, and NaN wins over numbers, as in upsample_argmax.
+
+    Example:
+        >>> import torch, fastseg.functional as FS
+        >>> logits = torch.tensor([[[[3.0, 0.0]], [[0.0, 1.0]]]])  # 2 classes, 1 x 2 pixels
+        >>> output = FS.upsample_cross_entropy_with_predictions(logits, torch.tensor([[[0, 0, 1, 1]]]))
+        >>> output.prediction, output.correct, output.valid
+        (tensor([[[0, 0, 0, 1]]]), tensor(3), tensor(4))
     """
     name = "upsample_cross_entropy_with_predictions"
     reduction = checked_reduction(name, None, None, reduction)
