@@ -21,9 +21,9 @@ from torch.nn.modules import module as nn_module
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.nn.modules.utils import _pair as as_pair
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
-__all__ = ["BatchNorm", "FakeTensor", "FakeTensorMode", "TorchDispatchMode", "as_pair", "is_fake", "tree_leaves",
+__all__ = ["BatchNorm", "FakeTensor", "FakeTensorMode", "TorchDispatchMode", "as_pair", "is_fake", "tree_leaves", "tree_map",
            "tree_map_only"]  # fmt: skip
 
 SEEN_IN = ("2.11", "2.13")
@@ -36,6 +36,10 @@ PRIVATE_NAMES: dict[str, str] = {
     "counts as inside one, which is correct, but slower and takes more memory",
     "torch.autograd.forward_ad._current_level": "detects forward-mode differentiation; without it no call counts as "
     "inside it, and PyTorch raises, since the kernels have no forward-mode rule",
+    "torch._C._dispatch_has_computed_kernel_for_dispatch_key": "tests that every operator runs on every device",
+    "torch.utils.backend_registration._setup_privateuseone_for_python_backend": "tests a device of another vendor",
+    "torch._C._acc.create_empty_tensor": "tests a device of another vendor",
+    "torch.utils._pytree.tree_map": "replaces the tensors in nested arguments",
     "torch.compiler._is_exporting_flag": "detects torch.export; without it torch.compiler.is_exporting() is called",
     "torch.compiler._is_compiling_flag": "says that the compile backend is tracing",
     "torch._C.__file__": "finds torch's thread pool for the CPU kernels (kernels/cpu/build.py)",
@@ -163,6 +167,11 @@ def operator_name(operator: Any) -> str:
     return operator._schema.name
 
 
+def schema_arguments(operator: Any) -> list[Any]:
+    """The arguments of an operator's schema, with names and types."""
+    return list(operator._schema.arguments)
+
+
 def returns_view(operator: Any) -> bool:
     """Whether one of an aten operator's results is a view of an argument."""
     return any(r.alias_info is not None and not r.alias_info.is_write for r in operator._schema.returns)
@@ -240,6 +249,23 @@ def warn_of_reduction(reduction: str) -> None:
 
 
 # --- Inductor --------------------------------------------------------------------------------------------------------
+
+
+def python_device(name: str) -> None:
+    """Register a device of this name whose operators are written in Python."""
+    from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+    _setup_privateuseone_for_python_backend(name)
+
+
+def empty_on_python_device(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A tensor on the device that python_device registered. It has no data."""
+    return torch._C._acc.create_empty_tensor(shape, dtype)
+
+
+def has_kernel(operator: str, key: str) -> bool:
+    """Whether a registered operator ("namespace::name") has an implementation for a dispatch key."""
+    return torch._C._dispatch_has_computed_kernel_for_dispatch_key(operator, key)
 
 
 def constant_when_compiled(function: Callable[..., Any]) -> Callable[..., Any]:
