@@ -7,12 +7,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from support.conv_transpose_common import STRIDE_2
 
 import fastseg
 from fastseg import autotune, dispatch
 from fastseg.inspect.traffic import metering
 from fastseg.ops.convolution import conv_transpose as functions
 from fastseg.ops.convolution import conv_transpose_operators as operators
+from fastseg.ops.convolution.options import Epilogue
 from fastseg.torch_internals import FakeTensorMode
 
 GPU = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0))  # as much of a tensor as is looked at
@@ -191,9 +193,7 @@ class OnGPU(torch.Tensor):
 def chosen(x, weight, bias=None):
     """(whether torch takes the whole call, {direction: (backend, reason)})."""
     with dispatch._watched.replaced([]) as choices, fastseg.backend("auto"):
-        torch_alone = functions._all_on_torch(
-            x.as_subclass(OnGPU), weight, bias, ([2, 2], [0, 0], [0, 0], 1, [1, 1]), None, False
-        )
+        torch_alone = functions._falls_back_to_torch(x.as_subclass(OnGPU), weight, STRIDE_2, Epilogue(bias))
     return torch_alone, {choice.operator: (choice.backend, choice.reason) for choice in choices}
 
 
@@ -254,7 +254,7 @@ def test_gradients_that_one_kernel_makes_are_chosen_together(known):
 def test_the_backward_runs_both_gradients_where_they_are_faster(ours, known):
     known(of_both=(1.0, 2.0 if ours else 0.5))
     x, weight, _ = (t.bfloat16() for t in wide_tensors())
-    arguments = (x, weight, [2, 2], [0, 0], [0, 0], 1, [1, 1], [True] * 3)
+    arguments = (x, weight, STRIDE_2, [True] * 3, None)
     grad = torch.randn(1, 16, 8, 16).bfloat16()
     with fastseg.backend("auto"), metering() as launches:
         found = operators._conv_transpose2d_backward_kernel(grad, *arguments)
@@ -269,14 +269,14 @@ def test_the_backward_runs_both_gradients_where_they_are_faster(ours, known):
 def test_the_backward_runs_each_direction_where_it_is_faster(ours, relu, known):
     known(of_input=(1.0, 2.0 if ours[0] else 0.5), of_weight=(1.0, 2.0 if ours[1] else 0.5))
     x, weight, bias = tensors()
-    arguments = (x, weight, [2, 2], [0, 0], [0, 0], 1, [1, 1], [True] * 3)
     y = F.conv_transpose2d(x, weight, bias, 2)
-    output, grad = (y.relu() if relu else None), torch.randn_like(y)
+    arguments = (x, weight, STRIDE_2, [True] * 3, y.relu() if relu else None)
+    grad = torch.randn_like(y)
     with fastseg.backend("auto"), metering() as launches:
-        found = operators._conv_transpose2d_backward_kernel(grad, *arguments, output)
+        found = operators._conv_transpose2d_backward_kernel(grad, *arguments)
     launched = str([traffic.kernel for traffic in launches])
     assert ("bwd_input" in launched, "bwd_weight" in launched) == ours
-    for a, b in zip(found, operators._conv_transpose2d_backward_reference(grad, *arguments, output), strict=True):
+    for a, b in zip(found, operators._conv_transpose2d_backward_reference(grad, *arguments), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
@@ -284,17 +284,17 @@ def test_a_call_is_known_by_all_that_its_time_depends_on(monkeypatch):
     keys = []
     monkeypatch.setattr(autotune, "times", lambda key, *rest: keys.append(key))
     x, weight, bias = tensors()
-    geometry = ([2, 2], [0, 0], [0, 0], 1, [1, 1])
+    geometry = STRIDE_2
     operators.preferred(operators.FORWARD, x, weight, geometry)
     operators.preferred(operators.OF_INPUT, x, weight, geometry)
     operators.preferred(operators.FORWARD, x[..., :3], weight, geometry)
     operators.preferred(operators.FORWARD, x, weight[:, :4], geometry)
     operators.preferred(operators.FORWARD, x.to(memory_format=torch.channels_last), weight, geometry)
     operators.preferred(operators.FORWARD, x, weight, geometry, dtype=torch.float16)
-    operators.preferred(operators.FORWARD, x, weight, ([2, 1], *geometry[1:]))
-    operators.preferred(operators.FORWARD, x, weight, geometry, bias)
-    operators.preferred(operators.FORWARD, x, weight, geometry, bias, bias)
-    operators.preferred(operators.FORWARD, x, weight, geometry, bias, bias, True)
+    operators.preferred(operators.FORWARD, x, weight, geometry._replace(stride=[2, 1]))
+    operators.preferred(operators.FORWARD, x, weight, geometry, Epilogue(bias))
+    operators.preferred(operators.FORWARD, x, weight, geometry, Epilogue(bias, bias))
+    operators.preferred(operators.FORWARD, x, weight, geometry, Epilogue(bias, bias, True))
     assert len(set(keys)) == len(keys) == 10
 
 
@@ -302,12 +302,15 @@ def test_a_call_is_known_by_all_that_its_time_depends_on(monkeypatch):
 def test_what_is_timed_is_what_would_run(machine, monkeypatch):
     """Both calls of each direction give the same, up to the order of sums."""
     x, weight, bias = tensors()
-    geometry = ([2, 2], [0, 0], [0, 0], 1, [1, 1])
+    geometry = STRIDE_2
     monkeypatch.setattr(
         autotune, "times", lambda key, tensor, calls: machine.append([call() for call in calls()]) or (1.0, 2.0)
     )
     for way in operators.DIRECTIONS:
-        assert operators.preferred(way, x, weight, geometry, bias) == ("triton", "1 ms on the kernels, 2 ms on cuDNN")
+        assert operators.preferred(way, x, weight, geometry, Epilogue(bias)) == (
+            "triton",
+            "1 ms on the kernels, 2 ms on cuDNN",
+        )
     torch.testing.assert_close(machine[0][0], machine[0][1])
     for ours, theirs in machine[1:]:
         for a, b in zip(ours, theirs, strict=True):

@@ -14,6 +14,7 @@ from .. import functional as F
 from ..ops.arguments import IntOrPair
 from ..ops.convolution.conv_transpose import runs_on_kernels
 from ..ops.convolution.conv_transpose_norm import folded_norm
+from ..ops.convolution.options import Epilogue, conv_transpose_geometry
 from .batch_norm import BatchNormReLU2d
 from .scripting import refuse_script
 
@@ -72,13 +73,14 @@ def conv_transpose_with_bias(
     weight = conv.weight  # read once: a parametrization computes it at each read, and may return another value
     if conv.padding_mode != "zeros":
         raise ValueError(f"ConvTranspose2d: padding_mode must be 'zeros', but is {conv.padding_mode!r}")
-    geometry = (conv.stride, conv.padding, torch_internals.output_padding(conv, input, output_size))
+    output_padding = torch_internals.output_padding(conv, input, output_size)
     if conv.groups == 1 and 1 < conv.in_channels == conv.out_channels and _mixes_no_channels(weight):
         diagonal = weight.diagonal().permute(2, 0, 1).unsqueeze(1)
-        depthwise = (input, diagonal, bias, *geometry, conv.in_channels, conv.dilation)
-        if runs_on_kernels(*depthwise):
-            return F.conv_transpose2d(*depthwise)
-    return F.conv_transpose2d(input, weight, bias, *geometry, conv.groups, conv.dilation)
+        geometry = conv_transpose_geometry(conv.stride, conv.padding, output_padding, conv.in_channels, conv.dilation)
+        if runs_on_kernels(input, diagonal, geometry, Epilogue(bias)):
+            return F.conv_transpose2d(input, diagonal, bias, *geometry)
+    geometry = (conv.stride, conv.padding, output_padding, conv.groups, conv.dilation)
+    return F.conv_transpose2d(input, weight, bias, *geometry)
 
 
 class _CheckedWeight(NamedTuple):
@@ -190,10 +192,10 @@ def folded_conv_transpose(conv: nn.ConvTranspose2d, norm: nn.BatchNorm2d, input:
     if norm.training or norm.running_mean is None:
         return None
     weight = conv.weight  # read once: a parametrization computes it at each read
-    geometry = (conv.stride, conv.padding, conv.output_padding, conv.groups, conv.dilation)
+    geometry = conv_transpose_geometry(conv.stride, conv.padding, conv.output_padding, conv.groups, conv.dilation)
     # The running statistics stand in for shift and scale, which have the same shape: nothing is computed to ask.
-    shift, scale = norm.running_mean, norm.running_var
-    if not runs_on_kernels(input, weight, shift, *geometry, scale, True):
+    epilogue = Epilogue(bias=norm.running_mean, scale=norm.running_var, relu=True)
+    if not runs_on_kernels(input, weight, geometry, epilogue):
         return None
     scale, shift = folded_norm(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps, conv.bias)
     return F.conv_transpose2d_affine_relu(input, weight, scale, shift, *geometry)

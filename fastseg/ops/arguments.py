@@ -22,6 +22,14 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a matrix product or convolution reads x: autocast's if it is on and casts x, else x's own."""
+    device = x.device.type
+    autocast = device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
+    casts = autocast and x.is_floating_point() and x.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if casts else x.dtype
+
+
 def require_tensor(function: str, name: str, value: object) -> None:
     """Raise TypeError unless the argument is a tensor."""
     if not isinstance(value, Tensor):

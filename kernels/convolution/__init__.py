@@ -12,7 +12,8 @@ if TYPE_CHECKING:
         conv_transpose_depthwise,
         conv_transpose_tma,
         gemm,
-        geometry,
+        options,
+        problem,
         unpool_conv,
     )
 
@@ -23,7 +24,8 @@ __all__ = [
     "conv_transpose_depthwise",
     "conv_transpose_tma",
     "gemm",
-    "geometry",
+    "options",
+    "problem",
     "unpool_conv",
 ]
 __getattr__ = submodules(__name__, __all__)

@@ -1,63 +1,39 @@
+"""conv_transpose2d and its fused form: outputs and gradients against torch, layouts, and determinism."""
+
 import contextlib
 import itertools
 
 import pytest
 import torch
 import torch.nn.functional as F
+from support.conv_transpose_common import DTYPES, LAYOUTS, NAMES, affine_relu, on, pick, tensors
 
 import fastseg
 from fastseg import functional as FS
 from fastseg import kernels
-from fastseg.ops.convolution import conv_transpose as ops
+from fastseg.ops.convolution.conv_transpose_operators import CONV_TRANSPOSE2D
+from fastseg.ops.convolution.options import NO_EPILOGUE, ConvTransposeGeometry
 from fastseg.verification import criterion
 
-LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-NAMES = ["input", "weight", "bias"]
+pytestmark = pytest.mark.usefixtures("exact")
+
+STRIDE_1 = ConvTransposeGeometry([1, 1], [0, 0], [0, 0], 1, [1, 1])
 
 # input, output channels, kernel, stride, padding, output_padding
 GEOMETRIES = [
-    ((2, 16, 5, 8), 8, 2, 2, 0, 0),  # kernel = stride: shuffled in NCHW
+    ((2, 16, 5, 8), 8, 2, 2, 0, 0),  # kernel size = stride: shuffled in NCHW
     ((1, 5, 3, 5), 3, (4, 2), (4, 2), 0, 0),
     ((2, 24, 6, 5), 20, 4, 2, 1, 0),  # phases with equal taps
     ((1, 5, 7, 9), 3, 3, 2, 1, 1),  # phases with different taps
     ((1, 70, 2, 4), 40, 3, 1, 1, 0),  # several blocks of channels
     ((1, 4, 3, 4), 4, (4, 5), (2, 3), (1, 0), (1, 2)),
     ((1, 3, 4, 3), 5, (1, 2), 3, 0, 2),  # phases without taps
-    ((2, 3, 3, 3), 5, 5, 2, 4, 1),  # padding past a whole cell
+    ((2, 3, 3, 3), 5, 5, 2, 4, 1),  # padding larger than a cell
     ((3, 9, 1, 1), 33, 7, 1, 0, 0),  # one pixel becomes an image
     ((2, 8, 1, 5), 6, (3, 2), (1, 2), (0, 1), 0),
-    ((1, 2, 10, 33), 4, 3, 2, 1, 1),  # several shares of the pixels
+    ((1, 2, 10, 33), 4, 3, 2, 1, 1),  # several splits of the pixels
     ((1, 1, 1, 1), 1, 1, 1, 0, 0),
 ]
-
-
-def tensors(shape, channels, kernel, dtype, layout, device, weight_layout=None):
-    kernel = (kernel, kernel) if isinstance(kernel, int) else kernel
-    x = torch.randn(shape).to(device, dtype).contiguous(memory_format=layout)
-    weight = (
-        torch.randn(shape[1], channels, *kernel).to(device, dtype).contiguous(memory_format=weight_layout or layout)
-    )
-    return x, weight, torch.randn(channels).to(device, dtype)
-
-
-def on(backend, function=FS.conv_transpose2d):
-    """The function under a backend, whatever the backend is outside."""
-
-    def call(*args, **kwargs):
-        with fastseg.backend(backend):
-            return function(*args, **kwargs)
-
-    return call
-
-
-@pytest.fixture(autouse=True)
-def exact():
-    """float32 is multiplied exactly, and torch's reference too."""
-    before = torch.backends.cudnn.conv.fp32_precision
-    torch.backends.cudnn.conv.fp32_precision = "ieee"
-    yield
-    torch.backends.cudnn.conv.fp32_precision = before
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
@@ -71,14 +47,10 @@ def test_output_and_gradients(case, layout, device, triton_backend, assert_right
     )
 
 
-def pick(*choices):
-    return choices[torch.randint(len(choices), ()).item()]
-
-
 def drawn(device):
-    """Inputs and arguments at random, of all that the kernels cover: (input, weight, bias or None), arguments.
+    """Random inputs and arguments that the kernels support: (input, weight, bias or None), arguments.
 
-    Kernels of one tap are not dilated: torch's gradients crash on a CPU there, in half precision.
+    Kernels of one tap are not dilated, because torch's gradients then crash on a CPU in half precision.
     """
     groups = pick(1, 1, 2, 3)
     shape = (pick(1, 2, 3), groups * pick(1, 3, 8, 17), pick(1, 2, 3, 5), pick(1, 2, 4, 7))
@@ -99,7 +71,7 @@ def drawn(device):
 
 @pytest.mark.parametrize("draw", range(32))
 def test_any_arguments(draw, device, triton_backend, assert_right):
-    """On GPUs with a copy engine and on those without."""
+    """As on GPUs with TMA and as on GPUs without."""
     inputs, arguments = drawn(device)
     with kernels.launch.targeting(80) if draw % 2 else contextlib.nullcontext():
         assert_right(
@@ -107,16 +79,9 @@ def test_any_arguments(draw, device, triton_backend, assert_right):
         )
 
 
-def affine_relu(x, weight, scale, shift, *arguments):
-    """The fused form in torch, as under autocast: the sum and each pass rounded."""
-    y = F.conv_transpose2d(x, weight, None, *arguments)
-    y = y if scale is None else y * scale.to(y.dtype)[:, None, None]
-    return (y if shift is None else y + shift.to(y.dtype)[:, None, None]).relu()
-
-
 @pytest.mark.parametrize("draw", range(16))
 def test_affine_relu(draw, device, triton_backend, assert_right):
-    """Output and four gradients, with a scale that is negative and zero too."""
+    """The output and four gradients, with negative and zero scales too."""
     (x, weight, _), arguments = drawn(device)
     channels = weight.shape[1] * arguments[3]
     scale = torch.randn(channels, device=device)
@@ -130,7 +95,7 @@ def test_affine_relu(draw, device, triton_backend, assert_right):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_affine_relu_on_torch(dtype, device):
-    """Under "auto" on a CPU, and for what the kernels do not cover; images without a batch too."""
+    """Under "auto" on a CPU, and for what the kernels do not support; images without a batch too."""
     x, weight, _ = tensors((1, 4, 3, 5), 6, 3, dtype, torch.contiguous_format, device)
     scale, shift = torch.randn(6, device=device), torch.randn(6, device=device)
     for some in ((scale, shift), (scale, None), (None, shift), (None, shift.to(dtype)), (None, None)):
@@ -161,14 +126,14 @@ def test_relu_keeps_nan(device, triton_backend):
 
 @pytest.mark.parametrize("x_layout, weight_layout", list(itertools.product(LAYOUTS, LAYOUTS)))
 def test_layouts_are_torchs(x_layout, weight_layout, device):
-    """Of the result and of the input's gradient; the weight's gradient lies as the weight does."""
+    """The layouts of the result and the input's gradient. The weight's gradient has the weight's layout."""
     x, weight, bias = tensors((2, 8, 5, 6), 4, 3, torch.float32, LAYOUTS[x_layout], device, LAYOUTS[weight_layout])
     slices = (x[:, :, :4], x[..., 1:], x[:, :1], x[:1, :, :1, :1], x[:, :1, :1, :1].contiguous())
     for source in (x, torch.cat([x, x], 1)[:, :8], x.transpose(2, 3), *slices):
         for w in (weight, weight[:, :1], weight[:, :, :1, :1], weight[..., 1:]):
             w = w[: source.shape[1]]
             want = F.conv_transpose2d(source, w)
-            got = ops.CONV_TRANSPOSE2D.fake(source, w, None, [1, 1], [0, 0], [0, 0], 1, [1, 1])
+            got = CONV_TRANSPOSE2D.fake(source, w, STRIDE_1, NO_EPILOGUE)
             assert got.shape == want.shape and got.stride() == want.stride(), (source.stride(), w.stride())
     leaves = [t.requires_grad_() for t in (x, weight, bias)]
     y = on("triton")(*leaves, 2)
@@ -184,7 +149,7 @@ def test_inputs_that_are_not_dense(device, triton_backend, assert_right):
     def strided(function):
         def call(x, weight, bias):
             y = function(x[:, ::2, 1:].transpose(2, 3), weight[1::2], bias.expand(2, 4)[1], 2, 1)
-            return y.sum((2, 3), keepdim=True).expand_as(y) + y[:1, :1]  # its gradient has strides of 0
+            return y.sum((2, 3), keepdim=True).expand_as(y) + y[:1, :1]  # the gradient of y has strides of 0
 
         return call
 
@@ -208,18 +173,18 @@ def test_empty_batch(layout, device, triton_backend, poison):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_sums_in_any_number_of_shares(layout, device, triton_backend, assert_right, monkeypatch):
-    """One share is summed in place; more are added in order."""
+def test_sums_with_any_number_of_splits(layout, device, triton_backend, assert_right, monkeypatch):
+    """One split is summed in place; the partials of more are added in order."""
     inputs = tensors((2, 4, 6, 12), 3, 2, torch.float32, layout, device)
     counts = []
     for least in (1, 3, 10**6):
         monkeypatch.setattr(kernels.convolution.gemm, "LEAST_STEPS", least)
-        counts.append(kernels.convolution.gemm.split(steps=30, tiles=2)[1])
+        counts.append(kernels.convolution.gemm.split_k(steps=30, tiles=2)[1])
         assert_right(lambda *t: FS.conv_transpose2d(*t, 2), lambda *t: F.conv_transpose2d(*t, 2), inputs, NAMES)
     assert counts == [30, 10, 1]
 
 
-def test_twice_is_equal_to_the_bit(device, triton_backend, monkeypatch):
+def test_two_runs_are_equal_to_the_bit(device, triton_backend, monkeypatch):
     monkeypatch.setattr(kernels.convolution.gemm, "LEAST_STEPS", 1)
     leaves = [t.requires_grad_() for t in tensors((2, 4, 6, 12), 6, 3, torch.float32, torch.channels_last, device)]
 
@@ -234,7 +199,7 @@ def test_twice_is_equal_to_the_bit(device, triton_backend, monkeypatch):
 @pytest.mark.parametrize("geometry", [(2, 2), (3, 2, 1, 1), (4, 3)])
 def test_offsets_of_64_bits(geometry, layout, device, triton_backend, assert_right, monkeypatch):
     monkeypatch.setattr(kernels.convolution.gemm, "INT32_MAX", 0)
-    assert kernels.convolution.gemm.wide(torch.empty(1))
+    assert kernels.convolution.gemm.needs_int64_offsets(torch.empty(1))
     kernel, *rest = geometry
     inputs = tensors((2, 8, 3, 4), 5, kernel, torch.float32, layout, device)
     assert_right(lambda *t: FS.conv_transpose2d(*t, *rest), lambda *t: F.conv_transpose2d(*t, *rest), inputs, NAMES)
@@ -263,7 +228,7 @@ def test_only_what_is_needed_is_computed(needed, device, triton_backend):
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_every_element_is_written(layout, device, triton_backend):
-    """Phases without taps, output_padding and cells that the padding cuts, into tensors full of NaN."""
+    """With phases without taps, output_padding, and cells that the padding cuts; new tensors are full of NaN."""
     with criterion.poisoned():
         assert torch.empty(4, device=device).isnan().all()
     for shape, channels, kernel, stride, padding, extra in GEOMETRIES[5:8]:

@@ -1,15 +1,16 @@
-"""Depthwise transposed convolution, and dense weights that are depthwise in truth: FCN's bilinear interpolation."""
+"""Depthwise transposed convolution, and dense weights that mix no channels, such as FCN's bilinear interpolation."""
 
 import pytest
 import torch
 import torch.nn.functional as F
-from test_conv_transpose import DTYPES, LAYOUTS, NAMES, affine_relu, on
+from support.conv_transpose_common import DTYPES, LAYOUTS, NAMES, affine_relu, on
 
 import fastseg
 from fastseg import functional as FS
 from fastseg.inspect.traffic import metering
 
-interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="counts what is launched where it is interpreted")
+pytestmark = pytest.mark.usefixtures("exact")
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="counts launches in the interpreter")
 
 GEOMETRIES = [  # input, kernel, stride, padding, output_padding, dilation
     ((2, 8, 5, 8), 2, 2, 0, 0, 1),
@@ -69,7 +70,7 @@ def test_bytes_are_at_the_floor(layout, device, triton_backend):
 
 
 def bilinear(channels, size):
-    """FCN's weights: interpolation of each channel for itself."""
+    """FCN's weights: interpolation of each channel by itself."""
     factor = (size + 1) // 2
     ramp = 1 - (torch.arange(size) - (factor - 1 if size % 2 else factor - 0.5)).abs() / factor
     weight = torch.zeros(channels, channels, size, size)
@@ -92,20 +93,20 @@ def kernels_of(layer, x):
 
 @pytest.mark.parametrize("size, stride", [(4, 2), (16, 8), (64, 32)])
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_bilinear_upsampling_is_torchs_dense_one(size, stride, layout, device, triton_backend):
+def test_bilinear_upsampling_equals_torchs_dense_convolution(size, stride, layout, device, triton_backend):
     layer = module(device, 3, size, stride)
     x = torch.randn(1, 3, 2, 3, device=device).contiguous(memory_format=layout).requires_grad_()
     ours, theirs = layer(x), F.conv_transpose2d(x, layer.weight, None, stride, stride // 2)
     torch.testing.assert_close(ours, theirs)
     if size == 64:
-        return  # 4096 taps a pixel: the interpreter's time
+        return  # 4096 taps per pixel take the interpreter too long
     grad = torch.randn_like(theirs)
     for a, b in zip(*(torch.autograd.grad(y, x, grad) for y in (ours, theirs)), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 @interpreted
-def test_who_runs_depthwise(device):
+def test_which_weights_run_depthwise(device):
     layer, x = module(device), torch.randn(1, 5, 3, 4, device=device)
     assert "depthwise" in kernels_of(layer, x)
     layer.requires_grad_()  # the gradient of the weight has entries off the diagonal
@@ -117,7 +118,7 @@ def test_who_runs_depthwise(device):
 
 
 @interpreted
-def test_weights_that_change_are_looked_at_again(device):
+def test_a_changed_weight_is_checked_again(device):
     layer, x = module(device), torch.randn(1, 5, 3, 4, device=device)
 
     def right():
@@ -129,7 +130,7 @@ def test_weights_that_change_are_looked_at_again(device):
     assert not right()
     layer.weight[0, 1] = 0
     assert right()
-    layer.weight.data[2, 2] = 3  # on the diagonal even where torch does not count it
+    layer.weight.data[2, 2] = 3  # on the diagonal: right although torch does not count this write
     assert right()
     layer.load_state_dict({"weight": torch.randn_like(layer.weight)})
     assert not right()
@@ -139,8 +140,8 @@ def test_weights_that_change_are_looked_at_again(device):
     assert not right()
 
 
-def test_another_weight_in_the_same_memory_is_looked_at(device, triton_backend):
-    """With the same counter of changes too: what tells them apart is that they are two."""
+def test_another_weight_in_the_same_memory_is_checked(device, triton_backend):
+    """Even with the same version counter: the check is kept for each parameter object."""
     layer, x = module(device), torch.randn(1, 5, 3, 4, device=device)
     memory = layer.weight.detach().clone()
     layer.weight = torch.nn.Parameter(memory[:], requires_grad=False)
@@ -152,17 +153,17 @@ def test_another_weight_in_the_same_memory_is_looked_at(device, triton_backend):
     torch.testing.assert_close(layer(x), F.conv_transpose2d(x, memory, None, 2, 1), rtol=1e-4, atol=1e-5)
 
 
-def test_the_weight_is_looked_at_once(device, monkeypatch, triton_backend):
-    layer, x, looks = module(device), torch.randn(1, 5, 3, 4, device=device), []
+def test_the_weight_is_checked_once(device, monkeypatch, triton_backend):
+    layer, x, counted = module(device), torch.randn(1, 5, 3, 4, device=device), []
     count = torch.Tensor.count_nonzero
-    monkeypatch.setattr(torch.Tensor, "count_nonzero", lambda self: looks.append(self) or count(self))
+    monkeypatch.setattr(torch.Tensor, "count_nonzero", lambda self: counted.append(self) or count(self))
     for _ in range(3):
         layer(x)
-    assert len(looks) == 2  # the weight and its diagonal
+    assert len(counted) == 2  # the weight and its diagonal
 
 
-def test_a_weight_made_in_inference_mode_is_not_looked_at(device, triton_backend):
-    """Such a tensor counts no changes."""
+def test_a_weight_made_in_inference_mode_is_not_checked(device, triton_backend):
+    """Such a tensor has no version counter."""
     with torch.inference_mode():
         layer, x = module(device), torch.randn(1, 5, 3, 4, device=device)
         torch.testing.assert_close(layer(x), F.conv_transpose2d(x, layer.weight, None, 2, 1), rtol=1e-4, atol=1e-5)

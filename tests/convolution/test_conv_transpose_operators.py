@@ -1,42 +1,54 @@
-"""conv_transpose2d as torch expects an operator: opcheck, gradients, compiled graphs, autocast, explain, bad calls."""
+"""conv_transpose2d as a torch operator: opcheck, gradients, compiled graphs, autocast, explain, invalid arguments."""
 
 import re
 
 import pytest
 import torch
 import torch.nn.functional as F
-from test_conv_transpose import LAYOUTS, affine_relu, exact, on, tensors  # noqa: F401 exact: a fixture
+from support.conv_transpose_common import LAYOUTS, affine_relu, on, tensors
 
 import fastseg
 from fastseg import functional as FS
 from fastseg import kernels
-from fastseg.ops.convolution import conv_transpose as ops
 from fastseg.ops.convolution import conv_transpose_operators as operators
+from fastseg.ops.convolution.conv_transpose import ConvTranspose2dFunction
+from fastseg.ops.convolution.conv_transpose_operators import CONV_TRANSPOSE2D, CONV_TRANSPOSE2D_BACKWARD
+from fastseg.ops.convolution.options import NO_EPILOGUE, ConvTransposeGeometry, Epilogue
+
+pytestmark = pytest.mark.usefixtures("exact")
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_opcheck(layout, backend, device):
     x, weight, bias = tensors((2, 5, 4, 6), 3, 3, torch.float32, layout, device)
-    geometry = ([2, 2], [1, 1], [1, 0], 1, [1, 1])
+    geometry = ConvTransposeGeometry([2, 2], [1, 1], [1, 0], 1, [1, 1])
     with fastseg.backend(backend):
-        torch.library.opcheck(ops.CONV_TRANSPOSE2D.op, (x, weight, bias, *geometry))
-        grad = torch.randn_like(ops.CONV_TRANSPOSE2D(x, weight, None, *geometry))
+        call = CONV_TRANSPOSE2D.flatten((x, weight, geometry, Epilogue(bias)))
+        torch.library.opcheck(CONV_TRANSPOSE2D.op, tuple(call))
+        grad = torch.randn_like(CONV_TRANSPOSE2D(x, weight, geometry, NO_EPILOGUE))
         for mask in ([True, True, True], [False, True, False]):
-            torch.library.opcheck(ops.CONV_TRANSPOSE2D_BACKWARD.op, (grad, x, weight, *geometry, mask))
+            call = CONV_TRANSPOSE2D_BACKWARD.flatten((grad, x, weight, geometry, mask, None))
+            torch.library.opcheck(CONV_TRANSPOSE2D_BACKWARD.op, tuple(call))
 
 
-@pytest.mark.parametrize("geometry", [([2, 2], [1, 1], [1, 0], 1, [1, 1]), ([1, 2], [0, 1], [0, 0], 2, [2, 1])])
+@pytest.mark.parametrize(
+    "geometry",
+    [
+        ConvTransposeGeometry([2, 2], [1, 1], [1, 0], 1, [1, 1]),
+        ConvTransposeGeometry([1, 2], [0, 1], [0, 0], 2, [2, 1]),
+    ],
+)
 @pytest.mark.parametrize("fused", [False, True])
 def test_gradients_of_the_reference(geometry, fused, device):
     """Through the operators, which nothing else runs in float64."""
-    groups = geometry[3]
+    groups = geometry.groups
     x, weight, bias = tensors((2, 4, 2, 3), 2, 3, torch.float64, torch.contiguous_format, device)
     scale = [torch.randn_like(bias.repeat(groups))] if fused else []
     leaves = [t.requires_grad_() for t in (x, weight, bias.repeat(groups), *scale)]
 
     def function(x, weight, bias, scale=None):
-        return ops.ConvTranspose2dFunction.apply(x, weight, bias, *geometry, scale, fused)
+        return ConvTranspose2dFunction.apply(x, weight, bias, scale, geometry, fused)
 
     with fastseg.backend("torch"):
         assert torch.autograd.gradcheck(function, leaves)
@@ -100,8 +112,8 @@ def test_tf32_is_torchs_choice():
     x = torch.empty(1)
     for switch, want in (("ieee", "ieee"), ("tf32", "tf32"), ("none", "ieee")):
         torch.backends.cudnn.conv.fp32_precision = switch
-        assert kernels.convolution.gemm.precision(x) == want
-        assert kernels.convolution.gemm.precision(x.half()) == "ieee"
+        assert kernels.convolution.gemm.input_precision(x) == want
+        assert kernels.convolution.gemm.input_precision(x.half()) == "ieee"
 
 
 def test_what_runs_and_why(device):
@@ -117,8 +129,9 @@ def test_what_runs_and_why(device):
     (choice,) = on("triton", fastseg.explain)(FS.conv_transpose2d, x, weight, bias)
     assert choice.backend == "triton"
     with fastseg.backend("auto"):
-        geometry = ([1, 1], [0, 0], [0, 0], 1, [1, 1])
-        assert ops.CONV_TRANSPOSE2D.preferred(x, weight, bias, *geometry) == ("torch", operators.UNMEASURED)
+        geometry = ConvTransposeGeometry([1, 1], [0, 0], [0, 0], 1, [1, 1])
+        preferred = CONV_TRANSPOSE2D.preferred(x, weight, geometry, Epilogue(bias))
+        assert preferred == ("torch", operators.UNMEASURED)
     assert [c.backend for c in fastseg.explain(FS.conv_transpose2d, x, weight, bias)] == ["torch"]
 
 

@@ -1,13 +1,12 @@
-"""Backward where kernel = stride: both gradients and the bias's from one read, and without a copy to channels_last."""
+"""Backward with kernel size = stride: all gradients from one read, and without a copy to channels_last."""
 
 import itertools
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+from support.conv_transpose_common import LAYOUTS, NAMES, affine_relu, tensors
+from support.machine_code import compiled
 
 import fastseg
 from fastseg import functional as FS
@@ -16,38 +15,31 @@ from fastseg.inspect import traffic_report
 from fastseg.inspect.traffic import metering
 from fastseg.verification import cases
 
-LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
+pytestmark = pytest.mark.usefixtures("exact")
 SEPARATE = ["conv_transpose2d_bwd_input_shuffle_kernel", "conv_transpose2d_bwd_shuffle_kernel"]
 TOGETHER = SEPARATE[1:]
 
-# input, output channels, kernel = stride, and what launches in NCHW and in channels_last
+# input, output channels, kernel size = stride, and the kernels that launch in NCHW and in channels_last
 GEOMETRIES = [
     ((2, 16, 5, 8), 12, 2, TOGETHER, TOGETHER),
-    ((1, 70, 3, 16), 20, 2, TOGETHER, []),  # two blocks of channels; in channels_last no whole vectors
+    ((1, 70, 3, 16), 20, 2, TOGETHER, []),  # two tiles of channels; no whole vectors in channels_last
     ((1, 72, 3, 5), 20, 2, [], TOGETHER),  # rows that are no whole vectors
     ((1, 8, 4, 8), 6, (4, 2), TOGETHER, []),
     ((3, 6, 2, 8), 5, (1, 8), TOGETHER, []),
     ((2, 24, 3, 8), 80, 2, SEPARATE, []),  # more columns than one kernel holds
     ((1, 130, 2, 8), 72, 2, SEPARATE, []),
-    ((1, 40, 7, 8), 33, 1, TOGETHER, []),  # 1x1: a plain product
+    ((1, 40, 7, 8), 33, 1, TOGETHER, []),  # 1x1: a plain GEMM
     ((1, 40, 7, 5), 40, 1, [], TOGETHER),
-    ((1, 3, 12, 32), 20, (2, 1), TOGETHER, []),  # several shares of the pixels
-    ((1, 8, 2, 8), 2, 16, [], []),  # a rectangle larger than a block
-    ((1, 8, 2, 8), 8, 3, [], []),  # no power of two
+    ((1, 3, 12, 32), 20, (2, 1), TOGETHER, []),  # several splits of the pixels
+    ((1, 8, 2, 8), 2, 16, [], []),  # a rectangle larger than a tile
+    ((1, 8, 2, 8), 8, 3, [], []),  # not a power of two
     ((1, 16, 3, 8), 8, 2, [], []),  # few columns
 ]
 ids = [f"{shape}-{k}-{kernel}".replace(" ", "") for shape, k, kernel, *_ in GEOMETRIES]
 
 
-def tensors(shape, channels, kernel, dtype, layout, device):
-    kernel = (kernel, kernel) if isinstance(kernel, int) else kernel
-    x = torch.randn(shape).to(device, dtype).contiguous(memory_format=layout)
-    weight = torch.randn(shape[1], channels, *kernel).to(device, dtype).contiguous(memory_format=layout)
-    return x, weight, torch.randn(channels).to(device, dtype)
-
-
 def launched(function, *inputs):
-    """What the backward of a function of the inputs launches, in order."""
+    """The kernels that the backward of function(*inputs) launches, in order."""
     y = function(*(t.detach().requires_grad_() for t in inputs))
     names = []
     with kernels.launch.recording(lambda kernel, *rest: names.append(kernel.fn.__name__)):
@@ -63,7 +55,7 @@ def test_gradients(geometry, layout, device, triton_backend, assert_right):
     inputs = tensors(shape, channels, kernel, dtype, layout, device)
     assert_right(
         lambda *t: FS.conv_transpose2d(*t, kernel), lambda *t: F.conv_transpose2d(*t, kernel), inputs,
-        ["input", "weight", "bias"],
+        NAMES,
     )  # fmt: skip
     names = launched(lambda *t: FS.conv_transpose2d(*t, kernel), *inputs)
     found = [name for name in names if "shuffle" in name]
@@ -73,19 +65,16 @@ def test_gradients(geometry, layout, device, triton_backend, assert_right):
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("geometry", GEOMETRIES[:6], ids=ids[:6])
-def test_gradients_behind_relu(geometry, layout, device, triton_backend, assert_right):
-    """ReLU's mask is applied to each rectangle as it is read."""
+def test_gradients_with_relu(geometry, layout, device, triton_backend, assert_right):
+    """ReLU's mask is applied to each rectangle when it is read."""
     shape, channels, kernel, *_ = geometry
     x, weight, _ = tensors(shape, channels, kernel, torch.bfloat16, layout, device)
     inputs = (x, weight, torch.randn(channels, device=device), torch.randn(channels, device=device))
 
-    def torchs(x, weight, scale, shift):
-        y = F.conv_transpose2d(x, weight, None, kernel)
-        return (y * scale.to(y.dtype)[:, None, None] + shift.to(y.dtype)[:, None, None]).relu()
-
     assert_right(
-        lambda *t: FS.conv_transpose2d_affine_relu(*t, kernel), torchs, inputs, ["input", "weight", "scale", "shift"]
-    )
+        lambda *t: FS.conv_transpose2d_affine_relu(*t, kernel), lambda *t: affine_relu(*t, kernel), inputs,
+        ["input", "weight", "scale", "shift"],
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
@@ -107,8 +96,8 @@ def test_offsets_of_64_bits(device, triton_backend, assert_right, monkeypatch):
         assert_right(lambda *t: FS.conv_transpose2d(*t, 2), lambda *t: F.conv_transpose2d(*t, 2), inputs)
 
 
-def test_gradients_of_other_layouts(device, triton_backend):
-    """grad_output may lie in either format, whatever input's is."""
+def test_grad_output_in_another_layout(device, triton_backend):
+    """grad_output may be in either memory format, whatever the input's is."""
     for layout, other in itertools.product(LAYOUTS.values(), repeat=2):
         for channels in (12, 72):
             inputs = [t.requires_grad_() for t in tensors((2, 16, 3, 8), channels, 2, torch.bfloat16, layout, device)]
@@ -120,7 +109,7 @@ def test_gradients_of_other_layouts(device, triton_backend):
                 assert a.stride() == t.stride()
 
 
-def test_the_same_each_time(device, triton_backend):
+def test_two_runs_are_equal_to_the_bit(device, triton_backend):
     inputs = [t.requires_grad_() for t in tensors((2, 40, 9, 16), 24, 2, torch.bfloat16, LAYOUTS["nchw"], device)]
     y = FS.conv_transpose2d(*inputs, 2)
     grad = torch.randn_like(y)
@@ -129,28 +118,28 @@ def test_the_same_each_time(device, triton_backend):
 
 
 @pytest.mark.parametrize("kernel", [(1, 128), (2, 256), (128, 1)])
-def test_rows_longer_than_a_block(kernel, device, triton_backend, assert_right):
-    """They are not shuffled, forward or backward."""
+def test_rows_longer_than_a_tile(kernel, device, triton_backend, assert_right):
+    """Such rows are not shuffled, forward or backward."""
     inputs = tensors((1, 4, 2, 3), 2, kernel, torch.float16, torch.contiguous_format, device)
     assert_right(lambda *t: FS.conv_transpose2d(*t, kernel), lambda *t: F.conv_transpose2d(*t, kernel), inputs)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="bytes are counted in the interpreter")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="counts bytes in the interpreter")
 @pytest.mark.parametrize("make", [cases.conv_transpose2d, cases.conv_transpose2d_affine_relu])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gate_each_tensor_is_read_once(layout, make, monkeypatch):
-    """At most 1.15 of the floor, shares of the pixels included, whose number does not grow with a map on a GPU."""
-    monkeypatch.setattr(kernels.convolution.gemm, "PROGRAMS", 2)
+    """At most 1.15 times the floor, split-K partials included, whose number does not grow with the maps on a GPU."""
+    monkeypatch.setattr(kernels.convolution.gemm, "MULTIPROCESSORS", 2)
     at = cases.Placement(torch.bfloat16, cases.LAYOUTS[layout], "cpu")
     (case,) = make(at, (1, 32, 32, 64), cases.ConvTransposeSpec(16, kernel=2, stride=2))
     (backward,) = [t for t in traffic_report.operator_traffic(case) if t.backward]
     assert backward.ratio <= 1.15
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="bytes are counted in the interpreter")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="counts bytes in the interpreter")
 def test_nchw_is_not_copied(monkeypatch):
-    """Two kernels read grad_y twice and x once: half of what a copy to channels_last and its readers took."""
-    monkeypatch.setattr(kernels.convolution.gemm, "PROGRAMS", 1)
+    """Two kernels read grad_y twice and x once: half of the bytes of a copy to channels_last and its readers."""
+    monkeypatch.setattr(kernels.convolution.gemm, "MULTIPROCESSORS", 1)
     inputs = tensors((1, 16, 16, 32), 80, 2, torch.bfloat16, torch.contiguous_format, "cpu")
     with fastseg.backend("triton"):
         y = FS.conv_transpose2d(*(t.requires_grad_() for t in inputs), 2)
@@ -180,9 +169,7 @@ for shape, channels, stride in (((1, 150, 45, 24), 40, 1), ((1, 48, 90, 40), 17,
 """
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="compiled here without a GPU")
-def test_gate_what_the_least_rows_and_columns_compile_to():
+@pytest.mark.skipif(torch.cuda.is_available(), reason="compiles in a process without a GPU")
+def test_gate_the_fewest_rows_and_columns_compile_without_spills():
     """Triton's compiler fails on fewer columns, and on a shuffle of rows of one column."""
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    run = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=env)
-    assert run.returncode == 0, run.stderr[-2000:]
+    compiled("-c", COMPILE)

@@ -1,29 +1,30 @@
-"""The kernels that fetch through tensor descriptors, which is what an H100 launches: they run, and they are right."""
+"""The kernels that load through TMA, as on an H100: outputs, gradients, bytes and FLOPs."""
 
 import pytest
 import torch
 import torch.nn.functional as F
-from test_conv_transpose import DTYPES, LAYOUTS, NAMES, tensors
+from support.conv_transpose_common import DTYPES, LAYOUTS, NAMES, tensors
 
 from fastseg import functional as FS
 from fastseg.inspect.traffic import metering
 from fastseg.kernels import launch
-from fastseg.kernels.convolution import conv_transpose_bwd_shuffle
+from fastseg.kernels.convolution import conv_transpose_bwd_shuffle, gemm
 from fastseg.kernels.convolution import conv_transpose_tma as tma
 
-interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="counted in the interpreter")
-fetching = pytest.mark.skipif(
-    torch.cuda.is_available() and launch.capability(torch.empty(1, device="cuda")) < 90, reason="needs a copy engine"
+pytestmark = pytest.mark.usefixtures("exact")
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="counts in the interpreter")
+with_tma = pytest.mark.skipif(
+    torch.cuda.is_available() and launch.capability(torch.empty(1, device="cuda")) < 90, reason="needs a GPU with TMA"
 )
 FORWARD, INPUT, WEIGHT = (f"conv_transpose2d_{name}_tma_kernel" for name in ("fwd", "bwd_input", "bwd_weight"))
 
 # input, output channels, kernel, stride, padding, output_padding, dilation
 GEOMETRIES = [
     ((2, 16, 4, 8), 24, 2, 2, 0, 0, 1),  # rows of windows side by side
-    ((1, 40, 4, 4), 16, 4, 4, 0, 0, 1),  # channels that are no whole block
-    ((1, 16, 8, 8), 16, 3, 2, 1, 1, 1),  # phases with different taps, cells past the image
+    ((1, 40, 4, 4), 16, 4, 4, 0, 0, 1),  # channels that are not a multiple of a block
+    ((1, 16, 8, 8), 16, 3, 2, 1, 1, 1),  # phases with different numbers of taps, cells beyond the image
     ((2, 24, 8, 8), 80, 4, 2, 1, 0, 1),
-    ((4, 16, 4, 4), 16, 3, 1, 1, 0, 1),  # boxes over several images
+    ((4, 16, 4, 4), 16, 3, 1, 1, 0, 1),  # boxes that span several images
     ((1, 16, 16, 15), 16, 3, 1, (1, 2), 0, (1, 2)),
     ((2, 16, 4, 8), 16, (3, 2), (1, 2), (1, 0), 0, 1),
 ]
@@ -31,8 +32,8 @@ GEOMETRIES = [
 
 @pytest.fixture(autouse=True)
 def not_shuffled(monkeypatch):
-    """Gradients where kernel = stride come through tensor descriptors too, as those of many channels do."""
-    monkeypatch.setattr(conv_transpose_bwd_shuffle, "applies", lambda *arguments: False)
+    """Gradients with kernel size = stride use TMA too, as they do with many channels."""
+    monkeypatch.setattr(conv_transpose_bwd_shuffle, "supported", lambda *arguments: False)
 
 
 def run(geometry, layout, dtype, device):
@@ -46,7 +47,7 @@ def run(geometry, layout, dtype, device):
 
 
 def launched(ours, inputs):
-    """Names of the kernels that a call and its gradients launch with tensor descriptors; none is run."""
+    """Names of the TMA kernels that a call and its gradients launch; none is run."""
     names, leaves = set(), [t.detach().requires_grad_() for t in inputs]
     with launch.recording(lambda kernel, *rest: names.add(kernel.__name__)):
         y = ours(*leaves)
@@ -54,19 +55,19 @@ def launched(ours, inputs):
     return {name for name in names if "tma" in name}
 
 
-@fetching
+@with_tma
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("case", range(len(GEOMETRIES)))
 def test_output_and_gradients(case, layout, device, triton_backend, assert_right, monkeypatch):
-    """In channels_last all three products, in NCHW the input's gradient, whose grad_y is channels_last by then."""
+    """In channels_last all three GEMMs; in NCHW the input's gradient, for which grad_y has become channels_last."""
     dtype = DTYPES[1 + case % 2]
     inputs, ours, theirs = run(GEOMETRIES[case], layout, dtype, device)
-    monkeypatch.setattr(tma, "SPARE", 4)  # as little as there is at sizes that an interpreter can do
+    monkeypatch.setattr(tma, "MOST_COVER", 4)  # the images here are too small for boxes to fit well
     assert launched(ours, inputs) == ({FORWARD, INPUT, WEIGHT} if layout == torch.channels_last else {INPUT})
     assert_right(ours, theirs, inputs, NAMES)
 
 
-@fetching
+@with_tma
 def test_float32(device, triton_backend, assert_right):
     inputs, ours, theirs = run(GEOMETRIES[2], torch.channels_last, torch.float32, device)
     assert launched(ours, inputs) == {FORWARD, INPUT}
@@ -75,10 +76,11 @@ def test_float32(device, triton_backend, assert_right):
 
 @interpreted
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_gate_bytes_of_each_product(layout, device, triton_backend):
-    """At most 1.15 of each tensor read and written once, and nothing outside; in NCHW with the copies' results.
+def test_gate_bytes_of_each_gemm(layout, device, triton_backend):
+    """At most 1.15 times each tensor read and written once, and nothing out of bounds; in NCHW with the copies.
 
-    The weight's gradient is written in shares, as many as fill a GPU, of which a large image makes little.
+    The stores of the weight's gradient are not checked: its split-K partials fill a GPU, which is much for such a
+    small image.
     """
     inputs, ours, _ = run(((1, 16, 32, 32), 16, 2, 2, 0, 0, 1), layout, torch.float16, device)
     x, weight, bias = (t.requires_grad_() for t in inputs)
@@ -97,29 +99,24 @@ def test_gate_bytes_of_each_product(layout, device, triton_backend):
     assert seen == set(floors)
 
 
-@fetching
-def test_sums_in_shares(device, triton_backend, assert_right, monkeypatch):
-    from fastseg.kernels.convolution import gemm
-
+@with_tma
+def test_sums_with_split_k(device, triton_backend, assert_right, monkeypatch):
     monkeypatch.setattr(gemm, "LEAST_STEPS", 1)
     inputs, ours, theirs = run(((2, 16, 8, 16), 16, 2, 2, 0, 0, 1), torch.channels_last, torch.float16, device)
-    assert gemm.split(4, 1)[1] == 4 and WEIGHT in launched(ours, inputs)
+    assert gemm.split_k(4, 1)[1] == 4 and WEIGHT in launched(ours, inputs)
     assert_right(ours, theirs, inputs, NAMES)
 
 
-@fetching
+@with_tma
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_offsets_of_64_bits(layout, device, triton_backend, assert_right, monkeypatch):
-
-    from fastseg.kernels.convolution import gemm
-
     monkeypatch.setattr(gemm, "INT32_MAX", 0)
     inputs, ours, theirs = run(GEOMETRIES[2], layout, torch.float16, device)
     assert_right(ours, theirs, inputs, NAMES)
 
 
 def kernels_of(device, sm, shape=(1, 16, 8, 8), channels=16, kernel=2, padding=0, groups=1, shift=0):
-    """Names of what is launched forward and backward in channels_last, on tensors that begin `shift` elements late."""
+    """Names of the kernels of both directions in channels_last; x begins `shift` elements after an aligned address."""
     x, weight, _ = tensors(shape, channels, kernel, torch.float16, torch.channels_last, device)
     if shift:
         x = torch.cat([x.new_zeros(shift), x.permute(0, 2, 3, 1).flatten()])[shift:].view(1, 8, 8, 16)
@@ -134,8 +131,8 @@ def kernels_of(device, sm, shape=(1, 16, 8, 8), channels=16, kernel=2, padding=0
 
 
 @interpreted
-def test_who_fetches(device, triton_backend):
-    """GPUs with a copy engine, tensors of whole 16 bytes, and images that boxes cover with little to spare."""
+def test_which_calls_use_tma(device, triton_backend):
+    """Those on GPUs with TMA, with 16-byte aligned rows, and with images that boxes cover with little excess."""
     every = {FORWARD, INPUT, WEIGHT}
     assert every <= kernels_of(device, 90) and every <= kernels_of(device, 100)
     for no in (
@@ -147,11 +144,11 @@ def test_who_fetches(device, triton_backend):
     ):
         assert not every & kernels_of(device, **no), no
     assert kernels_of(device, 90, shift=1) & every == {INPUT}  # which does not read x
-    assert not {INPUT, WEIGHT} & kernels_of(device, 90, kernel=3)  # an odd grad_y is no whole number of steps
+    assert not {INPUT, WEIGHT} & kernels_of(device, 90, kernel=3)  # grad_y is not whole strides wide
 
 
 def flops_of(x, weight, geometry, sm):
-    """Executed over needed, counted."""
+    """FLOPs executed over FLOPs needed, counted."""
     with launch.targeting(sm), metering() as launches:
         FS.conv_transpose2d(x, weight, None, *geometry)
     return sum(traffic.flops for traffic in launches) / (2 * x.numel() * weight.shape[1:].numel())
@@ -161,15 +158,15 @@ def flops_of(x, weight, geometry, sm):
 @pytest.mark.parametrize("sm", [80, 90])
 @pytest.mark.parametrize("geometry", [(2, 2), (3, 2, 1, 1), (4, 2, 1)])
 def test_gate_flops_executed_over_flops_needed(geometry, sm, device, triton_backend):
-    """At stride 2: at most 1.10 forward. Inserted zeros would make it 4, phases of one size 1.8 for 3x3."""
+    """At most 1.10 forward with stride 2. Inserted zeros would make it 4; phases padded to equal taps, 1.8 for 3x3."""
     x, weight, _ = tensors((1, 16, 24, 32), 16, geometry[0], torch.float16, torch.channels_last, device)
     assert 1 <= flops_of(x, weight, geometry[1:], sm) <= 1.10
 
 
 @interpreted
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_gate_padding_cuts_no_cells_of_a_phase_alone(layout, device, triton_backend):
-    """Nor of rows in NCHW. Cells that begin in the padding are 1.25 times as many."""
+def test_gate_padding_cuts_no_cells_of_tiles_with_one_phase(layout, device, triton_backend):
+    """Nor of rows in NCHW. If cells began in the padding, there would be 1.25 times as many."""
     for kernel in (3, 4):
         x, weight, _ = tensors((1, 16, 16, 16), 64, kernel, torch.float16, layout, device)
         assert flops_of(x, weight, (2, 1, kernel % 2), 80) == 1
@@ -185,7 +182,7 @@ def test_gate_flops_of_the_gradients(device, triton_backend):
     assert 1 <= sum(traffic.flops for traffic in launches) / needed <= 1.10
 
 
-def test_boxes_cover_with_the_least_to_spare():
+def test_boxes_cover_the_maps_with_the_least_excess():
     assert tma.best_box(8, 112, 112, 128) == (1, 8, 16) or tma.best_box(8, 112, 112, 128) == (1, 16, 8)
     assert tma.best_box(16, 14, 14, 64).covered(16, 14, 14) == 16 * 14 * 14
     assert tma.best_box(1, 1, 1, 1) == (1, 1, 1)

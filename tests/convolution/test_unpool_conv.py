@@ -1,3 +1,5 @@
+"""max_unpool2d_conv2d: the output, its bytes, the operator, autocast, and invalid arguments."""
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,6 +9,7 @@ from fastseg import autotune
 from fastseg import functional as FS
 from fastseg.inspect.traffic import metering
 from fastseg.ops.convolution.unpool_conv import MAX_UNPOOL2D_CONV2D
+from fastseg.ops.pooling.geometry import PoolGeometry
 
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 
@@ -65,8 +68,8 @@ def test_unbatched_empty_and_without_bias(device, triton_backend):
     assert FS.max_unpool2d_conv2d(x[:0], offsets[:0], weight).shape == (0, 4, 4, 6)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="counts what is launched where it is interpreted")
-def test_the_map_between_is_never_stored(device, triton_backend):
+@pytest.mark.skipif(torch.cuda.is_available(), reason="counts launches in the interpreter")
+def test_the_unpooled_map_is_never_stored(device, triton_backend):
     x, offsets = pooled((1, 16, 16, 16), 2, 2, 0, False, torch.float16, torch.channels_last, device)
     weight = torch.randn(16, 16, 3, 3, device=device).half().contiguous(memory_format=torch.channels_last)
     with metering() as launches:
@@ -91,8 +94,8 @@ def test_opcheck(backend, device):
     x, offsets = pooled((2, 4, 5, 6), 2, 2, 0, True, torch.float32, torch.channels_last, device)
     weight, bias = torch.randn(3, 4, 3, 3, device=device), torch.randn(3, device=device)
     with fastseg.backend(backend):
-        arguments = (x, offsets, weight, bias, [2, 2], [2, 2], [0, 0], [5, 6])
-        torch.library.opcheck(MAX_UNPOOL2D_CONV2D.op, arguments)
+        arguments = (x, offsets, weight, bias, PoolGeometry([2, 2], [2, 2], [0, 0]), [5, 6])
+        torch.library.opcheck(MAX_UNPOOL2D_CONV2D.op, tuple(MAX_UNPOOL2D_CONV2D.flatten(arguments)))
 
 
 def test_autocast(device):
@@ -109,7 +112,7 @@ def test_autocast(device):
 def test_what_runs_and_why(device, monkeypatch):
     x, offsets = pooled((1, 4, 4, 6), 2, 2, 0, False, torch.float32, torch.channels_last, device)
     weight = torch.randn(3, 4, 3, 3, device=device)
-    arguments = (x, offsets, weight, None, [2, 2], [2, 2], [0, 0], [4, 6])
+    arguments = (x, offsets, weight, None, PoolGeometry([2, 2], [2, 2], [0, 0]), [4, 6])
     for took, backend in (((1.0, 2.0), "triton"), ((2.0, 1.0), "torch"), (None, "torch")):
         monkeypatch.setattr(autotune, "times", lambda *rest, took=took: took)
         assert MAX_UNPOOL2D_CONV2D.preferred(*arguments)[0] == backend

@@ -202,13 +202,13 @@ def test_float64_and_another_dtype_than_the_weights(triton_backend, device):
 def test_autocast(triton_backend, device, monkeypatch):
     """In autocast's dtype, from weights in float32; a map of another dtype is left to the layers."""
     built, (x, kept) = decoder(device), pooled(device, torch.bfloat16)
-    dtypes, in_one_kernel = [], unpool_conv.in_one_kernel
+    dtypes, run_one_kernel = [], unpool_conv.run_one_kernel
 
     def noted(input, offsets, weight, *rest):
         dtypes.append((input.dtype, weight.dtype))
-        return in_one_kernel(input, offsets, weight, *rest)
+        return run_one_kernel(input, offsets, weight, *rest)
 
-    monkeypatch.setattr(unpool_conv, "in_one_kernel", noted)
+    monkeypatch.setattr(unpool_conv, "run_one_kernel", noted)
     with torch.autocast(device, torch.bfloat16):
         assert seen(built, x, kept) == 2
         found, want = run(built, x, kept), as_it_stands(built, x, kept)

@@ -14,7 +14,8 @@ import fastseg.functional as FS
 from fastseg import kernels
 from fastseg.kernels.triton_internals import interpreter
 from fastseg.ops.arguments import MAX_FLOAT_SIDE
-from fastseg.ops.convolution.conv_transpose_operators import uncovered
+from fastseg.ops.convolution.conv_transpose_operators import unsupported
+from fastseg.ops.convolution.options import ConvTransposeGeometry
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="reads the values that the interpreter holds")
 
@@ -134,6 +135,7 @@ def test_longer_maps_are_left_to_torch(side, triton_backend):
         FS.conv_transpose2d(x, weight, None, 2, 1)
     with pytest.raises(NotImplementedError, match=words):
         FS.max_unpool2d_conv2d(x.detach(), torch.zeros(shape, dtype=torch.uint8), weight)
-    assert uncovered(x, weight, [1, 1], [1, 1]) is None
+    geometry = ConvTransposeGeometry([1, 1], [0, 0], [0, 0], 1, [1, 1])
+    assert unsupported(x, weight, geometry) is None
     plane = torch.empty(1, 1, 2**16, 2**15, device="meta")
-    assert uncovered(plane, weight, [1, 1], [1, 1]) == f"maps of more than {2**31 - 1} pixels"
+    assert unsupported(plane, weight, geometry) == f"maps of more than {2**31 - 1} pixels"

@@ -14,7 +14,9 @@ from support import bad_kernels, races
 
 from fastseg import functional, kernels
 from fastseg.kernels.launch import launch
-from fastseg.ops.convolution.unpool_conv import in_one_kernel
+from fastseg.ops.convolution.options import Epilogue
+from fastseg.ops.convolution.unpool_conv import run_one_kernel
+from fastseg.ops.pooling.geometry import PoolGeometry
 from fastseg.verification import cases, operators
 from fastseg.verification.cases import ConvTransposeSpec, LossSpec, PoolSpec, ResizeSpec
 
@@ -45,7 +47,7 @@ BLOCKS = {
     "convolution.conv_transpose_bwd": {"EPILOGUE_BLOCK": 512},
     "convolution.conv_transpose_bwd_shuffle": {"LEAST_PIXELS": 32},
     "convolution.conv_transpose_depthwise": {"BLOCK": 64},
-    "convolution.conv_transpose_tma": {"SPARE": 4},
+    "convolution.conv_transpose_tma": {"MOST_COVER": 4},
     "convolution.gemm": {"LEAST_STEPS": 1, "COPY_BLOCK": 32, "SUM_BLOCK": 256},
     "losses.confusion": {"LEAST_PIXELS": 128},
     "losses.cross_entropy": {"ROWS": 32, "LONG_ROWS": 16, "TOTAL_BLOCK": 4},
@@ -56,7 +58,7 @@ BLOCKS = {
     "pooling.overlapping": {"BLOCK": 128},
     "pooling.pool": {"BLOCK": 128},
     "pooling.tiling": {"BLOCK": 128},
-    "pooling.unpool": {"BLOCK": 128, "FOREIGN_BLOCK": 8, "FOREIGN_PROGRAMS": 4},
+    "pooling.unpool": {"BLOCK": 128, "SCATTER_BLOCK": 8, "SCATTER_PROGRAMS": 4},
 }
 
 
@@ -124,9 +126,8 @@ def convolutions(at):
 def unpooled_convolutions(at):
     offsets = at.labels(4, 1, 16, 5, 8).to(torch.uint8).contiguous(memory_format=at.layout)
     inputs = at.tensor(1, 16, 5, 8), offsets, at.tensor(80, 16, 3, 3)
-    geometry = ([2, 2], [2, 2], [0, 0], [10, 16])
-    folded = partial(in_one_kernel, scale=at.parameters(80), relu=True)
-    yield call(lambda *t: folded(*(x.detach() for x in t), None, *geometry), *inputs)
+    rest = (PoolGeometry([2, 2], [2, 2], [0, 0]), [10, 16], Epilogue(scale=at.parameters(80), relu=True))
+    yield call(lambda *t: run_one_kernel(*(x.detach() for x in t), *rest), *inputs)
 
 
 def losses(at):
@@ -179,7 +180,7 @@ FAMILIES = {
             f"convolution/{name}"
             for name in (
                 "conv_transpose", "conv_transpose_bwd", "conv_transpose_bwd_shuffle", "conv_transpose_depthwise",
-                "conv_transpose_tma", "gemm", "geometry",
+                "conv_transpose_tma", "gemm", "problem",
             )
         ], convolutions,
     ),

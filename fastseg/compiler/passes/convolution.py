@@ -8,8 +8,8 @@ import torch
 from torch.fx import Node
 
 from ... import dispatch, functional
-from ...ops.arguments import as_pair
 from ...ops.convolution import conv_transpose_operators
+from ...ops.convolution.options import ConvTransposeGeometry, Epilogue, conv_transpose_geometry
 from .. import availability
 from ..graph import (
     CONV_TRANSPOSE,
@@ -51,28 +51,22 @@ def conv_transpose_off_kernels(conv: Node, fused: bool = False) -> str | None:
         geometry = _geometry(given)
     except TypeError:  # an entry is a node
         return "its stride, padding, output_padding or dilation is not constant"
-    stride, *_, dilation = geometry
-    unsupported = conv_transpose_operators.uncovered(input, weight, stride, dilation)
+    unsupported = conv_transpose_operators.unsupported(input, weight, geometry)
     preferred = None
     if unsupported is None and input.is_cuda and dispatch.get_backend() == "auto":
         image, dtype = input if input.dim() == 4 else input.unsqueeze(0), example_value(conv).dtype
-        after = (weight, True) if fused else (None, False)  # that there is a scale counts, not its value
-        bias = weight if fused else bias
+        # For a fused call only the existence of bias and scale counts, not their values.
+        epilogue = Epilogue(bias=weight, scale=weight, relu=True) if fused else Epilogue(bias)
         preferred = conv_transpose_operators.preferred(
-            conv_transpose_operators.FORWARD, image, weight, geometry, bias, *after, dtype
+            conv_transpose_operators.FORWARD, image, weight, geometry, epilogue, dtype
         )
     return availability.reason_off_kernels("conv_transpose2d", input, unsupported, preferred)
 
 
-def _geometry(arguments: dict[str, Any]) -> list[Any]:
-    """stride, padding, output_padding, groups and dilation as the operator takes them; TypeError for nodes."""
-
-    def both(name: str, least: int) -> list[int]:
-        return as_pair(arguments[name], "conv_transpose2d", name, least)
-
-    return [
-        both("stride", 1), both("padding", 0), both("output_padding", 0), arguments["groups"], both("dilation", 1),
-    ]  # fmt: skip
+def _geometry(arguments: dict[str, Any]) -> ConvTransposeGeometry:
+    """The geometry of a call; TypeError if one of its numbers is a node."""
+    names = ("stride", "padding", "output_padding", "groups", "dilation")
+    return conv_transpose_geometry(*(arguments[name] for name in names))
 
 
 def absorb_bias(rewriter: Rewriter, norm: Node) -> Node | None:

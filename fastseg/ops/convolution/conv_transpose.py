@@ -10,20 +10,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ... import dispatch
-from ..arguments import IntOrPair, as_pair
+from ..arguments import IntOrPair, autocast_dtype
 from ..operator import double_backward, vmap_loops, wants_graph
 from .conv_transpose_operators import (
     CONV_TRANSPOSE2D,
     CONV_TRANSPOSE2D_BACKWARD,
     FORWARD,
-    affine_relu,
+    apply_epilogue,
     gradient_directions,
-    output_size,
     preferred,
     torch_forward,
     torch_gradients,
-    uncovered,
+    unsupported,
 )
+from .options import ConvTransposeGeometry, Epilogue, conv_transpose_geometry
 
 NAME = "conv_transpose2d"
 
@@ -39,69 +39,71 @@ def _check_tensors(input: Tensor, weight: Tensor, bias: Tensor | None, groups: i
         raise RuntimeError(f"{NAME}: input must have weight's {weight.shape[0]} channels, but has {input.shape[-3]}")
     if 0 in input.shape[-2:]:
         raise RuntimeError(f"{NAME}: input may be empty in its batch only, but has shape {tuple(input.shape)}")
-    channels = weight.shape[1] * groups
+    channels, dtype = weight.shape[1] * groups, autocast_dtype(input)
     if bias is not None and (bias.dim() != 1 or bias.shape[0] != channels):
         raise RuntimeError(f"{NAME}: bias must have shape ({channels},), but has {tuple(bias.shape)}")
     for name, other in (("weight", weight), ("bias", bias)):
-        if other is not None and _dtype(other) != _dtype(input):
-            raise RuntimeError(f"{NAME}: {name} must be of input's dtype {_dtype(input)}, but is of {_dtype(other)}")
+        if other is not None and autocast_dtype(other) != dtype:
+            raise RuntimeError(f"{NAME}: {name} must be of input's dtype {dtype}, but is of {autocast_dtype(other)}")
         if other is not None and other.device != input.device:
             raise RuntimeError(f"{NAME}: {name} must be on input's device {input.device}, but is on {other.device}")
 
 
-def _arguments(
-    input: Tensor, weight: Tensor, bias: Tensor | None, stride: IntOrPair, padding: IntOrPair,
-    output_padding: IntOrPair, groups: int, dilation: IntOrPair,
-) -> tuple[list[int], list[int], list[int], int, list[int]]:  # fmt: skip
-    _check_tensors(input, weight, bias, groups)
-    stride, padding = as_pair(stride, NAME, "stride", 1), as_pair(padding, NAME, "padding", 0)
-    dilation, extra = as_pair(dilation, NAME, "dilation", 1), as_pair(output_padding, NAME, "output_padding", 0)
+def _check(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvTransposeGeometry) -> None:
+    """Raise RuntimeError for a call that torch refuses, or that would give an output without pixels."""
+    _check_tensors(input, weight, bias, geometry.groups)
+    stride, padding, extra, _, dilation = geometry
     if any(e >= max(s, d) for e, s, d in zip(extra, stride, dilation, strict=True)):
         raise RuntimeError(
             f"{NAME}: output_padding must be smaller than stride {tuple(stride)} or dilation {tuple(dilation)}, "
             f"but is {tuple(extra)}"
         )
-    size = output_size(input.shape[-2:], weight.shape[-2:], stride, padding, extra, dilation)
+    size = geometry.output_size(input.shape[-2:], weight.shape[-2:])
     if min(size) < 1:
         raise RuntimeError(
             f"{NAME}: padding {tuple(padding)} must leave an output, but input of shape {tuple(input.shape)} would "
             f"give one of size {tuple(size)}"
         )
-    return stride, padding, extra, groups, dilation
 
 
-def _dtype(x: Tensor) -> torch.dtype:
-    """The dtype a tensor is multiplied in: autocast's, where it is on and x is one that it casts."""
-    device = x.device.type
-    if (
-        device in ("cpu", "cuda")
-        and torch.is_autocast_enabled(device)
-        and x.is_floating_point()
-        and x.dtype != torch.float64
-    ):
-        return torch.get_autocast_dtype(device)
-    return x.dtype
+def _check_epilogue(input: Tensor, channels: int, scale: Tensor | None, shift: Tensor | None) -> None:
+    name, dtype = "conv_transpose2d_affine_relu", autocast_dtype(input)
+    for what, value in (("scale", scale), ("shift", shift)):
+        if value is None:
+            continue
+        if value.shape != (channels,):
+            raise RuntimeError(f"{name}: {what} must have shape ({channels},), but has {tuple(value.shape)}")
+        if value.dtype not in (torch.float32, dtype, input.dtype):
+            raise RuntimeError(f"{name}: {what} must be of float32 or {dtype}, but is of {value.dtype}")
+        if value.device != input.device:
+            raise RuntimeError(f"{name}: {what} must be on input's device {input.device}, but is on {value.device}")
+
+
+# --- gradients -------------------------------------------------------------------------------------------------------
 
 
 class ConvTranspose2dFunction(torch.autograd.Function):
-    """(input, weight, bias, geometry, scale, relu) -> output, with gradients for the four tensors.
+    """(input, weight, bias, scale, geometry, relu) -> output, with gradients for the four tensors.
 
-    With g the gradient behind ReLU's mask, the gradient of input is that of g and the weight times scale, and those of
-    weight and scale come from one product G of input and g: G * scale, and the sum of G * weight, since the output is
-    linear in the weight. So nothing is divided by scale, and the sum before the epilogue need not be kept.
+    Let g be the gradient after ReLU's mask. The gradient of input uses g and weight * scale. Those of weight and scale
+    come from one GEMM, G, of input and g: G * scale, and the sum of G * weight, because the output is linear in the
+    weight. So nothing is divided by scale, and the sum before the epilogue need not be saved.
     """
 
     @staticmethod
     def forward(
-        input: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], padding: list[int],
-        output_padding: list[int], groups: int, dilation: list[int], scale: Tensor | None, relu: bool,
-    ) -> Tensor:  # fmt: skip
-        return CONV_TRANSPOSE2D(input, weight, bias, stride, padding, output_padding, groups, dilation, scale, relu)
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        scale: Tensor | None,
+        geometry: ConvTransposeGeometry,
+        relu: bool,
+    ) -> Tensor:
+        return CONV_TRANSPOSE2D(input, weight, geometry, Epilogue(bias, scale, relu))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        input, weight, bias, *rest = inputs
-        ctx.geometry, (scale, relu) = rest[:5], rest[5:]
+        input, weight, bias, scale, ctx.geometry, relu = inputs
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(input, weight, bias, scale, output if relu else None)
 
@@ -112,43 +114,49 @@ class ConvTranspose2dFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad is None:
-            return (None,) * 10
-        input, weight, bias, scale, output = ctx.saved_tensors
-        needed = [*ctx.needs_input_grad[:3], ctx.needs_input_grad[8]]
+            return (None,) * 6
+        needed = ctx.needs_input_grad[:4]
         run = _differentiable_gradients if wants_graph() else _gradients
-        found = run(grad, input, weight, bias, scale, output, ctx.geometry, needed)
-        of_input, of_weight, of_bias, of_scale = (g if n else None for g, n in zip(found, needed, strict=True))
-        return of_input, of_weight, of_bias, *(None,) * 5, of_scale, None
+        found = run(grad, ctx.saved_tensors, ctx.geometry, needed)
+        return *(gradient if need else None for gradient, need in zip(found, needed, strict=True)), None, None
 
 
 def _gradients(
-    grad: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, output: Tensor | None,
-    geometry: list[Any], needed: list[bool],
-) -> Sequence[Tensor]:  # fmt: skip
-    mask = [needed[0], needed[1] or needed[3], needed[2]]
+    grad: Tensor, saved: Sequence[Tensor | None], geometry: ConvTransposeGeometry, needed: Sequence[bool]
+) -> Sequence[Tensor | None]:
+    """Gradients of input, weight, bias and scale; those that are not needed may be any tensor."""
+    input, weight, _, scale, output = saved
+    need_input, need_weight, need_bias, need_scale = needed
+    mask = [need_input, need_weight or need_scale, need_bias]
     if scale is None:
-        return *CONV_TRANSPOSE2D_BACKWARD(grad, input, weight, *geometry, mask, output), grad
-    groups = geometry[3]
+        return *CONV_TRANSPOSE2D_BACKWARD(grad, input, weight, geometry, mask, output), None
+    groups = geometry.groups
     by_row = scale.view(groups, 1, -1).expand(-1, weight.shape[0] // groups, -1).reshape(*weight.shape[:2], 1, 1)
     scaled = (weight * by_row).to(weight.dtype)
-    of_input, product, of_bias = CONV_TRANSPOSE2D_BACKWARD(grad, input, scaled, *geometry, mask, output)
-    if not mask[1]:
-        return of_input, product, of_bias, product
-    of_scale = (product * weight).sum((2, 3)).view(groups, -1, weight.shape[1]).sum(1).flatten()
-    return of_input, product * by_row, of_bias, of_scale
+    of_input, unscaled, of_bias = CONV_TRANSPOSE2D_BACKWARD(grad, input, scaled, geometry, mask, output)
+    if not (need_weight or need_scale):
+        return of_input, None, of_bias, None
+    of_scale = (unscaled * weight).sum((2, 3)).view(groups, -1, weight.shape[1]).sum(1).flatten()
+    return of_input, unscaled * by_row, of_bias, of_scale
 
 
 def _differentiable_gradients(
-    grad: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, output: Tensor | None,
-    geometry: list[Any], needed: list[bool],
-) -> Sequence[Tensor | None]:  # fmt: skip
+    grad: Tensor, saved: Sequence[Tensor | None], geometry: ConvTransposeGeometry, needed: Sequence[bool]
+) -> Sequence[Tensor | None]:
+    """The same in torch's functions, which can be differentiated again."""
+    *inputs, output = saved
+    input, weight, _, scale = inputs
     if scale is None and output is None:
-        return *torch_gradients(grad, input, weight, *geometry, needed[:3]), None
+        return *torch_gradients(grad, input, weight, geometry, list(needed[:3])), None
 
     def fused(input: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None) -> Tensor:
-        return affine_relu(F.conv_transpose2d(input, weight, None, *geometry), scale, bias, output is not None)
+        y = F.conv_transpose2d(input, weight, None, *geometry)
+        return apply_epilogue(y, Epilogue(bias, scale, output is not None))
 
-    return double_backward(fused, (input, weight, bias, scale), needed, grad)
+    return double_backward(fused, inputs, needed, grad)
+
+
+# --- functions -------------------------------------------------------------------------------------------------------
 
 
 def conv_transpose2d(
@@ -161,32 +169,54 @@ def conv_transpose2d(
     groups: int = 1,
     dilation: IntOrPair = 1,
 ) -> Tensor:
-    """torch.nn.functional.conv_transpose2d, on the tensor cores by phases: no multiplication by inserted zeros.
+    """Transposed convolution as torch.nn.functional.conv_transpose2d, without multiplications by inserted zeros.
 
-    input: (N, C, H, W) or (C, H, W); weight: (C, K / groups, KH, KW); bias: (K,). The result is (N, K, OH, OW) with
-    OH = (H - 1) * stride - 2 * padding + dilation * (KH - 1) + output_padding + 1, channels_last where input or
-    weight is, as in torch. float32, float16 and bfloat16 run on the kernels; float64, and dilation together with a
-    stride, on torch. Sums are in float32; float32 operands are rounded to TF32 where torch allows cuDNN's
-    convolutions that (torch.backends.cudnn.conv.fp32_precision). Under autocast tensors are cast as torch casts them.
+        output[n, k, oh, ow] = bias[k] + sum over c and taps (i, j) of input[n, c, h, w] * weight[c, k, i, j],
+        with oh = h * stride - padding + i * dilation, and ow likewise
 
-    Deterministic, the gradients too, which have second derivatives through torch's. Under backend "auto" torch runs
-    until a measurement says that the kernels beat cuDNN; backend "triton" runs them. Raises RuntimeError for shapes,
-    dtypes and arguments that torch refuses, and for an output without pixels.
+    Args:
+        input: of any floating-point dtype. The kernels support float32, float16 and bfloat16.
+        weight: of the input's dtype.
+        bias: of the input's dtype, or None.
+        stride, padding, output_padding, dilation: an int or two ints (height, width).
+        groups: the input channels are divided into so many groups, each with its own output channels.
+
+    Shape:
+        - input: (N, C, H, W) or (C, H, W).
+        - weight: (C, K / groups, KH, KW). bias: (K,).
+        - output: (N, K, OH, OW) or (K, OH, OW) with
+          OH = (H - 1) * stride - 2 * padding + dilation * (KH - 1) + output_padding + 1, and OW likewise. It is
+          channels_last if the input or the weight is, as in torch.
+
+    Returns:
+        The output, in the input's dtype; under autocast in autocast's dtype.
+
+    Raises:
+        TypeError: for a stride, padding, output_padding or dilation that is not made of ints.
+        RuntimeError: for shapes, dtypes and arguments that torch refuses, and for an output without pixels.
+        NotImplementedError: if the kernels are requested for what they do not support: float64, a dilation together
+            with a stride in the same dimension, or maps of more than 2^20 rows or columns or 2^31 - 1 pixels.
+
+    Note:
+        Under backend "auto" a call runs on the kernels only if a measurement says that they are faster than cuDNN.
+        Deterministic, the gradients too; they have second derivatives through torch's functions. Sums are in float32.
+        float32 operands are rounded to TF32 if torch.backends.cudnn.conv.fp32_precision is "tf32". Under autocast
+        tensors are cast as torch casts them.
+
+    Example:
+        >>> import torch, fastseg.functional as FS
+        >>> FS.conv_transpose2d(torch.tensor([[[[1.0, 2.0]]]]), torch.tensor([[[[1.0, 10.0]]]]), stride=2)
+        tensor([[[[ 1., 10.,  2., 20.],
+                  [ 0.,  0.,  0.,  0.]]]])
+
+    Source:
+        torch.nn.functional.conv_transpose2d.
     """
-    geometry = _arguments(input, weight, bias, stride, padding, output_padding, groups, dilation)
-    if _all_on_torch(input, weight, bias, geometry, None, False):
+    geometry = conv_transpose_geometry(stride, padding, output_padding, groups, dilation)
+    _check(input, weight, bias, geometry)
+    if _falls_back_to_torch(input, weight, geometry, Epilogue(bias)):
         return F.conv_transpose2d(input, weight, bias, *geometry)
-    return _applied(input, weight, None if bias is None else bias.to(_dtype(bias)), *geometry, None, False)
-
-
-def runs_on_kernels(
-    input: Tensor, weight: Tensor, bias: Tensor | None, stride: IntOrPair, padding: IntOrPair,
-    output_padding: IntOrPair, groups: int, dilation: IntOrPair, scale: Tensor | None = None, relu: bool = False,
-) -> bool:  # fmt: skip
-    """Whether a call of conv_transpose2d, or with scale and relu of the fused form, would run on the kernels."""
-    checked = bias if scale is None and not relu else None
-    geometry = _arguments(input, weight, checked, stride, padding, output_padding, groups, dilation)
-    return not _all_on_torch(input, weight, bias, geometry, scale, relu, dry_run=True)
+    return _apply(input, weight, geometry, Epilogue(None if bias is None else bias.to(autocast_dtype(bias))))
 
 
 def conv_transpose2d_affine_relu(
@@ -200,57 +230,88 @@ def conv_transpose2d_affine_relu(
     groups: int = 1,
     dilation: IntOrPair = 1,
 ) -> Tensor:
-    """relu(conv_transpose2d(input, weight) * scale + shift), the epilogue in float32 before the result is stored.
+    """Transposed convolution, scale and shift of each channel, and ReLU, in one kernel.
 
-    scale, shift: (K,), of float32 or of input's dtype, or None: a bias is a shift without scale, and a batch
-    normalisation in evaluation folds to scale = gamma / sqrt(var + eps), shift = beta + (bias - mean) * scale, best
-    kept in float32. Everything else, shapes, layouts, dtypes, determinism and errors, is as in conv_transpose2d, of
-    which this is one kernel where it runs on the kernels, forward, and in the backward one pass over the gradient,
-    with ReLU's mask, for what torch takes three for. Under autocast scale and shift are left as they are.
+        output = relu(conv_transpose2d(input, weight) * scale + shift)
+
+    Scale, shift and ReLU are applied in float32 before the result is rounded and stored. A bias is a shift without a
+    scale. A batch norm in evaluation is scale = gamma / sqrt(var + eps), shift = beta + (bias - mean) * scale.
+
+    Args:
+        input, weight, stride, padding, output_padding, groups, dilation: as in conv_transpose2d.
+        scale, shift: of float32 or of the input's dtype, or None. Values computed from a batch norm are best kept in
+            float32. Autocast does not cast them.
+
+    Shape:
+        - input, weight, output: as in conv_transpose2d.
+        - scale, shift: (K,).
+
+    Returns:
+        The output, in the dtype and memory format that conv_transpose2d returns.
+
+    Raises:
+        TypeError, RuntimeError, NotImplementedError: as conv_transpose2d; RuntimeError also for a scale or shift of
+            another shape, dtype or device.
+
+    Note:
+        As in conv_transpose2d: "auto" asks for a measurement, and the result and all gradients are deterministic. The
+        backward makes one pass over the gradient that applies ReLU's mask, for which torch makes three.
+
+    Example:
+        >>> import torch, fastseg.functional as FS
+        >>> x, weight = torch.tensor([[[[1.0, 2.0]]]]), torch.ones(1, 1, 1, 1)
+        >>> FS.conv_transpose2d_affine_relu(x, weight, scale=torch.tensor([2.0]), shift=torch.tensor([-3.0]))
+        tensor([[[[0., 1.]]]])
+
+    Source:
+        torch.nn.functional.conv_transpose2d, batch_norm and relu.
     """
-    name = "conv_transpose2d_affine_relu"
-    geometry = _arguments(input, weight, None, stride, padding, output_padding, groups, dilation)
-    for what, value in (("scale", scale), ("shift", shift)):
-        if value is None:
-            continue
-        if value.shape != (weight.shape[1] * groups,):
-            expected = (weight.shape[1] * groups,)
-            raise RuntimeError(f"{name}: {what} must have shape {expected}, but has {tuple(value.shape)}")
-        if value.dtype not in (torch.float32, _dtype(input), input.dtype):
-            raise RuntimeError(f"{name}: {what} must be of float32 or {_dtype(input)}, but is of {value.dtype}")
-        if value.device != input.device:
-            raise RuntimeError(f"{name}: {what} must be on input's device {input.device}, but is on {value.device}")
-    if _all_on_torch(input, weight, shift, geometry, scale, True):
-        return torch_forward(input, weight, shift, *geometry, scale, True)
-    return _applied(input, weight, shift, *geometry, scale, True)
+    geometry = conv_transpose_geometry(stride, padding, output_padding, groups, dilation)
+    _check(input, weight, None, geometry)
+    _check_epilogue(input, weight.shape[1] * groups, scale, shift)
+    epilogue = Epilogue(shift, scale, True)
+    if _falls_back_to_torch(input, weight, geometry, epilogue):
+        return torch_forward(input, weight, geometry, epilogue)
+    return _apply(input, weight, geometry, epilogue)
 
 
-def _all_on_torch(
-    input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Sequence[Any], scale: Tensor | None, relu: bool,
+def runs_on_kernels(input: Tensor, weight: Tensor, geometry: ConvTransposeGeometry, epilogue: Epilogue) -> bool:
+    """Whether such a call of conv_transpose2d, or with scale or relu of the fused form, would run on the kernels."""
+    fused = epilogue.scale is not None or epilogue.relu
+    _check(input, weight, None if fused else epilogue.bias, geometry)
+    return not _falls_back_to_torch(input, weight, geometry, epilogue, dry_run=True)
+
+
+def _falls_back_to_torch(
+    input: Tensor,
+    weight: Tensor,
+    geometry: ConvTransposeGeometry,
+    epilogue: Epilogue,
     dry_run: bool = False,
-) -> bool:  # fmt: skip
-    """Whether no direction of a call runs on the kernels; each that will be asked for is chosen for itself.
+) -> bool:
+    """Whether no direction of a call runs on the kernels. Each direction that will be needed is chosen separately.
 
     Under torch.compile the operators choose when they run.
     """
-    no = uncovered(input, weight, geometry[0], geometry[4])
-    if no is not None or not input.is_cuda or dispatch.get_backend() != "auto" or dispatch.without_triton(input.device):
-        return dispatch.choose(NAME, input, dispatch.only_triton(no), dry_run=dry_run).backend == "torch"
+    missing = unsupported(input, weight, geometry)
+    automatic = input.is_cuda and dispatch.get_backend() == "auto" and not dispatch.without_triton(input.device)
+    if missing is not None or not automatic:
+        return dispatch.choose(NAME, input, dispatch.only_triton(missing), dry_run=dry_run).backend == "torch"
     if torch.compiler.is_compiling():
         return False
-    image, differentiated = input if input.dim() == 4 else input.unsqueeze(0), torch.is_grad_enabled()
-    asked = [differentiated and t.requires_grad for t in (input, weight)]
-    choices = [
-        dispatch.choose(
-            NAME if way == FORWARD else f"{NAME}, {way}", input, dispatch.only_triton(None),
-            preferred(way, image, weight, geometry, bias, scale, relu, _dtype(input)), dry_run,
-        )
-        for way in (FORWARD, *gradient_directions(image, weight, geometry, asked, _dtype(input)))
-    ]  # fmt: skip
-    return all(choice.backend == "torch" for choice in choices)
+    image, dtype = input if input.dim() == 4 else input.unsqueeze(0), autocast_dtype(input)
+    needed = [torch.is_grad_enabled() and t.requires_grad for t in (input, weight)]
+    backends = set()
+    for direction in (FORWARD, *gradient_directions(image, weight, geometry, needed, dtype)):
+        name = NAME if direction == FORWARD else f"{NAME}, {direction}"
+        preference = preferred(direction, image, weight, geometry, epilogue, dtype)
+        backends.add(dispatch.choose(name, input, dispatch.only_triton(None), preference, dry_run).backend)
+    return backends == {"torch"}
 
 
-def _applied(input: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-    x, weight = input.to(_dtype(input)), weight.to(_dtype(weight))
-    output = ConvTranspose2dFunction.apply(x if input.dim() == 4 else x.unsqueeze(0), weight, *rest)
+def _apply(input: Tensor, weight: Tensor, geometry: ConvTransposeGeometry, epilogue: Epilogue) -> Tensor:
+    x, weight = input.to(autocast_dtype(input)), weight.to(autocast_dtype(weight))
+    batch = x if input.dim() == 4 else x.unsqueeze(0)
+    bias, scale, relu = epilogue
+    output = ConvTranspose2dFunction.apply(batch, weight, bias, scale, geometry, relu)
     return output if input.dim() == 4 else output.squeeze(0)

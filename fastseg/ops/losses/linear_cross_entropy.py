@@ -10,8 +10,7 @@ from torch import Tensor
 
 from ... import dispatch, torch_internals
 from ...kernels.losses.options import LossOptions
-from ..arguments import accumulator, require_tensor
-from ..convolution.conv_transpose import _dtype
+from ..arguments import accumulator, autocast_dtype, require_tensor
 from ..operator import double_backward, wants_graph
 from .checks import (
     LossArguments,
@@ -166,7 +165,7 @@ def _check_linear(input: Tensor, linear_weight: Any, linear_bias: Any) -> None:
             require_tensor(NAME, name, value)
         if value is not None and value.device != input.device:
             raise RuntimeError(f"{NAME}: {name} must be on input's device {input.device}, but is on {value.device}")
-        if value is not None and _dtype(value) != _dtype(input):
+        if value is not None and autocast_dtype(value) != autocast_dtype(input):
             raise RuntimeError(f"{NAME}: {name} must be of input's dtype {input.dtype}, but is of {value.dtype}")
     features = input.shape[0 if input.dim() == 1 else 1]
     if linear_weight.shape != (linear_weight.shape[:1] + (features,) + (1,) * (linear_weight.dim() - 2)):
@@ -249,7 +248,7 @@ def linear_cross_entropy(
     if chunk is not None and chunk < 1:
         raise ValueError(f"{NAME}: chunk must be at least 1 pixel, but is {chunk}")
     input, linear_weight, linear_bias = (
-        None if x is None else x.to(_dtype(x)) for x in (input, linear_weight.flatten(1), linear_bias)
+        None if x is None else x.to(autocast_dtype(x)) for x in (input, linear_weight.flatten(1), linear_bias)
     )
     classes = linear_weight.shape[0]
     logits = input.new_empty(()).expand((*input.shape[: input.dim() > 1], classes, *input.shape[2:]))
