@@ -6,13 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from .. import autotune, dispatch, torch_internals
+from ..kernels.pooling.geometry import PoolGeometry
 from ..nn import BatchNormReLU2d, BatchNormReLUMaxUnpool2d
 from ..ops.batch_norm.arguments import NormArguments
 from ..ops.convolution.unpool_conv_norm import max_unpool2d_conv2d_batch_norm_relu
 from .blocks import Block, Conv2d, Kept, Stage, decode, unpool
 
 CONVOLUTION = ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros")  # what the kernel computes
-WINDOWS = ([2, 2], [2, 2], [0, 0])  # of every pooling
+WINDOWS = PoolGeometry([2, 2], [2, 2], [0, 0])  # of every pooling
 
 
 def unpool_and_decode(decoder: nn.ModuleList, x: Tensor, kept: list[Kept]) -> Tensor:
@@ -41,8 +42,8 @@ def unpool_and_decode(decoder: nn.ModuleList, x: Tensor, kept: list[Kept]) -> Te
 def _entered(before: Block | None, x: Tensor, kept: Kept, block: Block) -> Tensor:
     """`block` of the unpooled map."""
     offsets, size = kept
-    norms = _norm(block), None if before is None else _norm(before)
-    y = max_unpool2d_conv2d_batch_norm_relu(x, offsets, block[0].weight, (*WINDOWS, list(size)), *norms)
+    input_norm = None if before is None else _norm(before)
+    y = max_unpool2d_conv2d_batch_norm_relu(x, offsets, block[0].weight, WINDOWS, list(size), _norm(block), input_norm)
     if y is not None:
         return y
     return block(unpool(x, kept) if before is None else before[1](x, offsets, size, input_bias=before[0].bias))

@@ -11,6 +11,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .. import dispatch, torch_internals
 from .. import functional as F
+from ..kernels.batch_norm.arguments import NormArguments
 from ..ops.arguments import IntOrPair
 from ..ops.convolution.conv_transpose import runs_on_kernels
 from ..ops.convolution.conv_transpose_norm import folded_norm
@@ -197,5 +198,6 @@ def folded_conv_transpose(conv: nn.ConvTranspose2d, norm: nn.BatchNorm2d, input:
     epilogue = Epilogue(bias=norm.running_mean, scale=norm.running_var, relu=True)
     if not runs_on_kernels(input, weight, geometry, epilogue):
         return None
-    scale, shift = folded_norm(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps, conv.bias)
-    return F.conv_transpose2d_affine_relu(input, weight, scale, shift, *geometry)
+    statistics = (norm.running_mean, conv.bias, norm.running_var)
+    epilogue = folded_norm(NormArguments(*statistics, norm.weight, norm.bias, norm.eps, relu=True))
+    return F.conv_transpose2d_affine_relu(input, weight, epilogue.scale, epilogue.bias, *geometry)

@@ -1,4 +1,4 @@
-"""SegNet's decoder in evaluation: each stage in one kernel where that is faster, or the layers as they stand."""
+"""SegNet's decoder in evaluation: each stage in one kernel if that is faster, else layer by layer."""
 
 import json
 from collections import Counter
@@ -6,23 +6,22 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support.unpool_conv_common import APART, JOINED, entrance, interpreted, launched, norm
+from support.unpool_conv_common import LAYER_BY_LAYER, ONE_KERNEL, interpreted, launched, norm, stage_inputs
 from torch import nn
 
 import fastseg
 from fastseg import autotune, dispatch, models
-from fastseg.models import blocks
-from fastseg.models import segnet_inference as evaluation
+from fastseg.models import blocks, segnet_inference
 from fastseg.ops.convolution import unpool_conv, unpool_conv_norm
 from fastseg.ops.convolution.unpool_conv_norm import MAX_UNPOOL2D_CONV2D_BATCH_NORM_RELU as OPERATOR
 
 # --- the decoder -----------------------------------------------------------------------------------------------------
 
-SIZES = [(5, 6), (9, 11)]  # the maps that its two stages work on
+SIZES = [(5, 6), (9, 11)]  # of the maps of its two stages
 
 
 def decoder(device="cpu", dtype=torch.float32):
-    """Two stages as SegNet's, the first of two blocks, with a state away from where it starts."""
+    """Two stages as in SegNet, the first with two blocks, whose state is not that of new layers."""
 
     def layer(i, o, norm):
         return blocks.Block(blocks.Conv2d(i, o, 3, padding=1), norm(o))
@@ -40,19 +39,19 @@ def decoder(device="cpu", dtype=torch.float32):
 
 
 def pooled(device="cpu", dtype=torch.float32):
-    """(map, what the two unpoolings need) as an encoder would leave them."""
+    """(map, offsets and sizes for the two unpoolings) as an encoder would leave them."""
     made = [
-        (entrance((1, *size), 8, 8, device, dtype)[:2], torch.Size(size)) for size in reversed(SIZES)
+        (stage_inputs((1, *size), 8, 8, device, dtype)[:2], torch.Size(size)) for size in reversed(SIZES)
     ]  # the last one is used first
     return made[-1][0][0], [(offsets, size) for (_, offsets), size in made]
 
 
 def run(built, x, kept):
     with torch.no_grad():
-        return evaluation.unpool_and_decode(built, x, list(kept))
+        return segnet_inference.unpool_and_decode(built, x, list(kept))
 
 
-def as_it_stands(built, x, kept):
+def layer_by_layer(built, x, kept):
     kept = list(kept)
     with torch.no_grad():
         return blocks.decode(built, blocks.unpool(x, kept.pop()), kept)
@@ -60,7 +59,7 @@ def as_it_stands(built, x, kept):
 
 @pytest.fixture
 def on_a_gpu(monkeypatch, tmp_path):
-    """This CPU passes for a GPU: kernels run, interpreted, and `faster` keeps what the test's timer says."""
+    """This CPU poses as a GPU: kernels run interpreted, and autotune keeps what the test's timer says."""
     decide, times, may_know = dispatch._decide, autotune.times, autotune.may_know
     gpu = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0))
     monkeypatch.setattr(dispatch, "torch_alone", lambda tensor: dispatch.get_backend() == "torch")
@@ -77,6 +76,8 @@ def on_a_gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     for cached in (autotune._known, autotune._recorded):
         cached.cache_clear()
+    # The operator asks the implementation of the tensor's device for its preference, and here that is "cpu".
+    monkeypatch.setitem(OPERATOR.kernels, "cpu", OPERATOR.kernels["triton"]._replace(preferred=OPERATOR.preferred))
     with fastseg.backend("auto"):
         yield
     for cached in (autotune._known, autotune._recorded):
@@ -85,54 +86,54 @@ def on_a_gpu(monkeypatch, tmp_path):
 
 @interpreted
 @pytest.mark.parametrize("wins", [(True, True), (True, False), (False, True), (False, False)])
-def test_each_stage_goes_where_it_is_faster(wins, on_a_gpu, monkeypatch):
-    """Measured at the first run, in the order of the stages, and never again; explain tells it."""
-    built, (x, kept), left = decoder(), pooled(), list(wins)
-    monkeypatch.setattr(autotune, "timer", lambda ours, theirs: (1.0, 2.0) if left.pop(0) else (2.0, 1.0))
-    want, standing = launched(lambda: as_it_stands(built, x, kept))
+def test_each_stage_runs_the_faster_way(wins, on_a_gpu, monkeypatch):
+    """Measured at the first run, in the order of the stages, and never again; explain shows the choices."""
+    built, (x, kept), results = decoder(), pooled(), list(wins)
+    monkeypatch.setattr(autotune, "timer", lambda ours, theirs: (1.0, 2.0) if results.pop(0) else (2.0, 1.0))
+    want, layers = launched(lambda: layer_by_layer(built, x, kept))
     run(built, x, kept)
-    assert not left
+    assert not results
     found, kernels = launched(lambda: run(built, x, kept))
     torch.testing.assert_close(found, want)
-    first = JOINED[1:] if wins[0] else standing[:2]
-    assert kernels == [*first, *(JOINED if wins[1] else standing[2:])] and standing[2:] == APART
+    first = ONE_KERNEL[1:] if wins[0] else layers[:2]
+    assert kernels == [*first, *(ONE_KERNEL if wins[1] else layers[2:])] and layers[2:] == LAYER_BY_LAYER
     with torch.no_grad():
-        choices = fastseg.explain(lambda x: evaluation.unpool_and_decode(built, x, list(kept)), x)
+        choices = fastseg.explain(lambda x: segnet_inference.unpool_and_decode(built, x, list(kept)), x)
     chosen = [(c.backend, c.reason) for c in choices if c.operator == unpool_conv_norm.NAME]
     names = {True: ("triton", "1 ms in one kernel, 2 ms"), False: ("torch", "2 ms in one kernel, 1 ms")}
     assert chosen == [(names[w][0], f"{names[w][1]} by way of the unpooled map") for w in wins]
 
 
 @interpreted
-def test_without_a_measurement_all_is_as_it_stands(on_a_gpu, monkeypatch):
+def test_without_a_measurement_it_runs_each_layer(on_a_gpu, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     built, (x, kept) = decoder(), pooled()
-    want, standing = launched(lambda: as_it_stands(built, x, kept))
+    want, layers = launched(lambda: layer_by_layer(built, x, kept))
     found, kernels = launched(lambda: run(built, x, kept))
-    assert torch.equal(found, want) and kernels == standing
+    assert torch.equal(found, want) and kernels == layers
     with torch.no_grad():
-        choices = fastseg.explain(lambda x: evaluation.unpool_and_decode(built, x, list(kept)), x)
+        choices = fastseg.explain(lambda x: segnet_inference.unpool_and_decode(built, x, list(kept)), x)
     assert {c.reason for c in choices if c.operator == unpool_conv_norm.NAME} == {unpool_conv_norm.UNMEASURED}
-    monkeypatch.setattr(evaluation, "_as_built", None)  # it is not even asked
+    monkeypatch.setattr(segnet_inference, "_as_built", None)  # it is not even called
     assert torch.equal(run(built, x, kept), want)
 
 
 def test_a_backend_that_is_set(device, triton_backend, exact):
-    """Triton: the kernels; torch and the process's own choice on a CPU: the layers, bit by bit."""
+    """ "triton" runs the kernels; "torch", and "auto" on a CPU, run the layers with bit-identical results."""
     built, (x, kept) = decoder(device), pooled(device)
-    want = as_it_stands(built, x, kept)
+    want = layer_by_layer(built, x, kept)
     torch.testing.assert_close(run(built, x, kept), want)
-    assert seen(built, x, kept) == 2
+    assert stages_in_one_kernel(built, x, kept) == 2
     for backend in ("torch", *(["auto"] * (device == "cpu"))):
         with fastseg.backend(backend):
-            assert seen(built, x, kept) == 0
-            assert torch.equal(run(built, x, kept), as_it_stands(built, x, kept))
+            assert stages_in_one_kernel(built, x, kept) == 0
+            assert torch.equal(run(built, x, kept), layer_by_layer(built, x, kept))
 
 
-def seen(built, x, kept, grad=False):
-    """How many stages would run in one kernel each."""
+def stages_in_one_kernel(built, x, kept, grad=False):
+    """How many stages would run in one kernel."""
     with torch.set_grad_enabled(grad):
-        choices = fastseg.explain(lambda x: evaluation.unpool_and_decode(built, x, list(kept)), x)
+        choices = fastseg.explain(lambda x: segnet_inference.unpool_and_decode(built, x, list(kept)), x)
     torch.clear_autocast_cache()  # of fakes
     return Counter((c.operator, c.backend) for c in choices)[unpool_conv_norm.NAME, "triton"]
 
@@ -155,29 +156,29 @@ def changed(change, value):
         lambda built: changed("running_mean", None)(built[0][0][1]) or changed("running_var", None)(built[0][0][1]),
     ],
 )
-def test_what_keeps_the_layers_as_they_stand(change, triton_backend, device, exact):
-    """They give then what they give, through whatever was changed."""
+def test_what_makes_it_run_layer_by_layer(change, triton_backend, device, exact):
+    """The results are those of the changed layers."""
     built, (x, kept) = decoder(device), pooled(device)
     change(built)
     built.to(device)
-    # A stage whose norm has no running statistics stands alone; all else is seen in the decoder as a whole.
-    assert seen(built, x, kept) == (built[0][0][1].running_mean is None)
+    # A norm without running statistics affects only its own stage; everything else, the whole decoder.
+    assert stages_in_one_kernel(built, x, kept) == (built[0][0][1].running_mean is None)
     kept_state = [b.clone() for b in built.buffers()]
     found = run(built, x, kept)
     for buffer, before in zip(built.buffers(), kept_state, strict=True):
         buffer.copy_(before)
-    torch.testing.assert_close(found, as_it_stands(built, x, kept))
+    torch.testing.assert_close(found, layer_by_layer(built, x, kept))
 
 
-def test_gradients_keep_the_layers_as_they_stand(triton_backend, device):
+def test_with_gradients_it_runs_layer_by_layer(triton_backend, device):
     built, (x, kept) = decoder(device), pooled(device)
-    assert seen(built, x, kept, grad=True) == 0
-    y = evaluation.unpool_and_decode(built, x, list(kept))
+    assert stages_in_one_kernel(built, x, kept, grad=True) == 0
+    y = segnet_inference.unpool_and_decode(built, x, list(kept))
     y.sum().backward()
     assert all(p.grad is not None for p in built.parameters())
 
 
-def test_a_hook_of_all_modules_keeps_the_layers_as_they_stand(triton_backend, device):
+def test_with_a_global_module_hook_it_runs_layer_by_layer(triton_backend, device):
     built, (x, kept), calls = decoder(device), pooled(device), []
     handle = nn.modules.module.register_module_forward_hook(lambda module, *_: calls.append(type(module)))
     try:
@@ -189,18 +190,18 @@ def test_a_hook_of_all_modules_keeps_the_layers_as_they_stand(triton_backend, de
 
 def test_float64_and_another_dtype_than_the_weights(triton_backend, device):
     built, (x, kept) = decoder(device, torch.float64), pooled(device, torch.float64)
-    assert seen(built, x, kept) == 0
-    torch.testing.assert_close(run(built, x, kept), as_it_stands(built, x, kept))
-    x, offsets, weight, geometry = entrance((1, 4, 6), 8, 8, device, torch.float16)
-    for dtype, there in ((torch.float16, True), (torch.float32, False)):  # which torch's convolution refuses
+    assert stages_in_one_kernel(built, x, kept) == 0
+    torch.testing.assert_close(run(built, x, kept), layer_by_layer(built, x, kept))
+    x, offsets, weight, *windows = stage_inputs((1, 4, 6), 8, 8, device, torch.float16)
+    for dtype, fused in ((torch.float16, True), (torch.float32, False)):  # torch's convolution refuses float32
         y = unpool_conv_norm.max_unpool2d_conv2d_batch_norm_relu(
-            x, offsets, weight.to(dtype), geometry, norm(8, device), None
+            x, offsets, weight.to(dtype), *windows, norm(8, device), None
         )
-        assert (y is not None) == there
+        assert (y is not None) == fused
 
 
 def test_autocast(triton_backend, device, monkeypatch):
-    """In autocast's dtype, from weights in float32; a map of another dtype is left to the layers."""
+    """In autocast's dtype, from weights in float32; for a map of another dtype the layers run."""
     built, (x, kept) = decoder(device), pooled(device, torch.bfloat16)
     dtypes, run_one_kernel = [], unpool_conv.run_one_kernel
 
@@ -210,9 +211,9 @@ def test_autocast(triton_backend, device, monkeypatch):
 
     monkeypatch.setattr(unpool_conv, "run_one_kernel", noted)
     with torch.autocast(device, torch.bfloat16):
-        assert seen(built, x, kept) == 2
-        found, want = run(built, x, kept), as_it_stands(built, x, kept)
-        assert seen(built, x.float(), kept) == 1  # the first convolution's output is bfloat16 again
+        assert stages_in_one_kernel(built, x, kept) == 2
+        found, want = run(built, x, kept), layer_by_layer(built, x, kept)
+        assert stages_in_one_kernel(built, x.float(), kept) == 1  # the first convolution's output is bfloat16 again
     assert dtypes == [(torch.bfloat16, torch.bfloat16)] * 2
     assert found.dtype == want.dtype == torch.bfloat16
     torch.testing.assert_close(found, want, rtol=0.05, atol=0.05)
@@ -231,7 +232,7 @@ def test_segnet(triton_backend, device):
 
 @pytest.mark.gpu
 def test_segnet_on_a_gpu(monkeypatch, tmp_path):
-    """Both ways of each stage are timed in the first run and never again, also not while a graph is captured."""
+    """Both ways of each stage are timed in the first run and never again, nor while a graph is captured."""
     monkeypatch.setenv("FASTSEG_CACHE", str(tmp_path))
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     autotune._known.cache_clear()
@@ -255,7 +256,7 @@ def test_segnet_on_a_gpu(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["segnet-basic", "deconvnet"])
-def test_other_decoders_stay(name, triton_backend, device):
+def test_other_decoders_are_not_fused(name, triton_backend, device):
     model = models.MODELS[name](width=0.01).to(device).eval()
     with torch.no_grad():
         choices = fastseg.explain(model, torch.randn(1, 3, 193, 193, device=device))
@@ -268,11 +269,11 @@ class Decoder(nn.Module):
         self.stages, self.sizes = built, sizes
 
     def forward(self, x, *offsets):
-        return evaluation.unpool_and_decode(self.stages, x, list(zip(offsets, self.sizes, strict=True)))
+        return segnet_inference.unpool_and_decode(self.stages, x, list(zip(offsets, self.sizes, strict=True)))
 
 
-def test_compiled_and_exported_without_it(triton_backend, device):
-    """A graph keeps the layers: what it holds was not decided by the machine that made it."""
+def test_compiled_and_exported_models_run_layer_by_layer(triton_backend, device):
+    """A graph keeps the layers, because it may run on another machine than the one that traced it."""
     built, (x, kept) = decoder(device), pooled(device)
     offsets, sizes = zip(*kept, strict=True)
     model = Decoder(built, sizes)

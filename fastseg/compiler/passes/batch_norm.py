@@ -8,6 +8,7 @@ import torch
 from torch.fx import Node
 
 from ... import functional
+from ...kernels.batch_norm.arguments import NormArguments
 from ...kernels.pooling.geometry import PoolGeometry
 from ...ops.batch_norm.batch_norm import BATCH_NORM_RELU
 from ...ops.convolution.conv_transpose_norm import conv_transpose2d_batch_norm_relu
@@ -122,15 +123,18 @@ class FuseConvTransposeBatchNormReLU(Rule[ConvNormReLU]):
 
     def rewrite(self, rewriter: Rewriter, match: ConvNormReLU) -> None:
         given = arguments_of(match.norm)
-        arguments = {
-            **convolution.DEFAULTS,
-            **arguments_of(match.conv),
-            "running_mean": given.get("running_mean"),
-            "running_var": given.get("running_var"),
-            "norm_weight": given.get("weight"),
-            "norm_bias": given.get("bias"),
-            "eps": given.get("eps", 1e-5),
-        }
+        conv = convolution.DEFAULTS | arguments_of(match.conv)
+        norm = NormArguments(
+            given.get("running_mean"),
+            conv["bias"],
+            given.get("running_var"),
+            given.get("weight"),
+            given.get("bias"),
+            given.get("eps", 1e-5),
+            relu=True,
+        )
+        geometry = convolution.geometry_of(conv)
+        arguments = {"input": conv["input"], "weight": conv["weight"], "geometry": geometry, "norm": norm}
         rewriter.fuse(match.norm, list(match), conv_transpose2d_batch_norm_relu, arguments)
 
 

@@ -48,7 +48,7 @@ def conv_transpose_off_kernels(conv: Node, fused: bool = False) -> str | None:
     given = DEFAULTS | arguments_of(conv)
     input, weight, bias = example_value((given["input"], given["weight"], given["bias"]))
     try:
-        geometry = _geometry(given)
+        geometry = geometry_of(given)
     except TypeError:  # an entry is a node
         return "its stride, padding, output_padding or dilation is not constant"
     unsupported = conv_transpose_operators.unsupported(input, weight, geometry)
@@ -63,7 +63,7 @@ def conv_transpose_off_kernels(conv: Node, fused: bool = False) -> str | None:
     return availability.reason_off_kernels("conv_transpose2d", input, unsupported, preferred)
 
 
-def _geometry(arguments: dict[str, Any]) -> ConvTransposeGeometry:
+def geometry_of(arguments: dict[str, Any]) -> ConvTransposeGeometry:
     """The geometry of a call; TypeError if one of its numbers is a node."""
     names = ("stride", "padding", "output_padding", "groups", "dilation")
     return conv_transpose_geometry(*(arguments[name] for name in names))

@@ -206,8 +206,7 @@ def conv_transpose2d(
     Example:
         >>> import torch, fastseg.functional as FS
         >>> FS.conv_transpose2d(torch.tensor([[[[1.0, 2.0]]]]), torch.tensor([[[[1.0, 10.0]]]]), stride=2)
-        tensor([[[[ 1., 10.,  2., 20.],
-                  [ 0.,  0.,  0.,  0.]]]])
+        tensor([[[[ 1., 10.,  2., 20.]]]])
 
     Source:
         torch.nn.functional.conv_transpose2d.

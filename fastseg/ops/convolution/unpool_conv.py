@@ -180,7 +180,7 @@ def max_unpool2d_conv2d(
         >>> import torch, fastseg.functional as FS
         >>> pooled, offsets = FS.max_pool2d_with_offsets(torch.tensor([[[[1.0, 2.0], [4.0, 3.0]]]]), 2)
         >>> FS.max_unpool2d_conv2d(pooled, offsets, torch.arange(9.0).view(1, 1, 3, 3))
-        tensor([[[[ 4.,  0.],
+        tensor([[[[28., 24.],
                   [16., 12.]]]])
 
     Source:
