@@ -23,8 +23,8 @@ from torch.nn.modules.utils import _pair as as_pair
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
-__all__ = ["BatchNorm", "FakeTensor", "FakeTensorMode", "TorchDispatchMode", "as_pair", "is_fake", "tree_leaves", "tree_map",
-           "tree_map_only"]  # fmt: skip
+__all__ = ["BatchNorm", "FakeTensor", "FakeTensorMode", "TorchDispatchMode", "as_pair", "is_fake", "tree_leaves",
+           "tree_map", "tree_map_only"]  # fmt: skip
 
 SEEN_IN = ("2.11", "2.13")
 
