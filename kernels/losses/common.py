@@ -1,19 +1,20 @@
-"""What the cross-entropy kernels share: labels, the share of each class in a pixel's target, softmax sums, gradients.
+"""What the cross-entropy kernels share: labels, targets, softmax sums and gradients.
 
-A pixel's target is a share q_c >= 0 of each class, and with p = softmax(x), lse = log(sum_c exp(x_c)), e the label
-smoothing, w the weights of the classes, z the weight of the z-loss:
+The target of a pixel gives a share q_c >= 0 to each class. With p = softmax(x), lse = log(sum_c exp(x_c)), the label
+smoothing e, the class weights w and the weight z of the z-loss:
 
     loss        = sum_c q_c * (lse - x_c) + z * lse^2
     dloss/dx_c  = (sum_k q_k + 2 * z * lse) * p_c - q_c
-    q_c         = w_c * ((1 - e) * [c = label] + e / C)       of a label
-                = w_c * ((1 - e) * target_c + e / C)          of class probabilities
+    q_c         = w_c * ((1 - e) * [c = label] + e / C)       for a label
+                = w_c * ((1 - e) * target_c + e / C)          for class probabilities
 
-The label's own part is kept apart as `gain` * (p_c - [c = label]), gain = (1 - e) * w_label: a confident pixel's p - 1
-is exact, a product with a weight in front of the subtraction would not be. What else multiplies p_c is `spread`.
+The kernels compute the label's own part of the gradient separately, as gain * (p_c - [c = label]) with
+gain = (1 - e) * w_label: p - 1 of a confident pixel is exact, whereas multiplying by a weight first would round. The
+factor of p_c in the other parts is called `spread`.
 
-Everything is computed in the dtype of `lse`: float32, and float64 for float64 logits. lse is kept in two terms there
-and for float32 logits (SPLIT), the maximum and what is above it: as one number it would lose the digits that the
-gradient of a confident pixel is made of.
+Everything is computed in the dtype of lse: float32, and float64 for float64 logits. For these two dtypes lse is stored
+in two terms (SPLIT): the maximum `highest`, and `above` = lse - highest. Their sum would lose the digits that the
+gradient of a confident pixel consists of.
 """
 
 from __future__ import annotations
@@ -24,16 +25,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import INT32_MAX
+from ..shared import INT32_MAX
 from .options import LossInputs, LossOptions
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-LONG_ROW = 128  # bytes of a pixel's classes in channels_last, from which on four lanes share a row
+LONG_ROW = 128  # bytes of a pixel's classes in channels_last: from this size on, four lanes share a row
 
 
 @triton.jit
 def exponential(x):
-    """exp of x <= 0. In float32 by the hardware's power of two; a result too small for a normal number is 0."""
+    """exp(x) for x <= 0. In float32 by the hardware's power of two, which returns 0 for subnormal results."""
     if x.dtype == tl.float64:
         return tl.exp(x)
     else:
@@ -42,7 +43,7 @@ def exponential(x):
 
 @triton.jit
 def read_label(labels, o, live, C: tl.constexpr, IGNORE):
-    """(the class or -1 where there is none, whether the label is neither a class nor to be ignored)."""
+    """(the class, or -1 for an ignored or out-of-range label; whether the label is out of range)."""
     label = tl.load(labels + o, mask=live, other=0).to(tl.int64)
     kept = live & (label != IGNORE)
     inside = (label >= 0) & (label < C)
@@ -51,7 +52,7 @@ def read_label(labels, o, live, C: tl.constexpr, IGNORE):
 
 @triton.jit
 def read_target(targets, o, live, C: tl.constexpr, IGNORE, PROBABILITIES: tl.constexpr):
-    """read_label; of class probabilities every pixel counts, and its label 0 is nobody's."""
+    """read_label. For class probabilities no pixel is ignored, and label 0 is a placeholder."""
     if PROBABILITIES:
         return tl.where(live, 0, -1).to(tl.int32), live != live
     else:
@@ -60,7 +61,7 @@ def read_target(targets, o, live, C: tl.constexpr, IGNORE, PROBABILITIES: tl.con
 
 @triton.jit
 def label_weight(weight, label, DTYPE: tl.constexpr, WEIGHTED: tl.constexpr):
-    """The label's weight, 0 where there is none."""
+    """The weight of the label's class, 0 if there is none."""
     if WEIGHTED:
         return tl.load(weight + tl.maximum(label, 0), mask=label >= 0, other=0.0).to(DTYPE)
     else:
@@ -72,7 +73,7 @@ def class_shares(
     targets, weight, o, c, inside, whole, rest, DTYPE: tl.constexpr, C: tl.constexpr, PROBABILITIES: tl.constexpr,
     WEIGHTED: tl.constexpr, SMOOTHING: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
-    """q of a tile, without the label's own part; 0 outside. c may be one row of classes for all pixels."""
+    """q of a tile, without the label's own part; 0 outside. `c` may be one row of classes for all pixels."""
     if PROBABILITIES:
         target = read_tile(targets, o, whole, rest, RAGGED, 0.0).to(DTYPE)
         share = target * (1.0 - SMOOTHING) + SMOOTHING / C
@@ -85,7 +86,7 @@ def class_shares(
 
 @triton.jit
 def read_tile(tensor, o, whole, rest, RAGGED: tl.constexpr, OTHER: tl.constexpr):
-    """Elements of whole chunks, and those of a chunk that the tensor ends in."""
+    """Elements at o. whole: load them in whole groups; rest: those of the group that the tensor ends in (RAGGED)."""
     value = tl.load(tensor + o, mask=whole, other=OTHER)
     if RAGGED:
         value = tl.where(rest, tl.load(tensor + o, mask=rest, other=OTHER), value)
@@ -96,46 +97,46 @@ def read_tile(tensor, o, whole, rest, RAGGED: tl.constexpr, OTHER: tl.constexpr)
 def row_tile(
     pixel, live, step, ELEMENTS, C: tl.constexpr, RAGGED: tl.constexpr, VEC: tl.constexpr, WIDTH: tl.constexpr
 ):
-    """channels_last: the step's WIDTH elements from the first chunk of each pixel's row on.
+    """channels_last: WIDTH elements of each pixel's row, which is read from the start of its first group of VEC.
 
-    (offsets, classes, whether they are the row's, whether to read them with their chunk, or one by one).
+    Returns (offsets, classes, whether they belong to the row, masks for read_tile: whole groups and single elements).
     """
     lane = tl.arange(0, WIDTH)[None, :]
     start = (pixel * C)[:, None]
-    behind = start % VEC  # elements of earlier pixels in the row's first chunk
-    chunk = (start // VEC + step * (WIDTH // VEC)) * VEC + lane // VEC * VEC
+    skipped = start % VEC  # elements of earlier pixels in the row's first group
+    group = (start // VEC + step * (WIDTH // VEC)) * VEC + lane // VEC * VEC
     o = (start // VEC + step * (WIDTH // VEC)) * VEC + lane
-    whole = live[:, None] & (step * WIDTH + lane // VEC * VEC < behind + C)
+    whole = live[:, None] & (step * WIDTH + lane // VEC * VEC < skipped + C)
     rest = whole
     if RAGGED:
-        rest = whole & (chunk + VEC > ELEMENTS) & (o < ELEMENTS)
-        whole = whole & (chunk + VEC <= ELEMENTS)
-    c = step * WIDTH + lane - behind
+        rest = whole & (group + VEC > ELEMENTS) & (o < ELEMENTS)
+        whole = whole & (group + VEC <= ELEMENTS)
+    c = step * WIDTH + lane - skipped
     return o, c, live[:, None] & (c >= 0) & (c < C), whole, rest
 
 
 @triton.jit
-def accumulate(value, share, inside, highest, total, mass, short, SHARED: tl.constexpr):
-    """One step of the softmax sums over the classes, -inf outside.
+def accumulate(value, share, inside, highest, total, mass, distance, SHARED: tl.constexpr):
+    """One step of the softmax sums over the classes. value: logits, -inf outside the tile.
 
-    highest: the maximum so far, from -inf, so that no finite logit is out of its reach; as long as it is -inf, 0
-    stands in for it, so that -inf - -inf does not spoil the classes to come. total: sum_c exp(x_c - highest).
-    SHARED: mass = sum_c q_c and short = sum_c q_c * (highest - x_c), which loses nothing to large logits.
+    highest: the maximum so far. It starts at -inf, which is below every finite logit; while it is -inf, 0 takes its
+    place in differences, because -inf - -inf is NaN. total: sum_c exp(x_c - highest). SHARED: mass = sum_c q_c and
+    distance = sum_c q_c * (highest - x_c), which keeps its digits if all logits are large.
     """
     peak = tl.maximum(highest, tl.max(value, axis=1))
     shift = tl.where(peak == float("-inf"), 0.0, peak)
     total = total * exponential(highest - shift) + tl.sum(exponential(value - shift[:, None]), axis=1)
     if SHARED:
         before = tl.where(highest == float("-inf"), 0.0, highest)
-        short += mass * (shift - before)
-        short += tl.sum(tl.where(inside, share * (shift[:, None] - value), 0.0), axis=1)
+        distance += mass * (shift - before)
+        distance += tl.sum(tl.where(inside, share * (shift[:, None] - value), 0.0), axis=1)
         mass += tl.sum(share, axis=1)
-    return peak, total, mass, short
+    return peak, total, mass, distance
 
 
 @triton.jit
 def first_maximum(value, c, inside, best, best_score, first_nan, C: tl.constexpr):
-    """One step of the argmax: the first of equal maxima, and a NaN before any number, as torch's argmax."""
+    """One step of the argmax: the first of equal maxima, and NaN before any number, as in torch.argmax."""
     score = tl.where(inside & (value == value), value, float("-inf"))
     peak = tl.max(score, axis=1)
     place = tl.min(tl.where(inside & (score == peak[:, None]), c, C), axis=1)
@@ -145,15 +146,15 @@ def first_maximum(value, c, inside, best, best_score, first_nan, C: tl.constexpr
 
 
 @triton.jit
-def pixel_loss(label, factor, picked, highest, total, mass, short, PROBABILITIES: tl.constexpr,
+def pixel_loss(label, factor, picked, highest, total, mass, distance, PROBABILITIES: tl.constexpr,
                SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr):  # fmt: skip
-    """The loss of each pixel, 0 where there is no label. factor: the label's weight."""
+    """The loss of each pixel, 0 if it has no label. factor: the weight of the label."""
     above = tl.log(total)
     loss = tl.zeros_like(total)
     if not PROBABILITIES:
         loss += (1.0 - SMOOTHING) * factor * ((highest - picked) + above)
     if PROBABILITIES or SMOOTHING != 0:
-        loss += short + mass * above
+        loss += distance + mass * above
     if Z_LOSS != 0:
         loss += Z_LOSS * (highest + above) * (highest + above)
     return tl.where(label >= 0, loss, 0.0)
@@ -162,7 +163,7 @@ def pixel_loss(label, factor, picked, highest, total, mass, short, PROBABILITIES
 @triton.jit
 def smoothed_mass(weight, DTYPE: tl.constexpr, C: tl.constexpr, WEIGHTED: tl.constexpr, SMOOTHING: tl.constexpr,
                   PADDED: tl.constexpr):  # fmt: skip
-    """e / C * sum_c w_c: what label smoothing adds to the mass of a labelled pixel."""
+    """e / C * sum_c w_c: the part of sum_c q_c that comes from label smoothing."""
     if WEIGHTED:
         c = tl.arange(0, PADDED)
         return tl.sum(tl.load(weight + c, mask=c < C, other=0.0).to(DTYPE), axis=0) * (SMOOTHING / C)
@@ -174,9 +175,9 @@ def smoothed_mass(weight, DTYPE: tl.constexpr, C: tl.constexpr, WEIGHTED: tl.con
 def gradient(
     p, share, hit, label, gain, spread, scale, PROBABILITIES: tl.constexpr, SHARED: tl.constexpr, SPREAD: tl.constexpr
 ):
-    """scale * dloss/dx of a tile, exactly 0 where there is no label, also where the logits are not finite.
+    """scale * dloss/dx of a tile: exactly 0 if a pixel has no label, also if its logits are not finite.
 
-    gain and spread are scaled already, share is not.
+    gain and spread include the factor `scale`, share does not.
     """
     if PROBABILITIES:
         grad = spread * p - scale * share
@@ -189,14 +190,15 @@ def gradient(
     return tl.where(label >= 0, grad, 0.0)
 
 
-def long_rows(logits: Tensor) -> bool:
+def has_long_rows(logits: Tensor) -> bool:
+    """channels_last: whether the classes of a pixel are so many bytes that four lanes share them."""
     return logits.shape[1] * logits.element_size() >= LONG_ROW
 
 
 def constants(inputs: LossInputs, options: LossOptions) -> dict[str, Any]:
     """The compile-time arguments of every kernel. Each value of label_smoothing and z_loss is compiled once."""
     logits = inputs.logits
-    # WIDE: an offset, also of a lane that is masked, can pass int32.
+    # WIDE: an offset may not fit in int32, the offset of a masked lane included.
     wide = logits.numel() > INT32_MAX - (logits.shape[1] + 16) * 1024
     return {
         "C": logits.shape[1], "REDUCTION": options.reduction, "PROBABILITIES": inputs.targets.is_floating_point(),

@@ -1,17 +1,17 @@
-"""Cross-entropy of (N, C, H, W) logits in two passes, in NCHW and in channels_last: the formulas stand in
-cross_entropy_parts.py, the form of one pass in cross_entropy_one_pass.py.
+"""Cross-entropy of (N, C, H, W) logits in two passes, in NCHW and channels_last. This file holds the forward.
 
-The forward reads the logits once and keeps lse, 4 bytes a pixel; the backward (cross_entropy_bwd.py) reads logits,
-labels and lse once and writes the gradient once. For bf16 logits and int64 labels that is 6 * C + 24 bytes a pixel in
-all, and for float32 logits, whose lse has two terms, 8 more. Class probabilities are read once in each pass.
+The forward reads the logits once and writes lse, 4 bytes per pixel. The backward (cross_entropy_bwd.py) reads logits,
+labels and lse once and writes the gradient once. For bf16 logits and int64 labels these are 6 * C + 24 bytes per pixel
+in total, and 8 more for float32 logits, whose lse has two terms. Class probabilities are read once in each pass. The
+formulas are in common.py; cross_entropy_one_pass.py is the form whose forward computes the gradient too.
 
-A label picks its logit by comparison with the class numbers; only a valid label is ever part of an address. Sums over
-pixels are partial sums of programs, added up in a fixed order: no atomics.
+The logit of a label is found by comparing class numbers, and only a valid label is ever part of an address. Sums over
+pixels are partial sums of the programs, added up in a fixed order: no atomics.
 
-In NCHW a program's pixels lie side by side in each class's plane, and it walks over the classes. In channels_last a
-pixel's classes lie side by side, C of them and seldom a multiple of 16 bytes: the forward reads the whole aligned
-chunks of VEC elements that a pixel's row touches. Where the tensor ends inside a chunk (RAGGED), that chunk is read
-element by element.
+In NCHW the pixels of a program are next to each other in each class's plane, and the program loops over the classes. In
+channels_last the classes of a pixel are next to each other, C of them, which is seldom a multiple of 16 bytes. The
+forward therefore reads all aligned groups of VEC elements (16 bytes) that contain a part of a pixel's row. If the
+tensor ends inside a group (RAGGED), that group is read element by element.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from .common import (
     class_shares,
     constants,
     first_maximum,
+    has_long_rows,
     label_weight,
-    long_rows,
     pixel_loss,
     read_target,
     read_tile,
@@ -39,11 +39,11 @@ from .common import (
 )
 from .options import LossInputs, LossOptions, LossResults
 
-FEW_PROGRAMS = 512  # too few to fill a GPU: smaller ones are taken then
-CLASSES = 4  # that a program reads at a time in NCHW: what its registers hold
-ROWS = 256  # pixels of a program in channels_last, and where their rows are long
-LONG_ROWS = 128
-TOTAL_BLOCK = 1024
+FEW_PROGRAMS = 512  # too few to fill a GPU: programs are made smaller then
+CLASSES = 4  # read at a time in NCHW: as many as fit in registers
+ROWS = 256  # pixels of a program in channels_last
+LONG_ROWS = 128  # the same if their rows are long
+TOTAL_BLOCK = 1024  # partial sums that are added at a time
 
 
 @triton.jit
@@ -54,12 +54,14 @@ def cross_entropy_fwd_kernel(
     CHANNELS_LAST: tl.constexpr, RAGGED: tl.constexpr, VEC: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr,
     UNROLL: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """One program takes BLOCK pixels: of one image in NCHW, of the batch in channels_last.
+    """One program computes lse and loss of BLOCK pixels: of one image in NCHW, of the batch in channels_last.
 
-    Reads their logits once, WIDTH classes at a time, and their targets; writes lse, and the losses (REDUCTION "none")
-    or the sums of the program's losses and of what they are divided by. PREDICT: also the class of each pixel's
-    largest logit, and how many pixels are right and how many count.
+    Reads their logits once, WIDTH classes at a time, and their targets. Writes lse, and for REDUCTION "none" the
+    losses, else the program's sums of the losses and of the denominator's terms: 2 * C + 12 bytes per pixel for bf16
+    logits, int64 labels and a mean. PREDICT: writes also the class of each pixel's largest logit, and the numbers of
+    pixels that are predicted right and that are not ignored.
     """
+    # 1. Which pixels
     program = tl.program_id(0)
     if WIDE:
         program = program.to(tl.int64)
@@ -70,12 +72,16 @@ def cross_entropy_fwd_kernel(
     live = p < SIZE
     image = program // TILES
     pixel = image * SIZE + p
-    label, stray = read_target(targets, pixel, live, C, IGNORE, PROBABILITIES)
-    tl.device_assert(stray == 0, "cross_entropy: a target is neither a class nor ignore_index")
+
+    # 2. Load the targets
+    label, out_of_range = read_target(targets, pixel, live, C, IGNORE, PROBABILITIES)
+    tl.device_assert(out_of_range == 0, "cross_entropy: a target is neither a class nor ignore_index")
+
+    # 3. Load the logits, and accumulate the softmax sums and the argmax over the classes
     highest = tl.full((BLOCK,), float("-inf"), DTYPE)
     total = tl.zeros((BLOCK,), DTYPE)
     mass = tl.zeros((BLOCK,), DTYPE)
-    short = tl.zeros((BLOCK,), DTYPE)
+    distance = tl.zeros((BLOCK,), DTYPE)
     picked = tl.zeros((BLOCK,), DTYPE)
     best = tl.zeros((BLOCK,), tl.int32)
     best_score = tl.full((BLOCK,), float("-inf"), DTYPE)
@@ -93,18 +99,20 @@ def cross_entropy_fwd_kernel(
             whole = inside
             rest = inside
             value = tl.load(logits + o, mask=inside, other=float("-inf")).to(DTYPE)
-            if not PROBABILITIES:  # a gather of these would cost a sector for each pixel
+            if not PROBABILITIES:  # loading these at the end would read a sector for each pixel
                 picked += tl.sum(tl.where(lane == (label - step * WIDTH)[:, None], value, 0.0), axis=1)
         share = value
         if SHARED:
             share = class_shares(
                 targets, weight, o, c, inside, whole, rest, DTYPE, C, PROBABILITIES, WEIGHTED, SMOOTHING, RAGGED
             )
-        highest, total, mass, short = accumulate(value, share, inside, highest, total, mass, short, SHARED)
+        highest, total, mass, distance = accumulate(value, share, inside, highest, total, mass, distance, SHARED)
         if PREDICT:
             best, best_score, first_nan = first_maximum(value, c, inside, best, best_score, first_nan, C)
     if CHANNELS_LAST and not PROBABILITIES:
         picked = tl.load(logits + pixel * C + label, mask=label >= 0, other=0.0).to(DTYPE)
+
+    # 4. Store lse
     above = tl.log(total)
     if SPLIT:
         tl.store(lse + pixel, highest, mask=live)
@@ -114,8 +122,10 @@ def cross_entropy_fwd_kernel(
     if PROBABILITIES:
         masses = lse + PIXELS + PIXELS if SPLIT else lse + PIXELS  # 2 * PIXELS can pass int32
         tl.store(masses + pixel, mass, mask=live)
+
+    # 5. The losses, and their sum
     factor = label_weight(weight, label, DTYPE, WEIGHTED and not PROBABILITIES)
-    value = pixel_loss(label, factor, picked, highest, total, mass, short, PROBABILITIES, SMOOTHING, Z_LOSS)
+    value = pixel_loss(label, factor, picked, highest, total, mass, distance, PROBABILITIES, SMOOTHING, Z_LOSS)
     if REDUCTION == "none":
         tl.store(loss + pixel, value, mask=live)
     else:
@@ -124,13 +134,15 @@ def cross_entropy_fwd_kernel(
             tl.store(partials + PROGRAMS + program, tl.sum(factor, axis=0))
         elif REDUCTION == "valid":
             tl.store(partials + PROGRAMS + program, tl.sum(tl.where(label >= 0, 1.0, 0.0).to(DTYPE), axis=0))
+
+    # 6. Store the predictions
     if PREDICT:
         store_predictions(prediction, counts, pixel, live, label, best, first_nan, program, PROGRAMS, C)
 
 
 @triton.jit
 def store_predictions(prediction, counts, pixel, live, label, best, first_nan, program, PROGRAMS, C: tl.constexpr):
-    """The predicted classes, and the program's numbers of right pixels and of labelled ones."""
+    """Write the predicted classes, and the program's numbers of pixels predicted right and not ignored."""
     best = tl.where(first_nan < C, first_nan, best)
     tl.store(prediction + pixel, best.to(prediction.dtype.element_ty), mask=live)
     tl.store(counts + program, tl.sum(((label == best) & live).to(tl.int32), axis=0))
@@ -141,10 +153,10 @@ def store_predictions(prediction, counts, pixel, live, label, best, first_nan, p
 def cross_entropy_total_kernel(
     partials, loss, denominator, PARTIALS, DIVIDED: tl.constexpr, SUMMED: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """One program adds up the partial sums, in an order that depends on their number alone, and divides for the mean.
+    """One program adds up the partial sums, in an order that depends on their number alone, and divides for a mean.
 
-    SUMMED: the denominator is a sum of partials too, and written; else it is read. A batch with nothing valid has
-    mean 0 / 0 = NaN and sum 0, as in torch.
+    SUMMED: the denominator is a sum of partial sums too, and is written; else it is read. If all pixels are ignored,
+    the mean is 0 / 0 = NaN and the sum 0, as in torch.
     """
     losses = tl.zeros((BLOCK,), partials.dtype.element_ty)
     divisors = tl.zeros((BLOCK,), partials.dtype.element_ty)
@@ -165,7 +177,7 @@ def cross_entropy_total_kernel(
 
 @triton.jit
 def cross_entropy_counts_kernel(partials, counts, PARTIALS, BLOCK: tl.constexpr):
-    """One program adds up the programs' numbers of right pixels, and of labelled ones."""
+    """One program adds up the programs' numbers of pixels predicted right and not ignored."""
     right = tl.zeros((BLOCK,), tl.int64)
     valid = tl.zeros((BLOCK,), tl.int64)
     for start in range(0, PARTIALS, BLOCK):
@@ -176,26 +188,26 @@ def cross_entropy_counts_kernel(partials, counts, PARTIALS, BLOCK: tl.constexpr)
     tl.store(counts + 1, tl.sum(valid, axis=0))
 
 
-class Tiles(NamedTuple):
+class PixelTiling(NamedTuple):
     """How the pixels of a call are divided among programs: in NCHW, and for the forward in channels_last."""
 
-    runs: int  # pixels of an image in units of vec; NCHW alone uses it
-    tiles: int  # programs of an image (NCHW), of the batch (channels_last)
+    runs: int  # pixels of an image in units of vec; only used in NCHW
+    tiles: int  # programs per image (NCHW) or per batch (channels_last)
     programs: int
     vec: int  # elements of one access
-    block: int
+    block: int  # pixels of a program
     warps: int
 
     @classmethod
-    def of(cls, logits: Tensor, channels_last: bool) -> Tiles:
+    def of(cls, logits: Tensor, channels_last: bool) -> PixelTiling:
         n, _, h, w = logits.shape
         warps = 4
         if channels_last:
-            block = LONG_ROWS if long_rows(logits) else ROWS
+            block = LONG_ROWS if has_long_rows(logits) else ROWS
             tiles = triton.cdiv(n * h * w, block)
             return cls(h * w, tiles, tiles, 16 // logits.element_size(), block, warps)
         vec = vector_width(logits.element_size(), h * w)
-        lane = max(vec, 4 if logits.element_size() < 8 else 2)  # pixels of a lane: one access, or some narrow ones
+        lane = max(vec, 4 if logits.element_size() < 8 else 2)  # pixels of a lane: one access, or several narrow ones
         if n * triton.cdiv(h * w, 32 * warps * lane) < FEW_PROGRAMS:
             warps = 1
         block = 32 * warps * lane
@@ -204,24 +216,25 @@ class Tiles(NamedTuple):
 
 
 def row_steps(logits: Tensor, vec: int) -> dict[str, int]:
-    """channels_last: WIDTH, classes that are read at a time, STEPS, and UNROLL, steps that are in flight together."""
+    """channels_last: WIDTH (classes read at a time), STEPS, and UNROLL (steps whose loads are in flight together)."""
     classes = logits.shape[1]
-    width = 4 * vec if long_rows(logits) else vec
-    # A row begins anywhere in its first chunk, at a multiple of gcd(classes, vec).
+    width = 4 * vec if has_long_rows(logits) else vec
+    # A row begins at any multiple of gcd(classes, vec) in its first group.
     steps = triton.cdiv(classes + vec - math.gcd(classes, vec), width)
-    return {"WIDTH": width, "STEPS": steps, "UNROLL": 1 if long_rows(logits) else min(steps, 4)}
+    return {"WIDTH": width, "STEPS": steps, "UNROLL": 1 if has_long_rows(logits) else min(steps, 4)}
 
 
-class Predicted:
-    """Where a forward writes its predictions and counts, if any; partial counts of the programs on the way."""
+class Predictions:
+    """The predictions of a forward, if requested (counts has elements), and the counts of its programs."""
 
-    def __init__(self, prediction: Tensor, counts: Tensor, programs: int, stand_in: Tensor) -> None:
-        self.wanted, self.programs, self.counts = counts.numel() > 0, programs, counts
-        self.partials = counts.new_empty((2, programs), dtype=torch.int32) if self.wanted else stand_in
-        self.arguments = (prediction if self.wanted else stand_in, self.partials)
+    def __init__(self, prediction: Tensor, counts: Tensor, programs: int, unused: Tensor) -> None:
+        self.requested, self.programs, self.counts = counts.numel() > 0, programs, counts
+        self.partials = counts.new_empty((2, programs), dtype=torch.int32) if self.requested else unused
+        self.arguments = (prediction if self.requested else unused, self.partials)
 
-    def total(self) -> None:
-        if self.wanted:
+    def add_up_counts(self) -> None:
+        """Write the counts, after the forward's launch."""
+        if self.requested:
             launch(cross_entropy_counts_kernel, 1, self.partials, self.counts, self.programs, BLOCK=TOTAL_BLOCK)
 
 
@@ -229,27 +242,27 @@ def cross_entropy_fwd(inputs: LossInputs, options: LossOptions, channels_last: b
     """Fill the results: loss and lse, and denominator, prediction and counts if requested. All tensors are dense."""
     logits, targets, _ = inputs
     loss, lse, denominator, prediction, counts = results
-    tiles = Tiles.of(logits, channels_last)
+    tiling = PixelTiling.of(logits, channels_last)
     pixels = lse[0].numel()
-    partials = loss.new_empty((2, tiles.programs)) if options.is_reduced else loss
-    predicted = Predicted(prediction, counts, tiles.programs, loss)
+    partials = loss.new_empty((2, tiling.programs)) if options.is_reduced else loss
+    predictions = Predictions(prediction, counts, tiling.programs, loss)
     steps = {"WIDTH": CLASSES, "STEPS": triton.cdiv(logits.shape[1], CLASSES), "UNROLL": 1}
     launch(
-        cross_entropy_fwd_kernel, tiles.programs,
-        logits, targets, inputs.weight_or_logits, loss, lse, partials, *predicted.arguments,
-        logits.numel(), pixels, tiles.runs, tiles.tiles, tiles.programs, options.ignore_index,
-        **constants(inputs, options), PREDICT=predicted.wanted,
-        CHANNELS_LAST=channels_last, RAGGED=channels_last and logits.numel() % tiles.vec != 0, VEC=tiles.vec,
-        **(row_steps(logits, tiles.vec) if channels_last else steps), BLOCK=tiles.block,
-        num_warps=tiles.warps, debug=True, sanitize_overflow=False,
+        cross_entropy_fwd_kernel, tiling.programs,
+        logits, targets, inputs.weight_or_logits, loss, lse, partials, *predictions.arguments,
+        logits.numel(), pixels, tiling.runs, tiling.tiles, tiling.programs, options.ignore_index,
+        **constants(inputs, options), PREDICT=predictions.requested,
+        CHANNELS_LAST=channels_last, RAGGED=channels_last and logits.numel() % tiling.vec != 0, VEC=tiling.vec,
+        **(row_steps(logits, tiling.vec) if channels_last else steps), BLOCK=tiling.block,
+        num_warps=tiling.warps, debug=True, sanitize_overflow=False,
     )  # fmt: skip
-    predicted.total()
+    predictions.add_up_counts()
     if options.is_reduced:
         add_up_losses(partials, loss, denominator, options.reduction)
 
 
 def add_up_losses(partials: Tensor, loss: Tensor, denominator: Tensor, reduction: str) -> None:
-    """Add up the losses of the programs, and the denominator if the reduction sums it over the pixels too."""
+    """Add up the programs' losses, and the denominator if it is a sum over the pixels too; divide for a mean."""
     launch(
         cross_entropy_total_kernel, 1,
         partials, loss, denominator, partials.shape[-1],

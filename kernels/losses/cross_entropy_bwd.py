@@ -1,7 +1,9 @@
-"""The gradient of cross-entropy from lse, the second of two passes: formulas in cross_entropy_parts.py.
+"""The gradient of cross-entropy from lse, the second of two passes. The formulas are in common.py.
 
-In NCHW a program's pixels lie side by side in each class's plane, and it walks over the classes. channels_last is one
-run of chunks of VEC elements, each of which holds classes of one pixel, or of one and the next.
+It reads logits, targets and lse once and writes the gradient once: 4 * C + 12 bytes per pixel for bf16 logits and int64
+labels. In NCHW the pixels of a program are next to each other in each class's plane, and the program loops over the
+classes. channels_last is treated as one sequence of groups of VEC elements, each of which holds classes of one pixel,
+or of one pixel and the next.
 """
 
 from __future__ import annotations
@@ -12,11 +14,11 @@ from torch import Tensor
 
 from ..launch import launch
 from .common import class_shares, constants, exponential, gradient, label_weight, read_target, read_tile, smoothed_mass
-from .cross_entropy import Tiles
+from .cross_entropy import PixelTiling
 from .options import LossInputs, LossOptions
 
-CLASSES = 2  # that a program writes at a time in NCHW: what its registers hold
-CHUNKS = 256  # of a program in channels_last
+CLASSES = 2  # written at a time in NCHW: as many as fit in registers
+GROUPS = 256  # of a program in channels_last
 
 
 @triton.jit
@@ -32,7 +34,7 @@ def read_scale(grad_loss, denominator, o, label, REDUCTION: tl.constexpr):
 
 @triton.jit
 def read_lse(lse, PIXELS, o, live, SPLIT: tl.constexpr):
-    """The two terms of lse, the second 0 where it is kept as one."""
+    """The two terms of lse; the second is 0 if lse is stored in one."""
     first = tl.load(lse + o, mask=live, other=0.0)
     second = tl.load(lse + PIXELS + o, mask=live, other=0.0) if SPLIT else tl.zeros_like(first)
     return first, second
@@ -43,7 +45,7 @@ def pixel_factors(
     scale, label, factor, highest, above, mass, PROBABILITIES: tl.constexpr, SMOOTHING: tl.constexpr,
     Z_LOSS: tl.constexpr,
 ):  # fmt: skip
-    """(gain, spread), scaled. factor: the label's weight; mass: of the shares that are not the label's own."""
+    """(gain, spread), scaled. factor: the weight of the label; mass: the sum of q without the label's own part."""
     spread = tl.zeros_like(highest)
     if PROBABILITIES or SMOOTHING != 0:
         spread += mass
@@ -58,7 +60,7 @@ def read_pixels(
     REDUCTION: tl.constexpr, PROBABILITIES: tl.constexpr, WEIGHTED: tl.constexpr, SMOOTHING: tl.constexpr,
     Z_LOSS: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """All that the gradient takes of a pixel besides its logits and shares."""
+    """What the gradient of a pixel depends on, apart from its logits and shares."""
     label, _ = read_target(targets, o, live, C, IGNORE, PROBABILITIES)
     scale = read_scale(grad_loss, denominator, o, label, REDUCTION) + tl.zeros(label.shape, lse.dtype.element_ty)
     highest, above = read_lse(lse, PIXELS, o, live, SPLIT)
@@ -80,8 +82,10 @@ def cross_entropy_bwd_kernel(
 ):  # fmt: skip
     """NCHW: one program writes the gradient of BLOCK pixels of one image, WIDTH classes at a time.
 
-    Reads their logits, targets and lse once. What is ignored gets exactly 0, also where its logits are not finite.
+    Reads their logits, targets and lse once. The gradient of an ignored pixel is exactly 0, also if its logits are not
+    finite.
     """
+    # 1. Which pixels
     program = tl.program_id(0)
     if WIDE:
         program = program.to(tl.int64)
@@ -92,11 +96,15 @@ def cross_entropy_bwd_kernel(
     live = p < SIZE
     image = program // TILES
     pixel = image * SIZE + p
+
+    # 2. Load targets and lse
     smoothed = smoothed_mass(weight, DTYPE, C, WEIGHTED, SMOOTHING, PADDED)
     label, scale, highest, above, gain, spread = read_pixels(
         grad_loss, targets, weight, lse, denominator, pixel, live, PIXELS, IGNORE, smoothed,
         C, REDUCTION, PROBABILITIES, WEIGHTED, SMOOTHING, Z_LOSS, SPLIT,
     )  # fmt: skip
+
+    # 3. For each group of classes: load the logits, compute the gradient, and store it
     lane = tl.arange(0, WIDTH)[None, :]
     for step in range(STEPS):
         c = step * WIDTH + lane
@@ -123,11 +131,12 @@ def cross_entropy_bwd_rows_kernel(
     SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr, SPLIT: tl.constexpr, PADDED: tl.constexpr, VEC: tl.constexpr,
     RAGGED: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """channels_last: one program writes BLOCK chunks of VEC <= C elements of the gradient.
+    """channels_last: one program writes BLOCK groups of VEC <= C elements of the gradient.
 
-    Reads the same chunks of the logits, and the targets and lse of the pixels in them: a chunk's first `split` elements
-    belong to one pixel, the others to the next. What is ignored gets exactly 0, as in NCHW.
+    Reads the same groups of the logits, and the targets and lse of the pixels in them: the first `split` elements of a
+    group belong to one pixel, the others to the next. The gradient of an ignored pixel is exactly 0, as in NCHW.
     """
+    # 1. Which groups, and the pixels of their first elements
     program = tl.program_id(0)
     if WIDE:
         program = program.to(tl.int64)
@@ -135,6 +144,8 @@ def cross_entropy_bwd_rows_kernel(
     first = (program * BLOCK + tl.arange(0, BLOCK)) * VEC
     pixel = first // C
     live = pixel < PIXELS
+
+    # 2. Load targets and lse of these pixels
     smoothed = smoothed_mass(weight, DTYPE, C, WEIGHTED, SMOOTHING, PADDED)
     label, scale, highest, above, gain, spread = read_pixels(
         grad_loss, targets, weight, lse, denominator, pixel, live, PIXELS, IGNORE, smoothed,
@@ -144,6 +155,8 @@ def cross_entropy_bwd_rows_kernel(
     above, gain, spread = above[:, None], gain[:, None], spread[:, None]
     lane = tl.arange(0, VEC)[None, :]
     c = lane + (first - pixel * C)[:, None]
+
+    # 3. The same of the next pixels, for the elements that belong to them
     if C % VEC != 0:
         split = (pixel + 1) * C - first
         straddles = (split < VEC) & (pixel + 1 < PIXELS)
@@ -159,19 +172,21 @@ def cross_entropy_bwd_rows_kernel(
         above = tl.where(later, above_2[:, None], above)
         gain = tl.where(later, gain_2[:, None], gain)
         spread = tl.where(later, spread_2[:, None], spread)
-    write_chunks(
+
+    # 4. Load the logits, compute the gradient, and store it
+    write_groups(
         logits, targets, weight, grad_logits, first, live, c, label, scale, highest, above, gain, spread, ELEMENTS,
         DTYPE, C, PROBABILITIES, WEIGHTED, SMOOTHING, Z_LOSS, VEC, RAGGED,
     )  # fmt: skip
 
 
 @triton.jit
-def write_chunks(
+def write_groups(
     logits, targets, weight, grad_logits, first, live, c, label, scale, highest, above, gain, spread, ELEMENTS,
     DTYPE: tl.constexpr, C: tl.constexpr, PROBABILITIES: tl.constexpr, WEIGHTED: tl.constexpr,
     SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr, VEC: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of the chunks that begin at `first`: c, label and the rest are those of each element's pixel."""
+    """Write the gradient of the groups that begin at `first`. c: each element's class; label to spread: its pixel's."""
     SHARED: tl.constexpr = PROBABILITIES or SMOOTHING != 0
     o = first[:, None] + tl.arange(0, VEC)[None, :]
     whole = live[:, None]
@@ -194,8 +209,8 @@ def write_chunks(
         tl.store(grad_logits + o, grad, mask=rest)
 
 
-def chunk_width(logits: Tensor) -> int:
-    """Elements of a chunk: 16 bytes, and no more than a pixel has classes, so that it holds at most two pixels'."""
+def group_width(logits: Tensor) -> int:
+    """Elements of a group: 16 bytes, and at most the classes of a pixel, so that a group belongs to at most two."""
     return min(16 // logits.element_size(), 1 << (logits.shape[1].bit_length() - 1))
 
 
@@ -214,17 +229,17 @@ def cross_entropy_bwd(
     classes, pixels = logits.shape[1], lse[0].numel()
     shared = constants(inputs, options) | {"PADDED": triton.next_power_of_2(classes)}
     if channels_last:
-        vec = chunk_width(logits)
+        vec = group_width(logits)
         launch(
-            cross_entropy_bwd_rows_kernel, triton.cdiv(logits.numel(), vec * CHUNKS),
+            cross_entropy_bwd_rows_kernel, triton.cdiv(logits.numel(), vec * GROUPS),
             *tensors, pixels, logits.numel(), options.ignore_index,
-            **shared, VEC=vec, RAGGED=logits.numel() % vec != 0, BLOCK=CHUNKS,
+            **shared, VEC=vec, RAGGED=logits.numel() % vec != 0, BLOCK=GROUPS,
         )  # fmt: skip
     else:
-        tiles = Tiles.of(logits, channels_last)
+        tiling = PixelTiling.of(logits, channels_last)
         launch(
-            cross_entropy_bwd_kernel, tiles.programs,
-            *tensors, pixels, tiles.runs, tiles.tiles, options.ignore_index,
-            **shared, VEC=tiles.vec, WIDTH=CLASSES, STEPS=triton.cdiv(classes, CLASSES),
-            BLOCK=tiles.block, num_warps=tiles.warps,
+            cross_entropy_bwd_kernel, tiling.programs,
+            *tensors, pixels, tiling.runs, tiling.tiles, options.ignore_index,
+            **shared, VEC=tiling.vec, WIDTH=CLASSES, STEPS=triton.cdiv(classes, CLASSES),
+            BLOCK=tiling.block, num_warps=tiling.warps,
         )  # fmt: skip

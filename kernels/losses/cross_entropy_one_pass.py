@@ -1,10 +1,10 @@
-"""Cross-entropy whose forward writes the gradient too, for a gradient of the loss that is 1: 4 * C + 10 bytes a pixel.
+"""Cross-entropy whose forward writes the gradient too, for a loss gradient of 1: 4 * C + 10 bytes per pixel in total.
 
-The logits of a program's pixels are read once, from memory or, the second time, from the first-level cache; what a
-mean divides by must be known before, so the labels are counted first (8 bytes a pixel), and left in one byte each.
-The backward looks at the gradient of the loss, on the device: where it is 1 all is done, else it makes the gradient
-anew, from the logits, so that nothing is ever rounded twice and nothing that underflowed is scaled up again.
-Formulas in cross_entropy_parts.py.
+A program reads the logits of its pixels once from memory; if it reads them again, they come from the L1 cache. The
+denominator of a mean must be known before the gradient, so the labels are counted first (8 bytes per pixel) and packed
+into one byte each. The backward checks the gradient of the loss on the device. If it is 1, there is nothing to do. Else
+it recomputes the gradient from the logits, so that no value is rounded twice and none that underflowed is scaled up.
+The formulas are in common.py.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from .common import (
     exponential,
     first_maximum,
     gradient,
+    has_long_rows,
     label_weight,
-    long_rows,
     pixel_loss,
     read_label,
     read_target,
@@ -32,21 +32,21 @@ from .common import (
 )
 from .cross_entropy import (
     TOTAL_BLOCK,
-    Predicted,
+    Predictions,
     add_up_losses,
     cross_entropy_total_kernel,
     row_steps,
     store_predictions,
 )
-from .cross_entropy_bwd import chunk_width, pixel_factors, write_chunks
+from .cross_entropy_bwd import group_width, pixel_factors, write_groups
 from .options import LossInputs, LossOptions, OnePassResults
 
-TILE = 8192  # logits of a program in NCHW, which its registers hold
-ROWS = 256  # pixels of a program in channels_last, which its share of the first-level cache holds
-LONG_ROWS = 64
-CHUNKS = 256  # that it writes at a time there
-LABELS = 2048  # of a program that counts them
-NO_LABEL = {torch.uint8: 255, torch.int16: -1}  # in packed labels
+TILE = 8192  # logits of a program in NCHW: as many as fit in registers
+ROWS = 256  # pixels of a program in channels_last: as many as fit in its part of the L1 cache
+LONG_ROWS = 64  # the same if their rows are long
+GROUPS = 256  # written at a time in channels_last
+LABELS = 2048  # of a program that counts labels
+NO_LABEL = {torch.uint8: 255, torch.int16: -1}  # marks ignored pixels in packed labels
 
 
 @triton.jit
@@ -54,14 +54,20 @@ def cross_entropy_labels_kernel(
     labels, weight, packed, partials, PIXELS, IGNORE, NONE, C: tl.constexpr, REDUCTION: tl.constexpr,
     WEIGHTED: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Writes labels in one byte (or two), NONE where there is none, and each program's sum of weights or number."""
+    """One program packs BLOCK labels into one byte each (or two), NONE for an ignored pixel, and counts them.
+
+    Reads each label once; writes the packed labels and the program's sum of weights, or number of labels.
+    """
+    # 1. Load the labels
     program = tl.program_id(0)
     if WIDE:
         program = program.to(tl.int64)
     p = program * BLOCK + tl.arange(0, BLOCK)
     live = p < PIXELS
-    label, stray = read_label(labels, p, live, C, IGNORE)
-    tl.device_assert(stray == 0, "cross_entropy: a target is neither a class nor ignore_index")
+    label, out_of_range = read_label(labels, p, live, C, IGNORE)
+    tl.device_assert(out_of_range == 0, "cross_entropy: a target is neither a class nor ignore_index")
+
+    # 2. Store them packed, and the program's part of the denominator
     tl.store(packed + p, tl.where(label < 0, NONE, label).to(packed.dtype.element_ty), mask=live)
     DTYPE: tl.constexpr = partials.dtype.element_ty
     counted = label_weight(weight, label, DTYPE, WEIGHTED and REDUCTION == "weights")
@@ -76,11 +82,13 @@ def cross_entropy_one_pass_kernel(
     SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr, SPLIT: tl.constexpr, PREDICT: tl.constexpr, AGAIN: tl.constexpr,
     VEC: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """NCHW: one program writes the gradient of BLOCK pixels of one image, all classes of which it holds.
+    """NCHW: one program writes the gradient of BLOCK pixels of one image, and holds all of their classes.
 
-    Reads their logits and targets once. AGAIN: for the gradient of the loss, unless that is 1. Else for 1, with the
-    program's sum of losses and, PREDICT, its predictions. denominator: what the sum of all losses is divided by.
+    Reads their logits and targets once, 2 * C + 1 bytes per pixel for bf16 logits and packed labels, and writes 2 * C.
+    The gradient is for a loss gradient of 1, and the program also writes its sum of losses and with PREDICT its
+    predictions; with AGAIN it is for grad_loss, and nothing is done if that is 1. denominator: the divisor of a mean.
     """
+    # 1. The gradient of each pixel's loss
     DTYPE: tl.constexpr = partials.dtype.element_ty
     SHARED: tl.constexpr = PROBABILITIES or SMOOTHING != 0
     scale = tl.full((BLOCK,), 1.0, DTYPE)
@@ -91,6 +99,8 @@ def cross_entropy_one_pass_kernel(
         scale = scale * given
     if REDUCTION != "sum":
         scale = scale / tl.load(denominator)
+
+    # 2. Which pixels; load their targets
     program = tl.program_id(0)
     if WIDE:
         program = program.to(tl.int64)
@@ -99,9 +109,11 @@ def cross_entropy_one_pass_kernel(
     live = p < SIZE
     image = program // TILES
     pixel = image * SIZE + p
-    label, stray = read_target(targets, pixel, live, C, IGNORE, PROBABILITIES)
+    label, out_of_range = read_target(targets, pixel, live, C, IGNORE, PROBABILITIES)
     if not AGAIN:
-        tl.device_assert(stray == 0, "cross_entropy: a target is neither a class nor ignore_index")
+        tl.device_assert(out_of_range == 0, "cross_entropy: a target is neither a class nor ignore_index")
+
+    # 3. Load the logits, and compute the softmax sums
     c = tl.arange(0, WIDTH)[None, :]
     o = (image * C + c) * SIZE + p[:, None]
     inside = live[:, None] & (c < C)
@@ -113,15 +125,17 @@ def cross_entropy_one_pass_kernel(
             targets, weight, o, c, inside, inside, inside, DTYPE, C, PROBABILITIES, WEIGHTED, SMOOTHING, False
         )
     zeros = tl.zeros((BLOCK,), DTYPE)
-    highest, total, mass, short = accumulate(
+    highest, total, mass, distance = accumulate(
         value, share, inside, tl.full((BLOCK,), float("-inf"), DTYPE), zeros, zeros, zeros, SHARED
     )
+
+    # 4. The losses and predictions
     factor = label_weight(weight, label, DTYPE, WEIGHTED and not PROBABILITIES)
     if not AGAIN:
         picked = zeros
-        if not PROBABILITIES:  # of the tile that was just read
+        if not PROBABILITIES:  # from the cache, which holds the tile
             picked = tl.load(logits + (image * C + label) * SIZE + p, mask=label >= 0, other=0.0).to(DTYPE)
-        loss = pixel_loss(label, factor, picked, highest, total, mass, short, PROBABILITIES, SMOOTHING, Z_LOSS)
+        loss = pixel_loss(label, factor, picked, highest, total, mass, distance, PROBABILITIES, SMOOTHING, Z_LOSS)
         tl.store(partials + program, tl.sum(loss, axis=0))
         if PREDICT:
             best, _, first_nan = first_maximum(
@@ -129,6 +143,8 @@ def cross_entropy_one_pass_kernel(
                 tl.full((BLOCK,), C, tl.int32), C,
             )  # fmt: skip
             store_predictions(prediction, counts, pixel, live, label, best, first_nan, program, PROGRAMS, C)
+
+    # 5. Compute the gradient, and store it
     gain, spread = pixel_factors(scale, label, factor, highest, tl.log(total), mass, PROBABILITIES, SMOOTHING, Z_LOSS)
     shift = tl.where(highest == float("-inf"), 0.0, highest)
     grad = gradient(
@@ -145,13 +161,15 @@ def cross_entropy_one_pass_rows_kernel(
     C: tl.constexpr, REDUCTION: tl.constexpr, PROBABILITIES: tl.constexpr, WEIGHTED: tl.constexpr,
     SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr, SPLIT: tl.constexpr, PREDICT: tl.constexpr, AGAIN: tl.constexpr,
     ROW_RAGGED: tl.constexpr, ROW_VEC: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr, UNROLL: tl.constexpr,
-    RAGGED: tl.constexpr, VEC: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+    RAGGED: tl.constexpr, VEC: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """channels_last: one program writes the gradient of BLOCK pixels, as the kernel for NCHW does.
+    """channels_last: one program writes the gradient of BLOCK pixels, with the meaning and bytes of the NCHW kernel.
 
-    First it reads the row of each pixel, as the forward of two passes; then it reads and writes the run of chunks that
-    these rows are, as the backward does. A chunk takes the sums of its pixels from the program's own registers.
+    It first reads the row of each pixel, like the forward of two passes. Then it reads these rows again, from the
+    cache, as one sequence of groups of VEC elements, and writes them like the backward of two passes. A group takes the
+    sums of its pixels from the program's registers.
     """
+    # 1. The gradient of each pixel's loss
     DTYPE: tl.constexpr = partials.dtype.element_ty
     SHARED: tl.constexpr = PROBABILITIES or SMOOTHING != 0
     scale = tl.full((1,), 1.0, DTYPE)
@@ -162,19 +180,23 @@ def cross_entropy_one_pass_rows_kernel(
         scale = scale * given
     if REDUCTION != "sum":
         scale = scale / tl.load(denominator)
+
+    # 2. Which pixels; load their targets
     program = tl.program_id(0)
     if WIDE:
         program = program.to(tl.int64)
     start = program * BLOCK
     pixel = start + tl.arange(0, BLOCK)
     live = pixel < PIXELS
-    label, stray = read_target(targets, pixel, live, C, IGNORE, PROBABILITIES)
+    label, out_of_range = read_target(targets, pixel, live, C, IGNORE, PROBABILITIES)
     if not AGAIN:
-        tl.device_assert(stray == 0, "cross_entropy: a target is neither a class nor ignore_index")
+        tl.device_assert(out_of_range == 0, "cross_entropy: a target is neither a class nor ignore_index")
+
+    # 3. Load the logits, and accumulate the softmax sums and the argmax over the classes
     highest = tl.full((BLOCK,), float("-inf"), DTYPE)
     total = tl.zeros((BLOCK,), DTYPE)
     mass = tl.zeros((BLOCK,), DTYPE)
-    short = tl.zeros((BLOCK,), DTYPE)
+    distance = tl.zeros((BLOCK,), DTYPE)
     best = tl.zeros((BLOCK,), tl.int32)
     best_score = tl.full((BLOCK,), float("-inf"), DTYPE)
     first_nan = tl.full((BLOCK,), C, tl.int32)
@@ -187,24 +209,28 @@ def cross_entropy_one_pass_rows_kernel(
             share = class_shares(
                 targets, weight, o, c, inside, whole, rest, DTYPE, C, PROBABILITIES, WEIGHTED, SMOOTHING, ROW_RAGGED
             )
-        highest, total, mass, short = accumulate(value, share, inside, highest, total, mass, short, SHARED)
+        highest, total, mass, distance = accumulate(value, share, inside, highest, total, mass, distance, SHARED)
         if PREDICT and not AGAIN:
             best, best_score, first_nan = first_maximum(value, c, inside, best, best_score, first_nan, C)
+
+    # 4. The losses and predictions
     factor = label_weight(weight, label, DTYPE, WEIGHTED and not PROBABILITIES)
     above = tl.log(total)
     if not AGAIN:
         picked = tl.zeros((BLOCK,), DTYPE)
         if not PROBABILITIES:
             picked = tl.load(logits + pixel * C + label, mask=label >= 0, other=0.0).to(DTYPE)
-        loss = pixel_loss(label, factor, picked, highest, total, mass, short, PROBABILITIES, SMOOTHING, Z_LOSS)
+        loss = pixel_loss(label, factor, picked, highest, total, mass, distance, PROBABILITIES, SMOOTHING, Z_LOSS)
         tl.store(partials + program, tl.sum(loss, axis=0))
         if PREDICT:
             store_predictions(prediction, counts, pixel, live, label, best, first_nan, program, PROGRAMS, C)
+
+    # 5. For each group: load the logits again, compute the gradient, and store it
     gain, spread = pixel_factors(scale, label, factor, highest, above, mass, PROBABILITIES, SMOOTHING, Z_LOSS)
     if not SPLIT:
         highest = highest + above
-    for step in range(0, (BLOCK * C) // (VEC * CHUNKS) + ((BLOCK * C) % (VEC * CHUNKS) != 0)):
-        first = (step * CHUNKS + tl.arange(0, CHUNKS)) * VEC  # element of the program's run
+    for step in range(0, (BLOCK * C) // (VEC * GROUPS) + ((BLOCK * C) % (VEC * GROUPS) != 0)):
+        first = (step * GROUPS + tl.arange(0, GROUPS)) * VEC  # element in the program's rows
         row = first // C
         within = (row < BLOCK) & (start + row < PIXELS)
         row = tl.minimum(row, BLOCK - 1)
@@ -225,7 +251,7 @@ def cross_entropy_one_pass_rows_kernel(
             above_1 = tl.where(later, above_2, above_1)
             gain_1 = tl.where(later, gain_2, gain_1)
             spread_1 = tl.where(later, spread_2, spread_1)
-        write_chunks(
+        write_groups(
             logits, targets, weight, grad_logits, start * C + first, within, c, label_1, scale[:, None], highest_1,
             above_1, gain_1, spread_1, ELEMENTS,
             DTYPE, C, PROBABILITIES, WEIGHTED, SMOOTHING, Z_LOSS, VEC, RAGGED,
@@ -236,7 +262,7 @@ def cross_entropy_one_pass_rows_kernel(
 def pick(
     row, label, highest, above, gain, spread, PROBABILITIES: tl.constexpr, SPLIT: tl.constexpr, SPREAD: tl.constexpr
 ):
-    """What a chunk needs of the program's pixel `row`, as columns; what it does not need stays 0."""
+    """The values of the program's pixel `row` that its groups need, as columns; 0 for values that are not needed."""
     highest = tl.gather(highest, row, 0)[:, None]
     nothing = tl.zeros_like(highest)
     above = tl.gather(above, row, 0)[:, None] if SPLIT else nothing
@@ -257,29 +283,29 @@ def _launch(
     n, classes, h, w = logits.shape
     again, vec, pixels = grad_loss is not None, vector_width(logits.element_size(), h * w), n * h * w
     width = triton.next_power_of_2(classes)
-    block = LONG_ROWS if long_rows(logits) else ROWS
+    block = LONG_ROWS if has_long_rows(logits) else ROWS
     programs = triton.cdiv(pixels, block)
     if not channels_last:
         tile = TILE * 4 // max(logits.element_size(), 4)  # float64 takes two registers
-        line = 128 // logits.element_size()  # pixels of a whole line of the cache
+        line = 128 // logits.element_size()  # pixels of a cache line
         block = min(max(tile // width, line), 1024, max(line, triton.next_power_of_2(h * w)))
         programs = n * triton.cdiv(h * w, block)
     partials = denominator.new_empty((programs,))
-    predicted = Predicted(results.prediction, results.counts, programs, partials)
+    predictions = Predictions(results.prediction, results.counts, programs, partials)
     tensors = (
         partials if grad_loss is None else grad_loss, logits, targets, inputs.weight_or_logits, denominator, partials,
-        *predicted.arguments, results.grad_logits,
+        *predictions.arguments, results.grad_logits,
     )  # fmt: skip
     shared = constants(inputs, options) | {
-        "PREDICT": predicted.wanted, "AGAIN": again, "BLOCK": block, "debug": True, "sanitize_overflow": False,
+        "PREDICT": predictions.requested, "AGAIN": again, "BLOCK": block, "debug": True, "sanitize_overflow": False,
     }  # fmt: skip
     if channels_last:
-        row_vec, vec = 16 // logits.element_size(), chunk_width(logits)
+        row_vec, vec = 16 // logits.element_size(), group_width(logits)
         launch(
             cross_entropy_one_pass_rows_kernel, programs,
             *tensors, logits.numel(), pixels, programs, options.ignore_index,
             **shared, ROW_RAGGED=logits.numel() % row_vec != 0, ROW_VEC=row_vec, **row_steps(logits, row_vec),
-            RAGGED=logits.numel() % vec != 0, VEC=vec, CHUNKS=CHUNKS,
+            RAGGED=logits.numel() % vec != 0, VEC=vec, GROUPS=GROUPS,
         )  # fmt: skip
     else:
         launch(
@@ -287,7 +313,7 @@ def _launch(
             *tensors, h * w // vec, triton.cdiv(h * w, block), programs, options.ignore_index,
             **shared, VEC=vec, WIDTH=width, num_warps=max(4, block * width // tile * 8),
         )  # fmt: skip
-    predicted.total()
+    predictions.add_up_counts()
     return partials
 
 

@@ -1,16 +1,17 @@
-"""Sums for soft Dice and cross-entropy in one read of the logits, and their gradient in one read and one write.
+"""The sums of soft Dice and cross-entropy from one read of the logits, and their gradient in one read and one write.
 
-With p = softmax(x), t the label of a pixel that is not ignored, w the weights of the classes:
+With p = softmax(x), the label t of a pixel that is not ignored, and the class weights w:
 
     overlap_c = sum p_c * [c = t]     predicted_c = sum p_c     labelled_c = sum [c = t]       of each image
     loss = sum w_t * (log(sum_c exp(x_c)) - x_t)                weights = sum w_t              of the batch
 
-What is made of these few numbers is torch's: it gives back the gradient of each, a_c, b_c and g, and a pixel's is
+torch computes the loss from these few numbers, and returns the gradients a_c of overlap_c, b_c of predicted_c and g of
+loss. The gradient of a pixel is
 
     u_c = a_c * [c = t] + b_c,    dx_c = p_c * (u_c - sum_k p_k * u_k) + g * w_t * (p_c - [c = t])
 
-A program holds all classes of its pixels, in either layout, and recomputes the softmax in the backward, which keeps
-nothing but the logits: 2 C + 8 bytes a pixel forward and 4 C + 8 backward for bf16 logits and int64 labels.
+A program holds all classes of its pixels, in both layouts. The backward recomputes the softmax, so only the logits are
+kept: 2 C + 8 bytes per pixel forward and 4 C + 8 backward for bf16 logits and int64 labels.
 """
 
 from __future__ import annotations
@@ -20,14 +21,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import INT32_MAX, launch
+from ..launch import launch
+from ..shared import INT32_MAX
 from .common import exponential, label_weight, read_label
 from .options import LossInputs
 
-TILE = 4096  # logits of a step, which the registers of 8 warps hold
-FEW_PROGRAMS = 512  # too few to fill a GPU: each takes fewer steps then
-REGISTERS = 192  # of a thread in float64, at most
-STEPS = 64  # at most of a program, which writes its sums once
+TILE = 4096  # logits of a step: as many as fit in the registers of 8 warps
+FEW_PROGRAMS = 512  # too few to fill a GPU: programs take fewer steps then
+REGISTERS = 192  # the most of a thread in float64
+STEPS = 64  # the most steps of a program, which writes its sums once
 
 
 @triton.jit
@@ -35,9 +37,12 @@ def read_softmax(
     logits, labels, image, p, SIZE, IGNORE, DTYPE: tl.constexpr, C: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """(offsets, inside, label, stray, softmax, loss of the label, where it stands) of the pixels p of an image."""
+    """Read the pixels p of an image.
+
+    Returns (offsets, mask, label, whether it is out of range, softmax, loss, whether a class is the label).
+    """
     live = p < SIZE
-    label, stray = read_label(labels, image * SIZE + p, live, C, IGNORE)
+    label, out_of_range = read_label(labels, image * SIZE + p, live, C, IGNORE)
     c = tl.arange(0, WIDTH)[None, :]
     o = image * SIZE * C + (p[:, None] * C + c if CHANNELS_LAST else c.to(p.dtype) * SIZE + p[:, None])
     inside = live[:, None] & (c < C)
@@ -48,7 +53,7 @@ def read_softmax(
     total = tl.sum(power, axis=1)
     hit = c == label[:, None]
     picked = tl.sum(tl.where(hit, value, 0.0), axis=1)
-    return o, inside, label, stray, power * (1.0 / total)[:, None], (highest - picked) + tl.log(total), hit
+    return o, inside, label, out_of_range, power * (1.0 / total)[:, None], (highest - picked) + tl.log(total), hit
 
 
 @triton.jit
@@ -57,14 +62,19 @@ def dice_cross_entropy_fwd_kernel(
     C: tl.constexpr, WEIGHTED: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr,
     BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """One program takes STEPS times BLOCK pixels of one image, reads their logits and labels once and writes the sums:
-    (program, 3, C) of overlap, predicted and labelled, and (2, program) of losses and weights.
+    """One program sums over STEPS times BLOCK pixels of one image.
+
+    Reads their logits and labels once, 2 C + 8 bytes per pixel. Writes its sums: overlap, predicted and labelled
+    (program, 3, C), losses and weights (2, program).
     """
+    # 1. Which image
     program = tl.program_id(0)
     if WIDE:
         program = program.to(tl.int64)
     DTYPE: tl.constexpr = sums.dtype.element_ty
     image = program // PARTS
+
+    # 2. For each block of pixels: load, compute the softmax, and add to the sums
     overlap = tl.zeros((WIDTH,), DTYPE)
     predicted = tl.zeros((WIDTH,), DTYPE)
     labelled = tl.zeros((WIDTH,), DTYPE)
@@ -72,10 +82,10 @@ def dice_cross_entropy_fwd_kernel(
     weights = tl.zeros((BLOCK,), DTYPE)
     for step in range(STEPS):
         p = (program % PARTS * STEPS + step) * BLOCK + tl.arange(0, BLOCK)
-        _, _, label, stray, softmax, loss, hit = read_softmax(
+        _, _, label, out_of_range, softmax, loss, hit = read_softmax(
             logits, labels, image, p, SIZE, IGNORE, DTYPE, C, CHANNELS_LAST, WIDTH
         )
-        tl.device_assert(stray == 0, "dice_cross_entropy: a target is neither a class nor ignore_index")
+        tl.device_assert(out_of_range == 0, "dice_cross_entropy: a target is neither a class nor ignore_index")
         softmax = tl.where(label[:, None] >= 0, softmax, 0.0)
         predicted += tl.sum(softmax, axis=0)
         overlap += tl.sum(tl.where(hit, softmax, 0.0), axis=0)
@@ -83,6 +93,8 @@ def dice_cross_entropy_fwd_kernel(
         factor = label_weight(weight, label, DTYPE, WEIGHTED)
         losses += tl.where(label >= 0, factor * loss, 0.0)
         weights += factor
+
+    # 3. Store the sums
     c = tl.arange(0, WIDTH)
     o = program * 3 * C + c
     tl.store(sums + o, overlap, mask=c < C)
@@ -98,39 +110,49 @@ def dice_cross_entropy_bwd_kernel(
     C: tl.constexpr, WEIGHTED: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
-    """One program writes the gradient of BLOCK pixels of one image: exactly 0 where a pixel is ignored."""
+    """One program writes the gradient of BLOCK pixels of one image, exactly 0 for an ignored pixel.
+
+    Reads their logits and labels once and writes the gradient once: 4 C + 8 bytes per pixel.
+    """
+    # 1. Which pixels
     program = tl.program_id(0)
     if WIDE:
         program = program.to(tl.int64)
     DTYPE: tl.constexpr = grad_sums.dtype.element_ty
     image = program // PARTS
     p = program % PARTS * BLOCK + tl.arange(0, BLOCK)
+
+    # 2. Load, and compute the softmax
     o, inside, label, _, softmax, _, hit = read_softmax(
         logits, labels, image, p, SIZE, IGNORE, DTYPE, C, CHANNELS_LAST, WIDTH
     )
+
+    # 3. The gradient
     c = tl.arange(0, WIDTH)
     overlap = tl.load(grad_sums + image * 3 * C + c, mask=c < C, other=0.0)[None, :]
     predicted = tl.load(grad_sums + image * 3 * C + C + c, mask=c < C, other=0.0)[None, :]
-    wanted = tl.where(hit, overlap, 0.0) + predicted
+    grad_softmax = tl.where(hit, overlap, 0.0) + predicted
     scale = tl.load(grad_loss) * label_weight(weight, label, DTYPE, WEIGHTED)
-    grad = softmax * (wanted - tl.sum(softmax * wanted, axis=1)[:, None])
+    grad = softmax * (grad_softmax - tl.sum(softmax * grad_softmax, axis=1)[:, None])
     grad += scale[:, None] * (softmax - tl.where(hit, 1.0, 0.0))
     grad = tl.where(label[:, None] >= 0, grad, 0.0)
+
+    # 4. Store
     tl.store(grad_logits + o, grad.to(grad_logits.dtype.element_ty), mask=inside)
 
 
-def _tiles(logits: Tensor) -> tuple[int, dict[str, int]]:
+def _tile_sizes(logits: Tensor) -> tuple[int, dict[str, int]]:
     """(blocks of an image, the compile-time sizes)."""
     _, classes, h, w = logits.shape
     width = triton.next_power_of_2(classes)
     tile = TILE * 4 // max(logits.element_size(), 4)  # float64 takes two registers
     line = 32 // logits.element_size()  # pixels of a sector, in NCHW
     block = min(max(tile // width, line), 1024, max(line, triton.next_power_of_2(h * w)))
-    # An offset, also of a lane that is masked, can pass int32.
+    # WIDE: an offset may not fit in int32, the offset of a masked lane included.
     wide = logits.numel() > INT32_MAX - 2 * STEPS * block * width
     sizes = {"WIDTH": width, "BLOCK": block, "WIDE": wide, "num_warps": max(4, block * width // tile * 8)}
     if logits.dtype == torch.float64:
-        # Left to itself the assembler spills some in order to have fewer.
+        # Without a limit of its own, the assembler aims for fewer registers and spills.
         sizes["maxnreg"] = min(REGISTERS, 2**16 // (32 * sizes["num_warps"]))
     return triton.cdiv(h * w, block), sizes
 
@@ -141,7 +163,7 @@ def dice_cross_entropy_fwd(
     """Write loss (2,), the sums of the pixels' losses and weights, and sums (N, 3, C). All tensors are dense."""
     logits, labels, weight = inputs
     n, classes, h, w = logits.shape
-    blocks, sizes = _tiles(logits)
+    blocks, sizes = _tile_sizes(logits)
     steps = STEPS
     while steps > 1 and n * triton.cdiv(blocks, steps) < FEW_PROGRAMS:
         steps //= 2
@@ -170,7 +192,7 @@ def dice_cross_entropy_bwd(
     """Write the gradient of the logits for the gradients of loss[0] and of sums."""
     logits, labels, weight = inputs
     n, classes, h, w = logits.shape
-    blocks, sizes = _tiles(logits)
+    blocks, sizes = _tile_sizes(logits)
     launch(
         dice_cross_entropy_bwd_kernel, n * blocks,
         grad_loss, grad_sums, logits, labels, inputs.weight_or_logits, grad_logits,

@@ -1,12 +1,12 @@
-"""Resizing of (N, C, h, w) maps to H x W, nearest or bilinear, as part of a kernel that never stores the large map.
+"""Resizing of maps (N, C, h, w) to H x W, nearest or bilinear, inside kernels that never store the large map.
 
-An output position has one source coordinate a side; its value is a mean of the taps i and i + 1 with weights 1 - l and
-l (nearest: of i alone). Which taps, torch's formulas say: in bilinear mode they are computed here in integers with 40
-binary digits behind the point, which is exact to more digits than a float32 weight has; in nearest mode in torch's own
-float32 product, whose rounding decides on the tap.
+An output position has one source coordinate per side. Its value is the weighted mean of the taps i and i + 1, with
+weights 1 - l and l (nearest: the value of tap i). torch's formulas define the taps. In bilinear mode the coordinate is
+computed here in integers with 40 binary digits after the point, which is more exact than a float32 weight. In nearest
+mode it is torch's own float32 product, because its rounding decides which tap is taken.
 
-A tile is ROWS output rows high and COLUMNS wide, one column a lane. All of its rows lie between TAPS rows of the small
-map, so each lane interpolates those along x once and mixes them for each of its output rows.
+A tile has ROWS output rows and COLUMNS columns, one column per lane. All of its rows lie between TAPS rows of the small
+map. Each lane interpolates these along x once, and mixes them for each of its output rows.
 """
 
 from __future__ import annotations
@@ -21,23 +21,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import INT32_MAX, launch
+from ..launch import launch
+from ..shared import INT32_MAX
 from .options import Resizing
 
-POINT = tl.constexpr(40)  # binary digits behind the point of a source coordinate
-HALF = tl.constexpr(2**39)  # one half, so written
+POINT = tl.constexpr(40)  # binary digits after the point of a source coordinate
+HALF = tl.constexpr(2**39)  # one half in this format
 COLUMNS = 32  # of a tile: the lanes of its one warp
 
 
 @triton.jit
 def _source(o, STEP, IN, NEAREST: tl.constexpr, CORNERS: tl.constexpr):
-    """(first tap, weight of the one behind it) of output positions; at the far edge the weight is 0."""
+    """(first tap, weight of the second tap) of output positions; at the far edge the weight is 0."""
     if NEAREST:
         tap = tl.minimum((o.to(tl.float32) * STEP).to(tl.int32), IN - 1)
         return tap, tap.to(tl.float32) * 0
     else:
         at = o.to(tl.int64) * STEP
-        if not CORNERS:  # pixel centres lie at halves
+        if not CORNERS:  # pixel centres are at halves
             at = tl.maximum(at + (STEP >> 1) - HALF, 0)
         tap = tl.minimum(at >> POINT, IN - 1).to(tl.int32)
         weight = ((at >> (POINT - 24)) & 0xFFFFFF).to(tl.int32).to(tl.float32) * (1 / (1 << 24))
@@ -46,7 +47,7 @@ def _source(o, STEP, IN, NEAREST: tl.constexpr, CORNERS: tl.constexpr):
 
 @triton.jit
 def _first(tap, STEP, IN, OUT, NEAREST: tl.constexpr, CORNERS: tl.constexpr):
-    """The first output position whose first tap is `tap` or one behind it; OUT where there is none."""
+    """The first output position whose first tap is `tap` or a later one; OUT if there is none."""
     if NEAREST:
         o = tl.maximum((tap.to(tl.float32) / STEP).to(tl.int64) - 2, 0)
         for _ in tl.static_range(4):
@@ -61,13 +62,16 @@ def _first(tap, STEP, IN, OUT, NEAREST: tl.constexpr, CORNERS: tl.constexpr):
 
 
 @triton.jit
-def _row(low, o, column, behind, weight, inside, NEAREST: tl.constexpr):
-    """A row of the small map at offset o, interpolated along x: at `column` and `behind` it, with behind's weight."""
-    value = tl.load(low + o + column, mask=inside, other=0.0).to(tl.float32)
+def _row(low, o, left, right, x_weight, inside, NEAREST: tl.constexpr):
+    """A row of the small map at offset o, interpolated along x between the columns at offsets `left` and `right`.
+
+    x_weight: that of the right column.
+    """
+    value = tl.load(low + o + left, mask=inside, other=0.0).to(tl.float32)
     if NEAREST:
         return value
     else:
-        return (1 - weight) * value + weight * tl.load(low + o + behind, mask=inside, other=0.0).to(tl.float32)
+        return (1 - x_weight) * value + x_weight * tl.load(low + o + right, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -75,7 +79,12 @@ def _tile(
     program, TILES_X, TILES_Y, STEP_H, STEP_W, IN_H, IN_W, OUT_H, OUT_W, STRIDE_W,
     NEAREST: tl.constexpr, CORNERS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """A program's tile: image, pixels [ROWS, COLUMNS] and which exist, topmost tap, taps and weights along y and x."""
+    """The tile of a program.
+
+    Returns its image, pixels [ROWS, COLUMNS] and which of them exist; along y the topmost tap, each row's first tap
+    counted from it, and the weight of the second; along x the offsets of the two taps, the weight of the second, and
+    which columns exist.
+    """
     image = program // (TILES_X * TILES_Y)
     if WIDE:
         image = image.to(tl.int64)
@@ -88,10 +97,10 @@ def _tile(
     y_tap, y_weight = _source(y, STEP_H, IN_H, NEAREST, CORNERS)
     x_tap, x_weight = _source(x, STEP_W, IN_W, NEAREST, CORNERS)
     tap = (y_tap - top)[:, None]
-    if WIDE:  # in one picture a row's offset, or a column's, can pass int32 too
+    if WIDE:  # inside one image, too, the offset of a row or column may not fit in int32
         top = top.to(tl.int64)
         x_tap = x_tap.to(tl.int64)
-    behind = tl.minimum(x_tap + 1, IN_W - 1) * STRIDE_W
+    right = tl.minimum(x_tap + 1, IN_W - 1) * STRIDE_W
     return (
         image,
         pixel,
@@ -100,7 +109,7 @@ def _tile(
         tap,
         y_weight[:, None],
         x_tap * STRIDE_W,
-        behind,
+        right,
         x_weight,
         (x < OUT_W),
     )
@@ -108,28 +117,28 @@ def _tile(
 
 @triton.jit
 def _class(
-    low, o, c, top, tap, down, column, behind, along, inside, IN_H, STRIDE_C, STRIDE_H,
+    low, o, c, top, tap, y_weight, left, right, x_weight, inside, IN_H, STRIDE_C, STRIDE_H,
     C: tl.constexpr, NEAREST: tl.constexpr, TAPS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """A class's values [ROWS, COLUMNS] of a tile whose image begins at o; -inf for one past the last."""
+    """The values [ROWS, COLUMNS] of a class in a tile whose image begins at o; -inf for a class past the last."""
     o += (c.to(tl.int64) if WIDE else c) * STRIDE_C
     inside = inside & (c < C)
     for k in tl.static_range(TAPS):
-        row = _row(low, o + tl.minimum(top + k, IN_H - 1) * STRIDE_H, column, behind, along, inside, NEAREST)[None, :]
-        # Chosen, not weighted with 0: what is not finite stays with the pixels that it belongs to.
+        row = _row(low, o + tl.minimum(top + k, IN_H - 1) * STRIDE_H, left, right, x_weight, inside, NEAREST)[None, :]
+        # Selected, not multiplied by a weight of 0: infinite and NaN logits must not reach other pixels.
         if k == 0:
-            above = row + tl.zeros_like(down)
+            above = row + tl.zeros_like(y_weight)
             below = above
         else:
             above = tl.where(tap == k, row, above)
             below = tl.where(tap == k - 1, row, below)
-    values = above if NEAREST else (1 - down) * above + down * below
+    values = above if NEAREST else (1 - y_weight) * above + y_weight * below
     return tl.where(c < C, values, float("-inf"))
 
 
 @triton.jit
 def _wins(values, highest):
-    """Whether a class is chosen over those before it: of equal values the first is, and a NaN over any number."""
+    """Whether a class replaces the best so far: the first of equal values stays, and NaN wins over any number."""
     return (values > highest) | ((values != values) & (highest == highest))
 
 
@@ -140,21 +149,25 @@ def upsample_argmax_kernel(
     C: tl.constexpr, PROBABILITY: tl.constexpr, NEAREST: tl.constexpr, CORNERS: tl.constexpr, TAPS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """One program labels a tile: the first class of the largest value, NaN above all, as torch.argmax has it.
+    """One program labels a tile with the class of the largest value: the first of equal ones, NaN first of all.
 
-    Reads the small map's taps, and writes each pixel's label once, and its softmax probability.
+    Reads TAPS rows of the small map for each class, from the cache if tiles share them. Writes each pixel's label once,
+    one byte for uint8, and with PROBABILITY its softmax probability, 4 bytes.
     """
-    image, pixel, live, top, tap, down, column, behind, along, inside = _tile(
+    # 1. Which pixels
+    image, pixel, live, top, tap, y_weight, left, right, x_weight, inside = _tile(
         tl.program_id(0), TILES_X, TILES_Y, STEP_H, STEP_W, IN_H, IN_W, OUT_H, OUT_W, STRIDE_W,
         NEAREST, CORNERS, ROWS, COLUMNS, WIDE,
     )  # fmt: skip
+
+    # 2. For each class: load, resize, and keep the largest value
     highest = tl.full((ROWS, COLUMNS), float("-inf"), tl.float32)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     best = tl.zeros((ROWS, COLUMNS), tl.int32)
     for step in range(0, C):
         c = step + image * 0  # a tensor, in the interpreter too
         values = _class(
-            low, image * STRIDE_N, c, top, tap, down, column, behind, along, inside, IN_H, STRIDE_C, STRIDE_H,
+            low, image * STRIDE_N, c, top, tap, y_weight, left, right, x_weight, inside, IN_H, STRIDE_C, STRIDE_H,
             C, NEAREST, TAPS, WIDE,
         )  # fmt: skip
         higher = _wins(values, highest)
@@ -164,6 +177,8 @@ def upsample_argmax_kernel(
             shift = tl.where(peak == float("-inf"), 0.0, peak)
             total = total * tl.exp(highest - shift) + tl.exp(values - shift)
         highest = peak
+
+    # 3. Store
     tl.store(labels + pixel, best.to(labels.dtype.element_ty), mask=live)
     if PROBABILITY:
         tl.store(probability + pixel, tl.where(highest == float("-inf"), float("nan"), 1 / total), mask=live)
@@ -206,6 +221,7 @@ class ResizeGeometry(NamedTuple):
         return round(self.ratio[0] * 2**POINT.value), round(self.ratio[1] * 2**POINT.value)
 
     def modes(self) -> dict[str, bool]:
+        """The compile-time arguments of every kernel that resizes."""
         return {"NEAREST": self.nearest, "CORNERS": self.corners}
 
     def tile(self) -> dict[str, int]:
@@ -220,7 +236,7 @@ class ResizeGeometry(NamedTuple):
 
 
 def is_wide(pixels: int, *maps: Tensor) -> bool:
-    """Whether an offset can pass int32, in a small map or among the output's pixels, of a masked lane too."""
+    """Whether an offset in a small map or the output may not fit in int32, those of masked lanes included."""
     reaches = [
         1 + sum((n - 1) * stride for n, stride in zip(low.shape, low.stride(), strict=True)) + 64 * low.stride(1)
         for low in maps

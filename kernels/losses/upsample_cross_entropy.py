@@ -1,15 +1,15 @@
-"""Cross-entropy of logits (N, C, h, w) resized to the labels' H x W, without the large logits ever in memory.
+"""Cross-entropy of logits (N, C, h, w) resized to the labels' H x W, without storing the large logits.
 
-The loss of each pixel and its gradient are cross_entropy_parts.py's, of logits that are means of the small map's.
-Two passes, each of which makes the large logits anew from the small ones, in float32. The forward's tile is that of
-kernels/losses/upsample.py; it reads labels and writes lse, 4 bytes a pixel (8 for float32 logits, as in cross_entropy).
+Loss and gradient of a pixel are those of common.py, for logits that are weighted means of the small map's. There are
+two passes, and each recomputes the large logits from the small ones, in float32. The tile of the forward is that of
+upsample.py. The forward reads the labels and writes lse, 4 bytes per pixel (8 for float32 logits, as in cross_entropy).
 
-The backward gathers. A program owns CLASSES classes of a patch of the small map and goes down it from row to row. The
-output rows between two rows of the small map have the same two taps along y, so those two rows are interpolated along x
-once, and mixed for each output row; the gradients of the output rows are summed with the weights of the tap above and
-of the tap below. Only then are those sums interpolated back along x: a product with the matrix of the weights, which
-has two entries a column. What was for the tap below is carried to the next row. Every sum has one order, and nothing is
-added up in memory.
+The backward gathers. A program owns CLASSES classes of a patch of the small map, and goes down the patch from row to
+row. The output rows between two rows of the small map have the same two taps along y. So those two rows are
+interpolated along x once, and mixed for each output row. The gradients of the output rows are summed twice: with the
+weights of the upper tap and with those of the lower tap. Only these sums are then interpolated back along x, by a
+matrix product with the matrix of the weights, which has two entries per column. The sum for the lower tap is carried to
+the next row. Every sum has one order, and nothing is added up in memory.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from torch import Tensor
 
 from ..launch import launch
 from .common import constants, exponential, gradient, label_weight, pixel_loss, read_label, smoothed_mass
-from .cross_entropy import Predicted, add_up_losses
+from .cross_entropy import Predictions, add_up_losses
 from .cross_entropy_bwd import read_pixels
 from .options import LossInputs, LossOptions, LossResults, Resizing
 from .upsample import ResizeGeometry, _class, _first, _row, _source, _tile, _wins, is_wide
 
-BACKWARD_CLASSES = 16  # of a program: the least that a product takes
-BACKWARD_COLUMNS = 32  # output columns that it holds at a time
-PATCH_ROWS = 8  # of the small map, below one row of which it needs the output too
-REGISTERS = 168  # at most: left to itself the assembler spills some in order to have fewer
-LEAST_PATCH, LARGEST_PATCH = 16, 32  # columns of the small map in a product
+BACKWARD_CLASSES = 16  # of a program: the fewest that tl.dot takes
+BACKWARD_COLUMNS = 32  # output columns that a program holds at a time
+PATCH_ROWS = 8  # of the small map; a program also reads the output rows above the first
+REGISTERS = 168  # the most of a thread: without a limit of its own, the assembler aims for fewer and spills
+LEAST_PATCH, LARGEST_PATCH = 16, 32  # columns of the small map in a matrix product
 
 
 @triton.jit
@@ -43,35 +43,39 @@ def upsample_cross_entropy_fwd_kernel(
     SPLIT: tl.constexpr, PREDICT: tl.constexpr, NEAREST: tl.constexpr, CORNERS: tl.constexpr, TAPS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """One program takes a tile of pixels through all classes, two at a time.
+    """One program computes lse and loss of a tile of pixels, two classes at a time.
 
-    Reads the taps of the small map and the labels; writes lse, and the losses (REDUCTION "none") or the sums of the
-    tile's losses and of what they are divided by. The sums over the classes are cross_entropy_parts.accumulate's.
-    PREDICT: also the class of each pixel's largest value, and how many pixels are right and how many count.
+    Reads TAPS rows of the small map for each class and the labels once. Writes lse, and for REDUCTION "none" the
+    losses, else the tile's sums of the losses and of the denominator's terms. The sums over the classes are those of
+    common.accumulate. PREDICT: writes also the class of each pixel's largest value, and the numbers of pixels that are
+    predicted right and that are not ignored.
     """
+    # 1. Which pixels; load their labels
     program = tl.program_id(0)
-    image, pixel, live, top, tap, down, column, behind, along, inside = _tile(
+    image, pixel, live, top, tap, y_weight, left, right, x_weight, inside = _tile(
         program, TILES_X, TILES_Y, STEP_H, STEP_W, IN_H, IN_W, OUT_H, OUT_W, STRIDE_W,
         NEAREST, CORNERS, ROWS, COLUMNS, WIDE,
     )  # fmt: skip
-    label, stray = read_label(target, pixel, live, C, IGNORE)
-    tl.device_assert(stray == 0, "upsample_cross_entropy: a target is neither a class nor ignore_index")
+    label, out_of_range = read_label(target, pixel, live, C, IGNORE)
+    tl.device_assert(out_of_range == 0, "upsample_cross_entropy: a target is neither a class nor ignore_index")
+
+    # 2. For each pair of classes: load, resize, and accumulate the softmax sums and the argmax
     highest = tl.full((ROWS, COLUMNS), float("-inf"), tl.float32)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     picked = tl.zeros((ROWS, COLUMNS), tl.float32)
-    short = tl.zeros((ROWS, COLUMNS), tl.float32)
+    distance = tl.zeros((ROWS, COLUMNS), tl.float32)
     mass = 0.0
     if PREDICT:
         best = tl.zeros((ROWS, COLUMNS), tl.int32)
-        winner = tl.full((ROWS, COLUMNS), float("-inf"), tl.float32)  # `highest` passes over NaN
+        winner = tl.full((ROWS, COLUMNS), float("-inf"), tl.float32)  # `highest` ignores NaN
     for step in range(0, C, 2):
         c = step + image * 0  # a tensor, in the interpreter too
         one = _class(
-            low, image * STRIDE_N, c, top, tap, down, column, behind, along, inside, IN_H, STRIDE_C, STRIDE_H,
+            low, image * STRIDE_N, c, top, tap, y_weight, left, right, x_weight, inside, IN_H, STRIDE_C, STRIDE_H,
             C, NEAREST, TAPS, WIDE,
         )  # fmt: skip
         two = _class(
-            low, image * STRIDE_N, c + 1, top, tap, down, column, behind, along, inside, IN_H, STRIDE_C, STRIDE_H,
+            low, image * STRIDE_N, c + 1, top, tap, y_weight, left, right, x_weight, inside, IN_H, STRIDE_C, STRIDE_H,
             C, NEAREST, TAPS, WIDE,
         )  # fmt: skip
         picked = tl.where(label == c, one, tl.where(label == c + 1, two, picked))
@@ -84,8 +88,8 @@ def upsample_cross_entropy_fwd_kernel(
             if WEIGHTED:
                 first *= tl.load(weight + c).to(tl.float32)
                 second *= tl.load(weight + c + 1, mask=c + 1 < C, other=0.0).to(tl.float32)
-            short += mass * (shift - tl.where(highest == float("-inf"), 0.0, highest)) + first * (shift - one)
-            short += tl.where(c + 1 < C, second * (shift - two), 0.0)
+            distance += mass * (shift - tl.where(highest == float("-inf"), 0.0, highest)) + first * (shift - one)
+            distance += tl.where(c + 1 < C, second * (shift - two), 0.0)
             mass += first + second
         highest = peak
         if PREDICT:
@@ -95,14 +99,18 @@ def upsample_cross_entropy_fwd_kernel(
             higher = _wins(two, winner)
             best = tl.where(higher, (c + 1).to(tl.int32), best)
             winner = tl.where(higher, two, winner)
+
+    # 3. Store lse
     above = tl.log(total)
     if SPLIT:
         tl.store(lse + pixel, highest, mask=live)
         tl.store(lse + PIXELS + pixel, above, mask=live)
     else:
         tl.store(lse + pixel, highest + above, mask=live)
+
+    # 4. The losses, and their sum
     factor = label_weight(weight, label, tl.float32, WEIGHTED)
-    value = pixel_loss(label, factor, picked, highest, total, mass, short, False, SMOOTHING, Z_LOSS)
+    value = pixel_loss(label, factor, picked, highest, total, mass, distance, False, SMOOTHING, Z_LOSS)
     if REDUCTION == "none":
         tl.store(loss + pixel, value, mask=live)
     else:
@@ -111,6 +119,8 @@ def upsample_cross_entropy_fwd_kernel(
             factor = tl.where(label >= 0, 1.0, 0.0)
         if REDUCTION == "weights" or REDUCTION == "valid":
             tl.store(partials + PROGRAMS + program, tl.sum(tl.sum(factor, axis=1), axis=0))
+
+    # 5. Store the predictions
     if PREDICT:
         tl.store(prediction + pixel, best.to(prediction.dtype.element_ty), mask=live)
         tl.store(counts + program, tl.sum(tl.sum((label == best).to(tl.int32), axis=1), axis=0))
@@ -128,9 +138,10 @@ def upsample_cross_entropy_bwd_kernel(
 ):  # fmt: skip
     """One program writes the gradient of CLASSES classes in a patch of ROWS x PATCH <= LOW_COLUMNS of the small map.
 
-    Reads, for each output pixel whose taps lie in the patch, label and lse once, and the small map once for each of its
-    rows.
+    Reads label and lse once for each output pixel that has a tap in the patch, and each row of the patch, with the one
+    above and the one below, for each pair of rows that it belongs to. Writes each element of the gradient once.
     """
+    # 1. Which classes, and which patch of the small map
     program = tl.program_id(0)
     groups = tl.cdiv(C, CLASSES)
     c = program % groups * CLASSES + tl.arange(0, CLASSES)[:, None]
@@ -143,6 +154,8 @@ def upsample_cross_entropy_bwd_kernel(
         left = left.to(tl.int64)
         top = top.to(tl.int64)
     o = image * STRIDE_N + c * STRIDE_C
+
+    # 2. The output columns with a tap in the patch, and the part of the gradient that all pixels share
     x_start = _first(left - 1, STEP_W, IN_W, OUT_W, NEAREST, CORNERS)
     x_end = _first(left + PATCH, STEP_W, IN_W, OUT_W, NEAREST, CORNERS)
     low_column = tl.arange(0, LOW_COLUMNS)[None, :]
@@ -150,6 +163,8 @@ def upsample_cross_entropy_bwd_kernel(
     share = tl.zeros((CLASSES, 1), tl.float32) + SMOOTHING / C
     if WEIGHTED and SMOOTHING != 0:
         share *= tl.load(weight + c, mask=c < C, other=0.0).to(tl.float32)
+
+    # 3. For each row of the patch, from the one above it
     carried = tl.zeros((CLASSES, LOW_COLUMNS), tl.float32)
     for step in range(0, ROWS + 1):
         row = top - 1 + step
@@ -158,21 +173,24 @@ def upsample_cross_entropy_bwd_kernel(
         grad = carried
         carried = tl.zeros((CLASSES, LOW_COLUMNS), tl.float32)
         for start in range(x_start, x_end, COLUMNS):
+            # a. Load this row and the next, interpolated along x
             x = start + tl.arange(0, COLUMNS)
             live = x < x_end
             x_tap, x_weight = _source(x, STEP_W, IN_W, NEAREST, CORNERS)
             if WIDE:
                 x_tap = x_tap.to(tl.int64)
             inside = live[None, :] & (c < C)
-            column = (x_tap * STRIDE_W)[None, :]
-            behind = (tl.minimum(x_tap + 1, IN_W - 1) * STRIDE_W)[None, :]
-            along = x_weight[None, :]
+            first = (x_tap * STRIDE_W)[None, :]
+            second = (tl.minimum(x_tap + 1, IN_W - 1) * STRIDE_W)[None, :]
+            second_weight = x_weight[None, :]
             o_above = o + tl.minimum(tl.maximum(row, 0), IN_H - 1) * STRIDE_H
-            above = _row(low, o_above, column, behind, along, inside, NEAREST)
+            above = _row(low, o_above, first, second, second_weight, inside, NEAREST)
             below = above
             if not NEAREST:
                 o_below = o + tl.minimum(row + 1, IN_H - 1) * STRIDE_H
-                below = _row(low, o_below, column, behind, along, inside, NEAREST)
+                below = _row(low, o_below, first, second, second_weight, inside, NEAREST)
+
+            # b. Sum the gradients of the output rows between the two, for the upper and for the lower one
             for_above = tl.zeros((CLASSES, COLUMNS), tl.float32)
             for_below = tl.zeros((CLASSES, COLUMNS), tl.float32)
             for down in range(0, y_end - y_start):
@@ -194,7 +212,8 @@ def upsample_cross_entropy_bwd_kernel(
                 else:
                     for_above += (1 - y_weight) * change
                     for_below += y_weight * change
-            # Products of [classes, columns] with the weights of each column's two taps.
+
+            # c. Interpolate the sums back along x: matrix products with the weights of each column's two taps
             tap = tl.where(live, x_tap - left, -2)[:, None]
             matrix = tl.where(tap == low_column, (1 - x_weight)[:, None], 0.0)
             if not NEAREST:
@@ -202,6 +221,8 @@ def upsample_cross_entropy_bwd_kernel(
             grad += tl.dot(for_above, matrix, input_precision=PRECISION)
             if not NEAREST:
                 carried += tl.dot(for_below, matrix, input_precision=PRECISION)
+
+        # d. Store the row
         written = (low_column < PATCH) & (left + low_column < IN_W) & (c < C) & (row >= top) & (row < IN_H)
         at = image * GRAD_N + c * GRAD_C + row * GRAD_H + (left + low_column) * GRAD_W
         tl.store(grad_low + at, grad.to(grad_low.dtype.element_ty), mask=written)
@@ -224,16 +245,16 @@ def upsample_cross_entropy_fwd(
     across, down = geometry.tiles()
     programs = low.shape[0] * across * down
     partials = torch.empty((2, programs), dtype=torch.float32, device=low.device) if options.is_reduced else loss
-    predicted = Predicted(prediction, counts, programs, loss)
+    predictions = Predictions(prediction, counts, programs, loss)
     launch(
         upsample_cross_entropy_fwd_kernel, programs,
-        low, target, inputs.weight_or_logits, loss, lse, partials, *predicted.arguments,
+        low, target, inputs.weight_or_logits, loss, lse, partials, *predictions.arguments,
         target.numel(), programs, across, down, options.ignore_index, *geometry.steps(), *geometry.sizes,
         *low.stride(),
         **_constants(inputs, options, geometry, low), **geometry.tile(),
-        PREDICT=predicted.wanted, num_warps=1, debug=True, sanitize_overflow=False,
+        PREDICT=predictions.requested, num_warps=1, debug=True, sanitize_overflow=False,
     )  # fmt: skip
-    predicted.total()
+    predictions.add_up_counts()
     if options.is_reduced:
         add_up_losses(partials, loss, denominator, options.reduction)
 
@@ -251,7 +272,7 @@ def upsample_cross_entropy_bwd(
     low, target, _ = inputs
     geometry = ResizeGeometry.of(low, target.shape[1:], resizing)
     n, classes, h, w = low.shape
-    # As many columns of the small map as one block of output columns reaches, without the one before them.
+    # As many columns of the small map as one block of output columns has as taps, without the leftmost.
     patch = min(max(int(BACKWARD_COLUMNS * geometry.ratio[1]) - 1, LEAST_PATCH - 1), LARGEST_PATCH)
     across, down = triton.cdiv(w, patch), triton.cdiv(h, PATCH_ROWS)
     launch(

@@ -46,9 +46,9 @@ NCHW, LAST = torch.contiguous_format, torch.channels_last
         (NCHW, (1, 6, 4, 20), {forward: {"CLASSES": 8}, backward: {"CLASSES": 4}, one_pass: {"TILE": 1 << 12}}),
         (LAST, (1, 5, 7, 9), {parts: {"INT32_MAX": 0}, one_pass: {"INT32_MAX": 0}}),
         (LAST, (1, 66, 1, 5), {parts: {"INT32_MAX": 0}}),
-        (LAST, (1, 5, 7, 9), {forward: {"ROWS": 16, "TOTAL_BLOCK": 2}, backward: {"CHUNKS": 16}}),
-        (LAST, (1, 5, 7, 9), {one_pass: {"ROWS": 16, "CHUNKS": 4, "LABELS": 16}}),
-        (LAST, (1, 66, 2, 5), {forward: {"LONG_ROWS": 4}, backward: {"CHUNKS": 16}, one_pass: {"LONG_ROWS": 8}}),
+        (LAST, (1, 5, 7, 9), {forward: {"ROWS": 16, "TOTAL_BLOCK": 2}, backward: {"GROUPS": 16}}),
+        (LAST, (1, 5, 7, 9), {one_pass: {"ROWS": 16, "GROUPS": 4, "LABELS": 16}}),
+        (LAST, (1, 66, 2, 5), {forward: {"LONG_ROWS": 4}, backward: {"GROUPS": 16}, one_pass: {"LONG_ROWS": 8}}),
     ],
     ids=lambda value: str(value) if isinstance(value, tuple) else "",
 )
