@@ -14,7 +14,7 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 from .. import torch_internals
-from ..ops.arguments import as_pair, is_unset
+from ..ops.pooling.geometry import PoolGeometry, pool_geometry
 from ..swapping.functions import REPLACEMENTS
 
 POOL = ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
@@ -77,27 +77,19 @@ def nodes_in(argument: Any) -> list[Node]:
     return found
 
 
-class Window(NamedTuple):
-    """The pooling window of a pool or unpool, each entry as [height, width]."""
-
-    kernel_size: list[int]
-    stride: list[int]
-    padding: list[int]
-
-
-def constant_window(arguments: dict[str, Any]) -> Window | None:
-    """The pooling window of a call, or None if it is dilated or not made of constants."""
-    kernel, stride = arguments["kernel_size"], arguments.get("stride")
+def constant_geometry(arguments: dict[str, Any]) -> PoolGeometry | None:
+    """The geometry of a pool or unpool, or None if it is dilated or not made of constants."""
+    padding, dilation = arguments.get("padding", 0), arguments.get("dilation", 1)
     try:
-        if as_pair(arguments.get("dilation", 1), "max_pool2d", "dilation", 1) != [1, 1]:
-            return None
-        return Window(
-            as_pair(kernel, "max_pool2d", "kernel_size", 1),
-            as_pair(kernel if is_unset(stride) else stride, "max_pool2d", "stride", 1),
-            as_pair(arguments.get("padding", 0), "max_pool2d", "padding", 0),
-        )
+        geometry = pool_geometry("max_pool2d", arguments["kernel_size"], arguments.get("stride"), padding, dilation)
     except (TypeError, RuntimeError):  # an entry is a node, or a value that the pool itself rejects
         return None
+    return geometry if geometry.dilation == [1, 1] else None
+
+
+def window_arguments(geometry: PoolGeometry) -> dict[str, Any]:
+    """The arguments kernel_size, stride and padding of a call."""
+    return {"kernel_size": geometry.kernel_size, "stride": geometry.stride, "padding": geometry.padding}
 
 
 # --- who uses a node -------------------------------------------------------------------------------------------------
@@ -159,6 +151,21 @@ def nodes_between(first: Node, last: Node) -> Iterator[Node]:
     while node is not last:
         yield node
         node = node.next
+
+
+def written_after(node: Node, tensor: Node) -> bool:
+    """Whether anything after `node` may write to the memory of a tensor, directly or through a view of it.
+
+    Then a call at `node` must not save the tensor for its backward.
+    """
+    storage = example_value(tensor).untyped_storage()
+    end = node.graph.output_node()
+    return any(
+        isinstance(value := example_value(argument), Tensor) and value.untyped_storage() is storage
+        for later in nodes_between(node, end)
+        if has_side_effect(later)
+        for argument in nodes_in((later.args, later.kwargs))
+    )
 
 
 def has_side_effect(node: Node) -> bool:

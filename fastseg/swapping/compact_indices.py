@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from torch import nn
 
 from .. import nn as fused
+from ..ops.pooling.geometry import PoolGeometry, pool_geometry
 from ..ops.pooling.positions import MAX_OFFSETS
-from ..torch_internals import as_pair
 from .class_exchange import fused_class
 from .report import ALREADY_SWAPPED, Candidate
 
 
-class Window(NamedTuple):
-    """The window of a pool or unpool."""
-
-    kernel_size: tuple[int, ...]
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-
-
-def window_of(module: nn.Module) -> Window:
-    return Window(as_pair(module.kernel_size), as_pair(module.stride), as_pair(module.padding))
+def geometry_of(module: nn.Module) -> PoolGeometry:
+    """The geometry of a pool or unpool."""
+    return pool_geometry("swap", module.kernel_size, module.stride, module.padding, getattr(module, "dilation", 1))
 
 
 def returns_indices(candidate: Candidate) -> bool:
@@ -47,19 +38,18 @@ def obstacle_to_offsets(candidates: list[Candidate]) -> str | None:
     for unpool in unpools:
         if not unpool.swapped and unpool.reason != ALREADY_SWAPPED:
             return f"{unpool.name} is not swapped, and torch's MaxUnpool2d only takes int64 indices"
-    window = window_of(pools[0].module)
+    geometry = geometry_of(pools[0].module)
+    for pool in pools:
+        if geometry_of(pool.module).dilation != [1, 1]:
+            return f"{pool.name} is dilated"
     for candidate in (*pools, *unpools):
-        if window_of(candidate.module) != window:
+        if geometry_of(candidate.module) != geometry:
             return (
                 f"{pools[0].name} and {candidate.name} differ in kernel_size, stride or padding, and an offset is a "
                 "position in one kind of window"
             )
-    for pool in pools:
-        if as_pair(pool.module.dilation) != (1, 1):
-            return f"{pool.name} is dilated"
-    height, width = window.kernel_size
-    if height * width > MAX_OFFSETS:
-        return f"windows of {height}x{width} have more than {MAX_OFFSETS} elements"
+    if geometry.taps > MAX_OFFSETS:
+        return f"windows of {'x'.join(map(str, geometry.kernel_size))} have more than {MAX_OFFSETS} elements"
     return None
 
 

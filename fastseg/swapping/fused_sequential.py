@@ -135,10 +135,10 @@ def _computes_as(base: type, layer: nn.Module, class_of: LayerClass) -> bool:
 
 def _can_be_fused(pool: nn.MaxPool2d) -> bool:
     """Whether the fused kernel supports a pool: its windows do not overlap and no indices are returned."""
-    sizes = (pool.kernel_size, pool.stride, pool.padding, pool.dilation)
-    geometry = PoolGeometry(*map(torch_internals.as_pair, sizes))
-    two_dimensional = len(geometry.kernel_size) == len(geometry.stride) == 2
-    return two_dimensional and not pool.return_indices and geometry.has_cells
+    kernel, stride, dilation = map(torch_internals.as_pair, (pool.kernel_size, pool.stride, pool.dilation))
+    if pool.return_indices or not len(kernel) == len(stride) == len(dilation) == 2:
+        return False
+    return PoolGeometry(kernel, stride, (0, 0), dilation).has_cells
 
 
 def _layers_must_be_called() -> bool:

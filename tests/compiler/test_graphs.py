@@ -369,6 +369,32 @@ def test_a_transposed_convolution_whose_stride_is_not_constant_stays_torchs(devi
     assert ours.rewritten == {} and "is not constant" in ours.reasons[0]
 
 
+@pytest.mark.parametrize("resized", [False, True])
+@pytest.mark.parametrize("write, written", [
+    (lambda logits: logits.mul_(2), True),
+    (lambda logits: F.relu(logits.flatten(2), inplace=True), True),
+    (lambda logits: (logits * 1).mul_(2), False),
+])  # fmt: skip
+def test_a_loss_whose_logits_are_written_later_is_not_replaced(write, written, resized, device, triton_backend):
+    """fastseg's losses save the logits for the backward, and torch's do not."""
+    target = labels((1, 6, 10), device)
+
+    def function(x):
+        logits = x * 1
+        loss = F.cross_entropy(F.interpolate(logits, target.shape[1:]) if resized else logits, target)
+        return loss + write(logits).sum()
+
+    ours = Compiled(function, "aot_eager")
+    x = torch.randn(1, 4, *((3, 5) if resized else (6, 10)), device=device, requires_grad=True)
+    got, want = (torch.autograd.grad(run(x), x)[0] for run in (ours, function))
+    assert relative_error(got, want) < 1e-5
+    if not written:
+        assert list(ours.rewritten) == ["upsample_cross_entropy" if resized else "cross_entropy"]
+    else:
+        assert list(ours.rewritten) == (["cross_entropy"] if resized else [])  # the resized logits are not written
+        assert "its logits are written in place later, and the backward needs them" in ours.reasons
+
+
 @pytest.mark.parametrize("setting", ["auto", "torch"])
 def test_where_no_kernels_run_the_graph_stays_torchs(setting, state):
     state = [t.cpu() for t in state]

@@ -9,21 +9,21 @@ from torch.fx import Node
 
 from ... import functional
 from ...kernels.batch_norm.arguments import NormArguments
-from ...kernels.pooling.geometry import PoolGeometry
 from ...ops.batch_norm.batch_norm import BATCH_NORM_RELU
 from ...ops.convolution.conv_transpose_norm import conv_transpose2d_batch_norm_relu
+from ...ops.pooling.geometry import PoolGeometry
 from .. import availability
 from ..graph import (
     BATCH_NORM_VECTORS,
-    Window,
     arguments_of,
-    constant_window,
+    constant_geometry,
     example_value,
     function_name,
     no_side_effect_between,
     nodes_in,
     only_user,
     pool_outputs,
+    window_arguments,
 )
 from ..rewriter import Rewriter, Rule
 from . import convolution
@@ -53,7 +53,7 @@ class NormReLUPool(NamedTuple):
     norm: Node
     relu: Node
     pool: Node
-    window: Window
+    geometry: PoolGeometry
 
 
 class ConvNormReLU(NamedTuple):
@@ -90,17 +90,17 @@ def norm_relu_obstacle(norm: Node, relu: Node) -> str | None:
 
 
 def find_norm_relu_pool(norm: Node, function: str) -> NormReLUPool | None:
-    """A batch norm, its ReLU and a call of `function` with a window that one fused pass can handle, or None."""
+    """A batch norm, its ReLU and a call of `function` with a geometry that the fused kernels support, or None."""
     chain = find_norm_relu(norm)
     if chain is None:
         return None
     pool = only_user(chain.relu)
     if function_name(pool) != function or arguments_of(pool)["input"] is not chain.relu:
         return None
-    window = constant_window(arguments_of(pool))
-    if window is None or not PoolGeometry(*window).has_cells:
+    geometry = constant_geometry(arguments_of(pool))
+    if geometry is None or not geometry.has_cells:
         return None
-    return NormReLUPool(*chain, pool, window) if no_side_effect_between(chain.relu, pool) else None
+    return NormReLUPool(*chain, pool, geometry) if no_side_effect_between(chain.relu, pool) else None
 
 
 class FuseConvTransposeBatchNormReLU(Rule[ConvNormReLU]):
@@ -154,11 +154,11 @@ class FuseBatchNormReLUMaxPool(Rule[NormReLUPool]):
         return found if saves else None
 
     def rewrite(self, rewriter: Rewriter, match: NormReLUPool) -> None:
-        norm, relu, pool, window = match
+        norm, relu, pool, geometry = match
         outputs = pool_outputs(pool) if returns_indices(pool) else None
         arguments = {
             **NormReLU(norm, relu).arguments,
-            **window._asdict(),
+            **window_arguments(geometry),
             "ceil_mode": arguments_of(pool).get("ceil_mode", False),
             "return_offsets": outputs is not None,
             "input_bias": convolution.absorb_bias(rewriter, norm),
@@ -166,7 +166,7 @@ class FuseBatchNormReLUMaxPool(Rule[NormReLUPool]):
         needs_indices = pool not in rewriter.with_offsets
         rewriter.fuse(norm, [norm, relu, pool], functional.batch_norm_relu_max_pool2d, arguments)
         if outputs is not None and outputs.indices is not None and needs_indices:
-            convert_to_indices(rewriter, outputs.indices, arguments["input"], window)
+            convert_to_indices(rewriter, outputs.indices, arguments["input"], geometry)
 
 
 class FuseBatchNormReLUMaxUnpool(Rule[NormReLUPool]):
@@ -198,12 +198,12 @@ class FuseBatchNormReLUMaxUnpool(Rule[NormReLUPool]):
         return all(found.pool < user or (user < found.norm and function_name(user) == "batch_norm") for user in others)
 
     def rewrite(self, rewriter: Rewriter, match: NormReLUPool) -> None:
-        norm, relu, unpool, window = match
+        norm, relu, unpool, geometry = match
         given = arguments_of(unpool)
         at = norm if self._inputs_stand_before(match) else unpool
         arguments = {
             **NormReLU(norm, relu).arguments,
-            **window._asdict(),
+            **window_arguments(geometry),
             "offsets": given["indices"],
             "output_size": given.get("output_size"),
             "input_bias": convolution.absorb_bias(rewriter, norm),

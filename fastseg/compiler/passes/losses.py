@@ -11,9 +11,11 @@ from ... import functional
 from ...ops.losses import cross_entropy_operators, resizing
 from ...swapping.functions import cross_entropy, with_torch_dtype
 from .. import availability
-from ..graph import arguments_of, example_value, function_name, no_side_effect_between, only_user
+from ..graph import arguments_of, example_value, function_name, no_side_effect_between, only_user, written_after
 from ..rewriter import Rewriter, Rule
 
+# torch's cross_entropy saves the log-softmax of the logits for its backward, fastseg's the logits themselves.
+WRITTEN_LATER = "its logits are written in place later, and the backward needs them"
 DEPRECATED = ("size_average", "reduce")  # arguments of cross_entropy that upsample_cross_entropy does not have
 
 
@@ -49,6 +51,8 @@ class FuseUpsampleCrossEntropy(Rule[ResizedLoss]):
             return f"{input.dim()}-D logits"
         if not no_side_effect_between(match.resize, match.loss):
             return "an in-place write or a change of mode stands between it and the loss"
+        if written_after(match.loss, resize["input"]):
+            return WRITTEN_LATER
         unsupported = resizing.unsupported_resizing(input, example_value(match.resize).shape[-2:])
         return availability.reason_off_kernels("upsample_cross_entropy", input, unsupported)
 
@@ -69,6 +73,8 @@ class ReplaceCrossEntropy(Rule[Node]):
 
     def obstacle(self, rewriter: Rewriter, match: Node) -> str | None:
         given = arguments_of(match)
+        if written_after(match, given["input"]):
+            return WRITTEN_LATER
         input, target, weight = example_value((given["input"], given["target"], given.get("weight")))
         unsupported = cross_entropy_operators.unsupported(input, target, weight)
         return availability.reason_off_kernels("cross_entropy", input, unsupported)

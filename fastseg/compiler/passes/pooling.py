@@ -11,9 +11,16 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ... import functional
 from ...ops.pooling import positions
-from ...ops.pooling.geometry import unsupported_dtype
+from ...ops.pooling.geometry import PoolGeometry, unsupported_dtype
 from .. import availability
-from ..graph import Window, arguments_of, constant_window, example_value, function_name, pool_outputs
+from ..graph import (
+    arguments_of,
+    constant_geometry,
+    example_value,
+    function_name,
+    pool_outputs,
+    window_arguments,
+)
 from ..rewriter import Rewriter, Rule
 
 
@@ -41,32 +48,32 @@ class FindOffsets(Rule[IndicesReaders]):
 
     def obstacle(self, rewriter: Rewriter, match: IndicesReaders) -> str | None:
         arguments = arguments_of(match.pool)
-        input, window = example_value(arguments["input"]), constant_window(arguments)
+        input, geometry = example_value(arguments["input"]), constant_geometry(arguments)
         reason = availability.reason_off_kernels("max_pool2d", input, unsupported_dtype(input))
         if reason is not None:
             return reason
-        if window is None:
+        if geometry is None:
             return "it is dilated, or its kernel_size, stride or padding is not constant"
-        if window.kernel_size[0] * window.kernel_size[1] > positions.MAX_OFFSETS:
+        if geometry.taps > positions.MAX_OFFSETS:
             return f"a window has more than {positions.MAX_OFFSETS} elements"
-        reasons = (self._reader_obstacle(reader, match.indices, input, window) for reader in match.readers)
+        reasons = (self._reader_obstacle(reader, match.indices, input, geometry) for reader in match.readers)
         return next((reason for reason in reasons if reason is not None), None)
 
-    def _reader_obstacle(self, reader: Node, indices: Node, pool_input: Tensor, window: Window) -> str | None:
+    def _reader_obstacle(self, reader: Node, indices: Node, pool_input: Tensor, geometry: PoolGeometry) -> str | None:
         """Why a user of the indices needs them to be int64, or None: an unpool that inverts the pool takes offsets."""
         if function_name(reader) != "max_unpool2d":
             return f"its indices are read by {reader.name}"
         arguments = arguments_of(reader)
         if arguments.get("indices") is not indices or arguments["input"] is indices:
             return f"its indices are read by {reader.name}"
-        if constant_window(arguments) != window:
+        if constant_geometry(arguments) != geometry:
             return f"{reader.name} has another kernel_size, stride or padding"
         input = example_value(arguments["input"])
         if example_value(reader).dtype != input.dtype:
             return f"autocast casts the input of {reader.name}"
         size = example_value(arguments.get("output_size"))
         if size is None:
-            size = [(o - 1) * s - 2 * p + k for o, k, s, p in zip(input.shape[-2:], *window, strict=True)]
+            size = [(o - 1) * s - 2 * p + k for o, k, s, p, _ in zip(input.shape[-2:], *geometry, strict=True)]
         if not all(statically_known_true(a == b) for a, b in zip(size[-2:], pool_input.shape[-2:], strict=True)):
             return f"the output of {reader.name} is not proven to have the size of the pool's input"
         return None
@@ -139,7 +146,7 @@ def mark_as_offsets(indices: Node) -> None:
         indices.meta["example_value"] = torch.empty_like(value, dtype=torch.uint8)
 
 
-def convert_to_indices(rewriter: Rewriter, offsets: Node, image: Node, window: Window) -> None:
+def convert_to_indices(rewriter: Rewriter, offsets: Node, image: Node, geometry: PoolGeometry) -> None:
     """Insert offsets_to_indices after a pool that now returns offsets, for users that read int64 indices.
 
     image: the pool's input, whose width the indices are computed with.
@@ -149,9 +156,8 @@ def convert_to_indices(rewriter: Rewriter, offsets: Node, image: Node, window: W
         if not isinstance(width, int):
             meta, width = {"example_value": width}, rewriter.graph.call_method("size", (image, -1))
             width.meta = meta
-        indices = rewriter.graph.call_function(
-            functional.offsets_to_indices, (offsets,), {**window._asdict(), "width": width}
-        )
+        arguments = {**window_arguments(geometry), "width": width}
+        indices = rewriter.graph.call_function(functional.offsets_to_indices, (offsets,), arguments)
     indices.meta = dict(offsets.meta)
     offsets.replace_all_uses_with(indices, delete_user_cb=lambda user: user is not indices)
     mark_as_offsets(offsets)
