@@ -54,9 +54,9 @@ def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
     """Subtract each channel's `mean` and divide by its `std`.
 
     Shape:
-        - images: (*, 3, H, W).
+        - images: ``(*, 3, H, W)``.
         - mean, std: three numbers each.
-        - output: (*, 3, H, W).
+        - output: ``(*, 3, H, W)``.
 
     Example::
 

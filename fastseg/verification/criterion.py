@@ -63,7 +63,7 @@ def poisoned() -> Iterator[None]:
 
 
 def relative_error(result: Tensor, truth: Tensor) -> float:
-    """max |result - truth| / max |truth|. Infinite if the shapes differ, or if NaN or infinities differ."""
+    """``max |result - truth| / max |truth|``. Infinite if the shapes differ, or if NaN or infinities differ."""
     if result.shape != truth.shape:
         return float("inf")
     result, truth = result.detach().double(), truth.detach().double()

@@ -161,7 +161,7 @@ def max_unpool2d_conv2d(
     Shape:
         - input, offsets: (N, C, H, W) or (C, H, W).
         - weight: (K, C, 3, 3). bias: (K,).
-        - output: (N, K, *output_size) or (K, *output_size). It is channels_last if the input or the weight is.
+        - output: ``(N, K, *output_size)`` or ``(K, *output_size)``. It is channels_last if the input or the weight is.
 
     Returns:
         The convolved map, in the input's dtype; under autocast in autocast's dtype, as from conv2d.

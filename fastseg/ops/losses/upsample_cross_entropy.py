@@ -273,8 +273,9 @@ def upsample_cross_entropy_with_predictions(
     The logits are resized once for all results; on a CPU in chunks, whatever the number of classes.
 
     Args:
-        input, target, weight, size, scale_factor, mode, align_corners, recompute_scale_factor, ignore_index, reduction,
-            label_smoothing, normalization, z_loss: as in upsample_cross_entropy; the target must be class indices.
+        input, target: as in upsample_cross_entropy; the target must be class indices.
+        weight, ignore_index, reduction, label_smoothing, normalization, z_loss: as in upsample_cross_entropy.
+        size, scale_factor, mode, align_corners, recompute_scale_factor: as in upsample_cross_entropy.
         dtype: that of the prediction: torch.int64, or torch.uint8, which takes an eighth of the memory and holds up to
             256 classes.
 

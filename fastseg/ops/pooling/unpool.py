@@ -259,7 +259,7 @@ def max_unpool2d(
 
     Shape:
         - input, indices: (N, C, H, W) or (C, H, W).
-        - output: (N, C, *output_size) or (C, *output_size), in the input's dtype and memory format.
+        - output: ``(N, C, *output_size)`` or ``(C, *output_size)``, in the input's dtype and memory format.
 
     Raises:
         RuntimeError: for indices of another shape or dtype and, on a CPU, for an index outside its plane. On a GPU that
