@@ -1,11 +1,11 @@
-"""Batch normalisation with the ReLU behind it, in NCHW and in channels_last.
+"""Batch normalization and ReLU, in NCHW and in channels_last.
 
-Forward in training: one pass over x for the statistics, one that writes y. Backward: one pass over x and grad_y for
-the two sums that the gradient needs, one that writes grad_x. The ReLU's mask is made again from x, so that nothing of
-full size is kept but x. In 2-byte types that is 16 bytes an element in all.
+Forward in training: one pass over x for the statistics, and one that writes y. Backward: one pass over x and grad_y for
+the two sums over the pixels that the gradient needs, and one that writes grad_x. The ReLU's mask is recomputed from x,
+so no tensor of full size is saved except x. With 2-byte dtypes both directions together move 16 bytes per element.
 
-The statistics are Welford's, of x minus the channel's first element, each lane for itself; lanes and programs are
-merged by Chan's rule, in an order that depends on the shape alone.
+The statistics follow Welford's algorithm, applied to x minus the channel's first element, in each lane separately. The
+lanes and programs are merged by Chan's rule, in an order that depends on the shape alone.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from .common import (
     MERGED_CHANNELS,
     MERGED_CHUNKS,
     Partition,
-    affine,
-    channels_of,
+    channel_tile_and_chunk,
+    channels_in,
     flat_offset,
-    masked,
+    load_affine,
+    load_gradient_means,
+    load_statistics,
     merge_sums,
     norm_constants,
     norm_pointers,
-    normalised,
-    program_of,
-    statistics,
+    normalize,
+    relu_gradient,
     store_sums,
-    through_statistics,
 )
 
-TILE = 2048  # elements that a program has in its registers at a time
-REDUCED_TILE = 4096  # where nothing of full size is written
+TILE = 2048  # elements of a tile, which a program holds in registers
+REDUCED_TILE = 4096  # the same for kernels that write no map
 
 
 @triton.jit
@@ -46,11 +46,17 @@ def batch_norm_stats_kernel(
     x, partials, M, C, RUNS, CHANNEL_TILES, CHUNKS, STEPS,
     CHANNELS_LAST: tl.constexpr, VEC: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """One program takes mean and squared deviations of its channels over STEPS tiles. Reads x once."""
-    tile, chunk = program_of(CHANNEL_TILES, WIDE)
-    c, live_c = channels_of(tile, C, LANES, CHANNELS_LAST)
+    """One program computes the mean and the sum of squared deviations of its channels over its chunk: STEPS tiles.
+
+    Reads x once. Writes partials (2, CHUNKS, C), relative to the pivot, which is the channel's first element.
+    """
+    # 1. Which channels, and their pivots
+    tile, chunk = channel_tile_and_chunk(CHANNEL_TILES, WIDE)
+    c, live_c = channels_in(tile, C, LANES, CHANNELS_LAST)
     T: tl.constexpr = partials.dtype.element_ty
     pivot = tl.load(x + c.to(tl.int64) * (1 if CHANNELS_LAST else RUNS * VEC), mask=live_c, other=0.0).to(T)
+
+    # 2. Update the statistics of each lane with one element of each tile
     mean = tl.zeros((ROWS, LANES), T)
     squares = tl.zeros((ROWS, LANES), T)
     count = tl.zeros((ROWS,), T)
@@ -60,18 +66,22 @@ def batch_norm_stats_kernel(
         count += live.to(T)
         offset = flat_offset(o, tile, c, C, RUNS, LANES, VEC, CHANNELS_LAST)
         value = tl.load(x + offset, mask=live[:, None] & live_c, other=0.0).to(T) - pivot
-        share = tl.where(live, 1.0 / tl.maximum(count, 1.0), 0.0)[:, None]
+        weight = tl.where(live, 1.0 / tl.maximum(count, 1.0), 0.0)[:, None]
         delta = value - mean
-        mean += delta * share
+        mean += delta * weight
         squares += tl.where(live[:, None], delta * (value - mean), 0.0)
-    rows = count[:, None]
+
+    # 3. Merge the lanes of a channel
+    counts = count[:, None]
     if CHANNELS_LAST:
-        centre = (tl.sum(rows * mean, axis=0) / tl.sum(count, axis=0))[None, :]
-        deviations = tl.sum(squares + rows * (mean - centre) * (mean - centre), axis=0)[None, :]
+        merged = (tl.sum(counts * mean, axis=0) / tl.sum(count, axis=0))[None, :]
+        deviations = tl.sum(squares + counts * (mean - merged) * (mean - merged), axis=0)[None, :]
     else:
-        centre = tl.sum(rows * mean) / (tl.sum(count, axis=0) * LANES) + tl.zeros_like(pivot)
-        deviations = tl.sum(squares + rows * (mean - centre) * (mean - centre)) + tl.zeros_like(pivot)
-    tl.store(partials + chunk * C + c, centre, mask=live_c)
+        merged = tl.sum(counts * mean) / (tl.sum(count, axis=0) * LANES) + tl.zeros_like(pivot)
+        deviations = tl.sum(squares + counts * (mean - merged) * (mean - merged)) + tl.zeros_like(pivot)
+
+    # 4. Store
+    tl.store(partials + chunk * C + c, merged, mask=live_c)
     tl.store(partials + (CHUNKS + chunk) * C + c, deviations, mask=live_c)
 
 
@@ -81,45 +91,53 @@ def batch_norm_stats_merge_kernel(
     momentum_rest,
     INPUT_BIASED: tl.constexpr, TRACKED: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """One program merges the partial statistics of LANES channels and moves the running ones.
+    """One program merges the partial statistics of LANES channels, ROWS chunks at a time.
 
-    stats: mean, shift and the biased variance. A program's chunk has CHUNK elements a channel, the last one what is
-    left of COUNT.
+    Writes stats (3, C): mean, shift and biased variance. TRACKED: updates the running statistics. Each chunk has CHUNK
+    of a channel's COUNT elements, and the last one has the rest.
     """
     c = tl.program_id(0) * LANES + tl.arange(0, LANES)
     live_c = c < C
     T: tl.constexpr = partials.dtype.element_ty
+
+    # 1. The mean, relative to the pivot
     total = tl.zeros((LANES,), T) + COUNT
-    centre = tl.zeros((LANES,), T)
+    center = tl.zeros((LANES,), T)
     for start in range(0, CHUNKS, ROWS):
-        s = start + tl.arange(0, ROWS)
-        there = (s < CHUNKS)[:, None] & live_c[None, :]
-        size = tl.minimum(COUNT - s.to(tl.int64) * CHUNK, CHUNK).to(T)[:, None]
-        mean = tl.load(partials + s[:, None] * C + c[None, :], mask=there, other=0.0)
-        centre += tl.sum(size * mean, axis=0)
-    centre /= total
+        chunk = start + tl.arange(0, ROWS)
+        live = (chunk < CHUNKS)[:, None] & live_c[None, :]
+        size = tl.minimum(COUNT - chunk.to(tl.int64) * CHUNK, CHUNK).to(T)[:, None]
+        mean = tl.load(partials + chunk[:, None] * C + c[None, :], mask=live, other=0.0)
+        center += tl.sum(size * mean, axis=0)
+    center /= total
+
+    # 2. The squared deviations from it
     deviations = tl.zeros((LANES,), T)
     for start in range(0, CHUNKS, ROWS):
-        s = start + tl.arange(0, ROWS)
-        there = (s < CHUNKS)[:, None] & live_c[None, :]
-        size = tl.minimum(COUNT - s.to(tl.int64) * CHUNK, CHUNK).to(T)[:, None]
-        mean = tl.load(partials + s[:, None] * C + c[None, :], mask=there, other=0.0)
-        squares = tl.load(partials + (CHUNKS + s)[:, None] * C + c[None, :], mask=there, other=0.0)
-        apart = mean - centre[None, :]
-        deviations += tl.sum(tl.where(there, squares + size * apart * apart, 0.0), axis=0)
+        chunk = start + tl.arange(0, ROWS)
+        live = (chunk < CHUNKS)[:, None] & live_c[None, :]
+        size = tl.minimum(COUNT - chunk.to(tl.int64) * CHUNK, CHUNK).to(T)[:, None]
+        mean = tl.load(partials + chunk[:, None] * C + c[None, :], mask=live, other=0.0)
+        squares = tl.load(partials + (CHUNKS + chunk)[:, None] * C + c[None, :], mask=live, other=0.0)
+        delta = mean - center[None, :]
+        deviations += tl.sum(tl.where(live, squares + size * delta * delta, 0.0), axis=0)
+
+    # 3. Store; shift is the rounding error of the mean
     pivot = tl.load(x + c.to(tl.int64) * PIVOT_STRIDE, mask=live_c, other=0.0).to(T)
-    whole = pivot + centre
-    tl.store(stats + c, whole, mask=live_c)
-    tl.store(stats + C + c, (whole - pivot) - centre, mask=live_c)
+    batch_mean = pivot + center
+    tl.store(stats + c, batch_mean, mask=live_c)
+    tl.store(stats + C + c, (batch_mean - pivot) - center, mask=live_c)
     tl.store(stats + 2 * C + c, deviations / total, mask=live_c)
+
+    # 4. Update the running statistics
     if TRACKED:
         if INPUT_BIASED:
-            whole += tl.load(input_bias + c, mask=live_c, other=0.0).to(T)
+            batch_mean += tl.load(input_bias + c, mask=live_c, other=0.0).to(T)
         old_mean = tl.load(running_mean + c, mask=live_c, other=0.0).to(T)
         old_var = tl.load(running_var + c, mask=live_c, other=0.0).to(T)
-        share = tl.zeros((LANES,), T) + momentum + momentum_rest  # an argument is rounded to float32
-        new_mean = (1 - share) * old_mean + share * whole
-        new_var = (1 - share) * old_var + share * (deviations / (total - 1))
+        weight = tl.zeros((LANES,), T) + momentum + momentum_rest  # two terms: an argument is rounded to float32
+        new_mean = (1 - weight) * old_mean + weight * batch_mean
+        new_var = (1 - weight) * old_var + weight * (deviations / (total - 1))
         tl.store(running_mean + c, new_mean.to(running_mean.dtype.element_ty), mask=live_c)
         tl.store(running_var + c, new_var.to(running_var.dtype.element_ty), mask=live_c)
 
@@ -131,17 +149,20 @@ def batch_norm_relu_fwd_kernel(
     CHANNELS_LAST: tl.constexpr, VEC: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
-    """One program writes STEPS tiles of y. Reads x once."""
-    tile, chunk = program_of(CHANNEL_TILES, WIDE)
-    c, live_c = channels_of(tile, C, LANES, CHANNELS_LAST)
-    centre, low, inverse = statistics(mean, shift, var, c, live_c, EPS, SHIFTED)
-    scale, beta = affine(weight, bias, inverse, c, live_c, WEIGHTED, BIASED)
+    """One program writes its chunk of y, STEPS tiles, for its channels. Reads x once."""
+    # 1. Which channels, and their vectors
+    tile, chunk = channel_tile_and_chunk(CHANNEL_TILES, WIDE)
+    c, live_c = channels_in(tile, C, LANES, CHANNELS_LAST)
+    mean_c, shift_c, rstd = load_statistics(mean, shift, var, c, live_c, EPS, SHIFTED)
+    scale, bias_c = load_affine(weight, bias, rstd, c, live_c, WEIGHTED, BIASED)
+
+    # 2. Load, normalize and store each tile
     for step in range(STEPS):
         o = (chunk * STEPS + step) * ROWS + tl.arange(0, ROWS)
         live = (o < M)[:, None] & live_c
         offset = flat_offset(o, tile, c, C, RUNS, LANES, VEC, CHANNELS_LAST)
-        value = tl.load(x + offset, mask=live, other=0.0).to(inverse.dtype)
-        y_value = normalised((value - centre) + low, scale, beta, RELU, y.dtype.element_ty)
+        value = tl.load(x + offset, mask=live, other=0.0).to(rstd.dtype)
+        y_value = normalize((value - mean_c) + shift_c, scale, bias_c, RELU, y.dtype.element_ty)
         tl.store(y + offset, y_value.to(y.dtype.element_ty), mask=live)
 
 
@@ -151,23 +172,31 @@ def batch_norm_relu_sums_kernel(
     EPS: tl.constexpr, SHIFTED: tl.constexpr, WEIGHTED: tl.constexpr, BIASED: tl.constexpr, RELU: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, VEC: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """One program adds up grad and grad * centred of its channels over STEPS tiles. Reads x and grad_y once."""
-    tile, chunk = program_of(CHANNEL_TILES, WIDE)
-    c, live_c = channels_of(tile, C, LANES, CHANNELS_LAST)
-    centre, low, inverse = statistics(mean, shift, var, c, live_c, EPS, SHIFTED)
-    scale, beta = affine(weight, bias, inverse, c, live_c, WEIGHTED, BIASED)
-    grads = tl.zeros((ROWS, LANES), inverse.dtype)
-    products = tl.zeros((ROWS, LANES), inverse.dtype)
+    """One program sums grad and grad * centered of its channels over its chunk: STEPS tiles.
+
+    grad is the gradient of the ReLU's input. Reads x and grad_y once. Writes partials (2, CHUNKS, C).
+    """
+    # 1. Which channels, and their vectors
+    tile, chunk = channel_tile_and_chunk(CHANNEL_TILES, WIDE)
+    c, live_c = channels_in(tile, C, LANES, CHANNELS_LAST)
+    mean_c, shift_c, rstd = load_statistics(mean, shift, var, c, live_c, EPS, SHIFTED)
+    scale, bias_c = load_affine(weight, bias, rstd, c, live_c, WEIGHTED, BIASED)
+
+    # 2. Load each tile and add it up, lane by lane
+    sum_grad = tl.zeros((ROWS, LANES), rstd.dtype)
+    sum_grad_x = tl.zeros((ROWS, LANES), rstd.dtype)
     for step in range(STEPS):
         o = (chunk * STEPS + step) * ROWS + tl.arange(0, ROWS)
         live = (o < M)[:, None] & live_c
         offset = flat_offset(o, tile, c, C, RUNS, LANES, VEC, CHANNELS_LAST)
-        centred = (tl.load(x + offset, mask=live, other=0.0).to(inverse.dtype) - centre) + low
-        grad = tl.load(grad_y + offset, mask=live, other=0.0).to(inverse.dtype)
-        grad = masked(grad, centred, scale, beta, RELU, x.dtype.element_ty)
-        grads += grad
-        products += tl.where(live, grad * centred, 0.0)
-    store_sums(partials, chunk, CHUNKS, c, live_c, C, grads, products, CHANNELS_LAST)
+        centered = (tl.load(x + offset, mask=live, other=0.0).to(rstd.dtype) - mean_c) + shift_c
+        grad = tl.load(grad_y + offset, mask=live, other=0.0).to(rstd.dtype)
+        grad = relu_gradient(grad, centered, scale, bias_c, RELU, x.dtype.element_ty)
+        sum_grad += grad
+        sum_grad_x += tl.where(live, grad * centered, 0.0)
+
+    # 3. Reduce the lanes and store
+    store_sums(partials, chunk, CHUNKS, c, live_c, C, sum_grad, sum_grad_x, CHANNELS_LAST)
 
 
 @triton.jit
@@ -177,27 +206,33 @@ def batch_norm_relu_bwd_kernel(
     RELU: tl.constexpr, CHANNELS_LAST: tl.constexpr, VEC: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr,
     STEPS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """One program writes STEPS tiles of grad_x. Reads x and grad_y once. Without BATCH_STATS the mean is a constant."""
-    tile, chunk = program_of(CHANNEL_TILES, WIDE)
-    c, live_c = channels_of(tile, C, LANES, CHANNELS_LAST)
-    centre, low, inverse = statistics(mean, shift, var, c, live_c, EPS, SHIFTED)
-    scale, beta = affine(weight, bias, inverse, c, live_c, WEIGHTED, BIASED)
-    through, slope = through_statistics(means, c, live_c, C, inverse, BATCH_STATS)
+    """One program writes its chunk of grad_x, STEPS tiles, for its channels. Reads x and grad_y once.
+
+    means (2, C): those of grad and grad * x_hat. Without BATCH_STATS the statistics are constants.
+    """
+    # 1. Which channels, and their vectors
+    tile, chunk = channel_tile_and_chunk(CHANNEL_TILES, WIDE)
+    c, live_c = channels_in(tile, C, LANES, CHANNELS_LAST)
+    mean_c, shift_c, rstd = load_statistics(mean, shift, var, c, live_c, EPS, SHIFTED)
+    scale, bias_c = load_affine(weight, bias, rstd, c, live_c, WEIGHTED, BIASED)
+    mean_grad, slope = load_gradient_means(means, c, live_c, C, rstd, BATCH_STATS)
+
+    # 2. Load each tile, and store its gradient
     for step in range(STEPS):
         o = (chunk * STEPS + step) * ROWS + tl.arange(0, ROWS)
         live = (o < M)[:, None] & live_c
         offset = flat_offset(o, tile, c, C, RUNS, LANES, VEC, CHANNELS_LAST)
-        centred = (tl.load(x + offset, mask=live, other=0.0).to(inverse.dtype) - centre) + low
-        grad = tl.load(grad_y + offset, mask=live, other=0.0).to(inverse.dtype)
-        grad = masked(grad, centred, scale, beta, RELU, x.dtype.element_ty)
-        grad = scale * (grad - through - centred * slope)
+        centered = (tl.load(x + offset, mask=live, other=0.0).to(rstd.dtype) - mean_c) + shift_c
+        grad = tl.load(grad_y + offset, mask=live, other=0.0).to(rstd.dtype)
+        grad = relu_gradient(grad, centered, scale, bias_c, RELU, x.dtype.element_ty)
+        grad = scale * (grad - mean_grad - centered * slope)
         tl.store(grad_x + offset, grad.to(grad_x.dtype.element_ty), mask=live)
 
 
 def batch_norm_stats(
     x: Tensor, input_bias: Tensor | None, running: RunningStatistics | None, stats: Tensor, channels_last: bool
 ) -> None:
-    """Write stats (3, C): mean, shift and biased variance of x. Update the running statistics.
+    """Write stats (3, C): mean, shift and biased variance of x. Update the running load_statistics.
 
     input_bias: the bias of the preceding convolution, if it has not been added to x; the running mean includes it.
     """
@@ -208,8 +243,8 @@ def batch_norm_stats(
         batch_norm_stats_kernel, partition.programs,
         x, partials, *partition.sizes, partition.chunks, partition.steps, **partition.constants, num_warps=8,
     )  # fmt: skip
-    pixels = partition.tile_rows * partition.steps * partition.pixels_a_row
-    running_mean, running_var, momentum = running or (stats, stats, 0.0)  # without running statistics never read
+    pixels = partition.tile_rows * partition.steps * partition.pixels_per_row
+    running_mean, running_var, momentum = running or (stats, stats, 0.0)  # without running load_statistics never read
     rounded = ctypes.c_float(momentum).value
     launch(
         batch_norm_stats_merge_kernel, triton.cdiv(c, MERGED_CHANNELS),
@@ -231,7 +266,10 @@ def batch_norm_relu_fwd(x: Tensor, norm: NormArguments, y: Tensor, channels_last
 
 
 def batch_norm_relu_sums(grad_y: Tensor, x: Tensor, norm: NormArguments, sums: Tensor, channels_last: bool) -> None:
-    """Write sums (4, C): of grad and grad * x_hat over the pixels, where grad is behind the ReLU, and their means."""
+    """Write sums (4, C): the sums of grad and grad * x_hat over the pixels, and their means.
+
+    grad is the gradient of the ReLU's input.
+    """
     partition = Partition.flat(x, channels_last, REDUCED_TILE, reducing=True)
     partials = torch.empty((2, partition.chunks, x.shape[1]), dtype=sums.dtype, device=x.device)
     launch(
@@ -245,7 +283,7 @@ def batch_norm_relu_sums(grad_y: Tensor, x: Tensor, norm: NormArguments, sums: T
 def batch_norm_relu_bwd(
     grad_y: Tensor, x: Tensor, norm: NormArguments, means: Tensor | None, grad_x: Tensor, channels_last: bool
 ) -> None:
-    """Write grad_x; means (2, C): of grad and grad * x_hat, or None where the statistics are constants."""
+    """Write grad_x; means (2, C): of grad and grad * x_hat, or None where the load_statistics are constants."""
     partition = Partition.flat(x, channels_last, TILE)
     launch(
         batch_norm_relu_bwd_kernel, partition.programs,

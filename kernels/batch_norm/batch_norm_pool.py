@@ -1,8 +1,8 @@
-"""Batch norm, ReLU and the max-pooling behind them, in one pass over the map.
+"""Batch norm, ReLU and max-pooling in one pass over the map.
 
-The map between is never stored: the kernels normalise the elements of a window as they read them. Offsets (uint8) are
-all that is kept besides x. Windows do not overlap. In 2-byte types, for windows of 2x2, 4.75 bytes an element forward
-in training and 7.5 backward.
+The ReLU's output is never stored: the kernels normalize the elements of a window as they read them. Besides x only the
+uint8 offsets are saved. Windows do not overlap. With 2-byte dtypes and windows of 2x2 the forward moves 4.75 bytes per
+element in training, and the backward 7.5.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from ..pooling.tiling import Tiling, run_offset
 from .arguments import NormArguments
 from .common import (
     Partition,
-    affine,
     cells,
-    channels_of,
-    gathered,
-    masked,
+    channel_tile_and_chunk,
+    channels_in,
+    gather_from_windows,
+    image_position,
+    load_affine,
+    load_gradient_means,
+    load_statistics,
     merge_sums,
     norm_constants,
     norm_pointers,
-    normalised,
+    normalize,
     pixel_offset,
-    program_of,
-    statistics,
+    relu_gradient,
     store_sums,
-    through_statistics,
     window_constants,
-    window_of,
 )
 
-TILE = 1024  # elements of the pooled map, or cells, that a program has in its registers at a time
+TILE = 1024  # elements of a tile, which a program holds in registers: pooled elements or cells
 
 
 @triton.jit
@@ -48,23 +48,28 @@ def batch_norm_relu_max_pool2d_fwd_kernel(
     PARTIAL: tl.constexpr, WHOLE_ROWS: tl.constexpr, OFFSETS: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     VEC: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """One program writes STEPS tiles of the pooled map. Reads x once.
+    """One program writes its chunk of the pooled map, STEPS tiles, for its channels. Reads x once.
 
-    Values are compared as the map between would hold them.
+    Values are rounded to the output's dtype before they are compared, as if the ReLU's output had been stored.
     """
-    tile, chunk = program_of(CHANNEL_TILES, WIDE)
-    c, live_c = channels_of(tile, C, LANES, CHANNELS_LAST)
-    centre, low, inverse = statistics(mean, shift, var, c, live_c, EPS, SHIFTED)
-    scale, beta = affine(weight, bias, inverse, c, live_c, WEIGHTED, BIASED)
-    T: tl.constexpr = inverse.dtype
+    # 1. Which channels, and their vectors
+    tile, chunk = channel_tile_and_chunk(CHANNEL_TILES, WIDE)
+    c, live_c = channels_in(tile, C, LANES, CHANNELS_LAST)
+    mean_c, shift_c, rstd = load_statistics(mean, shift, var, c, live_c, EPS, SHIFTED)
+    scale, bias_c = load_affine(weight, bias, rstd, c, live_c, WEIGHTED, BIASED)
+    T: tl.constexpr = rstd.dtype
     D: tl.constexpr = y.dtype.element_ty
+
     for step in range(STEPS):
+        # 2. Which windows; if no value is above -inf, the first element inside the image is the maximum
         o = (chunk * STEPS + step) * ROWS + tl.arange(0, ROWS)
         live = (o < M)[:, None] & live_c
-        image, oh, ow, run = window_of(o, OH, OW, RUNS, LANES, CHANNELS_LAST)
+        image, oh, ow, run = image_position(o, OH, OW, RUNS, LANES, CHANNELS_LAST)
         h0, w0 = oh * SH - PH, ow * SW - PW
         best = tl.full((ROWS, LANES), float("-inf"), T)
         at = tl.maximum(-h0, 0) * KW + tl.maximum(-w0, 0) + tl.zeros((ROWS, LANES), tl.int32)
+
+        # 3. Load the windows' elements, normalize them and keep the largest
         for i in tl.static_range(KH):
             h = h0 + i
             if WHOLE_ROWS:
@@ -74,12 +79,12 @@ def batch_norm_relu_max_pool2d_fwd_kernel(
                 offset = run_offset(image * C + tile, h, run, H, RUNS, LANES)
                 row = tl.load(x + offset, mask=inside, other=0.0).to(T)
                 left, right = tl.split(tl.reshape(row, (ROWS, LANES, 2)))
-                left = normalised((left - centre) + low, scale, beta, RELU, D)
+                left = normalize((left - mean_c) + shift_c, scale, bias_c, RELU, D)
                 if PARTIAL:
                     left = tl.where(inside, left, float("-inf"))
                 best, at = keep_larger(best, at, left, i * KW)
                 if KW == 2:
-                    right = normalised((right - centre) + low, scale, beta, RELU, D)
+                    right = normalize((right - mean_c) + shift_c, scale, bias_c, RELU, D)
                     if PARTIAL:
                         right = tl.where(inside, right, float("-inf"))
                     best, at = keep_larger(best, at, right, i * KW + 1)
@@ -91,10 +96,12 @@ def batch_norm_relu_max_pool2d_fwd_kernel(
                         inside = live & (h >= 0) & (h < H) & (w >= 0) & (w < W)
                     offset = pixel_offset(image, h, w, run, tile, c, C, H, W, RUNS, VEC, CHANNELS_LAST, False)
                     value = tl.load(x + offset, mask=inside, other=0.0).to(T)
-                    value = normalised((value - centre) + low, scale, beta, RELU, D)
+                    value = normalize((value - mean_c) + shift_c, scale, bias_c, RELU, D)
                     if PARTIAL:
                         value = tl.where(inside, value, float("-inf"))
                     best, at = keep_larger(best, at, value, i * KW + j)
+
+        # 4. Store
         out = pixel_offset(image, oh, ow, run, tile, c, C, OH, OW, RUNS, VEC, CHANNELS_LAST, True)
         tl.store(y + out, best.to(D), mask=live)
         if OFFSETS:
@@ -110,30 +117,41 @@ def batch_norm_relu_max_pool2d_sums_kernel(
     WHOLE_ROWS: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     VEC: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """One program adds up its channels' two sums over STEPS tiles of the pooled map. Reads grad_y, offsets, x once."""
-    tile, chunk = program_of(CHANNEL_TILES, WIDE)
-    c, live_c = channels_of(tile, C, LANES, CHANNELS_LAST)
-    centre, low, inverse = statistics(mean, shift, var, c, live_c, EPS, SHIFTED)
-    scale, beta = affine(weight, bias, inverse, c, live_c, WEIGHTED, BIASED)
-    T: tl.constexpr = inverse.dtype
-    grads = tl.zeros((ROWS, LANES), T)
-    products = tl.zeros((ROWS, LANES), T)
+    """One program sums grad and grad * centered of its channels over its chunk of the pooled map: STEPS tiles.
+
+    grad is the gradient of the ReLU's input. Only the maxima have one, so the sums are taken over the windows. Reads
+    grad_y, offsets and x once. Writes partials (2, CHUNKS, C).
+    """
+    # 1. Which channels, and their vectors
+    tile, chunk = channel_tile_and_chunk(CHANNEL_TILES, WIDE)
+    c, live_c = channels_in(tile, C, LANES, CHANNELS_LAST)
+    mean_c, shift_c, rstd = load_statistics(mean, shift, var, c, live_c, EPS, SHIFTED)
+    scale, bias_c = load_affine(weight, bias, rstd, c, live_c, WEIGHTED, BIASED)
+    T: tl.constexpr = rstd.dtype
+    sum_grad = tl.zeros((ROWS, LANES), T)
+    sum_grad_x = tl.zeros((ROWS, LANES), T)
+
     for step in range(STEPS):
+        # 2. Load the gradients and offsets of the windows, and the maxima
         o = (chunk * STEPS + step) * ROWS + tl.arange(0, ROWS)
         live = (o < M)[:, None] & live_c
-        image, oh, ow, run = window_of(o, OH, OW, RUNS, LANES, CHANNELS_LAST)
+        image, oh, ow, run = image_position(o, OH, OW, RUNS, LANES, CHANNELS_LAST)
         out = pixel_offset(image, oh, ow, run, tile, c, C, OH, OW, RUNS, VEC, CHANNELS_LAST, True)
         grad = tl.load(grad_y + out, mask=live, other=0.0).to(T)
         position = tl.load(offsets + out, mask=live, other=0).to(tl.int32)
-        value = gathered(
+        value = gather_from_windows(
             x, position, live, image, oh * SH - PH, ow * SW - PW, run, tile, c, C, H, W, RUNS, T,
             KH, KW, WHOLE_ROWS, CHANNELS_LAST, VEC, LANES, ROWS,
         )  # fmt: skip
-        centred = (value - centre) + low
-        grad = masked(grad, centred, scale, beta, RELU, x.dtype.element_ty)
-        grads += grad
-        products += tl.where(live, grad * centred, 0.0)
-    store_sums(partials, chunk, CHUNKS, c, live_c, C, grads, products, CHANNELS_LAST)
+
+        # 3. Add up, lane by lane
+        centered = (value - mean_c) + shift_c
+        grad = relu_gradient(grad, centered, scale, bias_c, RELU, x.dtype.element_ty)
+        sum_grad += grad
+        sum_grad_x += tl.where(live, grad * centered, 0.0)
+
+    # 4. Reduce the lanes and store
+    store_sums(partials, chunk, CHUNKS, c, live_c, C, sum_grad, sum_grad_x, CHANNELS_LAST)
 
 
 @triton.jit
@@ -146,24 +164,33 @@ def batch_norm_relu_max_pool2d_bwd_kernel(
     ALIGNED: tl.constexpr, WHOLE_ROWS: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     VEC: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """One program writes STEPS tiles of cells of grad_x, in gaps and behind the windows too. Reads everything once."""
-    tile, chunk = program_of(CHANNEL_TILES, WIDE)
-    c, live_c = channels_of(tile, C, LANES, CHANNELS_LAST)
-    centre, low, inverse = statistics(mean, shift, var, c, live_c, EPS, SHIFTED)
-    scale, beta = affine(weight, bias, inverse, c, live_c, WEIGHTED, BIASED)
-    through, slope = through_statistics(means, c, live_c, C, inverse, BATCH_STATS)
-    T: tl.constexpr = inverse.dtype
+    """One program writes its chunk of grad_x, STEPS tiles of cells, for its channels. Reads every input once.
+
+    A cell is a window and the gap after it. The cells tile the image, so every element of grad_x is written once.
+    means (2, C): those of grad and grad * x_hat. Without BATCH_STATS the statistics are constants.
+    """
+    # 1. Which channels, and their vectors
+    tile, chunk = channel_tile_and_chunk(CHANNEL_TILES, WIDE)
+    c, live_c = channels_in(tile, C, LANES, CHANNELS_LAST)
+    mean_c, shift_c, rstd = load_statistics(mean, shift, var, c, live_c, EPS, SHIFTED)
+    scale, bias_c = load_affine(weight, bias, rstd, c, live_c, WEIGHTED, BIASED)
+    mean_grad, slope = load_gradient_means(means, c, live_c, C, rstd, BATCH_STATS)
+    T: tl.constexpr = rstd.dtype
     D: tl.constexpr = x.dtype.element_ty
+
     for step in range(STEPS):
+        # 2. Which cells, and the gradient and offset of each one's window; -1 if the cell has no window
         o = (chunk * STEPS + step) * ROWS + tl.arange(0, ROWS)
         live = (o < M)[:, None] & live_c
-        image, ch, cw, run = window_of(o, CH, CW, RUNS, LANES, CHANNELS_LAST)
+        image, ch, cw, run = image_position(o, CH, CW, RUNS, LANES, CHANNELS_LAST)
         h0, w0 = ch * SH - PH, cw * SW - PW
         pooled = live & (ch < OH) & (cw < OW)
         source = pixel_offset(image, ch, cw, run, tile, c, C, OH, OW, RUNS, VEC, CHANNELS_LAST, ALIGNED)
         grad = tl.load(grad_y + source, mask=pooled, other=0.0).to(T)
         position = tl.load(offsets + source, mask=pooled, other=255).to(tl.int32)
         position = tl.where(pooled, position, -1)
+
+        # 3. Load each pixel of the cells, and store its gradient
         for i in tl.static_range(SH):
             h = h0 + i
             if WHOLE_ROWS:
@@ -171,13 +198,13 @@ def batch_norm_relu_max_pool2d_bwd_kernel(
                 offset = run_offset(image * C + tile, h, run, H, RUNS, LANES)
                 row = tl.load(x + offset, mask=inside, other=0.0).to(T)
                 left, right = tl.split(tl.reshape(row, (ROWS, LANES, 2)))
-                left, right = (left - centre) + low, (right - centre) + low
+                left, right = (left - mean_c) + shift_c, (right - mean_c) + shift_c
                 hit = position == (i * KW if i < KH else -2)
-                there = tl.where(hit, masked(grad, left, scale, beta, RELU, D), 0.0)
-                left = scale * (there - through - left * slope)
+                pixel_grad = tl.where(hit, relu_gradient(grad, left, scale, bias_c, RELU, D), 0.0)
+                left = scale * (pixel_grad - mean_grad - left * slope)
                 hit = position == (i * KW + 1 if (i < KH and KW == 2) else -2)
-                there = tl.where(hit, masked(grad, right, scale, beta, RELU, D), 0.0)
-                right = scale * (there - through - right * slope)
+                pixel_grad = tl.where(hit, relu_gradient(grad, right, scale, bias_c, RELU, D), 0.0)
+                right = scale * (pixel_grad - mean_grad - right * slope)
                 row = tl.reshape(tl.join(left, right), (ROWS, 2 * LANES))
                 tl.store(grad_x + offset, row.to(grad_x.dtype.element_ty), mask=inside)
             else:
@@ -185,11 +212,11 @@ def batch_norm_relu_max_pool2d_bwd_kernel(
                     w = w0 + j
                     inside = live & (h >= 0) & (h < H) & (w >= 0) & (w < W)
                     offset = pixel_offset(image, h, w, run, tile, c, C, H, W, RUNS, VEC, CHANNELS_LAST, False)
-                    centred = (tl.load(x + offset, mask=inside, other=0.0).to(T) - centre) + low
+                    centered = (tl.load(x + offset, mask=inside, other=0.0).to(T) - mean_c) + shift_c
                     hit = position == (i * KW + j if (i < KH and j < KW) else -2)
-                    there = tl.where(hit, masked(grad, centred, scale, beta, RELU, D), 0.0)
-                    there = scale * (there - through - centred * slope)
-                    tl.store(grad_x + offset, there.to(grad_x.dtype.element_ty), mask=inside)
+                    pixel_grad = tl.where(hit, relu_gradient(grad, centered, scale, bias_c, RELU, D), 0.0)
+                    pixel_grad = scale * (pixel_grad - mean_grad - centered * slope)
+                    tl.store(grad_x + offset, pixel_grad.to(grad_x.dtype.element_ty), mask=inside)
 
 
 def batch_norm_relu_max_pool2d_fwd(
@@ -200,7 +227,7 @@ def batch_norm_relu_max_pool2d_fwd(
     geometry: PoolGeometry,
     channels_last: bool,
 ) -> None:
-    """Write y = max-pool(relu(batch norm of x)) and, where they are wanted, the offsets of the maxima."""
+    """Write y = max-pool(relu(batch norm of x)) and, unless `offsets` is None, the offsets of the maxima."""
     tiling = Tiling(geometry, channels_last)
     (h, w), (oh, ow) = x.shape[-2:], y.shape[-2:]
     partition = Partition(x, oh, ow, tiling.channels_last, TILE)
@@ -222,7 +249,7 @@ def batch_norm_relu_max_pool2d_sums(
     geometry: PoolGeometry,
     channels_last: bool,
 ) -> None:
-    """Write sums (4, C), as batch_norm_relu_sums does, of the gradient that the pooling's maxima get."""
+    """Write sums (4, C) as batch_norm_relu_sums does, for the gradient of the pooling's input."""
     tiling = Tiling(geometry, channels_last)
     (h, w), (oh, ow) = x.shape[-2:], grad_y.shape[-2:]
     partition = Partition(x, oh, ow, tiling.channels_last, TILE, reducing=True)
@@ -246,7 +273,7 @@ def batch_norm_relu_max_pool2d_bwd(
     geometry: PoolGeometry,
     channels_last: bool,
 ) -> None:
-    """Write grad_x; means as in batch_norm_relu_bwd."""
+    """Write grad_x. means as in batch_norm_relu_bwd."""
     tiling = Tiling(geometry, channels_last)
     (h, w), (oh, ow) = x.shape[-2:], grad_y.shape[-2:]
     ch, cw = cells(x, grad_y, tiling)

@@ -1,7 +1,7 @@
-"""Batch norm, ReLU and the max-unpooling behind them, in one pass over the map.
+"""Batch norm, ReLU and max-unpooling in one pass over the map.
 
-The map between is never stored: an element is normalised as it is read and put in its place. Windows do not overlap.
-In 2-byte types, for windows of 2x2, 13 bytes a pooled element forward in training.
+The ReLU's output is never stored: an element is normalized as it is read, and written to its position. Windows do not
+overlap. With 2-byte dtypes and windows of 2x2 the forward moves 13 bytes per pooled element in training.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from ..pooling.tiling import Tiling, run_offset
 from .arguments import NormArguments
 from .common import (
     Partition,
-    affine,
     cells,
-    channels_of,
-    gathered,
-    masked,
+    channel_tile_and_chunk,
+    channels_in,
+    gather_from_windows,
+    image_position,
+    load_affine,
+    load_statistics,
     merge_sums,
     norm_constants,
     norm_pointers,
-    normalised,
+    normalize,
     pixel_offset,
-    program_of,
-    statistics,
+    relu_gradient,
     store_sums,
     window_constants,
-    window_of,
 )
 
-TILE = 1024  # elements of the pooled map, or cells, that a program has in its registers at a time
+TILE = 1024  # elements of a tile, which a program holds in registers: pooled elements or cells
 
 
 @triton.jit
@@ -45,28 +45,34 @@ def batch_norm_relu_max_unpool2d_fwd_kernel(
     ALIGNED: tl.constexpr, WHOLE_ROWS: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     VEC: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """One program writes STEPS tiles of cells of y: a window's value at its offset, 0 elsewhere. Reads x, offsets once.
+    """One program writes its chunk of y, STEPS tiles of cells, for its channels. Reads x and offsets once.
 
-    An offset outside its window is an error.
+    A cell is a window and the gap after it: the window's value at its offset, zero elsewhere. The cells tile the image,
+    so every element of y is written once. An offset outside its window fails a device-side assertion.
     """
-    tile, chunk = program_of(CHANNEL_TILES, WIDE)
-    c, live_c = channels_of(tile, C, LANES, CHANNELS_LAST)
-    centre, low, inverse = statistics(mean, shift, var, c, live_c, EPS, SHIFTED)
-    scale, beta = affine(weight, bias, inverse, c, live_c, WEIGHTED, BIASED)
-    T: tl.constexpr = inverse.dtype
+    # 1. Which channels, and their vectors
+    tile, chunk = channel_tile_and_chunk(CHANNEL_TILES, WIDE)
+    c, live_c = channels_in(tile, C, LANES, CHANNELS_LAST)
+    mean_c, shift_c, rstd = load_statistics(mean, shift, var, c, live_c, EPS, SHIFTED)
+    scale, bias_c = load_affine(weight, bias, rstd, c, live_c, WEIGHTED, BIASED)
+    T: tl.constexpr = rstd.dtype
     D: tl.constexpr = y.dtype.element_ty
+
     for step in range(STEPS):
+        # 2. Which cells, and the value and offset of each one's window; -1 if the cell has no window
         o = (chunk * STEPS + step) * ROWS + tl.arange(0, ROWS)
         live = (o < M)[:, None] & live_c
-        image, ch, cw, run = window_of(o, CH, CW, RUNS, LANES, CHANNELS_LAST)
+        image, ch, cw, run = image_position(o, CH, CW, RUNS, LANES, CHANNELS_LAST)
         h0, w0 = ch * SH - PH, cw * SW - PW
         pooled = live & (ch < OH) & (cw < OW)
         source = pixel_offset(image, ch, cw, run, tile, c, C, OH, OW, RUNS, VEC, CHANNELS_LAST, ALIGNED)
         value = tl.load(x + source, mask=pooled, other=0.0).to(T)
-        value = normalised((value - centre) + low, scale, beta, RELU, D)
+        value = normalize((value - mean_c) + shift_c, scale, bias_c, RELU, D)
         position = tl.load(offsets + source, mask=pooled, other=0).to(tl.int32)
         position = tl.where(pooled, position, -1)
         hits = tl.zeros((ROWS, LANES), tl.int32)
+
+        # 3. Store each pixel of the cells
         for i in tl.static_range(SH):
             h = h0 + i
             if WHOLE_ROWS:
@@ -85,46 +91,56 @@ def batch_norm_relu_max_unpool2d_fwd_kernel(
                     hits += hit.to(tl.int32)
                     offset = pixel_offset(image, h, w, run, tile, c, C, H, W, RUNS, VEC, CHANNELS_LAST, False)
                     tl.store(y + offset, tl.where(hit, value, 0.0).to(D), mask=inside)
-        stray = pooled & (hits == 0)
-        tl.device_assert(stray == 0, "batch_norm_relu_max_unpool2d: found an offset outside its window")
+
+        # 4. Report offsets outside their windows
+        outside = pooled & (hits == 0)
+        tl.device_assert(outside == 0, "batch_norm_relu_max_unpool2d: found an offset outside its window")
 
 
 @triton.jit
 def batch_norm_relu_max_unpool2d_sums_kernel(
-    grad_y, offsets, x, mean, shift, var, weight, bias, grads_x, partials, M, C, RUNS, CHANNEL_TILES, CHUNKS, STEPS,
-    H, W, OH, OW,
+    grad_y, offsets, x, mean, shift, var, weight, bias, grad_relu_input, partials, M, C, RUNS, CHANNEL_TILES,
+    CHUNKS, STEPS, H, W, OH, OW,
     EPS: tl.constexpr, SHIFTED: tl.constexpr, WEIGHTED: tl.constexpr, BIASED: tl.constexpr, RELU: tl.constexpr,
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
     WHOLE_ROWS: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     VEC: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """One program gathers grad_y at the offsets of STEPS tiles, keeps it behind the ReLU, and adds up the two sums.
+    """One program writes its chunk of grad_relu_input, STEPS tiles, for its channels.
 
-    Reads grad_y, offsets and x once.
+    It is grad_y, gathered at the offsets, where the ReLU lets it pass. The program also sums it and its product with
+    centered, and writes partials (2, CHUNKS, C). Reads grad_y, offsets and x once.
     """
-    tile, chunk = program_of(CHANNEL_TILES, WIDE)
-    c, live_c = channels_of(tile, C, LANES, CHANNELS_LAST)
-    centre, low, inverse = statistics(mean, shift, var, c, live_c, EPS, SHIFTED)
-    scale, beta = affine(weight, bias, inverse, c, live_c, WEIGHTED, BIASED)
-    T: tl.constexpr = inverse.dtype
-    grads = tl.zeros((ROWS, LANES), T)
-    products = tl.zeros((ROWS, LANES), T)
+    # 1. Which channels, and their vectors
+    tile, chunk = channel_tile_and_chunk(CHANNEL_TILES, WIDE)
+    c, live_c = channels_in(tile, C, LANES, CHANNELS_LAST)
+    mean_c, shift_c, rstd = load_statistics(mean, shift, var, c, live_c, EPS, SHIFTED)
+    scale, bias_c = load_affine(weight, bias, rstd, c, live_c, WEIGHTED, BIASED)
+    T: tl.constexpr = rstd.dtype
+    sum_grad = tl.zeros((ROWS, LANES), T)
+    sum_grad_x = tl.zeros((ROWS, LANES), T)
+
     for step in range(STEPS):
+        # 2. Load x and gather grad_y at the offsets
         o = (chunk * STEPS + step) * ROWS + tl.arange(0, ROWS)
         live = (o < M)[:, None] & live_c
-        image, oh, ow, run = window_of(o, OH, OW, RUNS, LANES, CHANNELS_LAST)
+        image, oh, ow, run = image_position(o, OH, OW, RUNS, LANES, CHANNELS_LAST)
         out = pixel_offset(image, oh, ow, run, tile, c, C, OH, OW, RUNS, VEC, CHANNELS_LAST, True)
-        centred = (tl.load(x + out, mask=live, other=0.0).to(T) - centre) + low
+        centered = (tl.load(x + out, mask=live, other=0.0).to(T) - mean_c) + shift_c
         position = tl.load(offsets + out, mask=live, other=0).to(tl.int32)
-        grad = gathered(
+        grad = gather_from_windows(
             grad_y, position, live, image, oh * SH - PH, ow * SW - PW, run, tile, c, C, H, W, RUNS, T,
             KH, KW, WHOLE_ROWS, CHANNELS_LAST, VEC, LANES, ROWS,
         )  # fmt: skip
-        grad = masked(grad, centred, scale, beta, RELU, x.dtype.element_ty)
-        tl.store(grads_x + out, grad.to(grads_x.dtype.element_ty), mask=live)
-        grads += grad
-        products += tl.where(live, grad * centred, 0.0)
-    store_sums(partials, chunk, CHUNKS, c, live_c, C, grads, products, CHANNELS_LAST)
+
+        # 3. Store the gradient, and add it up, lane by lane
+        grad = relu_gradient(grad, centered, scale, bias_c, RELU, x.dtype.element_ty)
+        tl.store(grad_relu_input + out, grad.to(grad_relu_input.dtype.element_ty), mask=live)
+        sum_grad += grad
+        sum_grad_x += tl.where(live, grad * centered, 0.0)
+
+    # 4. Reduce the lanes and store the sums
+    store_sums(partials, chunk, CHUNKS, c, live_c, C, sum_grad, sum_grad_x, CHANNELS_LAST)
 
 
 def batch_norm_relu_max_unpool2d_fwd(
@@ -135,7 +151,7 @@ def batch_norm_relu_max_unpool2d_fwd(
     geometry: PoolGeometry,
     channels_last: bool,
 ) -> None:
-    """Write y (N, C, H, W) = max-unpool(relu(batch norm of x)), every element of it."""
+    """Write every element of y (N, C, H, W) = max-unpool(relu(batch norm of x))."""
     tiling = Tiling(geometry, channels_last)
     (h, w), (oh, ow) = y.shape[-2:], x.shape[-2:]
     ch, cw = cells(y, x, tiling)
@@ -153,14 +169,14 @@ def batch_norm_relu_max_unpool2d_sums(
     offsets: Tensor,
     x: Tensor,
     norm: NormArguments,
-    grads: Tensor,
+    grad_relu_input: Tensor,
     sums: Tensor,
     geometry: PoolGeometry,
     channels_last: bool,
 ) -> None:
-    """Write grads, like x, what reaches the batch norm behind the ReLU, and sums (4, C), as batch_norm_relu_sums does.
+    """Write grad_relu_input, of x's shape, and its sums (4, C) as batch_norm_relu_sums does.
 
-    The gradient of x is then batch_norm_relu_bwd's of grads.
+    batch_norm_relu_bwd computes the gradient of x from it: applying the ReLU's mask again changes nothing.
     """
     tiling = Tiling(geometry, channels_last)
     (h, w), (oh, ow) = grad_y.shape[-2:], x.shape[-2:]
@@ -168,8 +184,8 @@ def batch_norm_relu_max_unpool2d_sums(
     partials = torch.empty((2, partition.chunks, x.shape[1]), dtype=sums.dtype, device=x.device)
     launch(
         batch_norm_relu_max_unpool2d_sums_kernel, partition.programs,
-        grad_y, offsets, x, *norm_pointers(norm), grads, partials, *partition.sizes, partition.chunks, partition.steps,
-        h, w, oh, ow,
+        grad_y, offsets, x, *norm_pointers(norm), grad_relu_input, partials, *partition.sizes, partition.chunks,
+        partition.steps, h, w, oh, ow,
         **norm_constants(norm), **partition.constants, **window_constants(grad_y, x, tiling),
     )  # fmt: skip
     merge_sums(partials, norm, sums, x)
