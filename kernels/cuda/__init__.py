@@ -1,7 +1,7 @@
-"""CUDA C++ kernels, compiled through CuPy where Triton cannot run: a second implementation of some operators.
+"""CUDA C++ kernels, compiled through CuPy: a second implementation of some operators, for GPUs without Triton.
 
-Folders, files and launchers are named as the Triton ones above and take the same arguments, so that an operator takes
-either. They are loaded at first use, CuPy at the first launch.
+Folders, files and launchers have the names and arguments of the Triton ones, so that an operator can call either. They
+are imported at first use, and CuPy at the first launch.
 """
 
 from typing import TYPE_CHECKING

@@ -1,14 +1,14 @@
-// What the kernels share: element types, wide accesses, and where a thread finds its work.
+// What the kernels share: element types, wide accesses, and the number of a thread.
 //
-// No header is included, so that NVRTC needs none: half-precision types are storage, and arithmetic is in float. The
-// loader puts this text in front of each .cu file.
+// No system header is included, so that NVRTC needs none. Half-precision types are for storage alone; arithmetic is in
+// float. launch.source pastes this text into each .cu file.
 
 using int64 = long long;
 using uint8 = unsigned char;
 
 struct half { unsigned short bits; };
 struct bfloat16 { unsigned short bits; };
-struct nothing {};  // the positions of a pool that keeps none
+struct nothing {};  // the type of the positions of a pool that stores none
 
 template <typename T> struct ComputedIn { using type = float; };
 template <> struct ComputedIn<double> { using type = double; };
@@ -25,7 +25,7 @@ __device__ inline void narrow(half& narrowed, float x) {
 }
 __device__ inline unsigned bits_of(float x) { return __float_as_uint(x); }
 __device__ inline float float_of(unsigned bits) { return __uint_as_float(bits); }
-// CuPy compiles with -ftz=true: a comparison written in C++ takes a float below 2^-126 for 0.
+// CuPy compiles with -ftz=true, under which a C++ comparison treats a float below 2^-126 as 0.
 __device__ inline bool larger(float a, float b) {
     int is;
     asm("{ .reg .pred p; setp.gt.f32 p, %1, %2; selp.s32 %0, 1, 0, p; }" : "=r"(is) : "f"(a), "f"(b));
@@ -44,7 +44,7 @@ __device__ inline double widen(double x) { return x; }
 __device__ inline void narrow(bfloat16& narrowed, float x) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
     asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(narrowed.bits) : "f"(x));
-#else  // to nearest, ties to even; a NaN keeps its upper bits and stays one
+#else  // round to nearest, ties to even; a NaN keeps its upper bits and stays NaN
     unsigned bits = bits_of(x);
     unsigned rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
     narrowed.bits = (unsigned short)((x == x ? rounded : bits | 0x400000u) >> 16);
@@ -53,7 +53,7 @@ __device__ inline void narrow(bfloat16& narrowed, float x) {
 __device__ inline void narrow(float& narrowed, float x) { narrowed = x; }
 __device__ inline void narrow(double& narrowed, double x) { narrowed = x; }
 
-// One rounding, in every kernel alike: two that make the same value again compare it with the same.
+// Multiply and add with one rounding in every kernel, so that a value recomputed by another kernel is the same.
 __device__ inline float fused(float a, float b, float c) { return fmaf(a, b, c); }
 __device__ inline double fused(double a, double b, double c) { return fma(a, b, c); }
 __device__ inline float root(float x) { return sqrtf(x); }
@@ -61,7 +61,7 @@ __device__ inline double root(double x) { return sqrt(x); }
 
 __device__ inline float infinity() { return float_of(0x7f800000u); }
 
-// N neighbouring elements, moved in accesses of up to 16 bytes. The address is aligned to such an access.
+// N neighboring elements, loaded and stored in accesses of up to 16 bytes, to which the address is aligned.
 template <typename T, int N> struct Pack { T at[N]; };
 
 template <int BYTES> struct Word;

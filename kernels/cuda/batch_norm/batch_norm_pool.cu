@@ -2,13 +2,14 @@
 #include "../pooling/tiling.cuh"
 #include "common.cuh"
 
-// Batch norm, ReLU and the max-pooling behind them in one pass over the map; the map between is never stored. Windows
-// do not overlap. Without pooling (OFFSETS false, windows of one pixel) it is batch norm and ReLU.
+// Batch norm, ReLU and max-pooling in one pass over the map; the ReLU's output is never stored. Windows do not overlap.
+// With windows of one pixel and OFFSETS false these kernels are batch norm + ReLU without pooling.
 //
-// ACROSS: in NCHW, where rows of the image are ACROSS pixels for each window, they are read and written whole, VEC
-// windows at a time; 0: not so. KH and KW are the window's size where it is written out tap by tap, else 0.
+// ACROSS, in NCHW: image rows have exactly ACROSS pixels per window, and are read and written whole, VEC windows at a
+// time; 0 if they are not. KH and KW: the window's size if its elements (taps) are unrolled, else 0.
 
-// A thread writes its part of the pooled map y, and offsets where they are kept. Reads x once.
+// A thread writes its part of the pooled map y, and with OFFSETS the offsets of the maxima. Reads x once. Values are
+// rounded to T before they are compared, as if the ReLU's output had been stored.
 template <typename T, typename Index, bool CHANNELS_LAST, int VEC, int ACROSS, int KH, int KW, bool OFFSETS>
 __global__ void batch_norm_relu_max_pool2d_fwd(
     const T* x, const Computed<T>* folded, T* y, uint8* offsets, int tiles, int64 groups, int64 chunks, int channels,
@@ -18,11 +19,14 @@ __global__ void batch_norm_relu_max_pool2d_fwd(
     constexpr int LANES = CHANNELS_LAST ? VEC : 1;
     static_assert(CHANNELS_LAST || ACROSS || VEC == 1, "in NCHW only whole rows are read wide");
     if (KH) kernel_h = KH, kernel_w = KW;
+
+    // 1. Which channels, and their vectors
     int64 number = thread_number();
     if (number >= tiles * chunks) return;
     Part part = part_of<CHANNELS_LAST>(number, tiles, chunks);
     Channels<Wide, LANES> norm(folded, part.tile * LANES, channels);
     for (int64 o = part.chunk; o < groups; o += chunks) {
+        // 2. Which windows; if no value is above -inf, the first tap inside the image is the maximum
         auto group =
             group_in<Index, CHANNELS_LAST, VEC>(Index(o), part.tile, channels, runs, pooled_height, pooled_width);
         int top = group.h * stride_h - padding_h, left = group.w * stride_w - padding_w;
@@ -30,9 +34,11 @@ __global__ void batch_norm_relu_max_pool2d_fwd(
         Wide best[VEC];
         int tap[VEC];
         for (int k = 0; k < VEC; ++k) best[k] = -Wide(infinity()), tap[k] = first;
+
+        // 3. Load the windows' elements, normalize them and keep the largest; NaN always replaces
         auto see = [&](int k, T stored, int at) {
             int lane = CHANNELS_LAST ? k : 0;
-            Wide value = norm.template normalised<T>(lane, norm.centred(lane, widen(stored)), relu);
+            Wide value = norm.template normalize<T>(lane, norm.centered(lane, widen(stored)), relu);
             if (larger(value, best[k]) || value != value) best[k] = value, tap[k] = at;
         };
 #pragma unroll
@@ -53,6 +59,8 @@ __global__ void batch_norm_relu_max_pool2d_fwd(
                 for (int k = 0; k < VEC; ++k) see(k, pixel.at[k], i * kernel_w + j);
             }
         }
+
+        // 4. Store
         Index out =
             offset_of<Index, CHANNELS_LAST, VEC>(group, group.h, group.w, runs, pooled_height, pooled_width);
         Pack<T, VEC> values;
@@ -63,8 +71,8 @@ __global__ void batch_norm_relu_max_pool2d_fwd(
     }
 }
 
-// A thread adds up grad and grad * centred of its channels over its part of the pooled map, of the elements that the
-// ReLU let through. Reads grad_y, offsets and the windows of x once. partials: (2, chunks, C).
+// A thread sums grad and grad * centered of its channels over its part of the pooled map; grad is the gradient of the
+// ReLU's input. Reads grad_y, offsets and the windows of x once. Writes partials (2, chunks, C).
 template <typename T, typename Index, bool CHANNELS_LAST, int VEC, int ACROSS, int KH, int KW, bool OFFSETS>
 __global__ void batch_norm_relu_max_pool2d_sums(
     const T* grad_y, const uint8* offsets, const T* x, const Computed<T>* folded, Computed<T>* partials, int tiles,
@@ -74,13 +82,16 @@ __global__ void batch_norm_relu_max_pool2d_sums(
     constexpr int LANES = CHANNELS_LAST ? VEC : 1;
     static_assert(CHANNELS_LAST || ACROSS || VEC == 1, "in NCHW only whole rows are read wide");
     if (KH) kernel_h = KH, kernel_w = KW;
+
+    // 1. Which channels, and their vectors
     int64 number = thread_number();
     if (number >= tiles * chunks) return;
     Part part = part_of<CHANNELS_LAST>(number, tiles, chunks);
     Channels<Wide, LANES> norm(folded, part.tile * LANES, channels);
-    Wide grads[LANES], products[LANES];
-    for (int k = 0; k < LANES; ++k) grads[k] = 0, products[k] = 0;
+    Wide sum_grad[LANES], sum_grad_x[LANES];
+    for (int k = 0; k < LANES; ++k) sum_grad[k] = 0, sum_grad_x[k] = 0;
     for (int64 o = part.chunk; o < groups; o += chunks) {
+        // 2. Load the gradients and offsets of the windows, and the maxima
         auto group =
             group_in<Index, CHANNELS_LAST, VEC>(Index(o), part.tile, channels, runs, pooled_height, pooled_width);
         int top = group.h * stride_h - padding_h, left = group.w * stride_w - padding_w;
@@ -112,23 +123,28 @@ __global__ void batch_norm_relu_max_pool2d_sums(
                     if (position.at[k] == i * kernel_w + j) value.at[k] = pixel.at[k];
             }
         }
+
+        // 3. Add up
         for (int k = 0; k < VEC; ++k) {
             int lane = CHANNELS_LAST ? k : 0;
-            Wide centred = norm.centred(lane, widen(value.at[k]));
-            Wide behind = norm.template masked<T>(lane, centred, widen(grad.at[k]), relu);
-            grads[lane] += behind;
-            products[lane] += behind * centred;
+            Wide centered = norm.centered(lane, widen(value.at[k]));
+            Wide masked = norm.template relu_gradient<T>(lane, centered, widen(grad.at[k]), relu);
+            sum_grad[lane] += masked;
+            sum_grad_x[lane] += masked * centered;
         }
     }
+
+    // 4. Store
     for (int k = 0; k < LANES; ++k) {
         int64 to = part.chunk * channels + part.tile * LANES + k;
-        partials[to] = grads[k];
-        partials[chunks * channels + to] = products[k];
+        partials[to] = sum_grad[k];
+        partials[chunks * channels + to] = sum_grad_x[k];
     }
 }
 
-// A thread writes its part of grad_x, cell by cell: a cell is a window and the gap behind it. Reads everything once.
-// means: (2, C), of grad and grad * x_hat, which the gradient loses because x moves the statistics too; or none.
+// A thread writes its part of grad_x, cell by cell. A cell is a window and the gap after it; the cells tile the image,
+// so every element is written once. Reads every input once. means (2, C): those of grad and grad * x_hat, which the
+// gradient loses because x also moves the batch statistics; null if the statistics are constants.
 template <typename T, typename Index, bool CHANNELS_LAST, int VEC, int ACROSS, bool OFFSETS>
 __global__ void batch_norm_relu_max_pool2d_bwd(
     const T* grad_y, const uint8* offsets, const T* x, const Computed<T>* folded, const Computed<T>* means, T* grad_x,
@@ -138,17 +154,20 @@ __global__ void batch_norm_relu_max_pool2d_bwd(
     using Wide = Computed<T>;
     constexpr int LANES = CHANNELS_LAST ? VEC : 1;
     static_assert(CHANNELS_LAST || ACROSS || VEC == 1, "in NCHW only whole rows are written wide");
+
+    // 1. Which channels, and their vectors
     int64 number = thread_number();
     if (number >= tiles * chunks) return;
     Part part = part_of<CHANNELS_LAST>(number, tiles, chunks);
     Channels<Wide, LANES> norm(folded, part.tile * LANES, channels);
-    Wide through[LANES], slope[LANES];
+    Wide mean_grad[LANES], slope[LANES];
     for (int k = 0; k < LANES; ++k) {
         int c = part.tile * LANES + k;
-        through[k] = means ? means[c] : Wide(0);
+        mean_grad[k] = means ? means[c] : Wide(0);
         slope[k] = means ? means[channels + c] * folded[4 * channels + c] : Wide(0);
     }
     for (int64 o = part.chunk; o < groups; o += chunks) {
+        // 2. Which cells, and the gradient and offset of each one's window, if it has one
         auto group =
             group_in<Index, CHANNELS_LAST, VEC>(Index(o), part.tile, channels, runs, cells_down, cells_across);
         int top = group.h * stride_h - padding_h, left = group.w * stride_w - padding_w;
@@ -162,12 +181,14 @@ __global__ void batch_norm_relu_max_pool2d_bwd(
             grad = load<VEC>(grad_y + source);
             if (OFFSETS) position = load<VEC>(offsets + source);
         }
+
+        // 3. Load each pixel of the cells, and store its gradient
         auto gradient = [&](int k, T& value, int i, int j) {
             int lane = CHANNELS_LAST ? k : 0;
-            Wide centred = norm.centred(lane, widen(value)), behind = 0;
+            Wide centered = norm.centered(lane, widen(value)), masked = 0;
             if (pooled && i < kernel_h && j < kernel_w && position.at[k] == i * kernel_w + j)
-                behind = norm.template masked<T>(lane, centred, widen(grad.at[k]), relu);
-            narrow(value, norm.scale.at[lane] * (behind - through[lane] - centred * slope[lane]));
+                masked = norm.template relu_gradient<T>(lane, centered, widen(grad.at[k]), relu);
+            narrow(value, norm.scale.at[lane] * (masked - mean_grad[lane] - centered * slope[lane]));
         };
         for (int i = 0; i < stride_h; ++i) {
             int h = top + i;

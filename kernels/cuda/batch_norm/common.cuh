@@ -1,8 +1,8 @@
-// Batch norm with the ReLU behind it: centred = (x - mean) + shift, y = relu(centred * scale + beta), with
-// scale = weight / sqrt(var + eps). `folded` holds five vectors of C: mean, shift, scale, beta, 1 / sqrt(var + eps).
+// Batch norm + ReLU: centered = (x - mean) + shift and y = relu(centered * scale + bias), where scale = weight /
+// sqrt(var + eps). `folded` holds five vectors of C: mean, shift, scale, bias and 1 / sqrt(var + eps).
 //
-// A thread has some channels, VEC neighbours in channels_last and one in NCHW (a tile), and every chunks-th group of
-// their map. So what belongs to channels is read once a thread.
+// A thread owns a tile of channels (VEC neighbors in channels_last, one channel in NCHW) and every chunks-th group of
+// the tile's part of the map. A thread therefore loads its channels' vectors only once.
 
 struct Part {
     int tile;
@@ -14,7 +14,7 @@ template <bool CHANNELS_LAST> __device__ inline Part part_of(int64 number, int t
     return {int(number / chunks), number % chunks};
 }
 
-// Group `number` of a tile's part of a map.
+// Group `number` of a tile's part of the map.
 template <typename Index, bool CHANNELS_LAST, int VEC>
 __device__ inline Group<Index> group_in(Index number, int tile, int channels, int runs, int height, int width) {
     Group<Index> group;
@@ -33,28 +33,29 @@ __device__ inline Group<Index> group_in(Index number, int tile, int channels, in
     return group;
 }
 
+// The vectors of a tile's channels, and the arithmetic of one element of channel k of the tile.
 template <typename Wide, int LANES> struct Channels {
-    Pack<Wide, LANES> centre, low, scale, beta;
+    Pack<Wide, LANES> mean, shift, scale, bias;
 
     __device__ Channels(const Wide* folded, int first, int channels) {
-        centre = load<LANES>(folded + first);
-        low = load<LANES>(folded + channels + first);
+        mean = load<LANES>(folded + first);
+        shift = load<LANES>(folded + channels + first);
         scale = load<LANES>(folded + 2 * channels + first);
-        beta = load<LANES>(folded + 3 * channels + first);
+        bias = load<LANES>(folded + 3 * channels + first);
     }
 
-    __device__ Wide centred(int k, Wide x) const { return (x - centre.at[k]) + low.at[k]; }
+    __device__ Wide centered(int k, Wide x) const { return (x - mean.at[k]) + shift.at[k]; }
 
-    // The output with the digits that T stores. NaN stays, as in torch's ReLU.
-    template <typename T> __device__ Wide normalised(int k, Wide centred, bool relu) const {
+    // The output, rounded to T, the type that it is stored in. NaN stays NaN, as in torch's ReLU.
+    template <typename T> __device__ Wide normalize(int k, Wide centered, bool relu) const {
         T stored;
-        narrow(stored, fused(centred, scale.at[k], beta.at[k]));
+        narrow(stored, fused(centered, scale.at[k], bias.at[k]));
         Wide y = widen(stored);
         return relu && y <= 0 ? Wide(0) : y;
     }
 
-    // The gradient behind the ReLU, at an element that it let through.
-    template <typename T> __device__ Wide masked(int k, Wide centred, Wide grad, bool relu) const {
-        return relu && normalised<T>(k, centred, false) <= 0 ? Wide(0) : grad;
+    // The gradient of the ReLU's input. The ReLU's mask is recomputed from x.
+    template <typename T> __device__ Wide relu_gradient(int k, Wide centered, Wide grad, bool relu) const {
+        return relu && normalize<T>(k, centered, false) <= 0 ? Wide(0) : grad;
     }
 };

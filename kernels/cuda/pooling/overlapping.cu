@@ -1,17 +1,18 @@
 #include "../common.cuh"
 #include "tiling.cuh"
 
-// Windows that overlap, seen from the image: a thread writes VEC pixels of y (VEC channels of one in channels_last).
+// Overlapping windows: a thread writes VEC elements of the image y, from the windows that hold them.
 //
-// Each is what the windows whose maximum stood there hold in x: with ADD the sum in row-major order (the gradient of a
-// pool), else the last in that order (unpooling). y is written once; values and positions are read for each pixel that
-// their window holds, through the cache.
+// An element takes the values in x of the windows whose position is that element: with ADD their sum in row-major order
+// (the gradient of max-pooling), else the last of them in that order (unpooling). y is written once. The values and
+// positions of a window are read again for each of its pixels, from the cache.
 template <typename T, typename Position, typename Index, bool CHANNELS_LAST, int VEC, bool ADD>
 __global__ void window_gather(
     const T* x, const Position* positions, T* y, int64 groups, int runs, int height, int width, int pooled_height,
     int pooled_width, int kernel_h, int kernel_w, int stride_h, int stride_w, int padding_h, int padding_w,
     int dilation_h, int dilation_w) {
-    static_assert(CHANNELS_LAST || VEC == 1, "a pixel a thread in NCHW");
+    static_assert(CHANNELS_LAST || VEC == 1, "in NCHW a thread has one pixel");
+    // 1. Which pixels, and the first window that can hold them
     int64 number = thread_number();
     if (number >= groups) return;
     auto group = group_of<Index, CHANNELS_LAST, VEC>(Index(number), runs, height, width);
@@ -19,6 +20,8 @@ __global__ void window_gather(
     int span_h = (kernel_h - 1) * dilation_h, span_w = (kernel_w - 1) * dilation_w;
     int first_h = h > span_h ? (h - span_h + stride_h - 1) / stride_h : 0;
     int first_w = w > span_w ? (w - span_w + stride_w - 1) / stride_w : 0;
+
+    // 2. The windows that hold the pixels, in row-major order
     Computed<T> sum[VEC];
     for (int k = 0; k < VEC; ++k) sum[k] = 0;
     for (int oh = first_h; oh < pooled_height && oh * stride_h <= h; ++oh) {
@@ -39,13 +42,15 @@ __global__ void window_gather(
             }
         }
     }
+
+    // 3. Store
     Pack<T, VEC> values;
     for (int k = 0; k < VEC; ++k) narrow(values.at[k], sum[k]);
     store(y + Index(number) * VEC, values);
 }
 
-// Looks for positions outside their own windows or the plane, of which window_gather sees nothing: an offset is an
-// error, an index sets *out_of_window to 1. A thread looks at one position.
+// Finds positions outside their own windows or outside the plane, which window_gather never reads: such an offset is an
+// error, such an index sets *out_of_window to 1. A thread checks one position.
 template <typename Position, typename Index, bool CHANNELS_LAST>
 __global__ void report_out_of_window(
     const Position* positions, int* out_of_window, int64 groups, int runs, int height, int width, int pooled_height,

@@ -1,12 +1,12 @@
 #include "../common.cuh"
 #include "tiling.cuh"
 
-// Max-pooling: a thread writes VEC pooled elements and, if asked, their positions.
+// Max-pooling: a thread writes VEC pooled elements and, unless Position is `nothing`, their positions.
 //
-// Reads each element of the input once where windows tile it, else as often as windows hold it, through the cache.
-// Of equal maxima the first stays, NaN always wins, and taps outside the image are -inf. ROWS (NCHW; windows two wide,
-// two apart, the image twice as wide as the pooled map): rows under a group are read whole. KH and KW are the window's
-// size where it is written out tap by tap, else 0.
+// Reads each element of the input once; if windows overlap, once for each window that holds it, from the cache. Of
+// equal maxima the first stays, NaN always replaces, and taps outside the image are -inf. ROWS, in NCHW: windows are two
+// wide with stride two, the image is twice as wide as the pooled map, and the image rows of a group are read whole. KH
+// and KW: the window's size if its taps are unrolled, else 0.
 template <typename T, typename Position, typename Index, bool CHANNELS_LAST, int VEC, bool ROWS, int KH, int KW>
 __global__ void max_pool2d_fwd(
     const T* x, T* y, Position* positions, int64 groups, int runs, int height, int width, int pooled_height,
@@ -14,12 +14,14 @@ __global__ void max_pool2d_fwd(
     int dilation_h, int dilation_w) {
     static_assert(CHANNELS_LAST || ROWS || VEC == 1, "in NCHW only whole rows are read wide");
     if (KH) kernel_h = KH, kernel_w = KW;
+
+    // 1. Which windows
     int64 number = thread_number();
     if (number >= groups) return;
     auto group = group_of<Index, CHANNELS_LAST, VEC>(Index(number), runs, pooled_height, pooled_width);
     int top = group.h * stride_h - padding_h, left = group.w * stride_w - padding_w;
 
-    // The first tap inside the image stands where nothing is larger than -inf.
+    // 2. The maximum of each window; if no value is above -inf, the first tap inside the image
     int first = (top < 0 ? (dilation_h - 1 - top) / dilation_h : 0) * kernel_w +
                 (left < 0 ? (dilation_w - 1 - left) / dilation_w : 0);
     Computed<T> best[VEC];
@@ -50,6 +52,7 @@ __global__ void max_pool2d_fwd(
         }
     }
 
+    // 3. Store
     Index out = Index(number) * VEC;
     Pack<T, VEC> values;
     for (int k = 0; k < VEC; ++k) narrow(values.at[k], best[k]);

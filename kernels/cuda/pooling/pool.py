@@ -12,7 +12,7 @@ from .unpool import max_unpool2d_fwd, window_gather
 
 
 def max_pool2d_fwd(x: Tensor, y: Tensor, positions: Tensor | None, geometry: PoolGeometry, channels_last: bool) -> None:
-    """Pool x (N, C, H, W) into y (N, C, OH, OW); positions like y, uint8 or int64, or None."""
+    """Pool x (N, C, H, W) into y (N, C, OH, OW). positions: of y's shape, uint8 or int64, or None."""
     tiling = Tiling(geometry, channels_last)
     rows = tiling.has_whole_rows(x, y, widths=(2,))
     vec, runs = tiling.groups(y, rows, x, *([] if positions is None else [positions]))
@@ -28,7 +28,7 @@ def max_pool2d_fwd(x: Tensor, y: Tensor, positions: Tensor | None, geometry: Poo
 def max_pool2d_bwd(
     grad_y: Tensor, positions: Tensor, grad_x: Tensor, geometry: PoolGeometry, channels_last: bool
 ) -> None:
-    """The gradient grad_x (N, C, H, W) of a pool that kept `positions`; every element of it is written once."""
+    """Write the gradient grad_x (N, C, H, W) of a pool with these positions, each element once."""
     tiling = Tiling(geometry, channels_last)
     if geometry.has_cells:
         max_unpool2d_fwd(grad_y, positions, grad_x, geometry, channels_last, trusted=True)

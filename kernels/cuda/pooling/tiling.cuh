@@ -1,13 +1,14 @@
-// Pooling windows: VEC neighbouring elements of a map make a group, along W in NCHW, along C in channels_last, and a
-// thread has one group. The position of a maximum is an offset, the tap inside its window (uint8), or torch's index
-// h * W + w in the plane (int64).
+// Every kernel works on groups: VEC neighboring elements of a map, along W in NCHW and along C in channels_last. The
+// elements of a window are its taps, in row-major order. The position of a maximum is an offset, the number of the tap
+// (uint8), or torch's index, h * W + w in the plane (int64).
 
 template <typename Index> struct Group {
     Index plane;  // n * C + c in NCHW, n in channels_last
-    int h, w;     // of its first element
-    int run;      // which group of its row (NCHW), of its pixel (channels_last)
+    int h, w;     // of the group's first element
+    int run;      // the group's number in its row (NCHW) or in its pixel (channels_last)
 };
 
+// Group `number` of a map that has `runs` groups per row (NCHW) or per pixel (channels_last).
 template <typename Index, bool CHANNELS_LAST, int VEC>
 __device__ inline Group<Index> group_of(Index number, int runs, int height, int width) {
     Group<Index> group;
@@ -24,17 +25,18 @@ __device__ inline Group<Index> group_of(Index number, int runs, int height, int 
     return group;
 }
 
-// Where the group's elements at (h, w) lie in maps of the given size.
+// The memory offset of the group's elements at (h, w), in a map of the given size.
 template <typename Index, bool CHANNELS_LAST, int VEC>
 __device__ inline Index offset_of(const Group<Index>& group, int h, int w, int runs, int height, int width) {
     Index pixel = (group.plane * height + h) * width + w;
     return CHANNELS_LAST ? (pixel * runs + group.run) * VEC : pixel;
 }
 
+// Whether positions of this type are offsets.
 template <typename Position> struct Kept { static constexpr bool OFFSETS = false; };
 template <> struct Kept<uint8> { static constexpr bool OFFSETS = true; };
 
-// The position that names tap `tap` of a window, which lies at (h, w).
+// The position of tap `tap` of a window, which is the pixel (h, w).
 template <typename Position> __device__ inline Position position_of(int tap, int h, int w, int width) {
     return Kept<Position>::OFFSETS ? Position(tap) : Position(int64(h) * width + w);
 }

@@ -1,17 +1,19 @@
 #include "../common.cuh"
 #include "tiling.cuh"
 
-// Max-unpooling where no windows overlap: a thread writes VEC cells of the image. A cell is a window and the gap behind
-// it; cells tile the image, so each element of y is written once: the window's value at its position, zero elsewhere.
+// Max-unpooling if no windows overlap: a thread writes VEC cells of the image. A cell is a window and the gap after it.
+// The cells tile the image, so each element of y is written once: the window's value at its position, zero elsewhere.
 //
-// It is the gradient of max-pooling too, where x is the gradient of the pooled map. REPORT, for a position outside its
-// own window: an offset is an error, an index sets *out_of_window to 1. ROWS as in pool.cu, windows one or two wide.
+// This is also the gradient of max-pooling, with the gradient of the pooled map as x. REPORT: an offset outside its own
+// window is an error, an index outside sets *out_of_window to 1. ROWS as in pool.cu, for windows one or two wide.
 template <typename T, typename Position, typename Index, bool CHANNELS_LAST, int VEC, bool ROWS, bool REPORT>
 __global__ void max_unpool2d_fwd(
     const T* x, const Position* positions, T* y, int* out_of_window, int64 groups, int runs, int cells_down,
     int cells_across, int height, int width, int pooled_height, int pooled_width, int kernel_h, int kernel_w,
     int stride_h, int stride_w, int padding_h, int padding_w) {
     static_assert(CHANNELS_LAST || ROWS || VEC == 1, "in NCHW only whole rows are written wide");
+
+    // 1. Which cells, and the value and position of each one's window, if it has one
     int64 number = thread_number();
     if (number >= groups) return;
     auto group = group_of<Index, CHANNELS_LAST, VEC>(Index(number), runs, cells_down, cells_across);
@@ -36,6 +38,7 @@ __global__ void max_unpool2d_fwd(
         return hit ? value.at[k] : zero;
     };
 
+    // 2. Store the pixels of each cell
     for (int i = 0; i < stride_h; ++i) {
         int h = top + i;
         if (ROWS) {
@@ -53,6 +56,8 @@ __global__ void max_unpool2d_fwd(
             store(y + offset_of<Index, CHANNELS_LAST, VEC>(group, h, w, runs, height, width), pixel);
         }
     }
+
+    // 3. Report windows whose position is none of their pixels
     if (!REPORT || !pooled) return;
     for (int k = 0; k < VEC; ++k) {
         if (found[k]) continue;
@@ -61,10 +66,10 @@ __global__ void max_unpool2d_fwd(
     }
 }
 
-// Unpooling from any valid indices, where *out_of_window is 1: a thread writes one plane, in order, so that of several
-// pooled elements with one index the last in row-major order stays, as in torch on a CPU.
+// Unpooling from any valid indices; does nothing unless *out_of_window is 1. A thread writes one plane, in order: if
+// several pooled elements share an index, the last in row-major order stays, as in torch on a CPU.
 //
-// y holds zeros already, and values where an index lies in its own window; all are written again.
+// y already holds zeros, and the values whose index is in their own window. All values are written again.
 template <typename T, bool CHANNELS_LAST>
 __global__ void max_unpool2d_scatter(
     const T* x, const int64* indices, T* y, const int* out_of_window, int64 planes, int channels, int64 pixels,
@@ -82,11 +87,11 @@ __global__ void max_unpool2d_scatter(
     }
 }
 
-// The gradient of unpooling: a thread gathers VEC pooled elements, each from the pixel that its position names.
+// The gradient of unpooling: a thread gathers VEC pooled elements, each from the pixel at its position.
 //
-// WINDOWS: windows are read as they lie (16 bytes at a time in channels_last and in ROWS), since a lone element costs
-// its 32-byte sector anyway; KH and KW are their size then. Else, and for an index outside its own window, positions
-// are followed one by one. A position outside the plane has no gradient, and is never an address.
+// WINDOWS: reads whole windows of size KH x KW, because one element alone also costs a 32-byte sector; in channels_last
+// and with ROWS in accesses of 16 bytes. Without it, and for an index outside its own window, each position is read by
+// itself. A position outside the plane gets the gradient zero and is never read.
 template <typename T, typename Position, typename Index, bool CHANNELS_LAST, int VEC, bool ROWS, bool WINDOWS, int KH,
           int KW>
 __global__ void max_unpool2d_bwd(
@@ -94,6 +99,8 @@ __global__ void max_unpool2d_bwd(
     int pooled_height, int pooled_width, int kernel_h, int kernel_w, int stride_h, int stride_w, int padding_h,
     int padding_w) {
     static_assert(CHANNELS_LAST || ROWS || VEC == 1, "in NCHW only whole rows are read wide");
+
+    // 1. Which windows, and their positions
     int64 number = thread_number();
     if (number >= groups) return;
     auto group = group_of<Index, CHANNELS_LAST, VEC>(Index(number), runs, pooled_height, pooled_width);
@@ -107,6 +114,7 @@ __global__ void max_unpool2d_bwd(
         if (position.at[k] == position_of<Position>(i * KW + j, h, w, width)) grad.at[k] = value, found[k] = true;
     };
 
+    // 2. Pick from the whole windows
     if (WINDOWS) {
 #pragma unroll
         for (int i = 0; i < KH; ++i) {
@@ -128,6 +136,8 @@ __global__ void max_unpool2d_bwd(
             }
         }
     }
+
+    // 3. Read single elements at the remaining positions
     for (int k = 0; k < VEC; ++k) {
         if (found[k] || (WINDOWS && Kept<Position>::OFFSETS)) continue;
         int h, w;
@@ -143,5 +153,7 @@ __global__ void max_unpool2d_bwd(
         grad.at[k] = grad_y[offset_of<Index, CHANNELS_LAST, VEC>(group, h, w, runs, height, width) +
                             (CHANNELS_LAST ? k : 0)];
     }
+
+    // 4. Store
     store(grad_x + out, grad);
 }

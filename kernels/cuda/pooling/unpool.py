@@ -1,4 +1,4 @@
-"""Launchers of unpool.cu and overlap.cu: max-unpooling and its gradient."""
+"""Launchers of unpool.cu and overlapping.cu: max-unpooling and its gradient."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from .tiling import Tiling
 def max_unpool2d_fwd(
     x: Tensor, positions: Tensor, y: Tensor, geometry: PoolGeometry, channels_last: bool, *, trusted: bool
 ) -> None:
-    """Unpool x (N, C, OH, OW) into y (N, C, H, W), every element of which is written.
+    """Unpool x (N, C, OH, OW) into y (N, C, H, W); every element of y is written.
 
-    trusted: the positions come from a pool of this geometry, so that each lies in its own window.
+    trusted: the positions come from a pool of this geometry, so each is in its own window.
     """
     tiling = Tiling(geometry, channels_last)
     search = not trusted and positions.dtype == torch.int64
@@ -66,7 +66,7 @@ def max_unpool2d_bwd(
     rows = whole and tiling.has_whole_rows(grad_y, grad_x, widths=(1, 2))
     vec, runs = tiling.groups(grad_x, rows, grad_y, positions)
     groups = grad_x.numel() // vec
-    # In NCHW a thread without whole rows has one position to follow, and reads no more than that.
+    # In NCHW without whole rows a thread has one position, and reads only that element.
     whole = whole and (rows or tiling.channels_last)
     launch(
         "pooling/unpool", "max_unpool2d_bwd",
@@ -77,7 +77,7 @@ def max_unpool2d_bwd(
 
 
 def window_gather(x: Tensor, positions: Tensor, y: Tensor, tiling: Tiling, *, add: bool) -> None:
-    """Gather y (N, C, H, W) from x (N, C, OH, OW) at the positions, whatever the windows."""
+    """Gather y (N, C, H, W) from x (N, C, OH, OW) at the positions, for windows that may overlap."""
     vec, runs = tiling.groups(y, False, x, positions)
     groups = y.numel() // vec
     launch(
