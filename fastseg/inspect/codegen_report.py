@@ -104,7 +104,7 @@ def rows(args: argparse.Namespace) -> list[dict[str, Any]]:
         row["constants"] = recorded.constants
         table.append(row | known | {"gfx942": elsewhere.get(repr(recorded), "not tried")})
     for (sm, layout, request), known in zip(own, facts[len(found) :], strict=True):
-        row = {"kernel": f"{request.family}.cu {request.kernel}", "layout": layout, "sm": sm}
+        row = {"kernel": f"{request.file}.cu {request.kernel}", "layout": layout, "sm": sm}
         row |= {"programs": request.blocks, "constants": {"instance": request.instance}}
         table.append(row | known | {"gfx942": "not launched"})
     return table

@@ -34,7 +34,7 @@ def record(step: Callable[[], Any]) -> list[launch.Launch]:
 
 def compile_for(request: launch.Launch, sm: int) -> Compiled:
     """Compile for sm_<sm>. Raises RuntimeError where there is no NVRTC."""
-    ptx, cubin = compile_source(launch.source(request.family), request.instance, launch.OPTIONS, sm)
+    ptx, cubin = compile_source(launch.source(request.file), request.instance, launch.OPTIONS, sm)
     return Compiled(request.kernel, sm, ptx, cubin, launch.THREADS // 32)
 
 

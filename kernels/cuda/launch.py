@@ -1,8 +1,8 @@
 """The one place where CUDA C++ kernels are launched, through CuPy.
 
-A kernel is a template in a .cu file; an instance of it is compiled at its first launch on each device, by NVRTC, and
-kept by CuPy (newer versions keep it on disk too). Tensors go in by address: CuPy and torch share the device's memory
-and context, nothing is copied. Launches go to torch's current stream of the tensors' device.
+A kernel is a template in a .cu file. NVRTC compiles an instance of it at its first launch on each device, and CuPy
+caches the result, in newer versions on disk too. Tensors are passed by address, without a copy, because CuPy and torch
+share the device's context. A launch runs on torch's current stream of the tensors' device.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch import Tensor
 
 from ..shared import INT32_MAX, Setting
 
-THREADS = 256  # of a block
-OPTIONS = ("-std=c++17", "-ftz=true")  # the second CuPy adds whatever is asked for: others are to compile the same
+THREADS = 256  # per block
+OPTIONS = ("-std=c++17", "-ftz=true")  # CuPy always adds -ftz; other compilers of these kernels use the same options
 FOLDER = Path(__file__).parent
 CUPY = "the package CuPy, which is not installed: pip install 'fastseg-kernels[cuda12]' (or [cuda13])"
 TYPES = {
@@ -30,12 +30,12 @@ TYPES = {
 
 
 class Launch(NamedTuple):
-    """One launch: `instance` of a template in <family>.cu, by as many threads as `threads`, in whole blocks."""
+    """One launch: `instance` of a template in <file>.cu, with at least `threads` threads, in whole blocks."""
 
-    family: str
+    file: str  # the path below this folder, without its suffix
     instance: str
     threads: int
-    args: tuple[Any, ...]  # tensors, None for no tensor, and scalars of numpy types
+    args: tuple[Any, ...]  # tensors, None for a null pointer, and scalars of numpy types
 
     @property
     def kernel(self) -> str:
@@ -60,36 +60,41 @@ def recorded() -> bool:
     return _recorder.value is not None
 
 
-def launch(family: str, kernel: str, parameters: Sequence[Any], threads: int, *args: Any) -> None:
-    """Run `threads` threads of ``kernel<parameters>`` of <family>.cu on the device and stream of its first tensor.
+def launch(file: str, kernel: str, parameters: Sequence[Any], threads: int, *args: Any) -> None:
+    """Run `threads` threads of ``kernel<parameters>`` in <file>.cu on the device and stream of its first tensor.
 
-    parameters: dtypes, bools, ints, or C++ as it stands. args: tensors, None for a null pointer, ints and floats, which
-    go as int and float, and numpy scalars, which keep their type. A launch of no threads does nothing.
+    Args:
+        file: the path of the source file below this folder, without its suffix.
+        kernel: the name of the template.
+        parameters: its template arguments: dtypes, bools, ints, or strings of C++.
+        threads: their number. With 0 nothing is launched.
+        args: tensors, None for a null pointer, Python numbers, which are passed as int and float, and numpy scalars,
+            which keep their type.
     """
     if threads == 0:
         return
-    python = {int: np.int32, float: np.float32}  # by their very type: numpy's float64 is a float too
-    typed = tuple(python[type(a)](a) if type(a) in python else a for a in args)
-    request = Launch(family, f"{kernel}<{', '.join(map(spelled, parameters))}>", threads, typed)
+    numbers = {int: np.int32, float: np.float32}  # by exact type, because numpy's float64 is a float too
+    typed = tuple(numbers[type(a)](a) if type(a) in numbers else a for a in args)
+    request = Launch(file, f"{kernel}<{', '.join(map(template_argument, parameters))}>", threads, typed)
     if _recorder.value is not None:
         _recorder.value(request)
         return
     _run(request)
 
 
-def spelled(parameter: Any) -> str:
-    """A template's parameter in C++."""
+def template_argument(parameter: Any) -> str:
+    """A template argument as C++ source text."""
     if isinstance(parameter, bool):
         return str(parameter).lower()
     return TYPES[parameter] if parameter is None or isinstance(parameter, torch.dtype) else str(parameter)
 
 
-def source(family: str) -> str:
-    """The text of <family>.cu with its headers in place: CuPy's caches know a kernel by its text alone."""
-    file = FOLDER / f"{family}.cu"
+def source(file: str) -> str:
+    """The text of <file>.cu with its headers pasted in, because CuPy's caches identify a kernel by this text alone."""
+    path = FOLDER / f"{file}.cu"
     parts = [
-        (file.parent / line.split('"')[1]).read_text(encoding="utf-8") if line.startswith("#include") else line
-        for line in file.read_text(encoding="utf-8").splitlines()
+        (path.parent / line.split('"')[1]).read_text(encoding="utf-8") if line.startswith("#include") else line
+        for line in path.read_text(encoding="utf-8").splitlines()
     ]
     return "\n".join(parts) + "\n"
 
@@ -103,14 +108,14 @@ def _cupy() -> Any:
 
 
 @functools.cache
-def _compiled(family: str, instance: str, device: int) -> Any:
-    """The kernel, loaded on `device`, which is current."""
-    module = _cupy().RawModule(code=source(family), options=OPTIONS, name_expressions=(instance,))
+def _compiled(file: str, instance: str, device: int) -> Any:
+    """The kernel, loaded on `device`, which must be the current one."""
+    module = _cupy().RawModule(code=source(file), options=OPTIONS, name_expressions=(instance,))
     return module.get_function(instance)
 
 
 def _on(cupy: Any, stream: Any, device: int) -> Any:
-    """Makes torch's stream CuPy's: by the protocol that both know from CuPy 14 on, which warns of the way before."""
+    """A context in which CuPy launches on torch's stream. CuPy 14 has from_external and deprecates ExternalStream."""
     if hasattr(cupy.cuda.Stream, "from_external"):
         return cupy.cuda.Stream.from_external(stream)
     return cupy.cuda.ExternalStream(stream.cuda_stream, device)
@@ -124,16 +129,19 @@ def _run(request: Launch) -> None:
     args = tuple(np.intp(0 if a is None else a.data_ptr()) if a is None or isinstance(a, Tensor) else a
                  for a in request.args)  # fmt: skip
     with cupy.cuda.Device(device.index), _on(cupy, stream, device.index):
-        _compiled(request.family, request.instance, device.index)((request.blocks,), (THREADS,), args)
+        _compiled(request.file, request.instance, device.index)((request.blocks,), (THREADS,), args)
 
 
 def index_type(*tensors: Tensor) -> str:
-    """The type of offsets into the tensors: "int64" where one could pass 2^31."""
+    """The C++ type of offsets into the tensors: "int64" if one could exceed 31 bits, else "int"."""
     return "int64" if max(tensor.numel() for tensor in tensors) > INT32_MAX - THREADS * 32 else "int"
 
 
 def vector_width(length: int, *tensors: Tensor) -> int:
-    """Elements of a group that divide `length`, at most 16 bytes of the first tensor, and align in every one."""
+    """The number of elements of a group: a power of two that divides `length`, at most 16 bytes of the first tensor.
+
+    Groups are aligned in all the tensors.
+    """
     width = 16 // tensors[0].element_size()
 
     def fits() -> bool:

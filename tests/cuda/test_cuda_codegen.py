@@ -1,4 +1,4 @@
-"""The machine code of the CUDA C++ kernels, by NVRTC, without a GPU: the gates that Triton's kernels have too."""
+"""The machine code of the CUDA C++ kernels, compiled by NVRTC without a GPU: the same gates as for Triton's kernels."""
 
 import argparse
 import re
@@ -14,8 +14,8 @@ from fastseg.verification import cases
 
 pytestmark = pytest.mark.skipif(cuda_codegen.library_path() is None, reason="no NVRTC (the package nvidia-cuda-nvrtc)")
 KERNELS = {
-    f"{file.name} {name}"
-    for file in launch.FOLDER.glob("*.cu")
+    f"{file.relative_to(launch.FOLDER).as_posix()} {name}"
+    for file in launch.FOLDER.rglob("*.cu")
     for name in re.findall(r"__global__ void (\w+)\(", file.read_text())
 }
 
@@ -32,17 +32,17 @@ def test_gate_no_kernel_spills_or_uses_atomics(rows):
 
 
 def test_gate_the_vector_path_is_16_bytes_wide(rows):
-    """Eight elements of bfloat16 are a group wherever a row divides by it; what is reduced is written in floats."""
+    """Groups have eight bfloat16 elements if eight divides a row. Kernels that reduce write floats instead."""
     wide = [
         row
         for row in rows
         if re.search(r", 8\b", row["constants"]["instance"])
-        and not re.search(r"unpool2d_bwd<.* false, 0, 0>", row["constants"]["instance"])  # follows lone positions
+        and not re.search(r"unpool2d_bwd<.* false, 0, 0>", row["constants"]["instance"])  # reads single elements
     ]
     seen = {(row["kernel"].split()[1], row["layout"]) for row in wide}
     pools = [f"{norm}max_pool2d_{way}" for norm in ("", "batch_norm_relu_") for way in ("fwd", "bwd", "sums")]
     names = {*pools, "max_unpool2d_fwd", "max_unpool2d_bwd", "batch_norm_stats", "cross_entropy_bwd"}
-    names -= {"max_pool2d_bwd", "max_pool2d_sums"}  # which are an unpooling, or none
+    names -= {"max_pool2d_bwd", "max_pool2d_sums"}  # the first is an unpooling, the second does not exist
     assert {(name, layout) for name in names for layout in cases.LAYOUTS} <= seen
     assert {("window_gather", "channels_last"), ("cross_entropy_fwd", "nchw")} <= seen
     for row in wide:
@@ -50,13 +50,13 @@ def test_gate_the_vector_path_is_16_bytes_wide(rows):
         assert "16" in row["loads"], row
         if name not in ("batch_norm_stats", "batch_norm_relu_max_pool2d_sums"):
             assert "16" in row["stores"], row
-        # Besides: lone elements that indices name, a channel's first one, the end of a tensor that 8 does not divide.
+        # The exceptions also read single elements at indices, each channel's first one, or the rest of a tensor.
         if name not in ("max_unpool2d_bwd", "batch_norm_stats", "cross_entropy_bwd"):
             assert not {"1", "2"} & {*row["loads"], *row["stores"]}, row
 
 
 @pytest.mark.parametrize("dtype, sm", [("float32", 100), ("float16", 90), ("bfloat16", 75)])
-def test_other_types_and_an_older_gpu(dtype, sm):
+def test_other_dtypes_and_an_older_gpu_compile(dtype, sm):
     found = _cuda_launches(argparse.Namespace(dtype=dtype, layout="channels_last", op=None, first=True))
     assert {request.kernel for _, request in found} >= {"max_pool2d_fwd", "max_unpool2d_fwd", "window_gather"}
     for _, request in found:
@@ -64,8 +64,8 @@ def test_other_types_and_an_older_gpu(dtype, sm):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_small_floats_are_compared_as_they_are(dtype):
-    """CuPy compiles with -ftz=true, by which a comparison of C++ takes them for 0: the first would be the largest."""
+def test_comparisons_do_not_flush_subnormal_floats_to_zero(dtype):
+    """Under CuPy's -ftz=true a C++ comparison treats them as 0: the first of a window would win, not the largest."""
     found = _cuda_launches(argparse.Namespace(dtype=dtype, layout=None, op=["max_pool2d"], first=False))
     pools = [request for _, request in found if request.kernel == "max_pool2d_fwd"]
     assert len(pools) >= 4 and "-ftz=true" in launch.OPTIONS
@@ -74,7 +74,7 @@ def test_small_floats_are_compared_as_they_are(dtype):
         assert "setp.gt.f32" in ptx and not re.search(r"setp\.[gl]\w+\.ftz", ptx), request.instance
 
 
-def test_float64():
+def test_float64_compiles_without_a_stack():
     found = cuda_codegen.record(
         lambda: [
             case.step(case.ours, backward=True)()
@@ -100,7 +100,7 @@ template <int N> __global__ void narrow(const short* x, short* y) { y[threadIdx.
 """
 
 
-def test_the_gates_see_bad_kernels():
+def test_the_gates_reject_bad_kernels():
     spilling, atomic, narrow = (
         Compiled(name, 90, *cuda_codegen.compile_source(BAD, f"{name}<40>", launch.OPTIONS, 90), 8)
         for name in ("spilling", "atomic", "narrow")
@@ -108,10 +108,10 @@ def test_the_gates_see_bad_kernels():
     assert spilling.spills > 0 and atomic.count(*GLOBAL_ATOMICS) > 0 and list(narrow.widths("LDG")) == [2]
 
 
-def test_an_architecture_that_is_none_is_not_supported():
+def test_an_unknown_architecture_is_not_supported():
     assert cuda_codegen.supports(90) and not cuda_codegen.supports(91)
 
 
-def test_the_compilers_log_is_told():
+def test_an_error_holds_the_compilers_log():
     with pytest.raises(RuntimeError, match="nonsense"):
         cuda_codegen.compile_source("template <int N> __global__ void k() { nonsense; }", "k<1>", launch.OPTIONS, 90)

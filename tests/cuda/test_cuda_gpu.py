@@ -39,7 +39,7 @@ def test_cupy_and_torch_see_the_same_memory(cupy):
 
 @pytest.mark.parametrize("operator", OPERATORS)
 @pytest.mark.parametrize("dtype", cases.DTYPES)
-def test_the_cases_of_verify(cupy, operator, dtype):
+def test_the_cases_of_verify_pass(cupy, operator, dtype):
     ran = 0
     for _, comparisons in operators.verify([operator], [dtype], False, "cuda", torch.initial_seed() % 2**31, "cuda"):
         assert all(c.passed for c in comparisons), comparisons
@@ -47,10 +47,10 @@ def test_the_cases_of_verify(cupy, operator, dtype):
     assert ran >= 16
 
 
-def test_a_launch_waits_for_its_stream(cuda_backend):
-    """What a side stream writes late is what a kernel on it reads."""
+def test_a_launch_runs_on_the_current_stream(cuda_backend):
+    """A kernel on a side stream reads what an earlier, slow operation on that stream has written."""
     x, late = torch.zeros(4, 8, 256, 256, device="cuda"), torch.randn(4, 8, 256, 256, device="cuda")
-    functional.max_pool2d(x, 2)  # compiled
+    functional.max_pool2d(x, 2)  # compiles the kernel
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -61,7 +61,7 @@ def test_a_launch_waits_for_its_stream(cuda_backend):
     assert torch.equal(y, F.max_pool2d(late, 2))
 
 
-def test_a_graph_captures_the_kernels(cuda_backend):
+def test_a_cuda_graph_captures_the_kernels(cuda_backend):
     x = torch.randn(2, 8, 32, 32, device="cuda")
     functional.max_pool2d(x, 2)
     torch.cuda.synchronize()
@@ -87,7 +87,7 @@ def python(code):
     return run.returncode, run.stdout + run.stderr
 
 
-def test_auto_takes_them_where_triton_is_missing(cupy):
+def test_auto_chooses_them_if_triton_is_missing(cupy):
     code, output = python(
         "import sys; sys.modules['triton'] = None\n"
         "import torch, fastseg\n"
@@ -103,7 +103,7 @@ def test_auto_takes_them_where_triton_is_missing(cupy):
 
 
 @pytest.mark.parametrize("bad", [-1, 64, 2**32 + 3])
-def test_an_index_outside_the_plane_stops_the_gpu(cupy, bad):
+def test_an_index_outside_the_plane_fails_a_device_assertion(cupy, bad):
     code, output = python(
         "import torch, fastseg; fastseg.set_backend('cuda'); x = torch.ones(1, 1, 4, 4, device='cuda');"
         f"i = torch.full((1, 1, 4, 4), {bad}, device='cuda');"

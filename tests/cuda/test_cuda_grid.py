@@ -1,4 +1,4 @@
-"""The CUDA C++ kernels on the host, over the arguments: what `fastseg verify` has no case for."""
+"""The CUDA C++ kernels on the host, with arguments that `fastseg verify` has no case for."""
 
 import itertools
 
@@ -22,7 +22,7 @@ POOLS = [
     ((1, 3, 7, 9), 2, 2, 0, 1, True),
     ((1, 16, 9, 13), 3, 2, 1, 1, True),
     ((2, 5, 8, 9), (2, 3), (1, 2), (1, 0), (2, 1), False),
-    ((1, 8, 9, 16), (3, 2), (3, 2), (1, 0), 1, True),  # rows that are read whole, padded from above
+    ((1, 8, 9, 16), (3, 2), (3, 2), (1, 0), 1, True),  # whole rows, padding above
     ((1, 2, 11, 12), 5, 3, 2, 1, False),
     ((1, 4, 12, 10), (1, 2), (2, 3), 0, 1, False),  # gaps between the windows
     ((2, 3, 5, 5), 5, 5, 0, 1, False),  # 25 taps run in a loop
@@ -54,7 +54,7 @@ def same(ours, theirs):
 @special
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape, kernel, stride, padding, dilation, ceil", POOLS)
-def test_pooling(shape, kernel, stride, padding, dilation, ceil, layout, values):
+def test_pooling_matches_torch(shape, kernel, stride, padding, dilation, ceil, layout, values):
     x = image(shape, layout, values).requires_grad_()
     geometry = (kernel, stride, padding, dilation, ceil)
     want, indices = F.max_pool2d(x, *geometry, return_indices=True)
@@ -72,11 +72,11 @@ def test_pooling(shape, kernel, stride, padding, dilation, ceil, layout, values)
     for found in (from_indices, from_offsets):
         torch.testing.assert_close(found, want_grad, rtol=1e-6, atol=1e-6)
     with torch.no_grad():
-        same(FS.max_pool2d(x, *geometry), want.detach())  # keeps no positions
+        same(FS.max_pool2d(x, *geometry), want.detach())  # stores no positions
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_pooling_of_three_dimensions_and_of_nothing(layout):
+def test_pooling_of_three_dimensions_and_of_an_empty_batch(layout):
     x = torch.randn(3, 6, 8)
     same(FS.max_pool2d(x, 2), F.max_pool2d(x, 2))
     assert FS.max_pool2d(torch.randn(0, 4, 6, 6).contiguous(memory_format=layout), 2).shape == (0, 4, 3, 3)
@@ -85,8 +85,8 @@ def test_pooling_of_three_dimensions_and_of_nothing(layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("start", [1, 2, 3])
-def test_tensors_that_do_not_align(start, dtype, layout):
-    """A part of a larger tensor: no access may be wider than its address allows. A CPU forgives it, a sanitizer not."""
+def test_unaligned_tensors(start, dtype, layout):
+    """A slice of a larger tensor: no access may be wider than its address allows. Only the sanitizer finds others."""
     whole = torch.randn(2 * 16 * 8 * 32 + 8).to(dtype)
     x = whole[start : start + 2 * 16 * 8 * 32].view(2, 16, 8, 32)
     x = x if layout == torch.contiguous_format else x.view(2, 8, 32, 16).permute(0, 3, 1, 2)
@@ -101,8 +101,8 @@ def test_tensors_that_do_not_align(start, dtype, layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape, kernel, stride, padding, dilation, ceil", [p for p in POOLS if p[4] == 1])
-def test_unpooling_from_wherever_the_indices_point(shape, kernel, stride, padding, dilation, ceil, layout):
-    """Any place of the plane, also twice: the last in row-major order stays. And from what a pool gave."""
+def test_unpooling_from_arbitrary_indices(shape, kernel, stride, padding, dilation, ceil, layout):
+    """Indices of a pool, and any others in the plane; of repeated ones the last in row-major order stays."""
     plane = image(shape, layout)
     y, indices = F.max_pool2d(plane, kernel, stride, padding, 1, ceil, return_indices=True)
     x = image(y.shape, layout).requires_grad_()
@@ -122,8 +122,8 @@ def test_unpooling_from_wherever_the_indices_point(shape, kernel, stride, paddin
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kernel, stride", [(2, 2), (3, 2)])
 @pytest.mark.parametrize("bad", [-1, 64, 2**32 + 3, -(2**62)])
-def test_an_index_outside_the_plane_is_no_address(bad, kernel, stride, layout):
-    """The operator refuses it on a CPU; the kernels assert, and write and read nothing by it."""
+def test_an_index_outside_the_plane_is_never_accessed(bad, kernel, stride, layout):
+    """On a CPU the operator raises already. The kernels assert, and neither read nor write at such an index."""
     from fastseg.kernels.cuda.pooling import tiling, unpool
 
     x = torch.ones(1, 8, 4, 4).contiguous(memory_format=layout)
@@ -139,11 +139,11 @@ def test_an_index_outside_the_plane_is_no_address(bad, kernel, stride, layout):
 
 @pytest.mark.parametrize("kernel, stride", [(2, 2), (3, 2)])
 @pytest.mark.parametrize("bad", [4, 200])
-def test_an_offset_outside_its_window_is_no_address(bad, kernel, stride):
+def test_an_offset_outside_its_window_is_never_accessed(bad, kernel, stride):
     from fastseg.kernels.cuda.pooling import tiling, unpool
 
     x, offsets = torch.ones(1, 8, 4, 4), torch.zeros(1, 8, 4, 4, dtype=torch.uint8)
-    offsets[0, 3, 3, 3] = bad if kernel == 2 else 8  # the last tap of the last window lies outside
+    offsets[0, 3, 3, 3] = bad if kernel == 2 else 8  # the last tap of the last window is outside the plane
     y, gradient = torch.zeros(1, 8, 8, 8), torch.full_like(x, 7.0)
     geometry = tiling.Tiling(PoolGeometry([kernel] * 2, [stride] * 2, [0, 0]), False)
     with pytest.raises(RuntimeError, match="offset outside its window"):
@@ -160,7 +160,7 @@ def test_an_offset_outside_its_window_is_no_address(bad, kernel, stride):
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("shape, dtype", [((2, 5, 3, 8), torch.int64), ((1, 21, 5, 7), torch.uint8),
                                           ((2, 16, 4, 4), torch.int16), ((3, 2, 2, 12), torch.int32)])  # fmt: skip
-def test_cross_entropy(shape, dtype, weighted, options, layout, assert_right):
+def test_cross_entropy_matches_torch(shape, dtype, weighted, options, layout, assert_right):
     logits = torch.randn(shape).contiguous(memory_format=layout)
     labels = torch.randint(shape[1], (shape[0], *shape[2:])).masked_fill(torch.rand(shape[0], *shape[2:]) < 0.3, 255)
     weight = torch.rand(shape[1]) + 0.5 if weighted else None
@@ -178,7 +178,7 @@ def test_cross_entropy(shape, dtype, weighted, options, layout, assert_right):
     assert_right(ours, theirs, [logits])
 
 
-def test_cross_entropy_of_ignored_and_of_strange_logits():
+def test_cross_entropy_of_ignored_pixels_and_of_nan_and_infinite_logits():
     logits = torch.randn(1, 4, 1, 6)
     logits[0, :, 0, 0], logits[0, 2, 0, 1], logits[0, 1, 0, 2], logits[0, 3, 0, 3] = NAN, -INF, -INF, INF
     labels = torch.tensor([[[255, 1, 1, 3, 0, 2]]])
@@ -193,14 +193,14 @@ def test_cross_entropy_of_ignored_and_of_strange_logits():
     assert FS.cross_entropy(logits, nothing, ignore_index=255, reduction="sum") == 0
 
 
-def test_cross_entropy_of_many_pixels_adds_up_in_steps():
-    """More partial sums than one step leaves."""
+def test_cross_entropy_of_many_pixels_sums_in_several_steps():
+    """More partial sums than one step can add up."""
     logits, labels = torch.randn(1, 2, 101, 103), torch.randint(2, (1, 101, 103))
     torch.testing.assert_close(FS.cross_entropy(logits, labels), F.cross_entropy(logits.double(), labels).float())
 
 
 @pytest.mark.parametrize("label", [-1, 4, 2**32])
-def test_a_label_that_is_no_class_is_no_address(label):
+def test_an_out_of_range_label_is_never_accessed(label):
     from fastseg.kernels.cuda.losses import cross_entropy
     from fastseg.kernels.losses.options import LossInputs, LossOptions, LossResults
 
@@ -216,7 +216,7 @@ def test_a_label_that_is_no_class_is_no_address(label):
         )
 
 
-def test_what_is_not_covered_is_refused_by_name():
+def test_unsupported_calls_raise_and_name_the_reason():
     x = torch.randn(1, 4, 6, 6)
     for call in (
         lambda: FS.conv_transpose2d(x, torch.randn(4, 2, 2, 2), stride=2),
@@ -238,7 +238,7 @@ def test_what_is_not_covered_is_refused_by_name():
     (1, 1, 0, False),
 ])  # fmt: skip
 @pytest.mark.parametrize("relu, parameters", [(True, "all"), (False, "all"), (True, "none"), (True, "bias")])
-def test_batch_norm(windows, training, layout, relu, parameters, assert_right):
+def test_batch_norm_matches_torch(windows, training, layout, relu, parameters, assert_right):
     shape = (2, 8, 7, 12)
     x = 3 + 2 * torch.randn(shape).contiguous(memory_format=layout)
     weight = torch.rand(8) - 0.3 if parameters == "all" else None  # some negative
@@ -263,7 +263,7 @@ def test_batch_norm(windows, training, layout, relu, parameters, assert_right):
     assert_right(call("cuda"), call("torch"), [x, weight, bias, added])
 
 
-def test_statistics_far_from_zero_and_of_half_parameters(assert_right):
+def test_statistics_of_a_mean_far_from_zero_and_half_precision_parameters(assert_right):
     x = (1000 + torch.randn(4, 6, 5, 8)).requires_grad_()
     want = torch.var_mean(x.detach().double(), (0, 2, 3), correction=0)
     mean, shift, var = BATCH_NORM_STATS(x.detach(), None, None)
@@ -280,9 +280,9 @@ def test_offsets_of_64_bits(layout, monkeypatch):
     found = []
     run = cuda_host.library().run
     with launch.recording(lambda request: (found.append(request.instance), run(request))):
-        test_pooling(*POOLS[2], layout, "random")
-        test_pooling(*POOLS[0], layout, "random")
-        test_unpooling_from_wherever_the_indices_point(*POOLS[0], layout)
+        test_pooling_matches_torch(*POOLS[2], layout, "random")
+        test_pooling_matches_torch(*POOLS[0], layout, "random")
+        test_unpooling_from_arbitrary_indices(*POOLS[0], layout)
         x = image((2, 8, 6, 8), layout, "random").requires_grad_()
         labels = torch.randint(8, (2, 6, 8))
         loss = FS.cross_entropy(x, labels)

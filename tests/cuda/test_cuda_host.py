@@ -1,4 +1,4 @@
-"""The CUDA C++ kernels' numbers, beside torch's, on a machine without a GPU: see cuda_host.py."""
+"""The results of the CUDA C++ kernels against torch's, on a machine without a GPU: see support/cuda_host.py."""
 
 import numpy as np
 import pytest
@@ -10,14 +10,14 @@ from fastseg.kernels.cuda import launch
 from fastseg.verification import cases, operators
 
 OPERATORS = ("max_pool2d", "max_unpool2d", "cross_entropy", "batch_norm_relu")
-# Of the cases of verify: class probabilities, batch norm with unpooling.
-UNCOVERED = {"cross_entropy": 3, "batch_norm_relu": 4}
+# How many cases of verify they do not support: class probabilities, batch norm with unpooling.
+UNSUPPORTED = {"cross_entropy": 3, "batch_norm_relu": 4}
 pytestmark = pytest.mark.skipif(cuda_host.COMPILER is None, reason="no C++ compiler (g++, clang++ or $CXX)")
 
 
 @pytest.fixture(scope="session")
 def host():
-    """Every instance of a template that the cases run, compiled together."""
+    """Every template instance that the cases run, compiled in one go."""
     library = cuda_host.library()
     library.add(
         request
@@ -38,16 +38,16 @@ def made(make, at):
 @pytest.mark.parametrize("operator", OPERATORS)
 @pytest.mark.parametrize("layout", cases.LAYOUTS)
 @pytest.mark.parametrize("dtype", [*cases.DTYPES, "float64"])
-def test_the_cases_of_verify(host, operator, layout, dtype, assert_right):
-    at, uncovered = cases.Placement(getattr(torch, dtype), cases.LAYOUTS[layout], "cpu"), 0
+def test_the_cases_of_verify_pass(host, operator, layout, dtype, assert_right):
+    at, unsupported = cases.Placement(getattr(torch, dtype), cases.LAYOUTS[layout], "cpu"), 0
     for make in operators.SIZES[operator]:
         for case in make(at):
             try:
                 with host.backend():
                     assert_right(case.ours, case.theirs, list(case.inputs.values()), list(case.inputs))
             except NotImplementedError:
-                uncovered += 1
-    assert uncovered == UNCOVERED.get(operator, 0)
+                unsupported += 1
+    assert unsupported == UNSUPPORTED.get(operator, 0)
 
 
 # --- races -----------------------------------------------------------------------------------------------------------
@@ -60,14 +60,14 @@ __global__ void shared_sum(const float* x, float* y, int pairs) {
 
 
 def both_ways(call):
-    """What a call gives on threads from the first to the last, and the other way round."""
-    for back in (False, True):
-        with cuda_host.library().backend(back):
+    """The results of a call with the threads run from first to last, and from last to first."""
+    for reverse in (False, True):
+        with cuda_host.library().backend(reverse):
             yield call()
 
 
 def results(case):
-    """Outputs and gradients, for the same random gradients each time."""
+    """Outputs and gradients, for the same output gradients each time."""
     leaves = [
         x.detach().requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
         for x in case.inputs.values()
@@ -85,26 +85,26 @@ def results(case):
 @pytest.mark.parametrize("operator", OPERATORS)
 @pytest.mark.parametrize("layout", cases.LAYOUTS)
 def test_the_order_of_threads_changes_nothing(host, operator, layout):
-    """As they share no memory but the tensors, a race of two that matters is a result that depends on the order."""
-    at, uncovered = cases.Placement(torch.float16, cases.LAYOUTS[layout], "cpu"), 0
+    """Threads share no memory except the tensors, so a harmful race makes a result depend on their order."""
+    at, unsupported = cases.Placement(torch.float16, cases.LAYOUTS[layout], "cpu"), 0
     for make in operators.SIZES[operator]:
         for case in make(at):
             try:
                 for one, other in zip(*both_ways(lambda case=case: results(case)), strict=True):
                     assert torch.equal(one, other), f"{case.operator} {case.size}"
             except NotImplementedError:
-                uncovered += 1
-    assert uncovered == UNCOVERED.get(operator, 0)
+                unsupported += 1
+    assert unsupported == UNSUPPORTED.get(operator, 0)
 
 
-def test_a_race_is_seen(monkeypatch):
+def test_a_race_is_found(monkeypatch):
     text = launch.source("pooling/pool") + RACE
-    monkeypatch.setattr(launch, "source", lambda family: text)
+    monkeypatch.setattr(launch, "source", lambda file: text)
     library = cuda_host.Library(cuda_host.library().folder)
     x, found = torch.arange(6.0), []
     request = launch.Launch("pooling/pool", "shared_sum", 6, (x, torch.zeros(3), np.int32(3)))
-    for back in (False, True):
+    for reverse in (False, True):
         request.args[1].zero_()
-        library.run(request, back)
+        library.run(request, reverse)
         found.append(request.args[1].tolist())
     assert found == [[1, 3, 5], [0, 2, 4]]

@@ -1,4 +1,4 @@
-"""How CUDA C++ kernels are handed to CuPy, on a stand-in that runs them on the host."""
+"""How CUDA C++ kernels are launched through CuPy, with a fake CuPy that runs them on the host."""
 
 import contextlib
 import importlib
@@ -18,16 +18,16 @@ from fastseg.kernels.pooling.geometry import PoolGeometry
 
 
 class OnGpu(torch.Tensor):
-    """A CPU tensor that says it is on the second GPU."""
+    """A CPU tensor whose device is the second GPU."""
 
     device = property(lambda self: torch.device("cuda:1"))
 
 
 class Cupy(types.SimpleNamespace):
-    """The names of CuPy 14, or 13, that the loader uses; `said` is what was done with them, in order."""
+    """The names of CuPy 13 or 14 that launch.py uses. `events` lists their uses, in order."""
 
     def __init__(self, version):
-        self.said, self.compiled = [], 0
+        self.events, self.compiled = [], 0
         self.cuda = types.SimpleNamespace(Device=self.entering("device"), Stream=types.SimpleNamespace())
         stream = self.entering("stream")
         if version == 13:
@@ -38,34 +38,34 @@ class Cupy(types.SimpleNamespace):
     def entering(self, what):
         @contextlib.contextmanager
         def enter(*arguments):
-            self.said.append((what, *arguments))
+            self.events.append((what, *arguments))
             yield
-            self.said.append((f"end of {what}",))
+            self.events.append((f"end of {what}",))
 
         return enter
 
     def RawModule(self, *, code, options, name_expressions):
         assert "#include" not in code and options == launch.OPTIONS
         (instance,) = name_expressions
-        family = next(name for name in files() if launch.source(name) == code)
+        file = next(name for name in files() if launch.source(name) == code)
         self.compiled += 1
 
         def function(grid, block, args):
             assert block == (launch.THREADS,) and all(isinstance(a, np.generic) for a in args)
-            self.said.append(("kernel", instance))
-            request = launch.Launch(family, instance, grid[0] * block[0], args)
+            self.events.append(("kernel", instance))
+            request = launch.Launch(file, instance, grid[0] * block[0], args)
             cuda_host.library().run(request)
 
         return types.SimpleNamespace(get_function=lambda name: {instance: function}[name])
 
 
 def files():
-    """The .cu files, named as launches name them."""
+    """The .cu files, as launches name them."""
     return [path.relative_to(launch.FOLDER).with_suffix("").as_posix() for path in launch.FOLDER.rglob("*.cu")]
 
 
 class Stream(types.SimpleNamespace):
-    """torch's stream, as far as CuPy looks at it."""
+    """The part of torch's stream that CuPy uses."""
 
     def __cuda_stream__(self):
         return 0, self.cuda_stream
@@ -82,21 +82,21 @@ def cupy(request, monkeypatch):
 
 
 @pytest.mark.skipif(cuda_host.COMPILER is None, reason="no C++ compiler (g++, clang++ or $CXX)")
-def test_a_launch_goes_to_torchs_stream_and_device_and_is_compiled_once(cupy):
+def test_a_launch_runs_on_torchs_stream_and_device_and_is_compiled_once(cupy):
     x = torch.randn(2, 3, 6, 10)
     y, positions = torch.empty(2, 3, 3, 5), torch.empty(2, 3, 3, 5, dtype=torch.int64)
-    windows = Tiling(PoolGeometry([2, 2], [2, 2], [0, 0]), False)
+    tiling = Tiling(PoolGeometry([2, 2], [2, 2], [0, 0]), False)
     for _ in range(2):
-        pool.max_pool2d_fwd(x.as_subclass(OnGpu), y, positions, *windows)
+        pool.max_pool2d_fwd(x.as_subclass(OnGpu), y, positions, *tiling)
     want = torch.nn.functional.max_pool2d(x, 2, return_indices=True)
     assert torch.equal(y, want[0]) and torch.equal(positions, want[1])
-    instance = next(said[1] for said in cupy.said if said[0] == "kernel")
+    instance = next(event[1] for event in cupy.events if event[0] == "kernel")
     assert instance.startswith("max_pool2d_fwd<float, int64, int, false,") and cupy.compiled == 1
     once = [("device", 1), ("stream", 7001), ("kernel", instance), ("end of stream",), ("end of device",)]
-    assert cupy.said == once * 2
+    assert cupy.events == once * 2
 
 
-def test_the_real_cupy_and_torch_know_each_others_streams():
+def test_the_real_cupy_accepts_torchs_stream():
     cupy = pytest.importorskip("cupy")
     if not hasattr(cupy.cuda.Stream, "from_external"):
         pytest.skip("CuPy 13 takes a stream by its address")
@@ -114,7 +114,7 @@ def test_arguments_keep_their_types():
     assert [type(a) for a in request.args] == [np.int32, np.float32, np.float64, np.int64, type(None)]
 
 
-def test_without_cupy_the_extra_is_named(monkeypatch):
+def test_without_cupy_the_error_names_the_extra_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", None)
     launch._compiled.cache_clear()
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: types.SimpleNamespace(cuda_stream=0))
@@ -123,7 +123,7 @@ def test_without_cupy_the_extra_is_named(monkeypatch):
         pool.max_pool2d_fwd(x, torch.zeros(1, 1, 1, 1), None, *Tiling(PoolGeometry([2, 2], [2, 2], [0, 0]), False))
 
 
-def test_a_cpu_tensor_is_refused():
+def test_a_cpu_tensor_raises():
     with pytest.raises(RuntimeError, match="not on device type 'cpu'"):
         pool.max_pool2d_fwd(
             torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 1, 1), None, *Tiling(PoolGeometry([2, 2], [2, 2], [0, 0]), False)
@@ -133,18 +133,18 @@ def test_a_cpu_tensor_is_refused():
 @pytest.mark.parametrize(
     "offset, length, width", [(0, 64, 4), (1, 64, 1), (2, 64, 2), (4, 64, 4), (0, 6, 2), (0, 7, 1), (0, 0, 4)]
 )
-def test_accesses_are_aligned(offset, length, width):
+def test_groups_divide_the_length_and_are_aligned(offset, length, width):
     aligned = torch.zeros(128)
     assert aligned.data_ptr() % 16 == 0
     assert launch.vector_width(length, aligned, aligned[offset:]) == width
 
 
-def test_offsets_become_64_bit():
+def test_large_tensors_need_64_bit_offsets():
     small, large = (torch.empty(size, device="meta") for size in (2**30, 2**31))
     assert launch.index_type(small) == "int" and launch.index_type(small, large) == "int64"
 
 
-def test_launchers_are_named_and_called_as_tritons():
+def test_launchers_have_the_names_and_parameters_of_tritons():
     import inspect
 
     for file in sorted(launch.FOLDER.rglob("*/*.py")):

@@ -1,5 +1,5 @@
-// What CUDA C++ kernels need to run on a CPU: the words of the language, and a walk over the grid, thread by thread.
-// It includes nothing: reading the standard library's headers would take most of a compilation.
+// What CUDA C++ kernels need to run on a CPU: the keywords and functions of CUDA that they use, and a loop over the
+// threads of a grid. No header is included, because parsing the standard library would take most of the compile time.
 extern "C" {
 float exp2f(float), logf(float), sqrtf(float), fmaf(float, float, float);
 double exp(double), log(double), sqrt(double), fma(double, double, double);
@@ -20,7 +20,7 @@ static inline unsigned bits_of(float x) { unsigned bits; memcpy(&bits, &x, 4); r
 float widen(half x);
 void narrow(half& narrowed, float x);
 
-static const char* failure = nullptr;  // a GPU's assertion stops the launch; here the first one is kept
+static const char* failure = nullptr;  // on a GPU an assertion stops the launch; here the first message is returned
 static inline void fail(const char* message) { if (!failure) failure = message; }
 
 template <int... I> struct Indices {};
@@ -28,19 +28,19 @@ template <int N, int... I> struct UpTo : UpTo<N - 1, N - 1, I...> {};
 template <int... I> struct UpTo<0, I...> { using Type = Indices<I...>; };
 
 template <typename... P, int... I>
-const char* walk(void (*kernel)(P...), unsigned blocks, unsigned threads, void** args, bool back, Indices<I...>) {
+const char* walk(void (*kernel)(P...), unsigned blocks, unsigned threads, void** args, bool reversed, Indices<I...>) {
     failure = nullptr;
     blockDim.x = threads;
     for (unsigned block = 0; block < blocks; ++block)
         for (unsigned thread = 0; thread < threads; ++thread) {
-            blockIdx.x = back ? blocks - 1 - block : block;
-            threadIdx.x = back ? threads - 1 - thread : thread;
+            blockIdx.x = reversed ? blocks - 1 - block : block;
+            threadIdx.x = reversed ? threads - 1 - thread : thread;
             kernel(*static_cast<P*>(args[I])...);
         }
     return failure;
 }
 
 template <typename... P>
-const char* walk(void (*kernel)(P...), unsigned blocks, unsigned threads, void** args, bool back) {
-    return walk(kernel, blocks, threads, args, back, typename UpTo<sizeof...(P)>::Type());
+const char* walk(void (*kernel)(P...), unsigned blocks, unsigned threads, void** args, bool reversed) {
+    return walk(kernel, blocks, threads, args, reversed, typename UpTo<sizeof...(P)>::Type());
 }

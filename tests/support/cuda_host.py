@@ -1,4 +1,4 @@
-"""The CUDA C++ kernels on a machine without a GPU: compiled by the host's C++ compiler, run thread by thread."""
+"""Runs the CUDA C++ kernels without a GPU: compiled by the host's C++ compiler, one thread after another."""
 
 import contextlib
 import ctypes
@@ -24,32 +24,32 @@ inline void narrow(half& narrowed, float x) { _Float16 y = _Float16(x); memcpy(&
 
 
 class Library:
-    """Instances of templates in C++, one shared library for each family, made anew where one is missing."""
+    """Compiled template instances: one shared library per source file and set of instances, built when missing."""
 
     def __init__(self, folder, options=()):
         self.folder, self.options = Path(folder), (*OPTIONS, *options)
         self.instances, self.compiled = {}, {}
 
     def add(self, requests):
-        """Compile what these launches run and is not there yet: one run of the compiler for each family."""
+        """Compile the instances that these launches need and that are missing: one compiler run per source file."""
         new = {}
         for request in requests:
-            if (request.family, request.instance) not in self.compiled:
-                new.setdefault(request.family, set()).add(request.instance)
-        for family, instances in new.items():
+            if (request.file, request.instance) not in self.compiled:
+                new.setdefault(request.file, set()).add(request.instance)
+        for file, instances in new.items():
             names = {instance: f"entry_{number}" for number, instance in enumerate(sorted(instances))}
             entries = "".join(
-                f'extern "C" const char* {name}(unsigned blocks, unsigned threads, void** args, bool back)'
-                f" {{ return walk(&{instance}, blocks, threads, args, back); }}\n"
+                f'extern "C" const char* {name}(unsigned blocks, unsigned threads, void** args, bool reversed)'
+                f" {{ return walk(&{instance}, blocks, threads, args, reversed); }}\n"
                 for instance, name in names.items()
             )
-            text = HEADER.read_text() + launch.source(family) + HALVES + entries
+            text = HEADER.read_text() + launch.source(file) + HALVES + entries
             built = self._built(text)
             for instance, name in names.items():
                 function = getattr(built, name)
                 function.restype = ctypes.c_char_p
                 function.argtypes = [ctypes.c_uint, ctypes.c_uint, ctypes.c_void_p, ctypes.c_bool]
-                self.compiled[family, instance] = function
+                self.compiled[file, instance] = function
 
     def _built(self, text):
         stem = hashlib.sha256((text + str(self.options)).encode()).hexdigest()[:24]
@@ -63,10 +63,10 @@ class Library:
             os.replace(made, target)
         return ctypes.CDLL(str(target))
 
-    def run(self, request, back=False):
-        """A launch, as CUDA's void** has its arguments; RuntimeError where a kernel's assertion fails.
+    def run(self, request, reverse=False):
+        """Run a launch. Raises RuntimeError if a kernel's assertion fails.
 
-        back: from the last thread to the first.
+        reverse: run the threads from the last to the first.
         """
         self.add([request])
         held = []
@@ -76,20 +76,20 @@ class Library:
             else:
                 held.append(ctypes.create_string_buffer(a.tobytes(), a.itemsize))
         pointers = (ctypes.c_void_p * len(held))(*(ctypes.addressof(x) for x in held))
-        failure = self.compiled[request.family, request.instance](request.blocks, launch.THREADS, pointers, back)
+        failure = self.compiled[request.file, request.instance](request.blocks, launch.THREADS, pointers, reverse)
         if failure:
             raise RuntimeError(f"device-side assertion: {failure.decode()}")
 
     @contextlib.contextmanager
-    def backend(self, back=False):
-        """Backend "cuda", its kernels run here, from the last thread to the first if `back`."""
-        with fastseg.backend("cuda"), launch.recording(functools.partial(self.run, back=back)):
+    def backend(self, reverse=False):
+        """The backend "cuda", whose kernels run here. reverse: run the threads from the last to the first."""
+        with fastseg.backend("cuda"), launch.recording(functools.partial(self.run, reverse=reverse)):
             yield
 
 
 @functools.cache
 def library():
-    """One for the process; the compiled code is shared with others that test the same sources."""
+    """The library of this process. Compiled code is shared with other processes that test the same sources."""
     folder = Path(tempfile.gettempdir()) / f"fastseg-cuda-host-{os.getuid()}"
     folder.mkdir(exist_ok=True, mode=0o700)
     return Library(folder)
