@@ -1,8 +1,11 @@
-"""Triton's interpreter as it is, in less than half the time, most of which went into three things.
+"""Speed patches for Triton's interpreter: the same results in less than half the time.
 
-At each launch, and at each call of a function by a kernel, it looks through all of triton.language for builtins. For
-each sum, difference and product of integers it computes, by ten operations that are interpreted themselves, whether it
-overflows, and drops the answer unless asked to debug. And the table of NumPy's types is made anew at each look into it.
+Most of the interpreter's time goes into three things, which these patches avoid:
+
+1. At each launch, and at each call from a kernel to a function, it searches all of triton.language for builtins.
+2. For each integer sum, difference and product it checks for overflow, by ten operations that are interpreted
+   themselves, and ignores the answer unless it debugs.
+3. It builds the table from Triton's to NumPy's types again at each look-up.
 """
 
 from __future__ import annotations
@@ -20,26 +23,28 @@ from .triton_internals import is_builtin
 
 @functools.cache
 def builtins(pkg: Any) -> list[str]:
-    """Their names; asked before any is replaced."""
+    """The names of a package's builtins. The first call must come before any of them is replaced."""
     return [name for name, member in inspect.getmembers(pkg) if is_builtin(member)]
 
 
 def patch_builtins(pkg: Any, builder: Any, scope: Any) -> None:
+    """Replace all builtins of a package by the interpreter's, until the scope ends."""
     names = builtins(pkg)
     if not is_builtin(getattr(pkg, names[0])):
-        return  # replaced already, for the kernel that calls this function: all at once
+        return  # the kernel that calls this function has already replaced all of them
     for name in names:
-        if is_builtin(member := getattr(pkg, name)):  # else somebody else's
+        if is_builtin(member := getattr(pkg, name)):  # something else may have replaced a single one
             triton_internals.patch_builtin(pkg, name, member, builder, scope)
 
 
-def kept(numpy_type: Callable[[Any], np.dtype]) -> Callable[[Any], np.dtype]:
+def cached_numpy_type(numpy_type: Callable[[Any], np.dtype]) -> Callable[[Any], np.dtype]:
+    """Triton's function from a Triton type to a NumPy type, with a cache."""
     of_scalar = functools.cache(numpy_type)
     return lambda kind: np.dtype(np.uint64) if kind.scalar.is_ptr() else of_scalar(kind.scalar)
 
 
-def where_asked(check: Callable[..., None]) -> Callable[..., None]:
-    """Triton's check of overflow where its answer counts."""
+def check_if_debugging(check: Callable[..., None]) -> Callable[..., None]:
+    """Triton's check for overflow, only where its answer is used."""
 
     def checked(self: Any, *operation: Any) -> None:
         if self.builder.options.debug:
@@ -48,8 +53,8 @@ def where_asked(check: Callable[..., None]) -> Callable[..., None]:
     return checked
 
 
-def loops_with_numpy_2_4(patch: Callable[..., None]) -> Callable[..., None]:
-    """Triton 3.6's interpreter makes a bound of a loop an int from an array of one element: NumPy 2.4 refuses that."""
+def loop_bounds_with_numpy_2_4(patch: Callable[..., None]) -> Callable[..., None]:
+    """Triton 3.6's interpreter makes a loop bound an int from an array of one element, which NumPy 2.4 refuses."""
 
     def patched(tensor: Any, scope: Any) -> None:
         patch(tensor, scope)
@@ -59,11 +64,11 @@ def loops_with_numpy_2_4(patch: Callable[..., None]) -> Callable[..., None]:
 
 
 def prepare() -> None:
-    """Once, in a process whose kernels are interpreted. Another Triton than these is left as it is."""
+    """Patch the interpreter, once per process. A Triton version that is not in SEEN_IN is left unchanged."""
     if triton_internals.VERSION not in triton_internals.SEEN_IN:
         return
     triton_internals.replace_patch_builtins(patch_builtins)
-    triton_internals.replace_numpy_dtype(kept)
-    triton_internals.replace_overflow_check(where_asked)
+    triton_internals.replace_numpy_dtype(cached_numpy_type)
+    triton_internals.replace_overflow_check(check_if_debugging)
     if triton_internals.VERSION == (3, 6):
-        triton_internals.replace_patch_tensor(loops_with_numpy_2_4)
+        triton_internals.replace_patch_tensor(loop_bounds_with_numpy_2_4)

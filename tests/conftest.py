@@ -1,4 +1,4 @@
-"""Kernels run interpreted on a machine without a GPU; every test prints its seed."""
+"""Fixtures of all tests. Without a GPU, kernels run in Triton's interpreter. Every test prints its seed."""
 
 import os
 import zlib
@@ -11,7 +11,7 @@ if not torch.cuda.is_available():
 
     from fastseg.kernels import launch  # noqa: F401
 
-    overflow.refuse()
+    overflow.install()
 
 import pytest
 from support import machine_code
@@ -19,11 +19,14 @@ from support import machine_code
 import fastseg
 from fastseg.verification import criterion
 
-NOT_HERE = {True: ("interpreted", "runs kernels on CPU tensors"), False: ("gpu", "needs a CUDA GPU")}
+SKIPPED = {  # by whether there is a GPU: the marker and the reason
+    True: ("interpreted", "runs kernels on CPU tensors"),
+    False: ("gpu", "needs a CUDA GPU"),
+}
 
 
 def pytest_collection_modifyitems(items):
-    mark, reason = NOT_HERE[torch.cuda.is_available()]
+    mark, reason = SKIPPED[torch.cuda.is_available()]
     for item in items:
         if item.get_closest_marker(mark) is not None:
             item.add_marker(pytest.mark.skip(reason=reason))
@@ -36,9 +39,9 @@ def device() -> str:
 
 @pytest.fixture(autouse=True)
 def seed(request):
-    """Each test has a seed of its own, the same in each run; FASTSEG_TEST_SEED sets one, or draws with "random"."""
-    asked = os.environ.get("FASTSEG_TEST_SEED", str(zlib.crc32(request.node.nodeid.encode()) % 2**31))
-    value = torch.seed() % 2**31 if asked == "random" else int(asked)
+    """Seed each test by its name. FASTSEG_TEST_SEED sets another seed; "random" draws one."""
+    requested = os.environ.get("FASTSEG_TEST_SEED", str(zlib.crc32(request.node.nodeid.encode()) % 2**31))
+    value = torch.seed() % 2**31 if requested == "random" else int(requested)
     torch.manual_seed(value)
     print(f"seed: FASTSEG_TEST_SEED={value}")
     return value
@@ -46,7 +49,7 @@ def seed(request):
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """The suite runs one process a core."""
+    """One thread per process, since the suite runs one process per core."""
     torch.set_num_threads(1)
 
 
@@ -58,14 +61,14 @@ def triton_backend():
 
 @pytest.fixture
 def poison():
-    """New tensors are full of NaN, and non-deterministic operators raise."""
+    """New tensors are filled with NaN, and non-deterministic operators raise."""
     with criterion.poisoned():
         yield
 
 
 @pytest.fixture
 def assert_right():
-    """assert_right(ours, theirs, inputs): error against float64 no more than torch's own plus a tolerance."""
+    """assert_right(ours, theirs, inputs): the error against float64 is at most torch's own plus a tolerance."""
 
     def check(ours, theirs, inputs, names=None):
         for c in criterion.compare_to_torch(ours, theirs, inputs, names):
@@ -76,7 +79,7 @@ def assert_right():
 
 @pytest.fixture
 def exact():
-    """Products of float32 as they are, for cuDNN too."""
+    """cuDNN multiplies float32 in full precision."""
     before, torch.backends.cudnn.conv.fp32_precision = torch.backends.cudnn.conv.fp32_precision, "ieee"
     yield
     torch.backends.cudnn.conv.fp32_precision = before
@@ -84,6 +87,6 @@ def exact():
 
 @pytest.fixture(scope="session")
 def facts(tmp_path_factory):
-    """What every kernel compiles to."""
+    """Facts about the machine code of every kernel."""
     base = tmp_path_factory.getbasetemp()
     return machine_code.table(base.parent if "PYTEST_XDIST_WORKER" in os.environ else base)

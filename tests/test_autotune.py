@@ -72,6 +72,18 @@ def test_another_machine_has_another_file(machine, monkeypatch):
         assert autotune.cache_file(0) != before
 
 
+def test_the_digest_of_the_kernels_follows_folders(tmp_path):
+    """A change of any kernel makes measured times invalid."""
+    (tmp_path / "package" / "family").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("package")
+    kernel = tmp_path / "package" / "family" / "kernel.py"
+    kernel.write_text("a")
+    before = autotune.digest_of(tmp_path / "link")
+    kernel.write_text("b")
+    assert autotune.digest_of(tmp_path / "link") != before
+    assert len(list(autotune.KERNELS.resolve().rglob("*.py"))) > 30
+
+
 @pytest.mark.parametrize(
     "words",
     ["NVIDIA UNIX x86_64 Kernel Module  580.95.05  ", "NVIDIA UNIX Open Kernel Module for x86_64  580.95.05  Release"],

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from .. import dispatch
+from ..inspect.selection import Selection
 from ..verification import cases
 from . import terminal
 from .options import add_json
@@ -54,36 +56,53 @@ def main(args: argparse.Namespace) -> int:
     for name in others:
         if getattr(args, name) is not None:
             raise ValueError(f"--{name} is not an option of {args.instrument}")
-    if args.instrument == "traffic":
-        args.bandwidth = BANDWIDTH if args.bandwidth is None else args.bandwidth
-        if not args.bandwidth > 0:
-            raise ValueError(f"--bandwidth must be above 0 TB/s, but is {args.bandwidth}")
-        dispatch.interpret_kernels()
-        from ..inspect import traffic_report
+    layouts = (args.layout,) if args.layout else tuple(cases.LAYOUTS)
+    selection = Selection(args.dtype, layouts, tuple(args.op or ()))
+    return _traffic(args, selection) if args.instrument == "traffic" else _codegen(args, selection)
 
-        return _show(traffic_report, args)
+
+def _traffic(args: argparse.Namespace, selection: Selection) -> int:
+    """Count bytes, and show and draw them."""
+    bandwidth = BANDWIDTH if args.bandwidth is None else args.bandwidth
+    if not bandwidth > 0:
+        raise ValueError(f"--bandwidth must be above 0 TB/s, but is {bandwidth}")
+    dispatch.interpret_kernels()
+    from ..inspect import traffic_report
+
+    rows = _found(traffic_report.rows(selection, bandwidth, bool(args.compile)), args)
+    _show(rows, args, lambda: traffic_report.table(rows, args.dtype, bandwidth), traffic_report.NOTE)
+    if args.png is not None:
+        traffic_report.chart(rows, args.dtype, args.png)
+    return 0
+
+
+def _codegen(args: argparse.Namespace, selection: Selection) -> int:
+    """Compile kernels, and show facts of their machine code or the code of one of them."""
     if dispatch.interpreted():
         raise ValueError("codegen compiles the kernels, so TRITON_INTERPRET must not be set")
     from ..inspect import codegen_report
 
     for form in ("sass", "ptx"):
         if (kernel := getattr(args, form)) is not None:
-            print(codegen_report.source(args, kernel, form))
+            print(codegen_report.source(selection, (args.sm or [90])[0], kernel, form))
             return 0
-    return _show(codegen_report, args)
+    rows = _found(codegen_report.rows(selection, args.sm or codegen_report.SMS, bool(args.first)), args)
+    _show(rows, args, lambda: codegen_report.table(rows, args.dtype), codegen_report.NOTE)
+    return 0
 
 
-def _show(report: Any, args: argparse.Namespace) -> int:
-    """Print and draw what a report module of fastseg.inspect finds. Returns 0."""
-    rows = report.rows(args)
+def _found(rows: list[dict[str, Any]], args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The rows. Raises ValueError if there are none."""
     if not rows:
         raise ValueError(f"no operator's name starts with {' or '.join(args.op)}")
+    return rows
+
+
+def _show(rows: list[dict[str, Any]], args: argparse.Namespace, table: Callable[[], Any], note: str) -> None:
+    """Print the rows as JSON, or as a table with a note."""
     if args.json:
         print(json.dumps({"instrument": args.instrument, "dtype": args.dtype, "rows": rows}))
-    else:
-        console = terminal.console()
-        console.print(report.table(rows, args))
-        console.print(report.NOTE)
-    if args.png is not None:
-        report.chart(rows, args)
-    return 0
+        return
+    console = terminal.console()
+    console.print(table())
+    console.print(note)

@@ -1,7 +1,7 @@
-"""What kernels compile to on a GPU that need not be here: registers, spills, access widths, tensor-core use.
+"""The machine code of kernels, compiled without a GPU: registers, spills, access widths, tensor-core use.
 
-Launches are recorded on tensors without data, so that each kernel is compiled just as it would be launched: argument
-types, divisibility by 16, compile-time constants, warps and stages.
+Launches are recorded on tensors without data, so that each kernel is compiled as it would be launched: with the same
+argument types, divisibility by 16, compile-time constants, warps and stages.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ POINTERS = {
 }  # fmt: skip
 OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg", "debug", "sanitize_overflow")
 REGISTERS_PER_SM = 65536
-# What a multiprocessor of each compute capability has: KiB of shared memory, of which each program takes one more than
-# it asks for, and warps.
+# KiB of shared memory and warps of a multiprocessor, by compute capability. Each program takes 1 KiB of shared memory
+# more than it requests.
 MULTIPROCESSORS = {80: (164, 64), 86: (100, 48), 89: (100, 48), 90: (228, 64), 100: (228, 64), 120: (100, 48)}
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One recorded launch: enough to compile its kernel."""
+    """One recorded launch: what is needed to compile its kernel."""
 
     kernel: Any
     programs: int
@@ -53,7 +53,7 @@ class Launch:
 
 
 def record(function: Callable[[], Any]) -> list[Launch]:
-    """The launches that `function` would make; none is run, so its tensors may be on the meta device."""
+    """The launches that `function` makes. No kernel runs, so tensors may be on the meta device."""
     launches: list[Launch] = []
 
     def note(kernel: Any, programs: int, args: tuple[Any, ...], meta: dict[str, Any]) -> None:
@@ -72,7 +72,7 @@ def record(function: Callable[[], Any]) -> list[Launch]:
                 divisible.append(position)
             elif isinstance(value, float):
                 signature[name] = "fp32"
-            elif value is None or value == 1:  # as triton specialises
+            elif value is None or value == 1:  # Triton makes these values compile-time constants
                 signature[name], constants[name] = "constexpr", value
             else:
                 signature[name] = "i32" if value <= launch.INT32_MAX else "i64"
@@ -87,7 +87,7 @@ def record(function: Callable[[], Any]) -> list[Launch]:
 
 @dataclass(frozen=True)
 class Compiled:
-    """A kernel compiled for one NVIDIA architecture, and what its machine code says."""
+    """A kernel compiled for one NVIDIA architecture, and facts of its machine code."""
 
     name: str
     capability: int
@@ -97,26 +97,27 @@ class Compiled:
 
     @cached_property
     def sass(self) -> str:
+        """The disassembly."""
         return self._cuobjdump("--dump-sass")
 
     @cached_property
     def resources(self) -> dict[str, int]:
-        """REG (registers a thread), STACK (spilled bytes a thread), SHARED (static bytes a block)."""
+        """REG (registers per thread), STACK (spilled bytes per thread), SHARED (static bytes per block)."""
         last = self._cuobjdump("--dump-resource-usage").strip().splitlines()[-1]
         return {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", last)}
 
     @cached_property
     def instructions(self) -> collections.Counter[str]:
-        """How many of each name. `disassemble` finds them for many kernels at once."""
+        """The number of instructions by name. `disassemble` counts them for many kernels at once."""
         return _instructions(self.capability, [self.cubin])[0]
 
     @property
     def spills(self) -> int:
-        """Bytes of stack a thread, and loads or stores to it."""
+        """Bytes of stack per thread plus the number of loads and stores that access it."""
         return self.resources["STACK"] + sum(n for op, n in self.instructions.items() if op.startswith(("LDL", "STL")))
 
     def widths(self, kind: str) -> dict[int, int]:
-        """Bytes of one access: number of instructions, for kind "LDG" (loads, asynchronous copies too) or "STG"."""
+        """{bytes per access: number of instructions} for "LDG" (loads and asynchronous copies) or "STG" (stores)."""
         found: collections.Counter[int] = collections.Counter()
         for op, count in self.instructions.items():
             if op.startswith(("LDG", "LDGSTS") if kind == "LDG" else "STG"):
@@ -125,12 +126,12 @@ class Compiled:
         return dict(sorted(found.items()))
 
     def count(self, *prefixes: str) -> int:
-        """Instructions whose names start so."""
+        """The number of instructions whose names start with one of the prefixes."""
         return sum(n for op, n in self.instructions.items() if op.startswith(prefixes))
 
     @property
     def occupancy(self) -> float:
-        """Share of an SM's warps that registers and shared memory let reside."""
+        """The share of a multiprocessor's warps that registers and shared memory allow to be resident."""
         shared, warps = MULTIPROCESSORS[self.capability]
         registers = -(-self.resources["REG"] // 8) * 8 * 32 * self.warps
         blocks = min(REGISTERS_PER_SM // registers, warps // self.warps)
@@ -145,19 +146,19 @@ class Compiled:
 
 
 def disassemble(kernels: Sequence[Compiled]) -> None:
-    """Find the instructions of kernels for one architecture, all at once: the disassembler takes long to start."""
+    """Count the instructions of kernels for one architecture in one call, since the disassembler is slow to start."""
     found = _instructions(kernels[0].capability, [kernel.cubin for kernel in kernels]) if kernels else []
     for kernel, instructions in zip(kernels, found, strict=True):
-        kernel.__dict__["instructions"] = instructions  # where cached_property keeps it
+        kernel.__dict__["instructions"] = instructions  # where cached_property stores its value
 
 
 INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\d+\s+)?([A-Z][\w.]*)", re.M)
 
 
 def _instructions(capability: int, cubins: Sequence[bytes]) -> list[collections.Counter[str]]:
-    """Counts of the instructions of each: their code one behind the other is disassembled as one."""
+    """The number of instructions by name for each cubin. Their concatenated code is disassembled in one call."""
     codes = [_code(cubin) for cubin in cubins]
-    # As triton has ptxas compile: what a generation alone has, wgmma for one, is behind the letter.
+    # Triton compiles for sm_90a: instructions of one generation alone, such as wgmma, need the letter.
     architecture = f"SM{capability}{'a' if capability >= 90 else ''}"
     lines = INSTRUCTION.findall(_nvidia("nvdisasm", b"".join(codes), "--binary", architecture))
     found: list[collections.Counter[str]] = [collections.Counter() for _ in codes]
@@ -168,7 +169,7 @@ def _instructions(capability: int, cubins: Sequence[bytes]) -> list[collections.
 
 
 def _code(cubin: bytes) -> bytes:
-    """The sections .text.* of an ELF file of 64 bits."""
+    """The contents of the .text.* sections of a 64-bit ELF file."""
     (table,) = struct.unpack_from("<Q", cubin, 40)
     size, count, names = struct.unpack_from("<HHH", cubin, 58)
     sections = [struct.unpack_from("<IIQQQQ", cubin, table + n * size) for n in range(count)]
@@ -181,7 +182,7 @@ def _code(cubin: bytes) -> bytes:
 
 
 def _nvidia(tool: str, content: bytes, *options: str) -> str:
-    """What one of the tools that come with triton prints about a file of this content."""
+    """The output of one of NVIDIA's tools for a file with this content."""
     path = triton_internals.nvidia_tool(tool)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(content)
@@ -195,7 +196,7 @@ def _source(recorded: Launch) -> Any:
 
 
 def compile_for(recorded: Launch, capability: int) -> Compiled:
-    """Compile for sm_<capability>. Raises RuntimeError where kernels are interpreted and cannot be compiled."""
+    """Compile for sm_<capability>. Raises RuntimeError in a process where kernels are interpreted."""
     if triton_internals.INTERPRETED:
         raise RuntimeError("kernels cannot be compiled in a process where TRITON_INTERPRET=1")
     target = triton_internals.gpu_target("cuda", capability, 32)
@@ -206,11 +207,11 @@ def compile_for(recorded: Launch, capability: int) -> Compiled:
 
 
 def compile_for_amd(recorded: Launch, target: str = "gfx942") -> str | None:
-    """Compile for an AMD GPU: None if that works, else the reason why not in one line."""
+    """Compile for an AMD GPU. Returns None, or the first line of the error."""
     try:
         triton.compile(
             _source(recorded), target=triton_internals.gpu_target("hip", target, 64), options=recorded.options
         )
-    except Exception as error:  # whatever a compiler that is not ours may raise is what is reported
+    except Exception as error:  # any error of the compiler is reported
         return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return None

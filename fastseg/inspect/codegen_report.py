@@ -1,10 +1,12 @@
-"""Machine code of every kernel in the configurations that it would launch with, for three generations of GPUs."""
+"""The report of `fastseg inspect codegen`: machine code of every kernel, for several generations of GPUs.
+
+Each kernel is compiled in the configurations that it launches with at the sizes of real networks.
+"""
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,9 +17,11 @@ from ..verification import cases
 from ..verification.cases import Case, ConvTransposeSpec, LossSpec, Placement, PoolSpec, ResizeSpec
 from . import cuda_codegen
 from .codegen import Compiled, Launch, compile_for, compile_for_amd, disassemble, record
+from .selection import Selection
 
 SMS = (80, 90, 100)
-GLOBAL_ATOMICS = ("ATOM.", "ATOMG", "RED.", "REDG")  # ATOMS is of shared memory, where sm_100 manages its tensor memory
+# Not ATOMS, an atomic in shared memory, by which sm_100 manages its tensor memory.
+GLOBAL_ATOMICS = ("ATOM.", "ATOMG", "RED.", "REDG")
 
 
 def network_cases(at: Placement) -> Iterator[Case]:
@@ -56,18 +60,43 @@ def network_cases(at: Placement) -> Iterator[Case]:
     yield from cases.upsample_argmax(at, (16, 150, 128, 128), (512, 512))
 
 
-def launches(args: argparse.Namespace, sm: int) -> list[tuple[str, Launch]]:
-    """Distinct launches, forward and backward, of the asked operators on GPUs of sm_<sm>: (layout, launch)."""
+def selected_cases(selection: Selection) -> Iterator[tuple[str, Case]]:
+    """(layout, case) of the selected cases at the networks' sizes, on the meta device."""
+    for layout in selection.layouts:
+        for case in network_cases(selection.placement(layout, "meta")):
+            if selection.includes(case):
+                yield layout, case
+
+
+def triton_launches(selection: Selection, sm: int, first: bool = False) -> list[tuple[str, Launch]]:
+    """(layout, launch) of the distinct launches of the selected cases, forward and backward, on GPUs of sm_<sm>.
+
+    first: only the first launch of each kernel in each layout.
+    """
     found: dict[str, tuple[str, Launch]] = {}
-    for layout in [args.layout] if args.layout else cases.LAYOUTS:
-        for case in network_cases(Placement(cases.DTYPES[args.dtype], cases.LAYOUTS[layout], "meta")):
-            if args.op and not case.operator.startswith(tuple(args.op)):
-                continue
-            with dispatch.backend("triton"), targeting(sm), observing(lambda operator, call: None):
-                recorded = record(lambda case=case: case.step(case.ours, backward=True)())
-            for launch in recorded:
-                key = (launch.name, launch.signature, launch.constants, launch.divisible, launch.options)
-                found.setdefault(f"{layout} {launch.name}" if args.first else repr(key), (layout, launch))
+    for layout, case in selected_cases(selection):
+        with dispatch.backend("triton"), targeting(sm), observing(lambda operator, call: None):
+            recorded = record(lambda case=case: case.step(case.ours, backward=True)())
+        for launch in recorded:
+            key = (launch.name, launch.signature, launch.constants, launch.divisible, launch.options)
+            found.setdefault(f"{layout} {launch.name}" if first else repr(key), (layout, launch))
+    return list(found.values())
+
+
+def cuda_launches(selection: Selection, first: bool = False) -> list[tuple[str, Any]]:
+    """(layout, launch) of the distinct launches of the CUDA C++ kernels; empty if NVRTC is not installed.
+
+    first: only the first launch of each kernel in each layout.
+    """
+    if cuda_codegen.library_path() is None:
+        return []
+    found: dict[str, tuple[str, Any]] = {}
+    seen: set[tuple[str, str]] = set()
+    for layout, case in selected_cases(selection):
+        for request in cuda_codegen.record(case.step(case.ours, backward=True)):
+            if not first or (layout, request.kernel) not in seen:
+                seen.add((layout, request.kernel))
+                found.setdefault(request.instance, (layout, request))
     return list(found.values())
 
 
@@ -79,77 +108,64 @@ def _job(index: int) -> Any:
 
 
 def _in_processes(jobs: list[Callable[[], Any]]) -> list[Any]:
-    """The jobs' results, each made in a fork of this process, since kernels cannot be sent to another."""
+    """The results of the jobs, each run in a fork of this process: kernels cannot be pickled."""
     _jobs[:] = jobs
     with multiprocessing.get_context("fork").Pool() as pool:
         return pool.map(_job, range(len(jobs)), chunksize=1)
 
 
-def rows(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """One row for each GPU generation and distinct launch there; the AMD target for each kernel's first launch."""
-    found = [(sm, layout, recorded) for sm in args.sm or SMS for layout, recorded in launches(args, sm)]
-    firsts: dict[str, Launch] = {}
-    for _, _, recorded in found:
-        firsts.setdefault(recorded.name, recorded)
-    own = [(sm, *entry) for sm in args.sm or SMS for entry in _cuda_launches(args)]
-    triton = [lambda recorded=recorded, sm=sm: compile_for(recorded, sm) for sm, _, recorded in found]
-    cuda = [lambda request=request, sm=sm: cuda_codegen.compile_for(request, sm) for sm, _, request in own]
-    amd = [lambda recorded=recorded: _elsewhere(recorded) for recorded in firsts.values()]
-    results = _in_processes(triton + cuda + amd)
-    compiled, amd = results[: len(found) + len(own)], results[len(found) + len(own) :]
-    facts, elsewhere = _facts_of_all(compiled), dict(zip(map(repr, firsts.values()), amd, strict=True))
+def rows(selection: Selection, sms: Sequence[int] = SMS, first: bool = False) -> list[dict[str, Any]]:
+    """One row for each distinct launch on each GPU generation. AMD's compiler runs on the first launch of each kernel.
+
+    first: only the first launch of each kernel in each layout.
+    """
+    triton = [(sm, layout, recorded) for sm in sms for layout, recorded in triton_launches(selection, sm, first)]
+    cuda = [(sm, layout, request) for sm in sms for layout, request in cuda_launches(selection, first)]
+    first_of_kernel: dict[str, Launch] = {}
+    for _, _, recorded in triton:
+        first_of_kernel.setdefault(recorded.name, recorded)
+    jobs: list[Callable[[], Any]] = [partial(compile_for, recorded, sm) for sm, _, recorded in triton]
+    jobs += [partial(cuda_codegen.compile_for, request, sm) for sm, _, request in cuda]
+    jobs += [partial(_compiles_for_amd, recorded) for recorded in first_of_kernel.values()]
+    results = _in_processes(jobs)
+    compiled, amd = results[: len(triton) + len(cuda)], results[len(triton) + len(cuda) :]
+    facts, amd = facts_of_all(compiled), dict(zip(map(repr, first_of_kernel.values()), amd, strict=True))
     table = []
-    for (sm, layout, recorded), known in zip(found, facts[: len(found)], strict=True):
+    for (sm, layout, recorded), found in zip(triton, facts[: len(triton)], strict=True):
         row = {"kernel": recorded.name, "layout": layout, "sm": sm, "programs": recorded.programs}
         row["constants"] = recorded.constants
-        table.append(row | known | {"gfx942": elsewhere.get(repr(recorded), "not tried")})
-    for (sm, layout, request), known in zip(own, facts[len(found) :], strict=True):
+        table.append(row | found | {"gfx942": amd.get(repr(recorded), "not tried")})
+    for (sm, layout, request), found in zip(cuda, facts[len(triton) :], strict=True):
         row = {"kernel": f"{request.file}.cu {request.kernel}", "layout": layout, "sm": sm}
         row |= {"programs": request.blocks, "constants": {"instance": request.instance}}
-        table.append(row | known | {"gfx942": "not launched"})
+        table.append(row | found | {"gfx942": "not launched"})
     return table
 
 
-def _cuda_launches(args: argparse.Namespace) -> list[tuple[str, Any]]:
-    """Distinct launches of the CUDA C++ kernels, none where there is nothing to compile them with."""
-    if cuda_codegen.library_path() is None:
-        return []
-    found: dict[str, tuple[str, Any]] = {}
-    firsts: set[tuple[str, str]] = set()
-    for layout in [args.layout] if args.layout else cases.LAYOUTS:
-        for case in network_cases(Placement(cases.DTYPES[args.dtype], cases.LAYOUTS[layout], "meta")):
-            if args.op and not case.operator.startswith(tuple(args.op)):
-                continue
-            for request in cuda_codegen.record(case.step(case.ours, backward=True)):
-                if not args.first or (layout, request.kernel) not in firsts:
-                    firsts.add((layout, request.kernel))
-                    found.setdefault(request.instance, (layout, request))
-    return list(found.values())
-
-
-def _elsewhere(recorded: Launch) -> str:
-    """Whether AMD's compiler takes it; launches with tensor descriptors are made on NVIDIA's GPUs alone."""
+def _compiles_for_amd(recorded: Launch) -> str:
+    """What AMD's compiler says. Launches with tensor descriptors are made on NVIDIA's GPUs only."""
     if any(kind.startswith("tensordesc") for kind in recorded.signature.values()):
         return "not launched"
     return compile_for_amd(recorded) or "compiles"
 
 
-def _facts_of_all(compiled: list[Compiled]) -> list[dict[str, Any]]:
-    """Of each kernel, in their order; those of one generation are disassembled together."""
+def facts_of_all(compiled: list[Compiled]) -> list[dict[str, Any]]:
+    """The facts of each kernel, in order. Kernels of one generation are disassembled together."""
     generations: dict[int, list[Compiled]] = {}
     for kernel in compiled:
         generations.setdefault(kernel.capability, []).append(kernel)
-    found = _in_processes([partial(_facts_of, kernels) for kernels in generations.values()])
+    found = _in_processes([partial(_facts_of_generation, kernels) for kernels in generations.values()])
     facts = dict(zip(generations, map(iter, found), strict=True))
     return [next(facts[kernel.capability]) for kernel in compiled]
 
 
-def _facts_of(kernels: list[Compiled]) -> list[dict[str, Any]]:
+def _facts_of_generation(kernels: list[Compiled]) -> list[dict[str, Any]]:
     disassemble(kernels)
-    return [_facts(compiled) for compiled in kernels]
+    return [facts_of(kernel) for kernel in kernels]
 
 
-def _facts(compiled: Compiled) -> dict[str, Any]:
+def facts_of(compiled: Compiled) -> dict[str, Any]:
+    """The columns of the report that the machine code gives."""
     return {
         "registers": compiled.resources["REG"],
         "spills": compiled.spills,
@@ -165,13 +181,15 @@ def _facts(compiled: Compiled) -> dict[str, Any]:
     }
 
 
-def source(args: argparse.Namespace, kernel: str, form: str) -> str:
-    """The disassembly ("sass") or PTX of the first launch of a kernel, for the first asked architecture."""
-    sm = (args.sm or [90])[0]
+def source(selection: Selection, sm: int, kernel: str, form: str) -> str:
+    """The disassembly ("sass") or PTX ("ptx") of the first launch of a kernel on sm_<sm>.
+
+    Raises ValueError if no kernel has this name.
+    """
     made: dict[str, Callable[[], Compiled]] = {}
-    for _, launch in launches(args, sm):
+    for _, launch in triton_launches(selection, sm):
         made.setdefault(launch.name, lambda launch=launch: compile_for(launch, sm))
-    for _, request in _cuda_launches(args):
+    for _, request in cuda_launches(selection):
         made.setdefault(request.kernel, lambda request=request: cuda_codegen.compile_for(request, sm))
     if kernel not in made:
         raise ValueError(f"no kernel is named {kernel!r}; there are {', '.join(sorted(made))}")
@@ -179,16 +197,17 @@ def source(args: argparse.Namespace, kernel: str, form: str) -> str:
 
 
 NOTE = (
-    "registers a thread; spills: bytes of stack and instructions that touch it; loads, stores: bytes of one access x "
-    "number of instructions; occupancy: share of warps that registers and shared memory let reside. Kernels of a .cu "
-    "file are those of backend 'cuda', compiled where the package nvidia-cuda-nvrtc is installed."
+    "registers: per thread. spills: bytes of stack, and instructions that access it. loads, stores: bytes per access x "
+    "number of instructions. occupancy: the share of a multiprocessor's warps that registers and shared memory allow. "
+    "Kernels of a .cu file belong to backend 'cuda'; they are compiled if the package nvidia-cuda-nvrtc is installed."
 )
 
 
-def table(rows: list[dict[str, Any]], args: argparse.Namespace) -> Any:
+def table(rows: list[dict[str, Any]], dtype: str) -> Any:
+    """A rich table of the rows."""
     from rich.table import Table
 
-    made = Table(title=f"machine code, {args.dtype}")
+    made = Table(title=f"machine code, {dtype}")
     for column in ("kernel", "layout", "sm"):
         made.add_column(column)
     columns = ("registers", "spills", "shared", "occupancy", "loads", "stores", "tensor core", "copy engine", "atomics")

@@ -1,6 +1,6 @@
-"""What the CUDA C++ kernels compile to, by NVRTC, on a machine without a GPU: codegen.py for backend "cuda".
+"""The machine code of the CUDA C++ kernels, compiled by NVRTC without a GPU: codegen.py for backend "cuda".
 
-NVRTC comes with the package nvidia-cuda-nvrtc, alone or as a part of CUDA builds of torch and of CuPy.
+NVRTC is in the package nvidia-cuda-nvrtc, which CUDA builds of torch and of CuPy install too.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from .codegen import Compiled
 
 
 def record(step: Callable[[], Any]) -> list[launch.Launch]:
-    """The launches that `step` would make under backend "cuda"; its tensors may be on the meta device.
+    """The launches that `step` makes under backend "cuda"; its tensors may be on the meta device.
 
-    None where an operator of it has no CUDA C++ kernels.
+    Empty if one of its operators has no CUDA C++ kernels.
     """
     found: list[launch.Launch] = []
     with dispatch.backend("cuda"), launch.recording(found.append), observing(lambda operator, args: None):
@@ -33,7 +33,7 @@ def record(step: Callable[[], Any]) -> list[launch.Launch]:
 
 
 def compile_for(request: launch.Launch, sm: int) -> Compiled:
-    """Compile for sm_<sm>. Raises RuntimeError where there is no NVRTC."""
+    """Compile for sm_<sm>. Raises RuntimeError if NVRTC is not installed."""
     ptx, cubin = compile_source(launch.source(request.file), request.instance, launch.OPTIONS, sm)
     return Compiled(request.kernel, sm, ptx, cubin, launch.THREADS // 32)
 
@@ -44,7 +44,7 @@ PACKAGES = ("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu13", "nvidia-cuda-nvrtc-cu
 
 
 def library_path() -> Path | None:
-    """The library, or None where no package brings it."""
+    """The NVRTC library, or None if no package contains it."""
     for package in PACKAGES:
         try:
             files = importlib.metadata.files(package) or []
@@ -67,7 +67,7 @@ def _library() -> ctypes.CDLL:
 
 
 def supports(sm: int) -> bool:
-    """Whether there is a library, and it compiles for sm_<sm>."""
+    """Whether NVRTC is installed and compiles for sm_<sm>."""
     if library_path() is None:
         return False
     count = ctypes.c_int()
@@ -105,6 +105,7 @@ def compile_source(source: str, instance: str, options: Sequence[str], sm: int) 
 
 
 def _log(library: ctypes.CDLL, program: ctypes.c_void_p) -> str:
+    """The compiler's messages, after a newline; empty if there are none."""
     size = ctypes.c_size_t()
     if not program or library.nvrtcGetProgramLogSize(program, ctypes.byref(size)) != 0:
         return ""

@@ -1,10 +1,10 @@
 """Bytes that the kernels of torch.compile move on a GPU, counted without one.
 
-Inductor is made to generate the Triton code that it would for an H100: a function is traced on CPU tensors, and its
-forward and backward graphs are lowered as if their tensors were on a GPU whose properties stand below. The generated
-program then runs on the CPU tensors: its Triton kernels in the interpreter, where they are counted as fastseg's own
-kernels are, by the addresses they touch; the aten operators that it leaves to torch by the rules for eager torch. So
-results can be compared with torch's, which shows that all of the program ran.
+Inductor generates the Triton code that it would generate for an H100: a function is traced on CPU tensors, and its
+forward and backward graphs are lowered as if their tensors were on a GPU with the properties H100. The generated
+program then runs on the CPU tensors. Its Triton kernels run in the interpreter, where their bytes are counted by
+address, like those of fastseg's kernels. Bytes of the aten operators that it leaves to PyTorch are counted as for eager
+PyTorch. The results can be compared with PyTorch's, which shows that the whole program ran.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ LARGEST_BLOCK = 1 << 18
 
 @dataclass
 class Graph:
-    """What the last run of one compiled graph moved: its kernels, and the aten operators between them."""
+    """What the last run of one compiled graph moved: by its kernels, and by the aten operators between them."""
 
     backward: bool
     kernels: list[KernelTraffic] = field(default_factory=list)
@@ -48,15 +48,15 @@ class Graph:
 
     @property
     def moved(self) -> tuple[int, int]:
-        """Bytes: (least, in sectors), which differ where torch's operators scatter."""
+        """Bytes (least, in sectors); the two differ if one of torch's operators scatters."""
         own = sum(kernel.sectors() for kernel in self.kernels)
         return own + self.operators.least.total(), own + self.operators.sectors.total()
 
 
 def compiled(function: Callable[..., Any]) -> tuple[Callable[..., Any], list[Graph]]:
-    """The function on CPU tensors by Inductor's kernels for a GPU, interpreted; and its graphs, as they are compiled.
+    """(the function, run on CPU tensors by Inductor's interpreted GPU kernels; its graphs, added when compiled).
 
-    Needs TRITON_INTERPRET=1. Whatever Inductor's internals raise is raised.
+    Needs TRITON_INTERPRET=1. Exceptions of Inductor's internals are passed on.
     """
     from torch.fx.node import map_aggregate
     from torch.fx.passes.fake_tensor_prop import FakeTensorProp
@@ -65,7 +65,7 @@ def compiled(function: Callable[..., Any]) -> tuple[Callable[..., Any], list[Gra
     graphs: list[Graph] = []
 
     def lower(module: torch.fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Callable[[list[Any]], Any]:
-        """A graph of aten operators, on CPU tensors, as a program of kernels for a GPU, that runs on CPU tensors."""
+        """Lower a graph of aten operators to GPU kernels, as a program that runs on CPU tensors."""
         mode = inductor.detect_fake_mode(inputs)
         for node in module.graph.nodes:
             node.args, node.kwargs = (map_aggregate(x, _on_gpu) for x in (node.args, node.kwargs))
@@ -102,7 +102,7 @@ def _on_gpu(x: Any) -> Any:
 
 @contextlib.contextmanager
 def _decomposed_for_a_gpu() -> Iterator[None]:
-    """What torch and Inductor decompose otherwise on a CPU: gradients of biases, and resizing of few channels."""
+    """Decompose gradients of biases, and resizing of few channels, as on a GPU instead of as on a CPU."""
     inductor = torch_internals.inductor()
     resize, utils = inductor.upsample_linear, inductor.decompositions.utils
     contiguous = mock.patch.object(utils, "suggest_memory_format", lambda x: torch.contiguous_format)
@@ -120,7 +120,7 @@ def _decomposed_for_a_gpu() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _a_gpu() -> Iterator[None]:
-    """Inductor finds an H100; the programs that it writes take CPU tensors and wait for no stream."""
+    """Make Inductor find an H100, and write programs that take CPU tensors and use no streams."""
     inductor = torch_internals.inductor()
     interface, helpers = inductor.CudaInterface, inductor.triton_helpers
     on_cpu = inductor.common.get_device_op_overrides("cpu")
@@ -139,7 +139,7 @@ def _a_gpu() -> Iterator[None]:
             (inductor.triton_utilities, "triton_hash_with_backend", lambda: "interpreted"),
             (helpers, "set_driver_to_gpu", lambda: None),
             (helpers, "libdevice", Libdevice()),
-            (type(on_cpu), "device_guard", lambda self, index: "torch.no_grad()"),  # code: some context
+            (type(on_cpu), "device_guard", lambda self, index: "torch.no_grad()"),  # the code of any context manager
             (inductor.C, "_conv_determine_backend_memory_format", _cudnn_format),
             (inductor.guards, "_empty_strided_cuda", inductor.empty_strided_cpu),
         ):
@@ -149,24 +149,24 @@ def _a_gpu() -> Iterator[None]:
 
 
 def _cudnn_format(input: Tensor, weight: Tensor, backend: Any) -> torch.memory_format:
-    """The format of a convolution's result by cuDNN, which is not asked in a build without CUDA."""
+    """The memory format of a convolution's result in cuDNN, which a build without CUDA cannot ask."""
     formats = list(map(torch_internals.inductor().suggest_memory_format, (input, weight)))
     return torch.channels_last if torch.channels_last in formats else torch.contiguous_format
 
 
 @contextlib.contextmanager
 def _interpreted(launches: list[KernelTraffic]) -> Iterator[None]:
-    """Each kernel of Inductor's is launched in the interpreter, and its traffic goes into the list."""
+    """Launch Inductor's kernels in the interpreter, and add the traffic of each to the list."""
     inductor = torch_internals.inductor()
     run = inductor.CachingAutotuner.run
 
     def counted(self: Any, *args: Any, **named: Any) -> None:
         _grow(self.configs[0].kwargs, self.size_hints)
-        lanes_outside = np.errstate(all="ignore")  # which are computed too, of nothing, and masked
+        lanes_outside = np.errstate(all="ignore")  # masked lanes compute with meaningless values
         with torch_internals.disable_current_modes(), lanes_outside, counting(self.fn.__name__, args) as traffic:
             run(self, *args, **named)
         if traffic.outside:
-            raise RuntimeError(f"{traffic.kernel} touched memory outside of its tensors: it was not run as generated")
+            raise RuntimeError(f"{traffic.kernel} accessed memory outside its tensors: it did not run as generated")
         launches.append(traffic)
 
     with (
@@ -178,7 +178,7 @@ def _interpreted(launches: list[KernelTraffic]) -> Iterator[None]:
 
 
 def _grow(blocks: dict[str, Any], sizes: dict[str, int]) -> None:
-    """Blocks of the largest size that the code allows: few programs, which touch the same sectors and run fast here."""
+    """Use the largest blocks that the code allows. Fewer programs access the same sectors and run faster here."""
     largest = torch_internals.inductor().largest_blocks
     for axis, size in sizes.items():
         name, most = f"{axis.upper()}BLOCK", min(size, largest[axis.upper()])
@@ -187,7 +187,7 @@ def _grow(blocks: dict[str, Any], sizes: dict[str, int]) -> None:
 
 
 class Libdevice:
-    """CUDA's mathematical functions, which the interpreter lacks, by Triton's own."""
+    """CUDA's mathematical functions, which the interpreter does not have, replaced by Triton's."""
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         return getattr(tl.math, name)
@@ -198,7 +198,7 @@ class Libdevice:
 
 
 def _by_halves(self: Any, values: Sequence[Any]) -> list[Any]:
-    """A reduction by any function, of a block's whole halves: the interpreter's own, lane by lane, takes minutes."""
+    """Reduce a block by combining its halves. The interpreter reduces lane by lane, which takes minutes."""
     dtypes = [x.dtype for x in values]
     blocks = [x.handle.data for x in values]
     blocks = [x.ravel() if self.axis is None else np.moveaxis(x, self.axis, 0) for x in blocks]
@@ -208,5 +208,5 @@ def _by_halves(self: Any, values: Sequence[Any]) -> list[Any]:
         combined = self.combine_fn.fn(*left, *right)
         blocks = [x.handle.data for x in (combined if isinstance(combined, tuple) else (combined,))]
     if self.keep_dims:
-        raise NotImplementedError("a reduction that keeps its dimension, which Inductor does not generate")
+        raise NotImplementedError("a reduction with keep_dims, which Inductor does not generate")
     return [self.to_tensor(x[0], dtype) for x, dtype in zip(blocks, dtypes, strict=True)]

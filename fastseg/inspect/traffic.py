@@ -1,10 +1,10 @@
 """Bytes that kernels move, counted exactly in Triton's interpreter on any machine.
 
-Each load, store and atomic of each program is seen with its addresses and mask; loads through tensor descriptors and
-scalar loads are loads like any others to the interpreter. *Requested* bytes are what the programs ask of the caches;
-*sectors* are the distinct 32-byte sectors a kernel touches in one launch, which is what device memory would serve to
-a perfect cache. Reading and writing one sector counts twice. *FLOPs* are those of the products of blocks (tl.dot), of
-lanes that hold nothing too: what the tensor cores execute.
+The interpreter reports the addresses and the mask of each load, store and atomic of each program, including scalar
+loads and loads through tensor descriptors. *Requested* bytes are what the programs request from the caches. *Sectors*
+are the distinct 32-byte sectors that a kernel accesses in one launch: the traffic of device memory if the cache is
+perfect. A sector that is both read and written counts twice. *FLOPs* are those of tl.dot, including masked lanes, as
+the tensor cores execute them.
 """
 
 from __future__ import annotations
@@ -26,24 +26,25 @@ ACCESSES = ("load", "store", "atomic")
 
 @dataclass
 class KernelTraffic:
-    """What one launch of a kernel moved, in bytes."""
+    """Bytes that one launch of a kernel moved."""
 
     kernel: str
-    programs: int | None  # where it is known
+    programs: int | None  # None if unknown
     requested: dict[str, int] = field(default_factory=lambda: dict.fromkeys(ACCESSES, 0))
     touched: dict[str, list[np.ndarray]] = field(default_factory=lambda: {access: [] for access in ACCESSES})
     ranges: list[tuple[int, int]] = field(default_factory=list)
-    outside: int = 0  # accesses to memory that belongs to no tensor of the launch
+    outside: int = 0  # accesses to memory outside the tensors of the launch
     flops: int = 0  # multiplications and additions of tl.dot
 
     def sectors(self, access: str | None = None) -> int:
-        """Bytes of the distinct sectors touched by one kind of access, or by all kinds."""
+        """Bytes of the distinct sectors that one kind of access, or all kinds, reach."""
         if access is None:
-            return sum(map(self.sectors, ACCESSES)) + self.sectors("atomic")  # which reads and writes
+            return sum(map(self.sectors, ACCESSES)) + self.sectors("atomic")  # atomics read and write
         found = self.touched[access]
         return SECTOR * len(np.unique(np.concatenate(found))) if found else 0
 
     def access(self, access: str, pointers: Any, mask: np.ndarray, value: Any) -> None:
+        """Count one access of one program."""
         live = pointers.data[mask].ravel()
         size = max(pointers.get_element_ty().primitive_bitwidth // 8, 1)
         inside = np.zeros(live.shape, dtype=bool)
@@ -54,17 +55,18 @@ class KernelTraffic:
         self.touched[access].append(np.unique(live.astype(np.int64) // SECTOR))
 
     def dot(self, a: Any, b: Any) -> None:
+        """Count the FLOPs of one tl.dot."""
         self.flops += 2 * a.data.size * b.data.shape[-1]
 
     def barrier(self) -> None:
-        """Moves nothing."""
+        """A barrier moves nothing."""
 
 
 @contextlib.contextmanager
 def metering() -> Iterator[list[KernelTraffic]]:
-    """Gives a list that receives the traffic of each launch in order, as long as this stands.
+    """Yield a list that gets the traffic of each launch inside the block, in order.
 
-    Raises RuntimeError where kernels would not be interpreted.
+    Raises RuntimeError if kernels are not interpreted.
     """
     if not triton_internals.INTERPRETED:
         raise RuntimeError(
@@ -83,7 +85,7 @@ def metering() -> Iterator[list[KernelTraffic]]:
 
 @contextlib.contextmanager
 def counting(kernel: str, args: Sequence[Any], programs: int | None = None) -> Iterator[KernelTraffic]:
-    """The traffic of one launch with these arguments, which the interpreter makes while this stands."""
+    """Yield the traffic of the one launch, with these arguments, that is interpreted inside the block."""
     tensors = [a.base if isinstance(a, TensorDescriptor) else a for a in args]
     tensors = [a for a in tensors if isinstance(a, Tensor)]
     ranges = [(t.data_ptr(), t.data_ptr() + _extent(t) * t.element_size()) for t in tensors]
@@ -93,10 +95,10 @@ def counting(kernel: str, args: Sequence[Any], programs: int | None = None) -> I
 
 
 class Watcher(Protocol):
-    """Who is told, in order, what programs do in the interpreter."""
+    """Gets every access, tl.dot and barrier of the interpreted programs, in order."""
 
     def access(self, access: str, pointers: Any, mask: np.ndarray, value: Any) -> None:
-        """A load, store or atomic is about to be made of `pointers` where `mask`; value: what a store writes."""
+        """A load, store or atomic will access `pointers` where `mask` is set. value: what a store writes."""
 
     def dot(self, a: Any, b: Any) -> None: ...
 
@@ -105,13 +107,13 @@ class Watcher(Protocol):
 
 @contextlib.contextmanager
 def watching(watcher: Watcher) -> Iterator[None]:
-    """Tells the watcher of every access, product of blocks and barrier that the interpreter makes meanwhile."""
+    """Pass every access, tl.dot and barrier inside the block to the watcher."""
     builder = triton_internals.interpreter().InterpreterBuilder
     names = ("masked_load", "masked_store", "atomic_rmw", "atomic_cas", "dot", "barrier")
     load, store, rmw, cas, dot, barrier = originals = [getattr(builder, f"create_{name}") for name in names]
 
     def tell(access: str, pointers: Any, mask: Any, value: Any = None) -> None:
-        live = mask if isinstance(mask, np.ndarray) else mask.data  # that of a descriptor is no handle
+        live = mask if isinstance(mask, np.ndarray) else mask.data  # for tensor descriptors it is a plain array
         watcher.access(access, pointers, np.broadcast_to(live.astype(bool), pointers.data.shape), value)
 
     def masked_load(self: Any, pointers: Any, mask: Any, *rest: Any, **named: Any) -> Any:
@@ -149,5 +151,5 @@ def watching(watcher: Watcher) -> Iterator[None]:
 
 
 def _extent(t: Tensor) -> int:
-    """Elements from a tensor's first to its last, of rows with gaps between them too."""
+    """The number of elements from a tensor's first to its last, gaps between rows included."""
     return 1 + sum((size - 1) * step for size, step in zip(t.shape, t.stride(), strict=True)) if t.numel() else 0

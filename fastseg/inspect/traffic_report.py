@@ -1,10 +1,10 @@
-"""Bytes of each operator: its kernels' sectors beside the floor and beside what torch eager moves."""
+"""The report of `fastseg inspect traffic`: bytes that each operator moves, next to the floor and to PyTorch's bytes."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,10 +19,11 @@ from ..verification import cases
 from ..verification.cases import Case, ConvTransposeSpec, LossSpec, Placement, PoolSpec, ResizeSpec
 from .eager import ByteCounter
 from .inductor import compiled
+from .selection import Selection
 from .traffic import KernelTraffic, metering
 
-# Small enough for the interpreter; per-element figures are those of a large size, as tests show with two sizes. The
-# second size of each is a multiple of no block.
+# Small enough for the interpreter; bytes per element are those of large sizes, as a test shows. No block size divides
+# the second shape of a pair.
 IMAGES = ((2, 64, 32, 64), (1, 24, 38, 54))
 OVERLAPPED = ((1, 32, 8, 32), (1, 24, 9, 13))
 RESNET_STEM = PoolSpec(kernel=3, stride=2, padding=1)  # a ResNet's first pooling, whose windows overlap
@@ -57,7 +58,7 @@ def sized_cases(at: Placement) -> Iterator[Case]:
 
 @dataclass(frozen=True)
 class OperatorTraffic:
-    """Bytes of one operator in one call: its kernels', torch's around them, the floor."""
+    """One call of an operator: its kernels, and the bytes of the torch operators around them and of the floor."""
 
     operator: str
     backward: bool
@@ -67,19 +68,22 @@ class OperatorTraffic:
 
     @property
     def moved(self) -> int:
+        """Bytes of the distinct sectors of each kernel, and of the torch operators around them."""
         return sum(kernel.sectors() for kernel in self.kernels) + self.around
 
     @property
     def requested(self) -> int:
+        """Bytes that the kernels' accesses request."""
         return sum(sum(kernel.requested.values()) for kernel in self.kernels)
 
     @property
     def ratio(self) -> float:
+        """Bytes moved over the floor."""
         return self.moved / self.floor
 
 
 def operator_traffic(case: Case) -> list[OperatorTraffic]:
-    """Forward and backward of a case on CPU tensors, kernels interpreted: one entry an operator, in order."""
+    """Run the forward and backward of a case on CPU tensors, kernels interpreted. One entry per operator, in order."""
     found: list[OperatorTraffic] = []
 
     def note(operator: Operator, args: tuple[Any, ...]) -> None:
@@ -88,7 +92,7 @@ def operator_traffic(case: Case) -> list[OperatorTraffic]:
         found.append(OperatorTraffic(operator.name, operator.gradient, launches[done:], around, floor))
 
     with dispatch.backend("triton"):
-        with launch.recording(lambda *call: None):  # a call of it gives the gradients' shapes: no kernel need run
+        with launch.recording(lambda *call: None):  # this call only gives the gradients' shapes
             step = case.step(case.ours, backward=True)
         with metering() as launches, observing(note):
             step()
@@ -96,7 +100,7 @@ def operator_traffic(case: Case) -> list[OperatorTraffic]:
 
 
 def by_mode(traffic: list[OperatorTraffic]) -> dict[str, OperatorTraffic]:
-    """Forward and backward, each as one: a case may take several operators for it."""
+    """The operators of the forward and those of the backward, each added up."""
     modes = {}
     for mode, backward in (("forward", False), ("backward", True)):
         own = [t for t in traffic if t.backward == backward]
@@ -109,7 +113,7 @@ def by_mode(traffic: list[OperatorTraffic]) -> dict[str, OperatorTraffic]:
 
 
 def _around(operator: Operator, args: tuple[Any, ...]) -> int:
-    """Bytes of the torch operators that an operator runs besides its kernels: copies to a dense layout, zero-fills."""
+    """Bytes of the torch operators that an operator runs besides its kernels, such as copies and zero-fills."""
     bare = tree_map_only(Tensor, lambda x: x.to("meta"), args)
     with launch.recording(lambda *call: None), torch.no_grad(), ByteCounter() as counter:
         operator.implementations["triton"](*bare)
@@ -117,7 +121,7 @@ def _around(operator: Operator, args: tuple[Any, ...]) -> int:
 
 
 def eager_bytes(case: Case) -> dict[str, tuple[int, int]]:
-    """What torch eager moves on a GPU for a case on the meta device: (least, in sectors) forward and backward."""
+    """Bytes of torch eager on a GPU, for a case on the meta device: (fewest, in sectors) of forward and backward."""
     forward, both = (_eager_bytes(case, backward) for backward in (False, True))
     return {"forward": forward, "backward": (both[0] - forward[0], both[1] - forward[1])}
 
@@ -130,15 +134,15 @@ def _eager_bytes(case: Case, backward: bool) -> tuple[int, int]:
 
 
 def compiled_bytes(case: Case, backward: bool) -> dict[str, tuple[int, int]]:
-    """What torch.compile's kernels move on a GPU for what `eager_bytes` counts, of a case on CPU tensors."""
-    torch.compiler.reset()  # else the cases before count against its limit of recompilations
+    """Bytes of torch.compile's kernels on a GPU for the calls of `eager_bytes`, from a case on CPU tensors."""
+    torch.compiler.reset()  # earlier cases count against the limit of recompilations
     function, graphs = compiled(case.eager or case.theirs)
     case.step(function, backward)()
     return {"backward" if graph.backward else "forward": graph.moved for graph in graphs}
 
 
 def _compiled_columns(case: Case, modes: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Columns of each mode. Inductor's internals change with torch: where they fail it is not counted, and shown so."""
+    """Columns of each mode. If Inductor's internals have changed and raise, the columns say why there is no count."""
     try:
         found = compiled_bytes(case, "backward" in modes)
         return {mode: dict(zip(COMPILED, found[mode], strict=True)) for mode in modes}
@@ -147,18 +151,20 @@ def _compiled_columns(case: Case, modes: Iterable[str]) -> dict[str, dict[str, A
         return {mode: dict.fromkeys(COMPILED) | {"not counted": words} for mode in modes}
 
 
-def rows(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """One row for each operator of each case: bytes as counted, as the floor has them, as eager moves them."""
+def rows(selection: Selection, bandwidth: float, compile: bool = False) -> list[dict[str, Any]]:
+    """One row for the forward and one for the backward of each case: bytes counted, of the floor, and of PyTorch.
+
+    bandwidth: TB/s of the column "model us". compile: also count torch.compile's kernels.
+    """
     found = []
-    dtype = cases.DTYPES[args.dtype]
-    for layout in [args.layout] if args.layout else cases.LAYOUTS:
-        places = (Placement(dtype, cases.LAYOUTS[layout], device) for device in ("cpu", "meta"))
-        for case, bare in zip(*map(sized_cases, places), strict=True):
-            if args.op and not case.operator.startswith(tuple(args.op)):
+    for layout in selection.layouts:
+        placements = (selection.placement(layout, device) for device in ("cpu", "meta"))
+        for case, bare in zip(*map(sized_cases, placements), strict=True):
+            if not selection.includes(case):
                 continue
             eager = eager_bytes(bare)
             modes = by_mode(operator_traffic(case))
-            others = _compiled_columns(case, modes) if args.compile else {mode: {} for mode in modes}
+            others = _compiled_columns(case, modes) if compile else {mode: {} for mode in modes}
             for mode, traffic in modes.items():
                 least, sectors = eager[mode]
                 found.append({
@@ -167,31 +173,32 @@ def rows(args: argparse.Namespace) -> list[dict[str, Any]]:
                     "requested": traffic.requested, "moved": traffic.moved, "floor": traffic.floor,
                     "ratio": traffic.ratio, "eager least": least, "eager sectors": sectors,
                     **others[mode],
-                    "model us": traffic.moved / args.bandwidth / 1e6,
+                    "model us": traffic.moved / bandwidth / 1e6,
                 })  # fmt: skip
     return found
 
 
 NOTE = (
-    "Bytes. moved: distinct 32-byte sectors of all kernels, and what torch's operators around them move. floor: each "
-    "argument read once, each result written once. eager: torch's own operators on a GPU, under autocast, from their "
-    "nominal bytes to whole sectors. model: what the moved bytes take at the given bandwidth; not a measurement. "
-    "compiled (--compile): the Triton kernels that torch.compile generates for an H100, counted as fastseg's, and what "
-    "it leaves to torch, counted as eager; forward, they write also what the backward reads. They depend on the size: "
-    "a batch norm as small as these may read its input once where one of a network's reads it twice."
+    "All numbers are bytes. moved: distinct 32-byte sectors of all kernels, and the bytes of torch operators around "
+    "them. floor: each argument read once, each result written once. eager: torch's operators on a GPU under autocast, "
+    "from nominal bytes to whole sectors. model: the time for the moved bytes at the given bandwidth, not a "
+    "measurement. compiled: the Triton kernels that torch.compile generates for an H100, counted like fastseg's, and "
+    "the operators that it leaves to PyTorch, counted like eager; the forward also writes what the backward reads. "
+    "These bytes depend on the size: a small batch norm may read its input once, a large one twice."
 )
 
 
-def table(rows: list[dict[str, Any]], args: argparse.Namespace) -> Any:
+def table(rows: list[dict[str, Any]], dtype: str, bandwidth: float) -> Any:
+    """A rich table of the rows."""
     from rich.table import Table
     from rich.text import Text
 
-    made = Table(title=f"bytes moved, {args.dtype}")
+    made = Table(title=f"bytes moved, {dtype}")
     for column in ("operator", "", "layout", "size"):
         made.add_column(column)
-    others = ("eager", "compiled") if args.compile else ("eager",)
+    others = ("eager", "compiled") if _has_compiled(rows) else ("eager",)
     beside = [words for other in others for words in (other, f"of {other}")]
-    for column in ("requested", "moved", "floor", "ratio", *beside, f"model us at {args.bandwidth:g} TB/s"):
+    for column in ("requested", "moved", "floor", "ratio", *beside, f"model us at {bandwidth:g} TB/s"):
         made.add_column(column, justify="right")
     for row in rows:
         made.add_row(
@@ -204,8 +211,12 @@ def table(rows: list[dict[str, Any]], args: argparse.Namespace) -> Any:
     return made
 
 
+def _has_compiled(rows: list[dict[str, Any]]) -> bool:
+    return any(COMPILED[0] in row for row in rows)
+
+
 def _beside(row: dict[str, Any], other: str) -> tuple[str, str]:
-    """Another's bytes, and ours as a share of them."""
+    """The bytes of torch eager or torch.compile, and the ratio of fastseg's bytes to them."""
     low, high = row[f"{other} least"], row[f"{other} sectors"]
     if low is None:
         return "not counted", ""
@@ -213,17 +224,17 @@ def _beside(row: dict[str, Any], other: str) -> tuple[str, str]:
     return (f"{low:,}", share) if low == high else (f"{low:,} to {high:,}", f"{share} to {row['moved'] / low:.2f}")
 
 
-def chart(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
-    """Bars for each row: what moves, ours and the others', over the floor. Written to args.png, or not at all."""
+def chart(rows: list[dict[str, Any]], dtype: str, path: Path) -> None:
+    """Write a bar chart of the bytes moved over the floor: fastseg's and PyTorch's for each row."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError('--png needs matplotlib: pip install "fastseg-kernels[bench]"') from error
-    figure = Figure(figsize=(10, (0.42 if args.compile else 0.28) * len(rows) + 1.5), layout="constrained")
+        raise ImportError('the chart needs matplotlib: pip install "fastseg-kernels[bench]"') from error
+    figure = Figure(figsize=(10, (0.42 if _has_compiled(rows) else 0.28) * len(rows) + 1.5), layout="constrained")
     axes = figure.subplots()
     places = range(len(rows))
     bars = {"fastseg": "moved", "torch eager": "eager sectors"}
-    if args.compile:
+    if _has_compiled(rows):
         bars |= {"torch.compile": "compiled sectors"}
     height = 0.8 / len(bars)
     for number, (label, key) in enumerate(bars.items()):
@@ -234,7 +245,7 @@ def chart(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
     labels = [f"{row['operator']} {row['mode']}, {row['layout']}, {row['size']}" for row in rows]
     axes.set_yticks(list(places), labels, fontsize=7)
     axes.invert_yaxis()
-    axes.set_xlabel(f"bytes moved over the floor, {args.dtype}")
+    axes.set_xlabel(f"bytes moved over the floor, {dtype}")
     axes.legend()
-    with atomic_write(args.png) as temporary:
+    with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=130)

@@ -1,6 +1,5 @@
 """The machine code of the CUDA C++ kernels, compiled by NVRTC without a GPU: the same gates as for Triton's kernels."""
 
-import argparse
 import re
 
 import pytest
@@ -8,7 +7,8 @@ import torch
 
 from fastseg.inspect import cuda_codegen
 from fastseg.inspect.codegen import Compiled
-from fastseg.inspect.codegen_report import GLOBAL_ATOMICS, _cuda_launches
+from fastseg.inspect.codegen_report import GLOBAL_ATOMICS, cuda_launches
+from fastseg.inspect.selection import Selection
 from fastseg.kernels.cuda import launch
 from fastseg.verification import cases
 
@@ -57,7 +57,7 @@ def test_gate_the_vector_path_is_16_bytes_wide(rows):
 
 @pytest.mark.parametrize("dtype, sm", [("float32", 100), ("float16", 90), ("bfloat16", 75)])
 def test_other_dtypes_and_an_older_gpu_compile(dtype, sm):
-    found = _cuda_launches(argparse.Namespace(dtype=dtype, layout="channels_last", op=None, first=True))
+    found = cuda_launches(Selection(dtype, ("channels_last",)), first=True)
     assert {request.kernel for _, request in found} >= {"max_pool2d_fwd", "max_unpool2d_fwd", "window_gather"}
     for _, request in found:
         assert cuda_codegen.compile_for(request, sm).resources["STACK"] == 0, request.instance
@@ -66,7 +66,7 @@ def test_other_dtypes_and_an_older_gpu_compile(dtype, sm):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_comparisons_do_not_flush_subnormal_floats_to_zero(dtype):
     """Under CuPy's -ftz=true a C++ comparison treats them as 0: the first of a window would win, not the largest."""
-    found = _cuda_launches(argparse.Namespace(dtype=dtype, layout=None, op=["max_pool2d"], first=False))
+    found = cuda_launches(Selection(dtype, operators=("max_pool2d",)))
     pools = [request for _, request in found if request.kernel == "max_pool2d_fwd"]
     assert len(pools) >= 4 and "-ftz=true" in launch.OPTIONS
     for request in pools:

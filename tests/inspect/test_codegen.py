@@ -102,7 +102,7 @@ def test_the_disassembly_is_printed():
 BAD = """
 import collections, json, torch
 from fastseg.inspect.codegen import INSTRUCTION, compile_for, disassemble, record
-from fastseg.inspect.codegen_report import GLOBAL_ATOMICS, _facts
+from fastseg.inspect.codegen_report import GLOBAL_ATOMICS, facts_of
 from fastseg.kernels.launch import launch
 import sys; sys.path.insert(0, "tests")
 from support import bad_kernels
@@ -117,7 +117,7 @@ found = record(lambda: (
 strided, spilling, atomic, product = kernels = [compile_for(launch, 90) for launch in found]
 disassemble(kernels)
 alone = [collections.Counter(name for _, name in INSTRUCTION.findall(kernel.sass)) for kernel in kernels]
-facts = _facts(product)
+facts = facts_of(product)
 print(json.dumps([strided.widths("LDG"), spilling.spills, atomic.count(*GLOBAL_ATOMICS), facts["wgmma"],
                   facts["copy engine"], alone == [kernel.instructions for kernel in kernels]]))
 """

@@ -1,4 +1,4 @@
-"""That Triton's interpreter, hastened, computes what it computed, and refuses integers that overflow."""
+"""Triton's interpreter with the speed patches computes the same results, and raises if an integer overflows."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def run(x, y, operation):
     return out
 
 
-EDGES = {  # two pairs that fit, of the least and the most, and one that does not
+EDGES = {  # for the smallest and the largest integer: two pairs of operands that fit, and one that overflows
     "+": lambda least, most: ((least, 0), (most - 1, 1), (most, 1)),
     "-": lambda least, most: ((least + 1, 1), (most, 0), (least, 1)),
     "*": lambda least, most: ((least, 1), (most // 2, 2), (most // 2 + 1, 2)),
@@ -45,8 +45,8 @@ EDGES = {  # two pairs that fit, of the least and the most, and one that does no
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16, torch.int32], ids=str)
 @pytest.mark.parametrize("operation, name", [("+", "add"), ("-", "sub"), ("*", "mul")])
-def test_integers_that_overflow_are_refused_and_others_are_right(operation, name, dtype):
-    """In one lane of four."""
+def test_integers_that_overflow_raise_and_others_are_right(operation, name, dtype):
+    """The overflow is in one of four lanes."""
     limits = torch.iinfo(dtype)
     *pairs, wrong = EDGES[operation](limits.min, limits.max)
     for a, b in pairs:
@@ -62,29 +62,30 @@ def test_64_bits_wrap_around():
     assert torch.equal(run(x, one, "+"), x + one)
 
 
-def test_the_language_is_as_before_after_a_launch(monkeypatch):
-    """And what a test puts in place of a builtin is what runs."""
+def test_a_launch_leaves_the_language_unchanged(monkeypatch):
+    """Also, a function that a test puts in the place of a builtin is called."""
     called, x = [], torch.zeros(4, dtype=torch.int32)
+    run(x, x, "+")  # the first launch of a process makes Python create __annotations__
     monkeypatch.setattr(tl, "debug_barrier", lambda: called.append(1))
     before = vars(tl) | vars(tl.tensor)
     run(x, x, "+")
     assert called == [1] and triton_internals.is_builtin(tl.load) and vars(tl) | vars(tl.tensor) == before
 
 
-def test_triton_asks_for_all_that_is_replaced(monkeypatch):
-    """Else it would do nothing."""
-    asked, semantic = set(), tritons.TritonSemantic
+def test_triton_calls_everything_that_is_patched(monkeypatch):
+    """Otherwise the patches would have no effect."""
+    called, semantic = set(), tritons.TritonSemantic
     names = {"_patch_builtin": tritons, "_get_np_dtype": tritons, "binary_op_sanitize_overflow_impl": semantic}
     for name, owner in names.items():
         ours = getattr(owner, name)
         assert ours.__module__ in ("fastseg.kernels.interpreter", "support.overflow")
-        monkeypatch.setattr(owner, name, lambda *args, ours=ours, name=name: asked.add(name) or ours(*args))
+        monkeypatch.setattr(owner, name, lambda *args, ours=ours, name=name: called.add(name) or ours(*args))
     x = torch.zeros(4, dtype=torch.int32)
     run(x, x, "+")
-    assert asked == names.keys()
+    assert called == names.keys()
 
 
-def test_a_triton_that_is_not_known_is_left_alone(monkeypatch):
+def test_an_unknown_version_of_triton_is_not_patched(monkeypatch):
     before = vars(tritons) | vars(tritons.TritonSemantic)
     monkeypatch.setattr(triton_internals, "VERSION", (3, 8))
     interpreter.prepare()

@@ -324,7 +324,7 @@ def test_lanes_collide(equal):
 def test_types_of_two_sizes_share_bytes():
     """float16 elements 8 to 15, which program 1 writes, are float32 elements 4 to 7 of program 0."""
     x = torch.ones(16)
-    found = faults(bad_kernels.two_maps_of_a_workspace_kernel, 2, x, x.view(torch.float16), 16, BLOCK=8)
+    found = faults(bad_kernels.two_types_of_a_workspace_kernel, 2, x, x.view(torch.float16), 16, BLOCK=8)
     assert ("another's value", "x/y", 8, (0, 1), False, 8) in found
     assert ("in place", "x/y", 0, (0, 0), False, 1) in found  # half of the first element
 

@@ -1,4 +1,4 @@
-"""The addresses that one program of a kernel computes, for tensors too large to exist, in Triton's interpreter."""
+"""The addresses that one program of a kernel computes in Triton's interpreter, for tensors too large to allocate."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DTYPES = {
 
 
 def recorded(function):
-    """(kernel, programs, args, meta) of each launch that a function makes on meta tensors."""
+    """(kernel, programs, args, meta) of each launch of a function on meta tensors."""
     launches = []
     with recording(lambda *call: launches.append(call)):
         function()
@@ -32,9 +32,9 @@ def recorded(function):
 
 
 def addresses(launch, program):
-    """{("load" or "store", dtype): elements that program number `program` touches}; nothing is read or written.
+    """{("load" or "store", dtype): elements that one program accesses}. Nothing is read or written.
 
-    For kernels that load from the first of the tensors of a dtype and store to the last.
+    For kernels that load from the first tensor of each dtype and store to the last one.
     """
     kernel, programs, args, meta = launch
     assert program < programs

@@ -1,4 +1,4 @@
-"""What every kernel compiles to, for the tests of machine code: asked once in a run."""
+"""Facts about the machine code of every kernel, compiled once per test run."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from fastseg.atomic_write import atomic_write
 
 
 def compiled(*arguments):
-    """Run code or a command in a process whose kernels are compiled."""
+    """The output of Python with these arguments, in a process whose kernels are compiled instead of interpreted."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=env)
     assert run.returncode == 0, run.stderr
@@ -20,9 +20,9 @@ def compiled(*arguments):
 
 
 def table(folder: Path) -> list[dict[str, Any]]:
-    """For sm_90 in every configuration of the networks' sizes, else in one a layout.
+    """The rows of `fastseg inspect codegen`: all configurations for sm_90; one per layout for sm_80 and sm_100.
 
-    Compiled once, on all cores: of the processes that run tests the first to ask does it, and the others wait.
+    The first test process that calls this compiles, on all cores; the others wait for its result.
     """
     found, failed = folder / "codegen.json", folder / "codegen.failed"
     try:

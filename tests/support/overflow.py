@@ -1,4 +1,4 @@
-"""Integers that overflow in Triton's interpreter, refused: their check costs Triton half of its time, NumPy little."""
+"""An overflow check for Triton's interpreter in NumPy. Triton's own check takes half of the interpreter's time."""
 
 from typing import Any
 
@@ -10,6 +10,7 @@ IN_NUMPY = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
 
 
 def check(self: Any, lhs: Any, rhs: Any, operation: Any) -> None:
+    """Raise if an integer sum, difference or product does not fit its type. 64-bit integers are not checked."""
     kind = lhs.type.scalar
     if kind.int_bitwidth >= 64:
         return
@@ -19,6 +20,6 @@ def check(self: Any, lhs: Any, rhs: Any, operation: Any) -> None:
     assert fits, f"int{kind.int_bitwidth} overflow detected for operation {operation.__name__}"
 
 
-def refuse() -> None:
-    """In place of the package's own, which has Triton check where it is asked to debug alone."""
+def install() -> None:
+    """Replace fastseg's patch, which lets Triton check only in debug mode."""
     triton_internals.replace_overflow_check(lambda original: check)
