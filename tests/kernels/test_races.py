@@ -1,4 +1,4 @@
-"""No kernel races through global memory: every operator, forward and backward, looked at access by access."""
+"""No kernel has a race in global memory: every access of every operator, forward and backward, is checked."""
 
 import ast
 from collections.abc import Callable, Iterable
@@ -22,8 +22,8 @@ from fastseg.verification.cases import ConvTransposeSpec, LossSpec, PoolSpec, Re
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="accesses are seen in the interpreter")
 
-FLAG = "a flag, which whoever sets sets to 1, and which the launch behind reads"
-RUNNING = "what is stored was made of the storing thread's own load, or of loads before a barrier in shared memory"
+FLAG = "a flag: every program that sets it sets it to 1, and only the next launch reads it"
+RUNNING = "each value is stored by the thread that loaded it, or after a barrier in shared memory"
 DECLARED = {
     ("two programs write", "max_unpool2d_fwd_kernel", "out_of_window"): FLAG,
     ("lanes collide", "max_unpool2d_fwd_kernel", "out_of_window"): FLAG,
@@ -32,13 +32,16 @@ DECLARED = {
     ("in place", "batch_norm_stats_merge_kernel", "running_mean"): RUNNING,
     ("in place", "batch_norm_stats_merge_kernel", "running_var"): RUNNING,
 }
-ALONE = {"cross_entropy_total_kernel", "cross_entropy_counts_kernel"}  # one program adds up what the others left
-TYPES = {"WIDE", "UPCAST"}  # of offsets and of factors: they change no address
-ONE_WAY = {  # branches that are constant for all calls
-    ("conv_transpose2d_bwd_input_shuffle_kernel", "CHANNELS_LAST"),  # there one kernel makes both gradients
+ALONE = {"cross_entropy_total_kernel", "cross_entropy_counts_kernel"}  # one program adds up the partial results
+TYPES = {"WIDE", "UPCAST"}  # flags of types alone: they change no address
+ONE_WAY = {  # compile-time flags that have one value in all calls
+    (
+        "conv_transpose2d_bwd_input_shuffle_kernel",
+        "CHANNELS_LAST",
+    ),  # channels_last has another kernel
 }
 
-# Small, so that small tensors make several programs, several steps of each, and shares.
+# Small blocks, so that small tensors need several programs, several steps of each, and split-K partials.
 BLOCKS = {
     "batch_norm.batch_norm": {"TILE": 64, "REDUCED_TILE": 64},
     "batch_norm.batch_norm_pool": {"TILE": 32},
@@ -74,7 +77,7 @@ def call(function, *inputs):
 
 
 def pools(at):
-    """Indices that repeat, outside their own windows, which tile the image or overlap; windows with gaps inside."""
+    """Indices that repeat and lie outside their windows; windows that tile or overlap; dilated windows."""
     for geometry, size in [((2, 2, 0), (8, 10)), ((3, 2, 1), (7, 9))]:
         few = (at.labels(7, 2, 3, 4, 5) * (size[0] * size[1] // 7)).contiguous(memory_format=at.layout)
         unpool = partial(functional.max_unpool2d, kernel_size=geometry[0], stride=geometry[1], padding=geometry[2])
@@ -84,7 +87,7 @@ def pools(at):
 
 
 def batch_norms(at):
-    """Without what a norm may lack, in evaluation, and with gaps between the windows."""
+    """Without affine parameters and running statistics, in evaluation, and with gaps between windows."""
     yield from cases.batch_norm_relu(at, (2, 2, 12, 16), 2, True)
     x, offsets = at.tensor(2, 3, 8, 9), at.labels(4, 2, 3, 4, 4).to(torch.uint8).contiguous(memory_format=at.layout)
     small, vectors = at.tensor(2, 3, 4, 4), [at.parameters(3) for _ in range(4)]
@@ -106,7 +109,7 @@ def _affine(function, options, x, weight=None, bias=None):
 
 
 def convolutions(at):
-    """Without a bias, behind a ReLU, with few channels in and many out, whose sums are split."""
+    """Without a bias, after a ReLU, and with few input and many output channels, whose sums are split (split-K)."""
     depthwise = ConvTransposeSpec(8, kernel=3, stride=2, padding=1, output_padding=1, groups=8)
     yield from cases.conv_transpose2d_affine_relu(at, (1, 8, 3, 4), depthwise)
     yield from cases.conv_transpose2d_affine_relu(at, (2, 24, 3, 8), ConvTransposeSpec(80, kernel=2, stride=2))
@@ -131,7 +134,7 @@ def unpooled_convolutions(at):
 
 
 def losses(at):
-    """In one pass, which float16 is not made for, and with two terms of lse; another denominator."""
+    """One pass in the dtypes that support it, two terms of the log-sum-exp, and another normalization."""
     probabilities = LossSpec(ignore_index=-100, probabilities=True)
     for dtype in (torch.bfloat16, torch.float32):
         there = replace(at, dtype=dtype)
@@ -160,7 +163,7 @@ def counts(at):
 
 
 class Family(NamedTuple):
-    """Operators of verify, modules whose every statement they are to reach, and calls that verify has not."""
+    """Operators of verify, the kernel modules whose every statement they must reach, and calls that verify lacks."""
 
     operators: list[str]
     modules: list[str]
@@ -207,7 +210,7 @@ def calls(names, more):
 
 
 def run(case):
-    """Forward, and backward of any gradient."""
+    """Run the forward, and the backward for random gradients."""
     leaves = [
         x.detach().requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
         for x in case.inputs.values()
@@ -219,7 +222,7 @@ def run(case):
 
 
 def statements(module):
-    """(kernels, {(file, line)} of every load, store and atomic) of a module of kernels."""
+    """(names of the kernels, {(file, line)} of every load, store and atomic) of a module."""
     file = Path(kernels.__file__).parent / f"{module}.py"
     functions = [
         node
@@ -239,7 +242,7 @@ def statements(module):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_races(family, small_blocks, triton_backend):
-    """Every statement of the family's kernels is run, by more than one program, and both ways of every branch."""
+    """All statements of the family's kernels run, in more than one program and with both values of each flag."""
     names, modules, more = FAMILIES[family]
     with races.recording() as record:
         for case in calls(names, more):
@@ -253,7 +256,7 @@ def test_no_races(family, small_blocks, triton_backend):
 
 
 def test_every_kernel_belongs_to_a_family():
-    """Of every operator that verify runs, and of every module that holds kernels."""
+    """So does every operator that verify runs, and every module with kernels."""
     names, modules = (list(chain(*(family[i] for family in FAMILIES.values()))) for i in (0, 1))
     assert sorted(names) == sorted(operators.SIZES)
     root = Path(kernels.__file__).parent
@@ -278,7 +281,7 @@ def test_two_programs_write_one_element(value, equal):
     x, y = torch.arange(32.0) if value is None else torch.full((32,), value), torch.zeros(4)
     shared = faults(bad_kernels.shared_sum_kernel, 4, x, y, 32, BLOCK=8)
     assert shared == [("two programs write", "y", 0, (0, 1), equal, 2)]
-    assert y[:2].equal(x.view(4, 8).sum(1)[1::2])  # a result as always, of the last program
+    assert y[:2].equal(x.view(4, 8).sum(1)[1::2])  # in the interpreter the last program's value remains
 
 
 def test_a_program_reads_what_another_one_writes():
@@ -289,7 +292,7 @@ def test_a_program_reads_what_another_one_writes():
     assert [kind for kind, *_ in faults(bad_kernels.shifted_in_place_kernel, 1, x, 16, BLOCK=16)] == ["not in order"]
 
 
-def test_a_barrier_is_an_order():
+def test_a_barrier_orders_accesses():
     def found(barrier):
         tensors = torch.arange(16.0), torch.zeros(16)
         return faults(bad_kernels.reversed_in_place_kernel, 2, *tensors, BARRIER=barrier, BLOCK=8)
@@ -301,7 +304,7 @@ def test_a_barrier_is_an_order():
     assert found(True) == []
 
 
-def test_in_place_is_told_from_out_of_order():
+def test_in_place_is_distinguished_from_not_in_order():
     x = torch.arange(16.0)
     assert faults(bad_kernels.doubling_kernel, 2, x, BLOCK=8) == [("in place", "x", 0, (0, 0), False, 16)]
     assert x.equal(2 * torch.arange(16.0))
@@ -315,7 +318,7 @@ def test_lanes_collide(equal):
     assert faults(bad_kernels.scatter_kernel, 2, x, indices, torch.zeros(16), BLOCK=8) == [
         ("lanes collide", "y", 3, (0, 0), equal, 1)
     ]
-    indices[5] = 13  # of another program: no lanes, but programs
+    indices[5] = 13  # an element of another program
     assert faults(bad_kernels.scatter_kernel, 2, x, indices, torch.zeros(16), BLOCK=8) == [
         ("two programs write", "y", 13, (0, 1), equal, 1)
     ]
@@ -337,7 +340,7 @@ def test_atomics_do_not_race_with_each_other():
     ]  # fmt: skip
 
 
-def test_a_declaration_is_of_one_tensor_of_one_kernel():
+def test_a_declaration_applies_to_one_tensor_of_one_kernel():
     with races.recording() as record:
         launch(bad_kernels.doubling_kernel, 2, torch.ones(16), BLOCK=8)
     declared = ("in place", "doubling_kernel", "x")
@@ -348,7 +351,7 @@ def test_a_declaration_is_of_one_tensor_of_one_kernel():
     assert words == f"in place: doubling_kernel, x[0], and 15 more, program 0, bad_kernels.py:{line}"
 
 
-def test_different_values_in_one_place_cannot_be_declared():
+def test_different_values_at_one_address_cannot_be_declared():
     declared = {("two programs write", "shared_sum_kernel", "y"): "a flag"}
     for x, allowed in ((torch.ones(32), True), (torch.arange(32.0), False)):
         with races.recording() as record:

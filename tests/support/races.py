@@ -1,16 +1,17 @@
-"""Races through global memory, found in Triton's interpreter, which itself has none: it runs one thing at a time.
+"""A race detector for global memory, in Triton's interpreter.
 
-On a GPU the programs of a launch run in any order and at once, and so do the threads of a program, which Triton
-synchronises through shared memory but not through global memory: only tl.debug_barrier does. So each access of each
-program is noted, with its addresses, and four faults are looked for at the end of a launch:
+On a GPU the programs of a launch run in any order and concurrently, and so do the threads of a program. Triton
+synchronizes threads for shared memory but not for global memory; only tl.debug_barrier does that. The interpreter runs
+everything in order, so the detector records the addresses of each access of each program, and looks for four faults at
+the end of a launch:
 
-    "two programs write"   the same address;
-    "another's value"      one program reads an address that another one writes;
-    "not in order"         one program reads and writes, or writes twice, at the same address, by two statements without
-                           a barrier between; "in place" where both have it in the same lane of the same block;
+    "two programs write"   two programs write the same address.
+    "another's value"      one program reads an address that another program writes.
+    "not in order"         one program reads and writes an address, or writes it twice, by two statements without a
+                           barrier between them. It is "in place" if both are in the same lane of the same block.
     "lanes collide"        one store has the same address in two lanes.
 
-Atomics are accesses like others, but for one another.
+Two atomics never race; an atomic and another access may.
 """
 
 from __future__ import annotations
@@ -35,12 +36,12 @@ LOAD, STORE, ATOMIC = range(3)
 KINDS = {"load": LOAD, "store": STORE, "atomic": ATOMIC}
 INSTRUMENTS = (str(Path(triton.__file__).parent), traffic.__file__, __file__)
 
-Place = tuple[str, int]  # a statement: file and line
+Place = tuple[str, int]  # file and line of a statement
 
 
 @dataclass(frozen=True)
 class Fault:
-    """One kind of fault of one kernel in one tensor, and its first address."""
+    """One kind of fault of one kernel in one tensor, with its first address."""
 
     kind: str
     kernel: str
@@ -48,7 +49,7 @@ class Fault:
     element: int
     programs: tuple[int, int]
     statements: tuple[Place, Place]
-    equal: bool  # whether the values that are written are the same
+    equal: bool  # whether all written values are equal
     addresses: int
 
     def __str__(self) -> str:
@@ -62,15 +63,19 @@ class Fault:
 
 @dataclass
 class Record:
-    """What was seen of the launches."""
+    """What the detector has recorded."""
 
     faults: list[Fault] = field(default_factory=list)
-    statements: set[Place] = field(default_factory=set)  # that accessed anything
-    programs: dict[str, int] = field(default_factory=dict)  # most of one launch that stored anything, by kernel
-    branches: dict[tuple[str, str], set[bool]] = field(default_factory=dict)  # compile-time flags, by kernel and name
+    statements: set[Place] = field(default_factory=set)  # statements that accessed anything
+    programs: dict[str, int] = field(
+        default_factory=dict
+    )  # by kernel: the most programs of one launch that stored anything
+    branches: dict[tuple[str, str], set[bool]] = field(
+        default_factory=dict
+    )  # by kernel and flag: the values of compile-time flags
 
     def undeclared(self, declared: dict[tuple[str, str, str], str]) -> list[str]:
-        """The faults that no declaration, (kind, kernel, tensor): reason, allows; none allows different values."""
+        """The faults without a declaration {(kind, kernel, tensor): reason}. Different values cannot be declared."""
         return [
             str(fault)
             for fault in self.faults
@@ -80,7 +85,7 @@ class Record:
 
 @contextlib.contextmanager
 def recording() -> Iterator[Record]:
-    """Launches are interpreted as usual and looked at, as long as this stands."""
+    """Check all launches inside the block; they are interpreted as usual."""
     record = Record()
 
     def run(kernel: Any, programs: int, args: tuple[Any, ...], meta: dict[str, Any]) -> None:
@@ -100,7 +105,7 @@ def recording() -> Iterator[Record]:
 
 
 class Launch:
-    """The accesses of one launch: a list's entry for each, made of those lanes that are live."""
+    """The accesses of one launch: one entry per access in each list, for the lanes that are not masked."""
 
     def __init__(self, kernel: Any, args: tuple[Any, ...]) -> None:
         self.kernel = kernel.__name__
@@ -115,7 +120,7 @@ class Launch:
         self.program: list[int] = []
         self.kind: list[int] = []
         self.place: list[int] = []
-        self.epoch: list[int] = []  # barriers of the program before it
+        self.epoch: list[int] = []  # number of barriers that the program has passed
         self.shape: list[int] = []
         self.size: list[int] = []
         self.addresses: list[np.ndarray] = []
@@ -123,6 +128,7 @@ class Launch:
         self.values: list[np.ndarray] = []
 
     def access(self, access: str, pointers: Any, mask: np.ndarray, value: Any) -> None:
+        """Record one access of one program."""
         addresses = pointers.data[mask].ravel()
         if not addresses.size:
             return
@@ -138,22 +144,24 @@ class Launch:
         self.values.append(_bits(value.data, mask) if value is not None else np.zeros(addresses.shape, np.uint64))
 
     def dot(self, a: Any, b: Any) -> None:
-        """Touches no memory."""
+        """Accesses no global memory."""
 
     def barrier(self) -> None:
+        """Start a new epoch of the running program."""
         program = current_program()
         self.barriers[program] = self.barriers.get(program, 0) + 1
 
     def faults(self) -> list[Fault]:
+        """The faults of the launch."""
         kind = np.array(self.kind)
         if not (kind != LOAD).any():
             return []
-        unit = min(self.size)  # all addresses are multiples of it, as long as tensors are aligned
+        unit = min(self.size)  # bytes; all addresses are multiples of it, since tensors are aligned
         units = [self._units(number, unit) for number in range(len(kind))]
         stored = np.unique(np.concatenate([u[0] for u, k in zip(units, kind, strict=True) if k != LOAD]))
         rows = []
         for number, (address, lane, value) in enumerate(units):
-            if kind[number] == LOAD:  # of those alone that something is stored to
+            if kind[number] == LOAD:  # keep only addresses that something is stored to
                 there = stored[np.minimum(np.searchsorted(stored, address), len(stored) - 1)] == address
                 address, lane, value = address[there], lane[there], value[there]
             rows.append((address, np.full(len(address), number), lane, value))
@@ -164,10 +172,10 @@ class Launch:
         return [self._fault(unit, *found) for found in seen.faults()]
 
     def _units(self, number: int, unit: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(addresses, lanes, values) of an access, each element divided into units of so many bytes."""
+        """(addresses, lanes, values) of an access, with each element divided into units of `unit` bytes."""
         parts = self.size[number] // unit
         address, lane, value = self.addresses[number], 8 * self.lanes[number], self.values[number]
-        lane += self.shape[number] << 40  # in blocks of one shape a lane is one and the same
+        lane += self.shape[number] << 40  # lanes of blocks of different shapes are different lanes
         if parts == 1:
             return address, lane, value
         part = np.arange(parts)
@@ -179,7 +187,7 @@ class Launch:
         programs, statements = ([rows[i] for i in pair] for rows in (self.program, self.place))
         holding = [(name, t) for name, t in self.tensors if address in _storage(t)]
         name, element = "memory of no tensor", address
-        if holding:  # a tensor may stand for others that there are not
+        if holding:  # overlapping tensors are named together
             t = holding[-1][1]
             name, element = "/".join(argument for argument, _ in holding), (address - t.data_ptr()) // t.element_size()
         return Fault(
@@ -189,10 +197,10 @@ class Launch:
 
 @dataclass
 class Accesses:
-    """Units of memory that are stored to, and every access to them: one entry of each array."""
+    """Accesses to units of memory that are stored to: one entry per access in each array."""
 
     address: np.ndarray
-    number: np.ndarray  # of the access in its launch
+    number: np.ndarray  # index of the access in its launch
     program: np.ndarray
     epoch: np.ndarray
     kind: np.ndarray
@@ -200,7 +208,7 @@ class Accesses:
     value: np.ndarray
 
     def faults(self) -> Iterator[tuple[str, int, tuple[int, int], bool, int]]:
-        """(kind, first address, two accesses to it, whether they write the same, addresses with this fault)."""
+        """(kind, first address, two accesses to it, whether all written values are equal, number of addresses)."""
         writes, reads, plain = self.kind != LOAD, self.kind == LOAD, self.kind == STORE
         at = Groups(self.address)
         apart = at.differ(self.program, writes) & at.any(plain)
@@ -230,7 +238,7 @@ class Accesses:
 
 
 class Groups:
-    """Rows that agree in all keys."""
+    """Groups of rows that agree in all keys."""
 
     def __init__(self, *keys: np.ndarray) -> None:
         self.order = np.lexsort(keys[::-1])
@@ -243,7 +251,7 @@ class Groups:
         return np.logical_or.reduceat(flags[self.order], self.starts)
 
     def differ(self, column: np.ndarray, among: np.ndarray) -> np.ndarray:
-        """Whether a column has two values in a group, of those rows alone that are `among` it."""
+        """For each group, whether a column has two different values in the rows where `among` is set."""
         column, among = column[self.order], among[self.order]
         info = np.iinfo(column.dtype)
         low = np.minimum.reduceat(np.where(among, column, info.max), self.starts)
@@ -261,7 +269,7 @@ def _storage(t: Tensor) -> range:
 
 
 def _statement() -> Place:
-    """Where the kernel, or the function that it calls, stands."""
+    """The statement of the kernel, or of the function that it calls, which is running."""
     frame = sys._getframe(2)
     while frame.f_code.co_filename.startswith(INSTRUMENTS):
         frame = frame.f_back
@@ -269,6 +277,6 @@ def _statement() -> Place:
 
 
 def _bits(values: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Live values as they lie in memory."""
+    """The values that are not masked, as unsigned integers of the same bytes."""
     live = np.ascontiguousarray(np.broadcast_to(values, mask.shape)[mask])
     return live.view(f"u{live.itemsize}").astype(np.uint64)
