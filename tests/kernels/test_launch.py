@@ -42,7 +42,7 @@ from fastseg.kernels.convolution import conv_transpose_tma
 from fastseg.verification import cases
 from fastseg.verification.operators import SIZES
 
-conv_transpose_tma.SPARE = 99  # use the TMA kernels for small images too
+conv_transpose_tma.MOST_COVER = 99  # use the TMA kernels for small images too
 dispatch.interpreted = lambda: True  # allow CPU tensors although kernels are not interpreted
 without = []
 for (operator, sizes), dtype, layout in itertools.product(SIZES.items(), ("float16", "float32"), cases.LAYOUTS):
