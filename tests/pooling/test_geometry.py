@@ -1,4 +1,4 @@
-"""Pools and unpools over the whole grid of their arguments, and what they share: positions, transforms."""
+"""Pooling and unpooling with random arguments, conversion of positions, transforms, autocast and determinism."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def draw(low, high):
 
 
 def geometry(most=5):
-    """(kernel, stride, padding, dilation, ceil_mode), each random; a printed failure shows them."""
+    """Random (kernel_size, stride, padding, dilation, ceil_mode)."""
     kernel = [draw(1, most), draw(1, most)]
     return (
         kernel,
@@ -35,7 +35,7 @@ def geometry(most=5):
 
 
 def image(geometry, dtype, layout):
-    """An image that a window fits in at least once, of few values, so that maxima tie."""
+    """An image that at least one window fits into, with few different values, so that maxima tie."""
     kernel, _, padding, dilation, _ = geometry
     size = [
         max((k - 1) * d + 1 - 2 * p, d) + draw(0, 7) for k, p, d in zip(kernel, padding, dilation, strict=True)
@@ -46,7 +46,7 @@ def image(geometry, dtype, layout):
 
 
 def assert_pools(x, arguments):
-    """Values, indices and offsets to the bit; gradients as exact as torch's."""
+    """Values, indices and offsets are bit-identical to torch's; gradients are as exact as torch's."""
     print(tuple(x.shape), *arguments)
     kernel, stride, padding, dilation, _ = arguments
     y, indices = FS.max_pool2d(x, *arguments, return_indices=True)
@@ -79,7 +79,7 @@ def test_pools_of_random_arguments(trial, dtype, layout, device, triton_backend)
 @pytest.mark.parametrize("dilation", [1, 2, (3, 2)])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_first_tap_inside_an_image_of_minus_infinity(layout, dilation, device, triton_backend):
-    """With a dilation the first tap behind the padding is not the first pixel."""
+    """With a dilation the first tap inside the image is not the first pixel."""
     x = torch.full((2, 9, 10) if layout == "unbatched" else (1, 2, 9, 10), -float("inf"), device=device)
     x = x.contiguous(memory_format=torch.channels_last) if layout == "channels_last" else x
     (y, ours), (want, theirs) = (f.max_pool2d(x, 3, 1, 1, dilation, return_indices=True) for f in (FS, F))
@@ -89,7 +89,7 @@ def test_the_first_tap_inside_an_image_of_minus_infinity(layout, dilation, devic
 @pytest.mark.parametrize("kernel, padding", [(3, 1), (4, 1), (5, 2), (1, 0), ((3, 2), (0, 0)), ((1, 6), (0, 2))])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_rows_of_whole_runs(dtype, kernel, padding, device, triton_backend):
-    """Stride 2 and two pixels of each row for a window: runs are loaded whole and split, whatever the windows."""
+    """With stride 2 and two pixels of a row per window, whole runs are loaded and split, for windows of any size."""
     kernel, padding = ([n, n] if isinstance(n, int) else list(n) for n in (kernel, padding))
     assert_pools(
         torch.randn(2, 2, 7, 24, device=device).mul(2).round().to(dtype), (kernel, [2, 2], padding, [1, 1], False)
@@ -97,7 +97,7 @@ def test_rows_of_whole_runs(dtype, kernel, padding, device, triton_backend):
 
 
 def in_order(x, indices, *geometry):
-    """torch's unpooling where it goes through a plane in order: on a CPU, in NCHW."""
+    """torch's unpooling on a CPU in NCHW, where it goes through each plane in order."""
     return F.max_unpool2d(x.cpu().contiguous(), indices.cpu().contiguous(), *geometry).to(x.device)
 
 
@@ -105,13 +105,13 @@ def in_order(x, indices, *geometry):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("trial", range(4))
 def test_unpools_of_random_arguments(trial, dtype, layout, device, triton_backend):
-    """Windows that overlap or leave gaps, padding, and every output_size that they allow."""
+    """Windows that overlap or leave gaps, padding, and any output_size that they allow."""
     kernel, stride, padding, _, _ = arguments = geometry(4)
     plane = image((kernel, stride, padding, [1, 1], False), torch.float64, layout)
     _, indices = F.max_pool2d(plane, kernel, stride, padding, 1, arguments[4], return_indices=True)
     smallest = [(o - 1) * s - 2 * p + k for o, s, p, k in zip(indices.shape[-2:], stride, padding, kernel, strict=True)]
     size = [draw(max(least - s + 1, 1), least + s - 1) for least, s in zip(smallest, stride, strict=True)]
-    # Positions that the pool made, moved into the plane where this one is smaller; some then lie outside their window.
+    # The pool's positions, clamped into the new plane if that is smaller; some are then outside their windows.
     rows, columns = indices // plane.shape[-1], indices % plane.shape[-1]
     indices = (rows.clamp(max=size[0] - 1) * size[1] + columns.clamp(max=size[1] - 1)).to(device)
     x = torch.randn(indices.shape).to(dtype).to(device)
@@ -134,7 +134,7 @@ def test_unpools_of_random_arguments(trial, dtype, layout, device, triton_backen
     "kernel, stride, padding", [(3, 2, 1), (3, 1, 1), ((2, 4), (1, 3), (1, 2)), (5, (1, 2), 2), (9, 9, 0)]
 )
 def test_unpools_from_offsets_of_any_window(kernel, stride, padding, layout, device, triton_backend):
-    """The offsets that a pool made; of windows that overlap on one maximum the last in row-major order stays."""
+    """Offsets from a pool. If windows share a maximum, the value of the last window in row-major order stays."""
     x = torch.randn((3, 12, 20) if layout == "unbatched" else (2, 3, 12, 20), device=device)
     if layout == "channels_last":
         x = x.contiguous(memory_format=torch.channels_last)
@@ -151,7 +151,7 @@ def test_unpools_from_offsets_of_any_window(kernel, stride, padding, layout, dev
 
 @pytest.mark.parametrize("kernel, stride, shape", [((18, 15), 15, (1, 2, 18, 15)), (9, 1, (2, 12, 13))])
 def test_large_windows_run_in_a_loop(kernel, stride, shape, device, triton_backend):
-    """More than 256 taps keep int64 indices; 81 taps, and 81 windows over each pixel, are not unrolled."""
+    """More than 256 elements need int64 indices; 81 elements, and 81 windows per pixel, are not unrolled."""
     ours, theirs = (torch.randn(shape, device=device).round().requires_grad_() for _ in range(2))
     theirs.data.copy_(ours)
     y, want = FS.max_pool2d(ours, kernel, stride), F.max_pool2d(theirs, kernel, stride)
@@ -162,8 +162,8 @@ def test_large_windows_run_in_a_loop(kernel, stride, shape, device, triton_backe
 
 
 @pytest.mark.interpreted
-def test_strays_are_not_written_anywhere():
-    """The kernels themselves, past the check that a CPU tensor gets, where windows overlap."""
+def test_values_at_out_of_range_positions_are_not_written():
+    """The kernels themselves, without the check for CPU tensors, for overlapping windows."""
     guard = torch.full((3, 1, 1, 8, 8), 7.0)
     indices = torch.tensor([0, -70, 2**32 + 3, 200], dtype=torch.int64).repeat(4).view(1, 1, 4, 4)
     windows = Tiling(PoolGeometry([3, 3], [2, 2], [1, 1]), False)
@@ -190,7 +190,7 @@ def test_opcheck(positions, shape, device, triton_backend):
     torch.library.opcheck(torch.ops.fastseg.max_unpool2d_backward.default, (x, kept, *windows, [1, 1]))
 
 
-def test_positions_that_cannot_be_converted():
+def test_positions_that_cannot_be_converted_raise():
     offsets, indices = torch.zeros(1, 1, 4, 4, dtype=torch.uint8), torch.zeros(1, 1, 4, 4, dtype=torch.int64)
     for convert, positions in ((FS.offsets_to_indices, offsets), (FS.indices_to_offsets, indices)):
         with pytest.raises(RuntimeError, match="more than 256"):
@@ -210,7 +210,7 @@ def pools(x, F_):
 
 @pytest.mark.parametrize("shape", [(3, 2, 2, 6, 7), (3, 2, 6, 7)])
 @pytest.mark.parametrize("dim", [0, 1])
-def test_vmap_is_a_loop(shape, dim, device, triton_backend):
+def test_vmap_equals_a_loop(shape, dim, device, triton_backend):
     x = torch.randn(shape, device=device)
     if dim == 1:
         x = x.transpose(0, 1).contiguous()
@@ -220,8 +220,8 @@ def test_vmap_is_a_loop(shape, dim, device, triton_backend):
     assert offsets.dtype == torch.uint8 and offsets.shape[0] == x.shape[dim]
 
 
-def test_vmap_of_what_is_not_mapped(device, triton_backend):
-    """Values mapped, indices shared; and the other way round."""
+def test_vmap_over_one_of_two_arguments(device, triton_backend):
+    """Values mapped and indices shared, and the other way round."""
     values, indices = F.max_pool2d(torch.randn(4, 2, 6, 6, device=device), 2, return_indices=True)
     for in_dims, arguments in (((0, None), (values, indices[0])), ((None, 0), (values[0], indices))):
         both = zip(*(a.expand_as(values) for a in arguments), strict=True)
@@ -250,7 +250,7 @@ def test_gradients_by_transforms(device, triton_backend):
         torch.testing.assert_close(ours[name], want, msg=name)
 
 
-def test_forward_mode_says_that_it_is_not_there(device, triton_backend):
+def test_forward_mode_raises_not_implemented(device, triton_backend):
     x = torch.randn(1, 2, 4, 4, device=device)
     indices = torch.arange(16, device=device).view(1, 1, 4, 4).repeat(1, 2, 1, 1)
     for function in (
@@ -264,7 +264,7 @@ def test_forward_mode_says_that_it_is_not_there(device, triton_backend):
 
 @pytest.mark.parametrize("backend", ["auto", "triton"])
 def test_gradients_of_overlapping_windows(backend, device):
-    """First and second derivatives against differences, in float64."""
+    """First and second derivatives against finite differences in float64."""
     x = torch.randperm(30, dtype=torch.float64, device=device).view(1, 1, 5, 6).div(3).requires_grad_()
     indices = torch.randperm(30, device=device)[:6].view(1, 1, 2, 3)
     v = torch.randn(1, 1, 2, 3, dtype=torch.float64, device=device, requires_grad=True)
@@ -281,7 +281,7 @@ def test_gradients_of_overlapping_windows(backend, device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_autocast_passes_the_dtype_through(dtype, device):
-    """As torch does on a GPU; on a CPU torch alone unpools in float32, and so does "auto"."""
+    """As in torch on a GPU. On a CPU torch unpools in float32, and so does "auto"."""
     x = torch.randn(1, 2, 6, 6, dtype=dtype, device=device, requires_grad=True)
 
     def run(F_):
@@ -296,8 +296,8 @@ def test_autocast_passes_the_dtype_through(dtype, device):
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch", "triton"])
-def test_deterministic_algorithms_are_no_obstacle(backend, poison, device):
-    """torch's own unpooling refuses; of repeated indices the last stays, on every backend."""
+def test_deterministic_algorithms_are_supported(backend, poison, device):
+    """torch's own unpooling raises. If indices repeat, the last stays, on every backend."""
     x = torch.randn(2, 2, 3, 4, device=device, requires_grad=True)
     indices = torch.randint(0, 5, x.shape, device=device)
     with pytest.raises(RuntimeError, match="deterministic"):
@@ -315,8 +315,8 @@ def test_deterministic_algorithms_are_no_obstacle(backend, poison, device):
 
 
 @pytest.mark.parametrize("shape", [(2, 8, 12, 12), (8, 12, 12)])
-def test_nothing_waits_for_the_gpu(shape):
-    """On tensors without data whatever looked at a value on the host would raise: CUDA graphs can capture this."""
+def test_there_is_no_host_sync(shape):
+    """On meta tensors any read of a value on the host would raise. So CUDA graphs can capture these calls."""
     x = torch.empty(shape, device="meta", dtype=torch.bfloat16, requires_grad=True)
     launches = []
     with fastseg.backend("triton"), observing(lambda *call: None), recording(lambda *call: launches.append(call[0])):

@@ -1,6 +1,9 @@
+"""max_pool2d: bit-identical to torch, addresses, gradients, compilation, and invalid arguments."""
+
 import pytest
 import torch
 import torch.nn.functional as F
+from support.pool_common import GEOMETRIES, LAYOUTS
 
 import fastseg
 from fastseg import functional as FS
@@ -8,23 +11,9 @@ from fastseg.kernels.pooling.geometry import PoolGeometry
 from fastseg.ops.pooling import pool
 from fastseg.ops.pooling.geometry import pooled_size
 
-GEOMETRIES = [  # shape, kernel, stride, padding, ceil_mode: the windows that the kernels cover
-    ((2, 8, 8, 32), 2, 2, 0, False),
-    ((2, 3, 9, 15), 2, 2, 0, True),
-    ((1, 4, 7, 9), 2, None, 0, False),
-    ((2, 3, 9, 16), 2, 2, 0, True),
-    ((1, 8, 9, 9), 3, 3, 1, False),
-    ((2, 5, 10, 11), 2, 3, 1, True),
-    ((2, 3, 7, 8), (1, 2), (3, 2), (0, 1), False),
-    ((1, 2, 8, 6), (2, 1), (2, 2), 0, False),
-    ((1, 1, 2, 2), 2, 2, 0, False),
-    ((0, 3, 4, 4), 2, 2, 0, False),
-]
-LAYOUTS = [torch.contiguous_format, torch.channels_last]
 
-
-def hostile(shape, dtype, layout, device):
-    """Ties, NaN and whole windows of -inf."""
+def image_with_special_values(shape, dtype, layout, device):
+    """An image with ties, NaN, and windows of -inf only."""
     x = torch.randn(shape, device=device).mul(2).round().to(dtype)
     if x.numel() > 20:
         x.view(-1)[:3] = float("nan")
@@ -36,7 +25,7 @@ def hostile(shape, dtype, layout, device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape, kernel, stride, padding, ceil_mode", GEOMETRIES)
 def test_equals_torch_to_the_bit(shape, kernel, stride, padding, ceil_mode, dtype, layout, device, triton_backend):
-    x = hostile(shape, dtype, layout, device)
+    x = image_with_special_values(shape, dtype, layout, device)
     ours, theirs, offset = (x.clone().requires_grad_() for _ in range(3))
     geometry = (kernel, stride, padding)
     y, indices = FS.max_pool2d(ours, *geometry, ceil_mode=ceil_mode, return_indices=True)
@@ -60,7 +49,7 @@ def test_equals_torch_to_the_bit(shape, kernel, stride, padding, ceil_mode, dtyp
 
 
 def test_offsets_of_64_bits(monkeypatch, device, triton_backend):
-    """The addresses that tensors past 2^31 elements take, forced on a small one."""
+    """The addresses for tensors of more than 2^31 elements, forced for a small one."""
     from fastseg.kernels.pooling import tiling
 
     x = torch.randn(2, 8, 6, 10, device=device, requires_grad=True)
@@ -72,7 +61,7 @@ def test_offsets_of_64_bits(monkeypatch, device, triton_backend):
     assert torch.equal(torch.autograd.grad(y.sum(), x)[0], torch.autograd.grad(want.sum(), x)[0])
 
 
-def test_offsets_are_wide_in_time():
+def test_64_bits_are_used_where_32_would_overflow():
     from fastseg.kernels.pooling.tiling import Tiling
 
     windows = Tiling(PoolGeometry([2, 2], [2, 2], [0, 0]), True)
@@ -83,8 +72,8 @@ def test_offsets_are_wide_in_time():
 
 
 @pytest.mark.parametrize("trial", range(8))
-def test_the_reference_takes_every_argument(trial, device):
-    """Overlap, dilation, ceil_mode: the operators' reference, forward and backward, equals torch in float64."""
+def test_the_reference_supports_every_argument(trial, device):
+    """With overlap, dilation and ceil_mode the operators' reference equals torch in float64, backward too."""
     draw = lambda low, high: int(torch.randint(low, high + 1, ()))  # noqa: E731
     kernel, stride, dilation = [draw(1, 4), draw(1, 4)], [draw(1, 3), draw(1, 3)], [draw(1, 2), draw(1, 2)]
     padding, ceil_mode = [draw(0, k // 2) for k in kernel], bool(draw(0, 1))
@@ -177,7 +166,7 @@ def test_bad_arguments_raise_what_torch_raises(change, backend):
         FS.max_pool2d(**arguments)
 
 
-def test_what_is_not_covered_falls_back_with_a_reason(triton_backend):
+def test_an_unsupported_dtype_falls_back_to_torch_or_raises_with_a_reason(triton_backend):
     x = torch.randint(9, (1, 2, 8, 8))
     with pytest.raises(NotImplementedError, match=r"dtype torch\.int64"):
         FS.max_pool2d(x, 2)
@@ -185,14 +174,14 @@ def test_what_is_not_covered_falls_back_with_a_reason(triton_backend):
     assert torch.equal(FS.max_pool2d(x, 2), F.max_pool2d(x, 2))
 
 
-def test_offsets_of_large_windows_are_refused():
+def test_offsets_of_large_windows_raise():
     with pytest.raises(RuntimeError, match="kernel_size"):
         FS.max_pool2d_with_offsets(torch.zeros(1, 1, 40, 40), 17)
     with pytest.raises(RuntimeError, match="kernel_size"):
         FS.max_unpool2d_with_offsets(torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 2, 2, dtype=torch.uint8), 17)
 
 
-def test_strided_views_are_read_where_they_lie(device, triton_backend):
+def test_strided_views_give_the_same_results(device, triton_backend):
     base = torch.randn(2, 6, 9, 20, device=device)
     for x in (base[:, ::2], base[:, :, 1:, 3:], base.transpose(2, 3), base.permute(0, 2, 3, 1)):
         want, want_indices = F.max_pool2d(x, 2, return_indices=True)

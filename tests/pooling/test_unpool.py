@@ -1,7 +1,9 @@
+"""max_unpool2d: bit-identical to torch, arbitrary and invalid indices, gradients, and invalid arguments."""
+
 import pytest
 import torch
 import torch.nn.functional as F
-from test_pool import GEOMETRIES, LAYOUTS
+from support.pool_common import GEOMETRIES, LAYOUTS
 
 import fastseg
 from fastseg import functional as FS
@@ -10,7 +12,7 @@ from fastseg.ops.pooling import unpool
 
 
 def pooled_from(shape, geometry, ceil_mode, dtype, layout, device):
-    """(values of the pooled shape, indices) as a pool of this geometry makes them."""
+    """(values of the pooled shape, indices) as from a pool of this geometry."""
     y, indices = F.max_pool2d(torch.randn(shape, device=device), *geometry, ceil_mode=ceil_mode, return_indices=True)
     return (t.contiguous(memory_format=layout) for t in (torch.randn_like(y).to(dtype), indices))
 
@@ -40,8 +42,8 @@ def test_equals_torch_to_the_bit(shape, kernel, stride, padding, ceil_mode, dtyp
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "channels_last"])
 @pytest.mark.parametrize("repeated", [False, True])
-def test_indices_that_no_pool_made(repeated, layout, device, triton_backend):
-    """Anywhere in the plane; of repeated ones the last in row-major order stays, and each takes the gradient."""
+def test_arbitrary_indices(repeated, layout, device, triton_backend):
+    """Anywhere in the plane. If they repeat, the last in row-major order stays, and each receives the gradient."""
     n, c, h, w, size = 2, 3, 9, 10, (18, 20)
     plane = torch.arange(360)
     draw = (lambda: torch.randint(0, 360, (90,))) if repeated else (lambda: plane[torch.randperm(360)[:90]])
@@ -81,7 +83,7 @@ def test_output_size(output_size, kernel, stride, device):
 
 
 def test_output_size_of_an_unbatched_map(device):
-    """torch refuses three entries, which a (C, H, W) map has; their last two say it all."""
+    """Three entries for a (C, H, W) map: torch refuses them; here the last two are used."""
     x, index = torch.randn(3, 4, 4, device=device), torch.arange(16, device=device).view(1, 4, 4).repeat(3, 1, 1)
     assert torch.equal(
         FS.max_unpool2d(x, index, 2, output_size=(3, 9, 7)), F.max_unpool2d(x, index, 2, None, 0, (9, 7))
@@ -90,8 +92,8 @@ def test_output_size_of_an_unbatched_map(device):
 
 @pytest.mark.parametrize("backend", ["auto", pytest.param("triton", marks=pytest.mark.interpreted)])
 @pytest.mark.parametrize("bad", [-1, 64, 2**32 + 3])
-def test_an_index_outside_the_plane_is_refused(bad, backend):
-    """2^32 + 3 narrows to 3 in 32 bits."""
+def test_an_index_outside_the_plane_raises(bad, backend):
+    """2^32 + 3 would become 3 in 32 bits."""
     x, indices = torch.randn(1, 2, 4, 4), torch.zeros(1, 2, 4, 4, dtype=torch.int64)
     indices[0, 1, 2, 3] = bad
     with fastseg.backend(backend), pytest.raises(RuntimeError, match=r"invalid max index: -?\d+ at \(0, 1, 2, 3\)"):
@@ -99,14 +101,14 @@ def test_an_index_outside_the_plane_is_refused(bad, backend):
 
 
 @pytest.mark.parametrize("backend", ["auto", pytest.param("triton", marks=pytest.mark.interpreted)])
-def test_an_offset_outside_its_window_is_refused(backend):
+def test_an_offset_outside_its_window_raises(backend):
     x, offsets = torch.randn(1, 2, 4, 4), torch.zeros(1, 2, 4, 4, dtype=torch.uint8)
     with fastseg.backend(backend):
         FS.max_unpool2d_with_offsets(x, offsets, 2)
         offsets[0, 1, 2, 3] = 4
         with pytest.raises(RuntimeError, match="invalid max offset: 4"):
             FS.max_unpool2d_with_offsets(x, offsets, 2)
-        offsets[0, 1, 2, 3] = 1  # column 7 of a plane 7 wide
+        offsets[0, 1, 2, 3] = 1  # column 7 of a plane of width 7
         with pytest.raises(RuntimeError, match="invalid max offset: 1"):
             FS.max_unpool2d_with_offsets(x, offsets, 2, output_size=(8, 7))
         offsets[:] = 3
@@ -117,8 +119,8 @@ def test_an_offset_outside_its_window_is_refused(backend):
 
 
 @pytest.mark.interpreted
-def test_nothing_is_touched_outside_the_tensors(triton_backend):
-    """The kernel itself, past the check that a CPU tensor gets: strays are not written anywhere."""
+def test_nothing_is_written_outside_the_tensors(triton_backend):
+    """The kernel itself, without the check for CPU tensors: values at out-of-range indices are not written."""
     from fastseg import kernels
 
     guard = torch.full((3, 1, 1, 8, 8), 7.0)
@@ -133,7 +135,6 @@ def test_nothing_is_touched_outside_the_tensors(triton_backend):
 
 
 def test_offsets_of_64_bits(monkeypatch, device, triton_backend):
-
     from fastseg.kernels.pooling import tiling
 
     monkeypatch.setattr(tiling, "INT32_MAX", 0)
@@ -220,7 +221,7 @@ def test_bad_arguments_raise_what_torch_raises(name, arguments, keywords, backen
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("bad", [-1, 64, 2**32 + 3])
-def test_an_index_outside_the_plane_stops_the_gpu(bad):
+def test_an_index_outside_the_plane_fails_an_assertion_on_a_gpu(bad):
     """A device-side assertion ends the process's CUDA context, so it runs in a process of its own."""
     import subprocess
     import sys
