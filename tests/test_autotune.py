@@ -310,6 +310,16 @@ def test_a_call_is_known_by_all_that_its_time_depends_on(monkeypatch):
     assert len(set(keys)) == len(keys) == 10
 
 
+def test_a_gradient_has_one_key_in_the_forward_and_in_the_backward(monkeypatch):
+    """The forward asks with its bias, the operator of the backward without."""
+    keys = []
+    monkeypatch.setattr(autotune, "times", lambda key, *rest: keys.append(key))
+    x, weight, bias = tensors()
+    operators.preferred(operators.OF_INPUT, x, weight, STRIDE_2, Epilogue(bias))
+    operators.preferred(operators.OF_INPUT, x, weight, STRIDE_2)
+    assert keys[0] == keys[1]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the clock of this test is a CPU's")
 def test_what_is_timed_is_what_would_run(machine, monkeypatch):
     """Both calls of each direction give the same, up to the order of sums."""

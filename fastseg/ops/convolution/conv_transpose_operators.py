@@ -120,7 +120,8 @@ def preferred(
     dtype = dtype or input.dtype
     kinds = ["channels_last" if memory_format(x) == torch.channels_last else "nchw" for x in (input, weight)]
     shapes = "x".join(map(str, input.shape)), "x".join(map(str, weight.shape))
-    bias, scale, relu = epilogue
+    # The operator of the backward does not know the whole epilogue, so it is no part of the key of a gradient.
+    bias, scale, relu = epilogue if direction == FORWARD else NO_EPILOGUE
     after = [name for name, there in (("bias", bias), ("scale", scale), ("relu", relu or None)) if there is not None]
     numbers = torch.backends.cudnn.conv.fp32_precision if dtype == torch.float32 else ""
     deterministic = torch.are_deterministic_algorithms_enabled() or torch.backends.cudnn.deterministic
