@@ -84,12 +84,12 @@ def conv_transpose2d_fwd_kernel(
 ):  # fmt: skip
     """channels_last: one program computes BLOCK_M cells x BLOCK_N columns (rh, rw, k) of phases with equal taps.
 
-    The up to four rectangles of such phases follow each other in the grid, those with the most taps first, and all
-    columns of a block of cells are neighbours in it. ALONE: a tile has one phase. Cells then begin at oh = 0, and each
-    phase has its own first row and column of x. Otherwise cells begin where the padding begins, and some are cut by it.
-    ROW_VEC, Y_VEC: columns that are contiguous in w and in y, across phases too. SPREAD columns share one channel of
-    scale and bias. A block of x is read once for each BLOCK_N columns and tap, the first time from memory and then from
-    the L2 cache; y is written once.
+    There are up to four rectangles of such phases. Those with most taps come first in the grid, and all columns of a
+    block of cells are consecutive programs. ALONE: a tile has one phase. Cells then begin at oh = 0, and each phase has
+    its own first row and column of x. Otherwise cells begin where the padding begins, and some are cut by it. ROW_VEC,
+    Y_VEC: columns that are contiguous in w and in y, across phases too. SPREAD columns share one channel of scale and
+    bias. A block of x is read once for each BLOCK_N columns and tap, the first time from memory and then from the L2
+    cache; y is written once.
     """
     # 1. Which cells
     C, K = C_RUNS * C_VEC, K_RUNS * K_VEC

@@ -36,7 +36,7 @@ from .options import ConvTransposeGradients
 from .problem import ConvProblem
 
 MOST_COLUMNS = 256  # of the weight, for one kernel that computes both gradients: its sums are held in registers
-FEW_COLUMNS = 32  # up to so many are left to the other kernels
+FEW_COLUMNS = 32  # up to this number the other kernels run
 MOST_CHANNELS = 256  # of x in NCHW: with more, grad_y would be shuffled so often that one copy of it is cheaper
 LEAST_PIXELS = 256  # of a split: fewer are not worth its partials
 MOST_STRIDE, MOST_AREA = 16, 64  # a block of columns holds whole rows and, for the bias, whole rectangles
@@ -207,8 +207,8 @@ def _supported(
 ) -> bool:
     """Whether the sizes and the dtype are supported.
 
-    Not float32, whose GEMMs take longer than a copy of grad_y. Not rows that are no whole vectors. Not few columns:
-    Triton's compiler fails if shuffled rows are shorter than the swizzle of shared memory.
+    float32 is not: its GEMMs take longer than a copy of grad_y. Rows must be a multiple of 16 bytes. There must be more
+    than FEW_COLUMNS, because Triton's compiler fails if shuffled rows are shorter than the swizzle of shared memory.
     """
     area, half = weight[0, 0].numel(), dtype in (torch.float16, torch.bfloat16)
     if not half or problem.groups > 1 or weight.shape[0] > MOST_CHANNELS or weight[0].numel() <= FEW_COLUMNS:

@@ -38,7 +38,7 @@ from .gemm import (
 from .options import Epilogue
 from .problem import ConvProblem, phase_rectangle
 
-MOST_COVER = 1.1  # boxes may cover up to so many times the pixels there are; beyond that a flat run is better
+MOST_COVER = 1.1  # pixels in all boxes / pixels of the image, at most; with more a flat run of pixels is better
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Plain GEMMs, split-K of long sums, and channels that are no whole vectors."""
+"""Plain GEMMs, split-K of long sums, and numbers of channels that are not a multiple of a vector."""
 
 import json
 
@@ -42,7 +42,7 @@ def split_launches(monkeypatch):
     [
         ((2, 16, 4, 8), 16, (3, 5), 1, (1, 2)),
         ((16, 32, 1, 1), 16, 4),
-        ((1, 40, 3, 5), 19, (3, 4), 2, (1, 2)),  # runs that are no whole blocks, and windows cut by the edge
+        ((1, 40, 3, 5), 19, (3, 4), 2, (1, 2)),  # runs that are not a multiple of a block, and windows cut by the edge
         ((1, 8, 3, 4), 70, 3, 1, 1, 0, 1, (1, 2)),  # one tap per run
         ((1, 9, 5, 4), 6, (2, 3), 1, 1, 0, 3),
     ],

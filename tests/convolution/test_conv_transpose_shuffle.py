@@ -22,8 +22,14 @@ TOGETHER = SEPARATE[1:]
 # input, output channels, kernel size = stride, and the kernels that launch in NCHW and in channels_last
 GEOMETRIES = [
     ((2, 16, 5, 8), 12, 2, TOGETHER, TOGETHER),
-    ((1, 70, 3, 16), 20, 2, TOGETHER, []),  # two tiles of channels; no whole vectors in channels_last
-    ((1, 72, 3, 5), 20, 2, [], TOGETHER),  # rows that are no whole vectors
+    (
+        (1, 70, 3, 16),
+        20,
+        2,
+        TOGETHER,
+        [],
+    ),  # two tiles of channels; in channels_last rows are not 16-byte multiples
+    ((1, 72, 3, 5), 20, 2, [], TOGETHER),  # rows that are not a multiple of 16 bytes
     ((1, 8, 4, 8), 6, (4, 2), TOGETHER, []),
     ((3, 6, 2, 8), 5, (1, 8), TOGETHER, []),
     ((2, 24, 3, 8), 80, 2, SEPARATE, []),  # more columns than one kernel holds
