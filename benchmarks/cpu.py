@@ -1,9 +1,9 @@
-"""Time of every function on the CPU, where "auto" takes torch, beside what is written without fastseg.
+"""Time of every function on the CPU under backend "auto", next to the same in PyTorch.
 
     python3 benchmarks/cpu.py --out benchmarks/results/cpu.json
 
-Forward and backward in float32, ours and torch's in turn in this process; of each the least of --repeat calls. The
-ratio of the two is what counts: another program on the machine slows both. Without --op everything is timed.
+Forward and backward in float32. Both run in this process, alternately; the time is the minimum of --repeat calls.
+Compare the ratios, since other programs on the machine slow both. Without --op everything is timed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ from fastseg.models.plain_segnet import PlainSegNet
 from fastseg.verification import cases
 from fastseg.verification.cases import Case, ConvTransposeSpec, Placement, PoolSpec
 
-SIZES = [((1, 64, 64), (512, 512)), ((2, 33, 41), (263, 321))]  # pictures and size of logits, size of labels
+SIZES = [
+    ((1, 64, 64), (512, 512)),
+    ((2, 33, 41), (263, 321)),
+]  # (N, H, W) of the logits, size of the labels
 CLASSES = (1, 2, 4, 6, 8, 11, 14, 19, 24, 64)
 MAPS = [(4, 32, 90, 120), (2, 64, 45, 61)]
 CEIL = PoolSpec(ceil_mode=True)
@@ -38,6 +41,8 @@ ODD = ConvTransposeSpec(32, kernel=3, stride=2, padding=1, output_padding=1)
 
 
 class Pair(NamedTuple):
+    """The same computation in fastseg and in torch."""
+
     name: str
     what: str
     fastseg: Callable[[], object]
@@ -58,6 +63,7 @@ def _of_case(case: Case) -> Pair:
 
 
 def upsampled() -> Iterator[Pair]:
+    """The loss of resized logits, and their argmax."""
     for (n, *small), large in SIZES:
         size = f"{small[0]}x{small[1]} to {large[0]}x{large[1]}"
         for mode in ("bilinear", "nearest"):
@@ -82,6 +88,7 @@ def upsampled() -> Iterator[Pair]:
 
 
 def losses() -> Iterator[Pair]:
+    """The other losses, and the confusion matrix."""
     at = Placement(torch.float32, torch.contiguous_format, "cpu")
     for classes in (2, 11, 19):
         for shape in ((2, classes, 180, 240), (3, classes, 61, 83)):
@@ -106,6 +113,7 @@ def losses() -> Iterator[Pair]:
 
 
 def layers() -> Iterator[Pair]:
+    """Pooling, unpooling, batch norm and transposed convolutions."""
     for layout in cases.LAYOUTS.values():
         at = Placement(torch.float32, layout, "cpu")
         for shape in MAPS:
@@ -121,7 +129,7 @@ def layers() -> Iterator[Pair]:
 
 
 def _plain_segnet(network: SegNet, x: Tensor) -> Tensor:
-    """What SegNet computes, by torch's functions."""
+    """SegNet's forward in torch's functions."""
 
     def blocks(x: Tensor, stage: torch.nn.Module) -> Tensor:
         for conv, norm in stage:
@@ -143,7 +151,7 @@ def _plain_segnet(network: SegNet, x: Tensor) -> Tensor:
 
 
 def networks() -> Iterator[Pair]:
-    """Training steps of a network: torch's layers, and fastseg's in their place."""
+    """Training steps of a network with torch's layers, and with fastseg's."""
     for size in ((180, 240), (90, 121)):
         x, labels = torch.randn(2, 3, *size), _labels(11, 2, *size, ignored=True)
 
@@ -160,12 +168,13 @@ def networks() -> Iterator[Pair]:
 
 
 def timed(pair: Pair, repeat: int) -> dict[str, Any]:
+    """A row of the results."""
     seconds: dict[str, list[float]] = {"fastseg": [], "torch": []}
     for turn in range(repeat + 1):
         for name in ("fastseg", "torch"):
             started = time.perf_counter()
             getattr(pair, name)()
-            if turn:  # the first is warm-up
+            if turn:  # the first turn is warm-up
                 seconds[name].append(time.perf_counter() - started)
     return {"function": pair.name, "case": pair.what} | {
         f"{name} ms": round(1e3 * min(took), 3) for name, took in seconds.items()
@@ -174,10 +183,10 @@ def timed(pair: Pair, repeat: int) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="write the numbers here, as JSON")
-    parser.add_argument("--op", action="append", help="only functions whose name begins so (may be repeated)")
-    parser.add_argument("--repeat", type=int, default=12, help="timed calls of each (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=[1, 2], nargs="+", help="of torch (default: 1, then 2)")
+    parser.add_argument("--out", type=Path, help="write the results to this file, as JSON")
+    parser.add_argument("--op", action="append", help="only functions whose name starts with this (may be repeated)")
+    parser.add_argument("--repeat", type=int, default=12, help="timed calls per function (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=[1, 2], nargs="+", help="torch's threads (default: 1, then 2)")
     args = parser.parse_args(arguments)
     torch.manual_seed(0)
     rows = []
@@ -193,7 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 print(f"{ratio:5.2f} of {row['torch ms']:8.2f} ms  {threads}  {pair.name}  {pair.what}", flush=True)
     if args.out:
         report = {"device": f"CPU, {platform.machine()}", "torch": torch.__version__, "fastseg": fastseg.__version__}
-        lines = ",\n".join(json.dumps(row) for row in rows)  # one row a line
+        lines = ",\n".join(json.dumps(row) for row in rows)  # one row per line
         args.out.write_text(f'{json.dumps(report)[:-1]}, "rows": [\n{lines}\n]}}\n')
 
 

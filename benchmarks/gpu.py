@@ -1,9 +1,9 @@
-"""Everything that only a GPU can tell, in one command: python3 benchmarks/gpu.py --out DIR
+"""Tests, benchmarks and checks that need a GPU, in one command: python3 benchmarks/gpu.py --out DIR
 
-Runs from a checkout, without installing it, with the python3 it is started with: torch, triton, numpy, rich and pytest
-are what it needs. Each part is a process of its own with a time limit; one that fails or hangs loses none of the
-others. What they found is in DIR: summary.json, doctor.json, verify.json, results.jsonl, codegen.json, log.txt, and
-the times by which fastseg chose between its convolutions and cuDNN's.
+It runs from a checkout, which need not be installed, with the python3 that starts it, and needs torch, triton, numpy,
+rich and pytest. Each part is a separate process with a time limit; if one fails or hangs, the others still run. The
+results are in DIR: summary.json, doctor.json, verify.json, results.jsonl, codegen.json, log.txt, and the measured times
+by which fastseg chose between its convolutions and cuDNN's.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-# verify: of CUDA C++ too where CuPy is
+# verify also checks the CUDA C++ kernels if CuPy is installed
 PARTS = ("doctor", "tests", "verify", "operators", "models", "codegen", "sanitizer")
 BUDGET = 510.0
-# Of the budget, for each part; the doctor's is for the first import of torch, and what a part leaves goes to the next.
+# Fractions of the budget. The doctor's is for the first import of torch. Unused time passes to later parts.
 SHARES = {
     "doctor": 0.12,
     "tests": 0.22,
@@ -38,25 +38,32 @@ SHARES = {
     "codegen": 0.07,
     "sanitizer": 0.06,
 }
-LEAST = 10.0  # seconds: with less left a part is not begun
-MARGIN = 12.0  # seconds before its limit at which a benchmark begins nothing new
-GRACE = 8.0  # seconds beyond its limit in which a part, interrupted, may still say what it found
-LOG_BYTES = 1_000_000  # of each part: what is beyond is dropped
-CONV_TESTS = ("conv_transpose", "conv_transpose_tma", "conv_transpose_depthwise", "conv_transpose_norm", "faster")
-NORM_TESTS = ("batch_norm", "batch_norm_modules", "models")
-LOSS_TESTS = ("cross_entropy*", "dice_cross_entropy", "linear_cross_entropy", "upsample*", "confusion")
-OPERATOR_TESTS = (
-    "pool",
-    "unpool",
-    "windows",
-    *NORM_TESTS,
-    *CONV_TESTS,
-    "unpool_conv*",
-    *LOSS_TESTS,
-    "nn",
-    "swap",
-    "swap_sequences",
-    "dispatch",
+LEAST = 10.0  # seconds; a part does not start if less time is left
+MARGIN = 12.0  # seconds before its limit from which a benchmark starts nothing new
+GRACE = 8.0  # seconds that an interrupted part has to report its results
+LOG_BYTES = 1_000_000  # per part; further output is dropped
+OPERATOR_TESTS = (  # below tests/
+    "pooling/test_pool.py",
+    "pooling/test_unpool.py",
+    "pooling/test_geometry.py",
+    "batch_norm/test_batch_norm.py",
+    "batch_norm/test_batch_norm_modules.py",
+    "models/test_models.py",
+    "convolution/test_conv_transpose.py",
+    "convolution/test_conv_transpose_tma.py",
+    "convolution/test_conv_transpose_depthwise.py",
+    "convolution/test_conv_transpose_norm.py",
+    "convolution/test_unpool_conv*.py",
+    "test_autotune.py",
+    "losses/test_cross_entropy*.py",
+    "losses/test_dice_cross_entropy.py",
+    "losses/test_linear_cross_entropy.py",
+    "losses/test_upsample*.py",
+    "losses/test_confusion.py",
+    "nn/test_nn.py",
+    "swapping/test_swap.py",
+    "swapping/test_swap_sequences.py",
+    "test_dispatch.py",
 )
 
 Command = list[str]
@@ -64,9 +71,9 @@ Command = list[str]
 
 @dataclass
 class Part:
-    """One process: its command, its limit in seconds, and the file that takes its standard output, if any.
+    """One process: its command, its share of the budget, and the file for its standard output, if any.
 
-    seconds_option: the command takes `--seconds`, after which it begins nothing new.
+    seconds_option: the command has an option `--seconds`, after which it starts nothing new.
     """
 
     name: str
@@ -78,7 +85,7 @@ class Part:
 
 @dataclass
 class Outcome:
-    """What became of a part."""
+    """How a part ended."""
 
     name: str
     status: str = "not run"
@@ -90,7 +97,7 @@ class Outcome:
 
 
 def plan(chosen: Sequence[str], quick: bool, results: Path) -> list[Part]:
-    """The parts in order. quick: little of each, for trying this file on a machine without a GPU."""
+    """The parts in order. quick: a little of each, to try this file on a machine without a GPU."""
     fastseg = [sys.executable, "-m", "fastseg.commands.cli"]
     pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=5"]
     if importlib.util.find_spec("xdist") is not None and not quick:
@@ -100,16 +107,14 @@ def plan(chosen: Sequence[str], quick: bool, results: Path) -> list[Part]:
         ["tests/test_dispatch.py"]
         if quick
         else [
-            str(path.relative_to(ROOT))
-            for name in OPERATOR_TESTS
-            for path in sorted(ROOT.glob(f"tests/test_{name}.py"))
+            str(path.relative_to(ROOT)) for pattern in OPERATOR_TESTS for path in sorted((ROOT / "tests").glob(pattern))
         ]
     )
     small = ["--quick", "--op", "max_pool2d"] if quick else []
     few = ["--op", "max_pool2d", "--layout", "nchw", "--sm", "90"] if quick else []
     share, cupy = dict(SHARES), importlib.util.find_spec("cupy") is not None
-    gpu_tests = ["tests/test_unpool.py"] if quick else ["tests"]
-    halves = [*fastseg, "verify", "--dtype", "float16", *(small or ["--quick"])]
+    gpu_tests = ["tests/pooling/test_unpool.py"] if quick else ["tests"]
+    half_precision = [*fastseg, "verify", "--dtype", "float16", *(small or ["--quick"])]
     sanitizer = [find_sanitizer(), "--error-exitcode", "9", "--tool"]
     found = [
         Part("doctor", [*fastseg, "doctor", "--json"], share["doctor"], "doctor.json"),
@@ -123,9 +128,9 @@ def plan(chosen: Sequence[str], quick: bool, results: Path) -> list[Part]:
              share["operators"] * 0.3, None, True),
         Part("models", [*bench, "--part", "models"], share["models"], None, True),
         Part("codegen", [*fastseg, "inspect", "codegen", "--json", *few], share["codegen"], "codegen.json"),
-        # Last, with what the others have left: it takes as long as it is given.
+        # Last, in the time that is left: it would use any amount of time.
         *(
-            Part(f"sanitizer-{tool}", [*sanitizer, tool, *halves], share["sanitizer"] / 2)
+            Part(f"sanitizer-{tool}", [*sanitizer, tool, *half_precision], share["sanitizer"] / 2)
             for tool in ("memcheck", "racecheck")
         ),
     ]  # fmt: skip
@@ -133,14 +138,14 @@ def plan(chosen: Sequence[str], quick: bool, results: Path) -> list[Part]:
 
 
 def find_sanitizer() -> str:
-    """NVIDIA's compute-sanitizer: from the path, or where the CUDA toolkit puts it."""
+    """The path of NVIDIA's compute-sanitizer: from PATH, or the CUDA toolkit's default."""
     return shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
 
 
 def environment(out: Path) -> dict[str, str]:
-    """This process's, with the checkout first on the path, and no interpreter that would slow the kernels down.
+    """This process's environment with the checkout first on the path and without TRITON_INTERPRET.
 
-    Which of fastseg and cuDNN was found to be the faster is kept in `out` too.
+    Measured times of fastseg's convolutions and cuDNN's are kept in `out`.
     """
     found = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     found["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), found.get("PYTHONPATH"))))
@@ -148,12 +153,12 @@ def environment(out: Path) -> dict[str, str]:
 
 
 def interruptible() -> None:
-    """In a part's process: SIGINT is heard there, also where a shell started this one in the background, deaf to it."""
+    """Restore SIGINT in a part's process: a shell that starts this program in the background makes it ignore SIGINT."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 class Run:
-    """Runs parts one after another into a folder, and says so as it goes."""
+    """Runs parts one after another, writes their results to a folder, and prints the progress."""
 
     def __init__(self, out: Path, budget: float) -> None:
         self.out, self.began, self.budget = out, time.monotonic(), budget
@@ -162,16 +167,18 @@ class Run:
         self.log = (out / "log.txt").open("w", encoding="utf-8", errors="replace")
 
     def left(self) -> float:
+        """The seconds of the budget that are left."""
         return self.budget - (time.monotonic() - self.began)
 
     def say(self, text: str) -> None:
+        """Print a line, and write it to the log."""
         line = f"[{time.monotonic() - self.began:4.0f} s] {text}"
         print(line, flush=True)
         self.log.write(line + "\n")
         self.log.flush()
 
     def all(self, parts: Sequence[Part]) -> int:
-        """Run them; each gets its share of the budget, and what the ones before it left. Returns the exit code."""
+        """Run the parts, each with its share of the time that is left. Returns the exit code."""
         self.outcomes = [Outcome(part.name, command=" ".join(part.command)) for part in parts]
         for number, (part, outcome) in enumerate(zip(parts, self.outcomes, strict=True)):
             waiting = sum(other.share for other in parts[number:])
@@ -181,7 +188,7 @@ class Run:
                 continue
             try:
                 self.one(part, outcome)
-            except Exception as error:  # none of the others may be lost
+            except Exception as error:  # the other parts must run
                 outcome.status = f"failed to start: {error}"
             self.say(f"{part.name}: {outcome.status} after {outcome.seconds:.0f} s")
             self.summary()
@@ -190,6 +197,7 @@ class Run:
         return 0 if all(outcome.status == "ok" for outcome in self.outcomes) else 1
 
     def one(self, part: Part, outcome: Outcome) -> None:
+        """Run one part, within its limit."""
         command = list(part.command)
         if part.seconds_option:
             command += ["--seconds", str(max(1, round(outcome.limit - MARGIN)))]
@@ -212,31 +220,31 @@ class Run:
                 outcome.status = "ok" if outcome.code == 0 else f"failed with code {outcome.code}"
             except subprocess.TimeoutExpired:
                 outcome.status = "stopped at its time limit"
-                process.send_signal(signal.SIGINT)  # pytest tells its failures, verify writes the cases that are done
+                process.send_signal(signal.SIGINT)  # pytest prints its failures, verify its finished cases
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(timeout=GRACE)
             finally:
-                with contextlib.suppress(ProcessLookupError):  # its children too: they would hold the GPU
+                with contextlib.suppress(ProcessLookupError):  # its child processes too, which would occupy the GPU
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
                 reader.join(timeout=5)
                 outcome.seconds = round(time.monotonic() - started, 1)
 
     def follow(self, stream: Any, outcome: Outcome) -> None:
-        """Copy a part's lines to the log and the terminal as they come."""
+        """Copy the output of a part to the log and the terminal, line by line."""
         written = 0
         for raw in stream:
             line = raw.decode(errors="replace").rstrip("\n")
             outcome.last_lines = [*outcome.last_lines[-14:], line[:400]]
             written += len(line)
             if written < LOG_BYTES:
-                with contextlib.suppress(ValueError):  # the log is closed: a straggler of a stopped part
+                with contextlib.suppress(ValueError):  # a stopped part still prints, but the log is closed
                     self.log.write(f"  {line}\n")
                     self.log.flush()
                 print(f"    {line[:200]}", flush=True)
 
     def summary(self) -> None:
-        """summary.json, whole at any time."""
+        """Write summary.json atomically."""
         found = {
             "seconds": round(time.monotonic() - self.began, 1),
             "budget": self.budget,
@@ -255,7 +263,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--budget", type=float, default=BUDGET, metavar="S", help="seconds in all (default: %(default)g)"
     )
-    parser.add_argument("--quick", action="store_true", help="little of each part; works without a GPU")
+    parser.add_argument("--quick", action="store_true", help="a little of each part; works without a GPU")
     args = parser.parse_args(arguments)
     if not args.budget > 0:
         parser.error("--budget must be above 0 seconds")

@@ -1,10 +1,10 @@
-"""Peak memory and time of a resized cross-entropy on the CPU against the number of classes: torch's and fastseg's.
+"""Peak memory and time of a resized cross-entropy on the CPU by number of classes, for torch and fastseg.
 
     python3 benchmarks/memory.py --out benchmarks/results/memory-cpu.json --png docs/images/memory.png
 
-Forward and backward of logits (2, C, 64, 64) resized to 512 x 512, both in this process, in turn. Peak memory is the
-most that torch's CPU allocator had given out at a time beyond what stood before the call, as torch.profiler tells it;
-time the least of --repeat calls.
+Forward and backward of logits (2, C, 64, 64) resized to 512 x 512. Both run in this process, alternately. Peak memory
+is the maximum that torch's CPU allocator has allocated beyond the memory allocated before the call, measured by
+torch.profiler. The time is the minimum of --repeat calls.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SMALL, LARGE = (64, 64), (512, 512)
 
 
 def peak(function: Callable[[], None]) -> int:
-    """Bytes."""
+    """The largest number of bytes that a call has allocated at once."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         function()
     events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -37,6 +37,7 @@ def peak(function: Callable[[], None]) -> int:
 
 
 def measure(classes: int, repeat: int) -> dict[str, Any]:
+    """Peak memory and time of both for one number of classes."""
     logits = torch.randn(2, classes, *SMALL, requires_grad=True)
     target = torch.randint(classes, (2, *LARGE))
 
@@ -61,6 +62,7 @@ def measure(classes: int, repeat: int) -> dict[str, Any]:
 
 
 def chart(report: dict[str, Any], path: Path) -> None:
+    """Draw peak memory by number of classes."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
@@ -79,10 +81,10 @@ def chart(report: dict[str, Any], path: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="write the numbers here, as JSON")
-    parser.add_argument("--png", type=Path, help="write the picture here")
-    parser.add_argument("--repeat", type=int, default=3, help="timed calls of each (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=1, help="of torch (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="write the results to this file, as JSON")
+    parser.add_argument("--png", type=Path, help="write a chart to this file")
+    parser.add_argument("--repeat", type=int, default=3, help="timed calls per size (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="torch's threads (default: %(default)s)")
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     report = {

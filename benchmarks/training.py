@@ -1,13 +1,13 @@
-"""A whole training in plain torch beside the same with fastseg, on a folder in CamVid's layout with a test split.
+"""The same training in plain torch and with fastseg, on a folder in CamVid's layout with a test split.
 
     python3 benchmarks/training.py --data CamVid --out build/training
-    python3 benchmarks/training.py --data CamVid --out build/training --variant "fastseg swap"   one of them
+    python3 benchmarks/training.py --data CamVid --out build/training --variant "fastseg swap"   only this one
 
-SegNet at 360x480 with the authors' class weights, from the same random weights, on the same batches in the same order:
-`torch` is nn.MaxPool2d with indices, nn.MaxUnpool2d, nn.BatchNorm2d and torch's loss; `fastseg swap` is that model
-after fastseg.swap; `fastseg` is the network of fastseg.models. Each leaves <out>/<variant>.json as soon as it is done:
-loss by step, validation mIoU, scores on test/, seconds of training and peak memory. A picture of all that lie in <out>
-is drawn at the end, training.png. Ctrl-C stops; what is done is kept.
+SegNet at 360x480 with the authors' class weights, from the same initial weights, on the same batches in the same order.
+`torch` uses nn.MaxPool2d with indices, nn.MaxUnpool2d, nn.BatchNorm2d and torch's loss; `fastseg swap` is that model
+after fastseg.swap; `fastseg` is the network of fastseg.models. Each writes <out>/<variant>.json when it is done: the
+loss of each step, validation mIoU, scores on test/, seconds of training and peak memory. At the end training.png is
+drawn from all results in <out>. Ctrl-C stops and keeps the finished results.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ PUBLISHED = {"global_accuracy": 0.904, "class_accuracy": 0.712, "miou": 0.601}
 
 
 def build(variant: str, config: TrainConfig, classes: int) -> nn.Module:
-    """The network of this variant; all start from the weights of the one seed."""
+    """The network of a variant. All variants start from the same weights."""
     torch.manual_seed(config.seed)
     native = models.MODELS[config.model](classes, width=config.width)
     if variant == "fastseg":
@@ -57,7 +57,7 @@ def build(variant: str, config: TrainConfig, classes: int) -> nn.Module:
 
 
 def train(variant: str, config: TrainConfig, stop: GracefulInterrupt) -> dict[str, Any] | None:
-    """One training and its scores on the test split; None where it was interrupted."""
+    """Train one variant and score it on the test split; None if interrupted."""
     train_set, val_set = load_datasets(config)
     test_set = data.FolderDataset(config.data, "test", config.size, config.ignore_index, config.num_classes)
     trainer = Trainer(config, build(variant, config, len(train_set.classes)), train_set, val_set)
@@ -90,6 +90,7 @@ def train(variant: str, config: TrainConfig, stop: GracefulInterrupt) -> dict[st
 
 
 def chart(found: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draw training loss and validation mIoU of all variants."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 3.6), layout="constrained")
@@ -110,6 +111,7 @@ def chart(found: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def row(result: dict[str, Any]) -> str:
+    """A result in one line."""
     scores = "  ".join(f"{name.replace('_', ' ')} {result['test'][name]:.3f}" for name in PUBLISHED)
     memory = "" if result["peak_bytes"] is None else f"  peak {result['peak_bytes'] / 2**20:.0f} MiB"
     return f"{result['variant']:13} {result['seconds']:8.1f} s{memory}  test: {scores}"
@@ -119,15 +121,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, metavar="DIR", help="folder with train/, val/, test/ and their masks")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the results")
-    parser.add_argument("--variant", action="append", choices=VARIANTS, help="only this (may be repeated)")
+    parser.add_argument("--variant", action="append", choices=VARIANTS, help="only this variant (may be repeated)")
     parser.add_argument("--steps", type=int, default=6000, help="(default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=8, help="(default: %(default)s)")
     parser.add_argument("--size", type=parse_size, default=(360, 480), metavar="HxW", help="(default: 360x480)")
-    parser.add_argument("--lr", type=float, default=1e-3, help="highest rate of AdamW (default: %(default)s)")
-    parser.add_argument("--width", type=float, default=1.0, help="factor for the channels (default: %(default)s)")
+    parser.add_argument("--lr", type=float, default=1e-3, help="highest learning rate of AdamW (default: %(default)s)")
+    parser.add_argument("--width", type=float, default=1.0, help="factor of the channels (default: %(default)s)")
     parser.add_argument("--eval-every", type=int, default=500, metavar="STEPS", help="(default: %(default)s)")
-    parser.add_argument("--workers", type=int, default=12, help="threads that read pictures (default: %(default)s)")
-    parser.add_argument("--device", help="(default: cuda where there is one)")
+    parser.add_argument("--workers", type=int, default=12, help="threads that read images (default: %(default)s)")
+    parser.add_argument("--device", help="(default: cuda if available)")
     args = parser.parse_args(arguments)
     shared = {
         name: getattr(args, name)
@@ -138,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for variant in args.variant or VARIANTS:
             backend = "torch" if variant == "torch" else "auto"
             print(f"{variant}: {args.steps} steps", file=sys.stderr)
-            with tempfile.TemporaryDirectory() as folder:  # for checkpoints, of hundreds of MB
+            with tempfile.TemporaryDirectory() as folder:  # for checkpoints, which take hundreds of MB
                 config = TrainConfig(**shared, class_weights="camvid", out=folder, backend=backend)
                 result = train(variant, config, stop)
             if result is None:

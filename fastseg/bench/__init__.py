@@ -1,1 +1,1 @@
-"""Timing of operators and networks beside torch, with results in files and reports made of them."""
+"""Times of operators and networks, compared with torch; result files, and reports from them."""

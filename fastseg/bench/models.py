@@ -1,4 +1,4 @@
-"""Times of whole networks: plain torch, fused layers swapped in, fastseg's own, and torch.compile of each."""
+"""Times of whole networks: in plain torch, after fastseg.swap, fastseg's own, and torch.compile of each."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from .results import Recorder, Unable
 SECONDS = 1.0
 ROUNDING = 64 * torch.finfo(torch.float32).eps
 SLACK = 2.0
-"""A network's logits, loss and gradients may be so many times as far from float64 as plain torch's."""
+"""How many times plain torch's error against float64 a network's logits, loss and gradients may have."""
 LEAST = {"logits": ROUNDING, "loss": ROUNDING, "gradients": 0.05, "labels": 1e-3}
-"""What each may be off at least. A maximum of two nearly equal values moves a whole gradient, in any dtype; two nearly
-equal logits a label."""
+"""Errors that are always allowed. If two values in a window are nearly equal, rounding moves a whole gradient, in any
+dtype; if two logits are, it changes a label."""
 CHECKED_BATCH = 4
 
 
@@ -52,7 +52,7 @@ VARIANTS = [
 
 
 class ModelBench:
-    """Times networks into a recorder, until a deadline (of time.monotonic)."""
+    """Times networks into a recorder, until a deadline of time.monotonic."""
 
     def __init__(
         self, recorder: Recorder, device: str, dtype: str, layout: str, deadline: float, small: bool,
@@ -64,7 +64,7 @@ class ModelBench:
         self.dtype, self.layout, self.format = cases.DTYPES[dtype], layout, cases.LAYOUTS[layout]
 
     def run(self, networks: Sequence[Network], compile: bool) -> None:
-        """All networks: first what is not compiled, then what is."""
+        """Time all networks: first the variants without torch.compile, then those with it."""
         for compiled in (False, True) if compile else (False,):
             for network in networks:
                 self._network(network, [v for v in VARIANTS if (v.compile is not None) == compiled])
@@ -97,7 +97,7 @@ class ModelBench:
 
 
 class Job:
-    """One network on its inputs: what is right, from plain torch, and the variants checked and timed."""
+    """One network on its inputs: the expected results, from plain torch, and the checks and times of the variants."""
 
     def __init__(self, bench: ModelBench, built: Built, inputs: list[Tensor], labels: Tensor) -> None:
         self.bench, self.built, self.inputs, self.labels = bench, built, inputs, labels
@@ -110,7 +110,7 @@ class Job:
         self.wanted = {mode: self._result(mode, form, make(form)) for mode, make in self._modes()}
 
     def run(self, variant: Variant, who: dict[str, str]) -> None:
-        """Check a variant, and time it if it is right."""
+        """Check a variant, and time it if its results are right."""
         bench = self.bench
         form = self.built.form(variant.build, variant.backend)
         if form is None:
@@ -129,7 +129,7 @@ class Job:
             identity = who | {"mode": mode, "launch": "eager"}
             with bench.recorder.shown(**identity):
                 call = make(form, variant.compile)
-                # Both have errors of their own, of the size that plain torch has against float64.
+                # Both have rounding errors, of the size of plain torch's error against float64.
                 name = "gradients" if mode != "inference" else "logits" if form.predict is None else "labels"
                 errors = _errors({name: self._result(mode, form, call)}, {name: self.wanted[mode]})
                 verdict = _verdict(errors, {name: 2 * SLACK * self.plain_errors[name] + LEAST[name]})
@@ -149,7 +149,7 @@ class Job:
 
     @staticmethod
     def _result(mode: str, form: Form, call: Callable[[], Any]) -> list[Tensor]:
-        """Logits or labels of an inference, gradients of a training step."""
+        """The logits or labels of an inference, or the gradients of a training step."""
         result = call()
         return [result] if mode == "inference" else [p.grad.clone() for p in form.model.parameters()]
 
@@ -163,7 +163,7 @@ class Job:
         return torch.autocast(self.bench.device, self.bench.dtype)
 
     def _outcome(self, form: Form, exact: bool = False) -> dict[str, list[Tensor]]:
-        """Logits and labels in eval mode, loss and gradients in training mode, for few pictures and a copy."""
+        """Logits and labels in evaluation, loss and gradients in training, of a copy of the model for few images."""
         model, (inputs, labels) = copy.deepcopy(form.model), self.few
         inputs = [x.double() for x in inputs] if exact else inputs
         found = {}
@@ -178,7 +178,7 @@ class Job:
             if exact:
                 value.backward()
         if not exact:
-            value.backward()  # outside autocast, as one writes it
+            value.backward()  # outside autocast, as in a usual training loop
         return found | {"loss": [value.detach()], "gradients": [p.grad for p in model.parameters()]}
 
     def _inference(self, form: Form, compile: str | None = None) -> Callable[[], Any]:
@@ -218,7 +218,7 @@ class Job:
 
 @contextlib.contextmanager
 def _no_search() -> Iterator[None]:
-    """cuDNN tries no algorithms: in float64 that takes longer than the network."""
+    """Turn off cuDNN's search for algorithms, which in float64 takes longer than the network."""
     before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
     try:
         yield
@@ -227,7 +227,7 @@ def _no_search() -> Iterator[None]:
 
 
 def _errors(found: dict[str, list[Tensor]], truth: dict[str, list[Tensor]]) -> dict[str, float]:
-    """The norm of the difference over the norm of the truth, for each kind of result; of labels how many differ."""
+    """For each kind of result the norm of the difference over that of the truth; for labels the fraction that differs."""
     errors = {}
     for name, wanted in truth.items():
         if name == "labels":
@@ -242,6 +242,6 @@ def _errors(found: dict[str, list[Tensor]], truth: dict[str, list[Tensor]]) -> d
 
 def _verdict(errors: dict[str, float], allowed: dict[str, float]) -> str:
     for name, error in errors.items():
-        if not error <= allowed[name]:  # NaN is wrong
+        if not error <= allowed[name]:  # true for NaN
             return f"wrong: {name} off by {error:.2g}, allowed {allowed[name]:.2g}"
     return "right"

@@ -1,4 +1,4 @@
-"""The networks that are timed whole, each in the forms that are compared: plain torch, swapped, and fastseg's own."""
+"""The networks that are timed, each in the forms that are compared: plain torch, swapped, and fastseg's own."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from .. import functional, models
 from .. import nn as fused
 from ..swapping import swap
 
-BN_EPS = 1e-5  # torch's own: with the authors' 1e-9 a check of few pictures sees little but rounding
+BN_EPS = 1e-5  # torch's default: with the authors' 1e-9 rounding dominates the check of few images
 SMALL_WIDTH = 0.125
 IGNORED = 255
 
 
 @dataclass(frozen=True)
 class Form:
-    """One way to write a network: a model that gives logits, their loss, and what inference makes of them.
+    """One implementation of a network: a model that gives logits, their loss, and the prediction.
 
-    predict: labels from the logits and the pictures' size; None where the logits are the result.
+    predict: labels from the logits and the size of the images; None if the logits are the result.
     """
 
     model: nn.Module
@@ -32,9 +32,9 @@ class Form:
 
 
 class PlainTwin(nn.Module):
-    """SegNet, SegNetBasic or DeconvNet as one writes it in torch alone: nn.MaxPool2d with indices, nn.MaxUnpool2d.
+    """SegNet, SegNetBasic or DeconvNet in plain torch, with nn.MaxPool2d that returns indices and nn.MaxUnpool2d.
 
-    Takes the layers of one of fastseg.models' networks and makes torch's own of them.
+    It takes the layers of a network of fastseg.models and turns them into torch's layers.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -44,13 +44,13 @@ class PlainTwin(nn.Module):
         middle = (getattr(model, name, None) for name in ("fc6", "fc7", "fc6_deconv"))
         self.middle = self.stage(*(layer for layer in middle if layer is not None))
         self.decoder = nn.ModuleList(self.stage(*blocks) for blocks in model.decoder)
-        self.classifier = model.classifier  # all in the order of the network's own parameters
+        self.classifier = model.classifier  # in the order of the network's parameters
         self.pools = nn.ModuleList(nn.MaxPool2d(2, return_indices=True, ceil_mode=True) for _ in self.encoder)
         self.unpools = nn.ModuleList(nn.MaxUnpool2d(2) for _ in self.decoder)
 
     @staticmethod
     def stage(*blocks: nn.Module) -> nn.Sequential:
-        """Convolution, nn.BatchNorm2d and ReLU for each pair of a convolution and what is fused behind it."""
+        """Convolution, nn.BatchNorm2d and ReLU for each convolution and the fused layer after it."""
         made = []
         for conv, norm in blocks:
             conv.__class__ = nn.ConvTranspose2d if isinstance(conv, nn.ConvTranspose2d) else nn.Conv2d
@@ -74,7 +74,7 @@ class PlainTwin(nn.Module):
 
 
 class UNet(nn.Module):
-    """A small U-Net in plain torch: max-pooling down, 2x2 transposed convolutions with stride 2 up, skips between."""
+    """A small U-Net in plain torch: max-pooling, 2x2 transposed convolutions with stride 2, and skip connections."""
 
     def __init__(self, num_classes: int, width: float = 1.0) -> None:
         super().__init__()
@@ -99,19 +99,19 @@ class UNet(nn.Module):
             x = stage(x)
             kept.append(x)
             x = self.pool(x)
-        x = kept.pop()  # the last map is not pooled
+        x = kept.pop()  # the last feature map is not pooled
         for up, merge in zip(self.up, self.merge, strict=True):
             x = merge(torch.cat([kept.pop(), up(x)], 1))
         return self.classifier(x)
 
 
 class SemanticFPN(nn.Module):
-    """The head that ADE20K is often reported with: a feature pyramid, and a branch up to stride 4 from each level.
+    """A feature pyramid network for segmentation, a common head for ADE20K, without its backbone.
 
-    Kirillov, Girshick, He and Dollar, "Panoptic Feature Pyramid Networks", CVPR 2019, without dropout: the pyramid's
-    levels have 256 channels; convolution, batch norm, ReLU and 2x bilinear upsampling of 128 channels bring each to
-    stride 4, where their sum goes through a 1x1 classifier. forward: a backbone's maps of strides 4, 8, 16 and 32 to
-    logits of stride 4.
+    Kirillov, Girshick, He and Dollar, "Panoptic Feature Pyramid Networks", CVPR 2019, without dropout. The levels have
+    256 channels. From each level, blocks of convolution, batch norm, ReLU and 2x bilinear upsampling with 128 channels
+    lead to stride 4, where a 1x1 classifier takes their sum. forward: a backbone's feature maps of strides 4, 8, 16 and
+    32 to logits of stride 4.
     """
 
     CHANNELS = (64, 128, 320, 512)
@@ -143,7 +143,7 @@ class SemanticFPN(nn.Module):
 
 
 class ResizedCrossEntropyLoss(nn.Module):
-    """nn.CrossEntropyLoss of logits that are resized to the labels first, as one writes it in torch."""
+    """nn.CrossEntropyLoss of logits that are first resized to the size of the labels, in plain torch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -166,7 +166,7 @@ def predicted_at_once(logits: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def swapped(form: Form) -> Form:
-    """The form after fastseg.swap of its model and of its loss."""
+    """The form after fastseg.swap of its model and its loss."""
     model, loss = copy.deepcopy(form.model), copy.deepcopy(form.loss)
     swap(model)
     swap(loss)
@@ -174,7 +174,7 @@ def swapped(form: Form) -> Form:
 
 
 def of_models(name: str) -> Callable[[int, float], dict[str, Form]]:
-    """The forms of one of fastseg.models' networks."""
+    """A function that builds the forms of a network of fastseg.models."""
 
     def build(classes: int, width: float) -> dict[str, Form]:
         native = models.MODELS[name](classes, width=width, bn_eps=BN_EPS)
@@ -185,12 +185,12 @@ def of_models(name: str) -> Callable[[int, float], dict[str, Form]]:
 
 
 def unet(classes: int, width: float) -> dict[str, Form]:
-    """fastseg has none of its own."""
+    """The forms of the U-Net, which fastseg.models does not have."""
     return {"plain": Form(UNet(classes, width), nn.CrossEntropyLoss())}
 
 
 def ade20k_head(classes: int, width: float) -> dict[str, Form]:
-    """fastseg's own is the swapped model with the loss and the labels from logits that are not resized in memory."""
+    """The forms of the ADE20K head. fastseg's own computes the loss and the labels without resized logits in memory."""
     plain = Form(SemanticFPN(classes, width), ResizedCrossEntropyLoss(), predicted)
     loss = fused.UpsampleCrossEntropyLoss(ignore_index=IGNORED, align_corners=False)
     return {"plain": plain, "native": Form(swapped(plain).model, loss, predicted_at_once)}
@@ -201,17 +201,17 @@ def picture(n: int, h: int, w: int) -> list[tuple[int, ...]]:
 
 
 def pyramid(n: int, h: int, w: int) -> list[tuple[int, ...]]:
-    """What a backbone gives of pictures of h x w."""
+    """Shapes of a backbone's feature maps for images of h x w."""
     return [(n, c, h // stride, w // stride) for c, stride in zip(SemanticFPN.CHANNELS, (4, 8, 16, 32), strict=True)]
 
 
 @dataclass(frozen=True)
 class Network:
-    """A network and the pictures it is timed on: at full size, and small for a CPU.
+    """A network and the images (N, H, W) it is timed on: `pictures` at full size, `small` on a CPU.
 
-    build: (classes, width) to its forms, "plain" and, where fastseg has one, "native". forced: whether backend "triton"
-    runs other kernels than "auto", which measures those of convolutions. inputs: the shapes that the model takes for
-    pictures (n, h, w). ignored: whether some labels are IGNORED.
+    build: from (classes, width) to the forms, "plain" and, if fastseg has one, "native". forced: whether backend
+    "triton" runs other kernels than "auto", which may choose cuDNN's convolutions. inputs: shapes of the model's inputs
+    for images (n, h, w). ignored: whether some labels are IGNORED.
     """
 
     name: str
@@ -229,14 +229,14 @@ class Network:
 
 
 class Built:
-    """The forms of one network, all with the same weights: plain, swapped, native."""
+    """The forms of one network with the same weights: plain, swapped and native."""
 
     def __init__(self, network: Network, small: bool) -> None:
         torch.manual_seed(0)
         self.forced, self.forms = network.forced, network.build(network.classes, SMALL_WIDTH if small else 1.0)
 
     def form(self, build: str, backend: str = "auto") -> Form | None:
-        """None where this network has no such form, or it would run what another one does."""
+        """The form; None if the network does not have it, or if it would run the same as another form."""
         if backend == "triton" and not self.forced:
             return None
         if build == "native" and backend == "triton" and build not in self.forms:

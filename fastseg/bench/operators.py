@@ -1,4 +1,4 @@
-"""Times of single operators: every provider on every case, checked first, and what the host spends on a call."""
+"""Times of single operators: every provider on every case, after a check of its results, and the host overhead."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from .providers import Function, Provider, check, check_full_size
 from .results import Recorder
 from .shapes import TINY, DrawnInPlace, Site
 
-CHECKED_ELEMENTS = 2**24  # of a case that is checked against float64 as it is; a larger one for one picture
+CHECKED_ELEMENTS = 2**24  # larger cases are checked against float64 for one image only
 SECONDS = 0.12
 OUT_OF_TIME = "not run: the time is up"
 
 
 def step(case: Case, function: Function, mode: str) -> Callable[[], Any]:
-    """A call without arguments: forward without a graph, backward alone, or both."""
+    """A function without arguments that runs the forward without a graph, the backward alone, or both."""
     if mode != "backward":
         return case.step(function, mode == "forward+backward")
     inputs = list(case.inputs.values())
@@ -38,8 +38,8 @@ def step(case: Case, function: Function, mode: str) -> Callable[[], Any]:
 
 
 def floors(bare: Case) -> dict[str, int]:
-    """The fewest bytes of each mode, from a case on the meta device: the sum over the operators that run."""
-    from ..kernels import launch  # only now: whether kernels are interpreted is decided when they are loaded
+    """The floor of each mode in bytes, from a case on the meta device: the sum over the operators that run."""
+    from ..kernels import launch  # late: importing kernels decides whether they are interpreted
 
     found = {}
     for mode, backward in (("forward", False), ("forward+backward", True)):
@@ -57,7 +57,7 @@ def floors(bare: Case) -> dict[str, int]:
 
 
 def flops(case: Case) -> dict[str, int]:
-    """Multiplications and additions of a transposed convolution, nothing for the others."""
+    """FLOPs of a transposed convolution by mode; empty for other operators."""
     if not case.operator.startswith("conv_transpose2d"):
         return {}
     x, weight = case.inputs["input"], case.inputs["weight"]
@@ -66,7 +66,7 @@ def flops(case: Case) -> dict[str, int]:
 
 
 class Bench:
-    """Times operators into a recorder, until a deadline (of time.monotonic)."""
+    """Times operators into a recorder, until a deadline of time.monotonic."""
 
     def __init__(
         self, recorder: Recorder, device: str, dtype: str, layout: str, deadline: float, seconds: float = SECONDS
@@ -78,9 +78,9 @@ class Bench:
         self.meta = Placement(cases.DTYPES[dtype], LAYOUTS[layout], "meta")
 
     def ceilings(self) -> None:
-        """Measure and record what the device does at best; before the operators, whose shares need it.
+        """Measure and record the device's peak rates, which the operators' rates are divided by.
 
-        On a GPU the matmul is of halves, also where the operators are of float32.
+        On a GPU the matmul is in half precision, even if the operators are in float32.
         """
         half = self.at.dtype if self.device == "cpu" or self.at.dtype != torch.float32 else torch.bfloat16
         copy, matmul = timing.copy_rates(self.device), timing.matmul_rates(self.device, half)
@@ -92,9 +92,9 @@ class Bench:
                           dtype=str(half).removeprefix("torch."), **same)  # fmt: skip
 
     def sites(self, found: Sequence[Site], operators: Sequence[str] | None, who: Sequence[Provider]) -> None:
-        """Every provider on every case, what matters most first; compilers on the headlines alone, since they are slow.
+        """Time every provider on every case; compilers only on the headlines, since they are slow.
 
-        Headlines, the same through torch.compile, the other sites, and last of all the search of max-autotune.
+        In order: the headlines, the headlines with torch.compile, the other sites, and max-autotune.
         """
         eager = [provider for provider in who if not provider.compiles]
         compiled = [provider for provider in who if provider.compiles]
@@ -121,7 +121,7 @@ class Bench:
         for number in chosen:
             floor: dict[str, int] = {}
             inputs = self._identity(site, full[number]) | {"provider": "inputs", "mode": "", "launch": ""}
-            with self.recorder.shown(**inputs):  # without it there are times still, but no rates
+            with self.recorder.shown(**inputs):  # if this fails there are times but no rates
                 floor = floors(bare[number])
             for provider in who:
                 identity = self._identity(site, full[number]) | {"provider": provider.name}
@@ -133,7 +133,7 @@ class Bench:
         if function is None:
             return
         error, verdict = None, "right"
-        if not provider.compiles:  # each new shape would be compiled anew
+        if not provider.compiles:  # a compiler would compile again for the small shape
             error, verdict = check(provider, small, provider.function(small) if case is not small else function)
         if verdict == "right" and (case is not small or provider.compiles):
             verdict = check_full_size(provider, case, function)
@@ -144,7 +144,7 @@ class Bench:
         for mode in provider.modes:
             for how in ("eager", "graph"):
                 if how == "graph" and (self.device != "cuda" or mode == "backward"):
-                    continue  # a backward alone would be captured away from the stream that its forward ran on
+                    continue  # a backward alone cannot be captured: its forward ran on another stream
                 identity = self._identity(site, case) | {"provider": provider.name, "mode": mode, "launch": how}
                 with self.recorder.shown(**identity):
                     call = step(case, function, mode)
@@ -171,7 +171,7 @@ class Bench:
                 self.recorder.add(share, tuple(rate / best for rate in rates), **identity)
 
     def overhead(self, operators: Sequence[str] | None, who: Sequence[Provider]) -> None:
-        """Microseconds of the host's time for one call on a tiny input."""
+        """Time the host overhead: microseconds of host time per call on a tiny input."""
         for site in TINY:
             for case in site.cases(self.at):
                 for provider in who:

@@ -1,4 +1,4 @@
-"""Who runs an operator: fastseg, torch eager and compiled, and other libraries where they are installed."""
+"""Implementations of an operator: fastseg, torch eager and compiled, and other libraries if installed."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from .results import Unable
 Function = Callable[..., Any]
 MODES = ("forward", "backward", "forward+backward")
 SLACK = 2.0
-"""How many times the error allowed to fastseg is allowed to torch's compiler and other libraries."""
+"""torch's compiler and other libraries may have this many times the error that fastseg may have."""
 FULL_SIZE_EPS = 16
-"""Units of the dtype's epsilon that a result at full size may differ from torch's own, each with its own rounding."""
+"""How many units of the dtype's epsilon a result at full size may differ from torch's result, which is rounded too."""
 
 
 @dataclass(frozen=True)
 class Provider:
     """One way to run a case.
 
-    function: makes the callable of a case; None where it has nothing to show that another provider does not, or is not
-    for such operators; raises Unable where it should run but cannot. reference: what it must equal, and what
-    `criterion.compare_to_torch` runs in float64. context: entered around everything it does. library: entered around
-    its calls alone, since it would change the reference too. poison: fill fresh memory with NaN while it is checked.
-    modes: times of these. compiles: takes seconds for each new shape.
+    function: from a case to the function to time; None if the provider does not support the operator or would repeat
+    another provider; raises Unable if it should run but cannot. reference: the function it must equal, which also runs
+    in float64. context: active during everything the provider does. library: active only during its calls, because it
+    would change the reference too. poison: check with new memory filled with NaN. modes: what is timed. compiles:
+    whether each new shape takes seconds.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Provider:
 
 
 def plain(case: Case) -> Function:
-    """torch's own call. Beside offsets it is pooling with indices, not their conversion."""
+    """torch's call. For pooling with offsets it is pooling with indices, without a conversion."""
     return case.eager if case.operator == "max_pool2d_with_offsets" else case.theirs
 
 
@@ -62,8 +62,8 @@ def _in_network(case: Case) -> Function | None:
 def _compiled(mode: str) -> Callable[[Case], Function]:
     def function(case: Case) -> Function | None:
         if case.operator.endswith("_with_offsets"):
-            return None  # torch's call is the one that is compiled for the operator with indices
-        torch.compiler.reset()  # else the shapes of the cases before count against its limit of recompilations
+            return None  # torch's call is the same as for the operator with indices
+        torch.compiler.reset()  # earlier shapes count against the limit of recompilations
         return torch.compile(plain(case), mode=mode, dynamic=False)
 
     return function
@@ -97,7 +97,7 @@ def _triton(case: Case) -> Function:
 
 
 def _cuda(case: Case) -> Function | None:
-    """`ours`; None for an operator without kernels in CUDA C++."""
+    """fastseg's function; None for an operator without CUDA C++ kernels."""
     try:
         with dispatch.backend("cuda"):
             dispatch.explain(case.ours, *case.inputs.values())
@@ -109,7 +109,7 @@ def _cuda(case: Case) -> Function | None:
 
 
 def _auto(case: Case) -> Function | None:
-    """`ours`; None where "auto" takes one kind of kernels for all of it: its times are those of that provider."""
+    """fastseg's function; None if "auto" chooses one backend of kernels for all of it, which is a provider itself."""
     tensor = next(x for x in case.inputs.values() if isinstance(x, Tensor))
     if tensor.device.type == "cuda":
         choices = dispatch.explain(case.ours, *case.inputs.values())
@@ -123,7 +123,7 @@ def _theirs(case: Case) -> Function:
 
 
 def providers(compile: bool) -> list[Provider]:
-    """All of them; those that are compiled by torch only where asked for."""
+    """All providers. compile: those that use torch.compile too."""
     found = [
         Provider("torch", plain, plain, slack=SLACK),
         Provider("torch in network", _in_network, _theirs, slack=SLACK),
@@ -131,12 +131,12 @@ def providers(compile: bool) -> list[Provider]:
         Provider("fastseg cuda", _cuda, _theirs, lambda: dispatch.backend("cuda"), poison=True),
         Provider("fastseg auto", _auto, _theirs, lambda: dispatch.backend("auto")),
         Provider("Liger-Kernel", _liger, plain, slack=SLACK),
-        # Its backward runs outside the calls that are checked, so that no time of it is taken.
+        # The check runs the backward outside `library`, with torch's kernels, so only the forward is timed.
         Provider(
             "FlagGems", plain, plain, library=lambda: _imported("flag_gems").use_gems(), slack=SLACK, modes=("forward",)
         ),
     ]
-    modes = ("forward", "forward+backward")  # alone, a compiled backward may not keep its graph
+    modes = ("forward", "forward+backward")  # a compiled backward cannot keep its graph
     for name, mode in (("", "default"), (" max-autotune", "max-autotune-no-cudagraphs")):
         if compile:
             found.append(
@@ -154,7 +154,7 @@ def _inside(provider: Provider, function: Function) -> Function:
 
 
 def check(provider: Provider, case: Case, function: Function) -> tuple[float, str]:
-    """(largest error against float64, "right" or "wrong: ..." by the criterion of fastseg.verification.criterion)."""
+    """(largest error against float64, "right" or "wrong: ..."), by fastseg.verification.criterion."""
     reference, function = provider.reference(case), _inside(provider, function)
     found = criterion.compare_to_torch(
         function, reference, list(case.inputs.values()), list(case.inputs), poison=provider.poison
@@ -168,7 +168,7 @@ def check(provider: Provider, case: Case, function: Function) -> tuple[float, st
 
 @torch.no_grad()
 def check_full_size(provider: Provider, case: Case, function: Function) -> str:
-    """ "right", or how far a result or gradient is from torch's own at this size; without float64 copies."""
+    """Compare results and gradients at full size with torch's, without float64. "right", or what is wrong."""
     grads: list[Tensor] = []
     calls = (provider.reference(case), _inside(provider, function))
     results = [_results(call, list(case.inputs.values()), grads) for call in calls]
@@ -183,13 +183,13 @@ def check_full_size(provider: Provider, case: Case, function: Function) -> str:
                 off = 0.0 if torch.equal(ours, theirs) else float("inf")
             else:
                 off = float((ours - theirs).abs().max()) / max(scale, 1e-30)
-            if not off <= FULL_SIZE_EPS * torch.finfo(_dtype(case)).eps:  # NaN is wrong
+            if not off <= FULL_SIZE_EPS * torch.finfo(_dtype(case)).eps:  # true for NaN
                 return f"wrong at full size: result {number} differs from torch's by {off:.2g}"
     return "right"
 
 
 def _pictures(x: Tensor) -> list[Tensor]:
-    """One by one, so that differences need the memory of one picture."""
+    """The images one by one, so that differences need memory for one image only."""
     return list(x) if x.dim() == 4 else [x]
 
 
@@ -199,7 +199,7 @@ def _dtype(case: Case) -> torch.dtype:
 
 @torch.enable_grad()
 def _results(function: Function, inputs: list[Any], grads: list[Tensor]) -> list[Tensor | None]:
-    """Outputs and gradients; the gradients of the outputs are drawn by the first call, for the second."""
+    """Outputs and gradients. The first call draws the gradients of the outputs, which the second call uses too."""
     leaves = [
         x.detach().clone().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs
     ]
@@ -214,7 +214,7 @@ def _results(function: Function, inputs: list[Any], grads: list[Tensor]) -> list
 
 
 def labels(case: Case, at: cases.Placement, layout: str) -> dict[str, str]:
-    """The fields of a record that name a case."""
+    """The fields of a record that identify a case."""
     return {
         "operator": case.operator,
         "shape": case.size,

@@ -14,7 +14,10 @@ NOT_MEASURED = ("not run", "unable: not installed")
 
 @dataclass(frozen=True)
 class Change:
-    """One number of ours, before and after. verdict: same, faster, regression, lost (it has none any more), missing."""
+    """One number of fastseg in both files.
+
+    verdict: "same", "faster", "regression", "lost" (the new file says why there is no number) or "missing".
+    """
 
     case: tuple[Any, ...]
     provider: str
@@ -34,18 +37,18 @@ class Change:
 
 
 def fraction(text: str) -> float:
-    """ "5%" and "0.05" both are 0.05. Raises ValueError for anything else, and below 0."""
+    """0.05 for "5%" and for "0.05". Raises ValueError for other text and for negative numbers."""
     try:
         value = float(text[:-1]) / 100 if text.endswith("%") else float(text)
     except ValueError:
         value = -1.0
     if not 0 <= value < float("inf"):
-        raise ValueError(f"the limit must be a share such as 5% or 0.05, but is {text!r}")
+        raise ValueError(f"the limit must be a fraction such as 5% or 0.05, but is {text!r}")
     return value
 
 
 def find_changes(old: list[Record], new: list[Record], limit: float) -> list[Change]:
-    """Changes of every number of fastseg's in `old`. Raises ValueError where no number is in both."""
+    """The change of every number of fastseg in `old`. Raises ValueError if the files have no number in common."""
     changes = []
     for part, metrics in LESS_IS_BETTER.items():
         before, after = Results(old, part), Results(new, part)
@@ -61,12 +64,12 @@ def find_changes(old: list[Record], new: list[Record], limit: float) -> list[Cha
                 Change(case, who, metric, record["p50"], value, _verdict(record["p50"], value, note, limit), note)
             )
     if not any(change.new is not None or change.verdict == "lost" for change in changes):
-        raise ValueError("the two files have no number of fastseg's in common: another GPU, or other cases")
+        raise ValueError("the two files have no number of fastseg in common: they are of different GPUs or cases")
     return changes
 
 
 def _notes(records: list[Record], part: str) -> dict[tuple[Any, ...], str]:
-    """Why providers have no time for a case, also where nothing of the case has one."""
+    """Why providers have no time, by case."""
     found = {}
     for r in records:
         if r["part"] == part and r["metric"] == "status":
@@ -86,7 +89,7 @@ def _verdict(old: float, new: float | None, note: str, limit: float) -> str:
 
 
 def table(changes: list[Change], limit: float) -> Any:
-    """Those that are not the same, the worst first."""
+    """A rich table of the changes beyond the limit, the worst first."""
     from rich.table import Table
 
     made = Table(title=f"fastseg before and after, beyond {limit:.1%}")

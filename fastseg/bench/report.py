@@ -1,4 +1,4 @@
-"""`fastseg bench report`: markdown tables and plots, from result files alone."""
+"""`fastseg bench report`: markdown tables and plots from result files."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from .results import Record
 
 CASE = ("where", "operator", "shape", "mode", "launch", "dtype", "layout", "gpu")
 WHO_ORDER = ("torch", "torch in network", "torch.compile", "torch.compile max-autotune", "Liger-Kernel", "FlagGems")
-OURS = ("fastseg", "fastseg swap", "fastseg triton", "fastseg auto")  # the first that has a time is compared
+OURS = ("fastseg", "fastseg swap", "fastseg triton", "fastseg auto")  # the first one with a time is compared with torch
 BARS_OF = {"operators": "forward+backward", "models": "training step"}
 
 Key = tuple[Any, ...]
 
 
 class Results:
-    """Records by what they are of, and what is to be shown in a cell: a number, or why there is none."""
+    """The records of one part by case, provider and metric, and the text of a cell: a number or why there is none."""
 
     def __init__(self, records: Iterable[Record], part: str) -> None:
         self.values: dict[tuple[Key, str, str], Record] = {}
@@ -26,7 +26,7 @@ class Results:
         self.providers: list[str] = []
         records = [record for record in records if record["part"] == part]
         self.cases = list(dict.fromkeys(_key(r) for r in records if r["metric"] != "status"))
-        for record in records:  # in order of time: what came last counts
+        for record in records:  # in order of time: the last one counts
             who = record["provider"]
             if record["metric"] != "status":
                 self.values[_key(record), who, record["metric"]] = record
@@ -48,7 +48,7 @@ class Results:
         return None if record is None else record["p50"]
 
     def ours(self, case: Key) -> str | None:
-        """The provider of ours that is compared with torch."""
+        """The provider of fastseg that is compared with torch."""
         return next((who for who in OURS if self.p50(case, who) is not None), None)
 
     def speed_up(self, case: Key) -> float | None:
@@ -73,12 +73,12 @@ def _rank(name: str) -> tuple[int, int]:
 
 
 def number(value: float) -> str:
-    """Four significant digits, without an exponent where it can be read without."""
+    """Four significant digits, without an exponent for large numbers."""
     return f"{value:.4g}" if value < 1e4 else f"{value:.0f}"
 
 
 def brief(note: str) -> str:
-    """A note short enough for a cell; the whole of it stands in the list below the tables."""
+    """A short form of a note for a cell. The list below the tables has the whole note."""
     if not note:
         return ""
     return note.partition(":")[0] if not note.startswith("unable: not installed") else "not installed"
@@ -108,22 +108,22 @@ def _metric_table(found: Results, title: str, metric: str, with_speed_up: bool =
 
 
 def markdown(records: list[Record]) -> str:
-    """All tables. Every number is one of the records', or a ratio of two of them."""
+    """All tables. Every number is in the records or is the ratio of two numbers in them."""
     lines = ["# Measured", ""]
     machines = dict.fromkeys(tuple(r[name] for name in ("gpu", "driver", "torch", "triton", "commit")) for r in records)
     for gpu, driver, torch, triton, commit in machines:
         times = [r["time"] for r in records if (r["gpu"], r["commit"], r["torch"]) == (gpu, commit, torch)]
         lines.append(
-            f"- {gpu or 'CPU (fastseg takes torch there; its kernels have no times)'}, driver {driver or 'none'}, "
+            f"- {gpu or 'CPU (the Triton kernels have no times there)'}, driver {driver or 'none'}, "
             f"torch {torch}, triton {triton or 'none'}, fastseg commit {commit}, {min(times)} to {max(times)}"
         )
     tops = [r for r in records if r["part"] == "ceilings"]
     if tops:
-        lines += ["", "Best of this device, measured in the same run: " + ", ".join(
+        lines += ["", "Peak rates of this device, measured in the same run: " + ", ".join(
             f"{r['operator']} {number(r['p50'])} {r['metric']} ({r['dtype']})" for r in tops) + "."]  # fmt: skip
     lines += [
         "",
-        "Median (20 % to 80 %). An empty cell was not measured; a word in place of a number is explained below.",
+        "Median (20 % to 80 %). An empty cell was not measured; a word instead of a number is explained below.",
     ]
     operators, networks = Results(records, "operators"), Results(records, "models")
     overhead = Results(records, "overhead")
@@ -135,13 +135,13 @@ def markdown(records: list[Record]) -> str:
     lines += _metric_table(operators, "Operators, TFLOP/s", "TFLOP/s")
     lines += _metric_table(operators, "Operators, share of the matmul's speed", "of matmul")
     lines += _metric_table(operators, "Operators, peak MiB", "MiB")
-    lines += _metric_table(overhead, "Host's microseconds a call, tiny inputs", "us")
+    lines += _metric_table(overhead, "Host overhead, microseconds per call, tiny inputs", "us")
     lines += _failures(records)
     return "\n".join(lines) + "\n"
 
 
 def _failures(records: list[Record]) -> list[str]:
-    """What has no number and why: one line for each provider and reason, with the cases."""
+    """Why numbers are missing: one line for each provider and reason, with the cases."""
     last: dict[Key, Record] = {}
     for r in records:
         if r["metric"] == "status":
@@ -157,7 +157,7 @@ def _failures(records: list[Record]) -> list[str]:
     for (who, note), cases in reasons.items():
         rest = f" and {len(cases) - 4} more" if len(cases) > 4 else ""
         rows.append((who, note, "; ".join(cases[:4]) + rest))
-    return ["", "## Without a number, and why", "", *_table(("provider", "why", "cases"), rows)]
+    return ["", "## Missing numbers, and why", "", *_table(("provider", "why", "cases"), rows)]
 
 
 # --- plots -----------------------------------------------------------------------------------------------------------
@@ -201,7 +201,7 @@ def _save(figure: Any, path: Path) -> None:
 
 
 def plots(records: list[Record], out: Path) -> list[Path]:
-    """speedup- and memory- of operators and models, roofline: those for which the records have numbers."""
+    """Write the plots that the records have numbers for: speed-up and memory by part, and a roofline."""
     written = []
     where = ", ".join(dict.fromkeys(r["gpu"] or "CPU" for r in records))
     for part, mode in BARS_OF.items():
@@ -235,19 +235,19 @@ def _ratios(found: Results, case: Key) -> dict[str, float]:
 
 
 def _roofline(records: list[Record], path: Path) -> None:
-    """Left: GB/s over the fewest bytes, under the copy. Right: TFLOP/s of the convolutions over FLOP a byte."""
+    """Left: GB/s by bytes of the floor, with the copy's rate. Right: TFLOP/s of the convolutions by FLOP per byte."""
     results = Results(records, "operators")
     figure = _figure(5.5)
     bandwidth, compute = figure.subplots(1, 2)
     for who in results.providers:
-        points, products = [], []
+        points, gemms = [], []
         for case in results.cases:
             rate, ms, flops = (results.p50(case, who, metric) for metric in ("GB/s", "ms", "TFLOP/s"))
             if rate and ms:
                 points.append((rate * ms, rate))  # GB/s times ms: MB
                 if flops:
-                    products.append((flops / rate * 1e3, flops))
-        for axes, found in ((bandwidth, points), (compute, products)):
+                    gemms.append((flops / rate * 1e3, flops))
+        for axes, found in ((bandwidth, points), (compute, gemms)):
             if found:
                 axes.scatter(*zip(*found, strict=True), s=14, label=who)
     tops = {r["operator"]: r["p50"] for r in records if r["part"] == "ceilings"}
@@ -257,8 +257,8 @@ def _roofline(records: list[Record], path: Path) -> None:
         knee = tops["matmul"] / tops["copy"] * 1e3
         compute.plot([knee / 100, knee, knee * 10], [tops["matmul"] / 100, tops["matmul"], tops["matmul"]], "k-",
                      linewidth=0.8, label="copy and matmul, measured")  # fmt: skip
-    bandwidth.set(xscale="log", yscale="log", xlabel="MB that a call moves at least", ylabel="GB/s of those")
-    compute.set(xscale="log", yscale="log", xlabel="FLOP for each byte of the fewest", ylabel="TFLOP/s")
+    bandwidth.set(xscale="log", yscale="log", xlabel="MB, fewest possible", ylabel="GB/s of these bytes")
+    compute.set(xscale="log", yscale="log", xlabel="FLOP per byte, fewest possible", ylabel="TFLOP/s")
     for axes in (bandwidth, compute):
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=7)
@@ -266,7 +266,7 @@ def _roofline(records: list[Record], path: Path) -> None:
 
 
 def write(records: list[Record], out: Path) -> list[Path]:
-    """report.md and the plots, in the folder `out`."""
+    """Write report.md and the plots to the folder `out`."""
     text = markdown(records)
     drawn = plots(records, out)
     text += "".join(f"\n![{path.stem}]({path.name})\n" for path in drawn)

@@ -1,4 +1,4 @@
-"""One schema for everything measured, and the JSON-lines file that it is appended to."""
+"""The schema of all measurements, and the JSON-lines files that store them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Unable(Exception):
 
 
 def _output(*command: str) -> str | None:
-    """What a command prints, or None where it fails or is not there."""
+    """The output of a command; None if it fails or does not exist."""
     try:
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
     except (OSError, subprocess.SubprocessError):
@@ -41,7 +41,7 @@ def _output(*command: str) -> str | None:
 
 
 def _commit() -> str:
-    """The commit of this checkout, "+" where it was changed; without git, a digest of the package's sources."""
+    """The commit of this checkout, with "+" if files are changed; without git, a digest of the package's sources."""
     if (ROOT / ".git").exists() and (commit := _output("git", "rev-parse", "--short=10", "HEAD")):
         return commit + ("+" if _output("git", "status", "--porcelain", "fastseg", "kernels") else "")
     digest = hashlib.sha1()
@@ -52,7 +52,7 @@ def _commit() -> str:
 
 
 def machine() -> Record:
-    """The GPU (None: a CPU was timed), its driver, and the versions."""
+    """The GPU (None on a CPU), its driver, and the versions of the software."""
     found: Record = dict.fromkeys(MACHINE)
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
@@ -64,16 +64,16 @@ def machine() -> Record:
 
 
 def default_path(facts: Record) -> Path:
-    """benchmarks/results/<gpu>-<date>.jsonl of the checkout, or of the current folder where there is none."""
+    """benchmarks/results/<gpu>-<date>.jsonl in the checkout, or in the current folder without a checkout."""
     gpu = re.sub(r"[^a-z0-9]+", "-", facts["gpu"].lower()).strip("-")
     root = ROOT if (ROOT / "benchmarks").is_dir() else Path()
     return root / "benchmarks" / "results" / f"{gpu}-{datetime.date.today().isoformat()}.jsonl"
 
 
 class Recorder:
-    """Collects records and, where it has a path, appends each to the file as soon as it is there.
+    """Collects records. With a path, each record is appended to the file at once.
 
-    A line is written whole in one call; what an interrupted run left of a line is cut off before the next is written.
+    Each line is written in one call. An incomplete line of an interrupted run is removed first.
     """
 
     def __init__(self, path: Path | None, facts: Record, progress: Callable[[Record], None] | None = None) -> None:
@@ -85,7 +85,7 @@ class Recorder:
                 os.truncate(path, len(whole[0]) + len(whole[1]))
 
     def add(self, metric: str, values: tuple[Any, Any, Any] = (None,) * 3, note: str = "", **identity: str) -> None:
-        """One record; identity: the rest of IDENTITY."""
+        """Add one record. identity: the remaining fields of IDENTITY."""
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         made = identity | {"metric": metric, **dict(zip(VALUES, values, strict=True)), "note": note}
         record = checked(made | self.facts | {"time": now})
@@ -98,21 +98,21 @@ class Recorder:
 
     @contextlib.contextmanager
     def shown(self, **identity: str) -> Iterator[None]:
-        """Whatever the body fails with becomes a record: a provider that fails is shown so, never dropped."""
+        """Turn an exception of the block into a record, so that a provider that fails is reported and not dropped."""
         try:
             yield
         except Unable as error:
             self.add("status", note=f"unable: {error}", **identity)
         except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()  # does nothing on a CPU
+            torch.cuda.empty_cache()  # has no effect on a CPU
             self.add("status", note="out of memory", **identity)
-        except Exception as error:  # whatever compilers and other libraries raise is what is shown
+        except Exception as error:  # compilers and other libraries may raise anything
             lines = str(error).strip().splitlines() or [""]
             self.add("status", note=f"unable: {type(error).__name__}: {lines[0][:300]}", **identity)
 
 
 def checked(record: Record) -> Record:
-    """The record with its fields in order. Raises ValueError where it is not one of the schema."""
+    """The record with its fields in order. Raises ValueError if it does not match the schema."""
     if not isinstance(record, dict) or set(record) != set(FIELDS):
         names = sorted(set(record) ^ set(FIELDS)) if isinstance(record, dict) else "all"
         raise ValueError(f"not a benchmark record: fields missing or unknown: {names}")
@@ -125,9 +125,9 @@ def checked(record: Record) -> Record:
 
 
 def read(paths: Iterable[str | Path]) -> list[Record]:
-    """All records of the files, in order; where two are of the same thing, the later one.
+    """All records of the files, in order. Of several records of the same measurement only the last is kept.
 
-    The unfinished last line of an interrupted run is passed over; ValueError for any other line that is no record.
+    An incomplete last line of an interrupted run is skipped. Raises ValueError for any other line that is not a record.
     """
     found: dict[tuple[Any, ...], Record] = {}
     for path in paths:

@@ -1,4 +1,4 @@
-"""The shapes that are timed: every operator at the sites where the networks have it, and at odd sizes."""
+"""The shapes that are timed: every operator where the networks use it, and at odd sizes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..verification.cases import LAYOUTS, Case, ConvTransposeSpec, Placement, Po
 
 
 class DrawnInPlace(Placement):
-    """Random tensors drawn where they lie: half a billion numbers take a CPU seconds and a GPU none."""
+    """A placement that draws random numbers on its device: half a billion of them would take a CPU seconds."""
 
     def tensor(self, *shape: int) -> Tensor:
         made = torch.randn(shape, device=self.device).to(self.dtype)
@@ -26,10 +26,10 @@ class DrawnInPlace(Placement):
 
 @dataclass(frozen=True)
 class Site:
-    """Where an operator family runs, and on what.
+    """A place in a network where an operator runs, and its shape there.
 
-    make, shape, rest: the function of fastseg.verification.cases and its arguments. headline: of those that are timed
-    first, and by torch.compile too.
+    make, shape, rest: a function of fastseg.verification.cases and its arguments. headline: timed first, and with
+    torch.compile too.
     """
 
     where: str
@@ -39,15 +39,16 @@ class Site:
     headline: bool = False
 
     def cases(self, at: Placement) -> list[Case]:
+        """The cases of the site."""
         return list(self.make(at, self.shape, *self.rest))
 
     def small(self) -> Site:
-        """One picture, an eighth as high and as wide, at most 150 channels: seconds on a CPU."""
+        """The site for one image at an eighth of the height and width and at most 150 channels, for a CPU."""
         _, c, h, w = self.shape
         return replace(self, shape=(1, min(c, 150), max(h // 8, min(h, 6)), max(w // 8, min(w, 6))))
 
     def one(self) -> Site:
-        """The same site for one picture."""
+        """The site for one image."""
         return replace(self, shape=(1, *self.shape[1:]))
 
 
@@ -132,14 +133,14 @@ TINY = [
 
 
 def sites(small: bool) -> list[Site]:
-    """All of them, the headlines first; or, small, the headlines at sizes for a CPU."""
+    """All sites, the headlines first. small: only the headlines, at sizes for a CPU."""
     if small:
         return [site.small() for site in SITES if site.headline]
     return sorted(SITES, key=lambda site: not site.headline)
 
 
 def sizes(device: str, dtype: str, layout: str) -> Iterator[Case]:
-    """The headline cases: at full size on a GPU, small on a CPU."""
+    """The headline cases, at full size on a GPU and small on a CPU."""
     for site in sites(small=device == "cpu"):
         if site.headline:
             yield from site.cases(DrawnInPlace(cases.DTYPES[dtype], LAYOUTS[layout], device))

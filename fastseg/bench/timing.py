@@ -1,4 +1,4 @@
-"""The timing core: medians with quantiles, of cold caches on a GPU, of wall time on a CPU; and what a GPU can do."""
+"""Timing: medians and quantiles, with cold caches on a GPU and by wall time on a CPU; peak rates of a device."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-L2_BYTES = 256 * 2**20  # more than any GPU's L2: written between runs, so that none finds its inputs there
+L2_BYTES = 256 * 2**20  # larger than any GPU's L2 cache; written before each run to evict its inputs
 QUANTILES = (0.2, 0.5, 0.8)
 LEAST_CALLS = 5
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds a call (20th, 50th and 80th percentile) and, on a GPU, peak bytes beyond what stood before."""
+    """Milliseconds per call (20th, 50th, 80th percentile) and, on a GPU, peak bytes beyond those allocated before."""
 
     p20: float
     p50: float
@@ -25,7 +25,7 @@ class Timing:
 
 
 def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
-    """20th, 50th and 80th percentile, linear between neighbours."""
+    """The 20th, 50th and 80th percentile, with linear interpolation."""
     return tuple(torch.tensor(values, dtype=torch.float64).quantile(torch.tensor(QUANTILES).double()).tolist())
 
 
@@ -66,10 +66,10 @@ def _gpu_times(function: Callable[[], object], seconds: float) -> tuple[list[flo
 
 
 def captured(function: Callable[[], Any]) -> Callable[[], None]:
-    """A call that replays what `function` did on the GPU, from a CUDA graph."""
+    """A function that replays the GPU work of `function` from a CUDA graph."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # warm-up on a side stream, as torch's notes on CUDA graphs ask
+    with torch.cuda.stream(stream):  # torch's notes on CUDA graphs require warm-up on a side stream
         for _ in range(3):
             function()
     torch.cuda.current_stream().wait_stream(stream)
@@ -77,7 +77,7 @@ def captured(function: Callable[[], Any]) -> Callable[[], None]:
     with torch.cuda.graph(graph):
         kept = function()
 
-    def replay(kept: Any = kept) -> None:  # the results live as long as the graph writes to them
+    def replay(kept: Any = kept) -> None:  # keeps the results alive, which the graph writes to
         graph.replay()
 
     return replay
@@ -86,13 +86,13 @@ def captured(function: Callable[[], Any]) -> Callable[[], None]:
 def host_overhead(
     function: Callable[[], object], device: str, batches: int = 30, calls: int = 20
 ) -> tuple[float, float, float]:
-    """Microseconds of the host's time a call, as quantiles over batches of calls; the GPU is not waited for."""
+    """Microseconds of host time per call, as quantiles over batches of calls. Does not wait for the GPU."""
     for _ in range(calls):
         function()
     values = []
     for _ in range(batches):
         if device == "cuda":
-            torch.cuda.synchronize()  # an empty queue, so that no call waits for room in it
+            torch.cuda.synchronize()  # empty the queue, so that no call waits for room in it
         start = time.perf_counter()
         for _ in range(calls):
             function()
@@ -106,7 +106,7 @@ Rates = tuple[float, float, float]  # p20, p50, p80
 
 
 def copy_rates(device: str) -> Rates:
-    """GB/s of 1 GiB copied, read and written bytes together; of 16 MiB on a CPU."""
+    """GB/s of a copy of 1 GiB (16 MiB on a CPU), read and written bytes together."""
     size = 2**30 if device == "cuda" else 2**24
     source = torch.randint(127, (size,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
@@ -114,7 +114,7 @@ def copy_rates(device: str) -> Rates:
 
 
 def matmul_rates(device: str, dtype: torch.dtype) -> Rates:
-    """TFLOP/s of random square matrices, 8192 a side; 512 on a CPU."""
+    """TFLOP/s of the product of random 8192 x 8192 matrices (512 x 512 on a CPU)."""
     side = 8192 if device == "cuda" else 512
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)

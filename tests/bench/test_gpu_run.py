@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py, the run for a GPU machine: what it runs, and that a part which fails loses none of the others."""
+"""benchmarks/gpu.py, the run for a GPU machine: what it runs, and that a failing part does not stop the others."""
 
 import importlib.util
 import json
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 def gpu():
     spec = importlib.util.spec_from_file_location("gpu", ROOT / "benchmarks" / "gpu.py")
     module = importlib.util.module_from_spec(spec)
-    sys.modules["gpu"] = module  # its dataclasses look themselves up
+    sys.modules["gpu"] = module  # dataclasses look up their module
     spec.loader.exec_module(module)
     yield module
     del sys.modules["gpu"]
@@ -32,7 +32,7 @@ except KeyboardInterrupt:
 """
 
 
-def test_a_part_that_fails_or_hangs_loses_none_of_the_others(gpu, tmp_path, monkeypatch, capfd):
+def test_a_part_that_fails_or_hangs_does_not_stop_the_others(gpu, tmp_path, monkeypatch, capfd):
     def plan(chosen, quick, path):
         python = [sys.executable, "-c"]
         return [
@@ -44,7 +44,7 @@ def test_a_part_that_fails_or_hangs_loses_none_of_the_others(gpu, tmp_path, monk
         ]
 
     monkeypatch.setattr(gpu, "plan", plan)
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as for what a shell runs in the background
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in a process that a shell starts in the background
     try:
         assert gpu.main(["--out", str(tmp_path / "out"), "--budget", "30"]) == 1
     finally:
@@ -63,7 +63,7 @@ def test_a_part_that_fails_or_hangs_loses_none_of_the_others(gpu, tmp_path, monk
 
 
 def test_the_quick_run_writes_its_files(gpu, tmp_path, monkeypatch):
-    """Of the real parts, those that take seconds."""
+    """With the real parts that take only seconds."""
     whole = gpu.plan
 
     def plan(chosen, quick, path):
@@ -86,7 +86,11 @@ def test_the_plan(cupy, gpu, tmp_path, monkeypatch):
     assert len(outputs) <= 8 and gpu.LOG_BYTES * len(whole) < 15 * 2**20
     names = [part.name for part in gpu.plan(["models"], False, tmp_path / "results.jsonl")]
     assert names == ["doctor", "models"]
-    for part in whole:  # what would run is understood by the command line
+    tests = next(part.command for part in whole if part.name == "tests-operators")
+    files = [ROOT / word for word in tests if word.startswith("tests/")]
+    assert len(files) >= len(gpu.OPERATOR_TESTS) and all(file.is_file() for file in files)
+    assert all(list((ROOT / "tests").glob(pattern)) for pattern in gpu.OPERATOR_TESTS)
+    for part in whole:  # the command line accepts each command
         arguments = part.command[part.command.index("-m") + 1 :]
         if arguments[0] == "fastseg.commands.cli":
             extra = ["--seconds", "5"] if part.seconds_option else []
