@@ -1,12 +1,13 @@
+"""confusion_matrix against counts in Python, and its arguments."""
+
 import pytest
 import torch
+from support.cross_entropy_common import BACKENDS
 
 import fastseg
 from fastseg import functional as FS
 from fastseg.inspect.traffic import metering
 from fastseg.kernels.losses import confusion as kernels
-
-BACKENDS = pytest.mark.parametrize("backend", ["torch", "triton"])
 
 
 def counted(pred, target, classes, ignore_index=None):
@@ -41,12 +42,12 @@ def test_many_parts_add_up_and_nothing_outside_is_read(monkeypatch, triton_backe
     assert launches[0].sectors("load") <= 1.01 * 16 * pred.numel() + 64  # each label once
 
 
-def test_no_part_counts_further_than_float32(monkeypatch):
+def test_no_program_counts_beyond_the_integers_of_float32():
     assert kernels.MOST_PIXELS + kernels.BLOCK <= 2**24
 
 
 @BACKENDS
-def test_of_logits(backend, device):
+def test_logits_are_labelled_as_by_upsample_argmax(backend, device):
     logits, target = torch.randn(2, 6, 3, 4, device=device), torch.randint(6, (2, 9, 8), device=device)
     with fastseg.backend(backend):
         got = FS.confusion_matrix(logits, target, ignore_index=3)
@@ -56,7 +57,7 @@ def test_of_logits(backend, device):
 
 @BACKENDS
 @pytest.mark.parametrize("classes", [255, 256, 300])
-def test_labels_whose_dtype_cannot_hold_the_number_of_classes(classes, backend, device):
+def test_label_dtypes_that_cannot_hold_the_number_of_classes(classes, backend, device):
     target = torch.tensor([[[0, 7], [200, 254]]], dtype=torch.uint8, device=device)
     with fastseg.backend(backend):
         matrix = FS.confusion_matrix(target, target, classes)
@@ -72,7 +73,7 @@ def test_opcheck(backend, device):
         torch.library.opcheck(torch.ops.fastseg.confusion_matrix.default, call)
 
 
-def test_bad_input():
+def test_bad_arguments():
     labels = torch.zeros(2, 3, 4, dtype=torch.long)
     for pred, target, classes, words in (
         (labels.float(), labels, 3, "pred must hold integer labels"),

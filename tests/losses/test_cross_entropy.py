@@ -1,4 +1,4 @@
-"""cross_entropy against torch in float64: every argument, layout, dtype, and the edges of each."""
+"""cross_entropy against torch in float64: every argument, layout and dtype, and edge cases."""
 
 import random
 
@@ -13,7 +13,7 @@ from fastseg import functional as FS
 from fastseg.kernels.losses.options import LossOptions
 from fastseg.ops.losses import cross_entropy as ops
 
-GRID = 25  # calls drawn at random
+CALLS = 25  # drawn at random
 pytestmark = QUIET
 
 
@@ -33,7 +33,9 @@ pytestmark = QUIET
         ((0, 4, 3, 5), 255, True, "sum"),
     ],
 )
-def test_right(shape, ignore, weighted, reduction, dtype, layout, device, triton_backend, assert_right):
+def test_errors_are_no_larger_than_torchs(
+    shape, ignore, weighted, reduction, dtype, layout, device, triton_backend, assert_right
+):
     x, target = make(shape, device, dtype, layout, ignore)
     weight = torch.rand(shape[1], device=device) + 0.5 if weighted else None
 
@@ -50,7 +52,7 @@ def test_right(shape, ignore, weighted, reduction, dtype, layout, device, triton
 
 
 def truth(x, target, weight, kwargs):
-    """The loss by the formulas of the docstring, from torch's log_softmax; in float64 if x is."""
+    """The loss by the formulas in the docstring of cross_entropy, from torch's functions; in float64 if x is."""
     kwargs = {name: value for name, value in kwargs.items() if name != "one_pass"}
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     x, weight = x.to(dtype), None if weight is None else weight.to(dtype)
@@ -73,43 +75,44 @@ def truth(x, target, weight, kwargs):
     }[normalization]  # fmt: skip
 
 
-def drawn(index, device):
+def draw_call(index, device):
     """One call, drawn at random: logits, target, weight and the keyword arguments."""
-    draw = random.Random(torch.initial_seed() + index)
-    classes = draw.choice([1, 2, 3, 5, 8, 11, 16, 19, 33])
-    shape = draw.choice([(classes,), (7, classes), (2, classes, 6), (2, classes, 3, 5), (1, classes, 2, 3, 4)])
-    dtype = draw.choice([torch.float32, torch.float64, torch.float16, torch.bfloat16])
-    x = torch.randn(shape, device=device).mul(3).to(dtype)
-    if draw.random() < 0.5 and len(shape) > 2:
+    rng = random.Random(torch.initial_seed() + index)
+    classes = rng.choice([1, 2, 3, 5, 8, 11, 16, 19, 33])
+    shape = rng.choice([(classes,), (7, classes), (2, classes, 6), (2, classes, 3, 5), (1, classes, 2, 3, 4)])
+    dtype = rng.choice([torch.float32, torch.float64, torch.float16, torch.bfloat16])
+    # If the only pixel is confident, p - 1 has few digits, and the error is large compared to the gradient.
+    x = torch.randn(shape, device=device).mul(1 if len(shape) == 1 else 3).to(dtype)
+    if rng.random() < 0.5 and len(shape) > 2:
         x = x.movedim(1, -1).contiguous().movedim(-1, 1)
     pixels = (shape[0], *shape[2:]) if len(shape) > 1 else ()
-    reduction = draw.choice(["none", "sum", "mean", "mean", "mean"])
+    reduction = rng.choice(["none", "sum", "mean", "mean", "mean"])
     kwargs = {
         "reduction": reduction,
-        "normalization": draw.choice(["weights", "valid", "pixels", "batch"]) if reduction == "mean" else "weights",
-        "label_smoothing": draw.choice([0, 0, 0.1, 1.0]),
-        "z_loss": draw.choice([0, 0, 0.01]),
-        "one_pass": draw.choice([None, False, True]) if reduction != "none" else None,
+        "normalization": rng.choice(["weights", "valid", "pixels", "batch"]) if reduction == "mean" else "weights",
+        "label_smoothing": rng.choice([0, 0, 0.1, 1.0]),
+        "z_loss": rng.choice([0, 0, 0.01]),
+        "one_pass": rng.choice([None, False, True]) if reduction != "none" else None,
         "ignore_index": -100,
     }
-    if draw.random() < 0.35:
+    if rng.random() < 0.35:
         target = torch.rand(shape, device=device).to(
-            draw.choice([dtype, torch.float32]) if dtype.itemsize < 8 else dtype
+            rng.choice([dtype, torch.float32]) if dtype.itemsize < 8 else dtype
         )
     else:
-        kwargs["ignore_index"] = ignore = draw.choice([-100, 255, 0])
+        kwargs["ignore_index"] = ignore = rng.choice([-100, 255, 0])
         target = torch.randint(classes, pixels, device=device)
         target = torch.where(torch.rand(pixels, device=device) < 0.3, ignore, target)
-        target = target.to(draw.choice([torch.int64, torch.int32, torch.int16, *[torch.uint8] * (ignore >= 0)]))
-    weight = torch.rand(classes, device=device) + 0.3 if draw.random() < 0.5 else None
+        target = target.to(rng.choice([torch.int64, torch.int32, torch.int16, *[torch.uint8] * (ignore >= 0)]))
+    weight = torch.rand(classes, device=device) + 0.3 if rng.random() < 0.5 else None
     return x, target, weight, kwargs
 
 
-@pytest.mark.parametrize("index", range(GRID))
+@pytest.mark.parametrize("index", range(CALLS))
 @pytest.mark.parametrize("backend", ["triton", "auto"])
-def test_any_call(backend, index, device, assert_right):
-    """Drawn from the whole grid of arguments, ranks, layouts and dtypes; the seed is printed."""
-    x, target, weight, kwargs = drawn(index, device)
+def test_random_calls(backend, index, device, assert_right):
+    """Of all arguments, ranks, layouts and dtypes. The seed is printed."""
+    x, target, weight, kwargs = draw_call(index, device)
     print(tuple(x.shape), x.stride(), x.dtype, target.dtype, target.shape, kwargs)
 
     def theirs(x):
@@ -121,7 +124,7 @@ def test_any_call(backend, index, device, assert_right):
         loss = FS.cross_entropy(leaf, target, weight, **kwargs)
         want = truth(x.double(), target, weight, kwargs)
         assert loss.shape == want.shape
-        loss.sum().backward()  # with a gradient of 1, which the forward of one pass has made
+        loss.sum().backward()  # the gradient of the loss is 1: one pass returns what its forward computed
         assert leaf.grad.stride() == x.stride() and leaf.grad.dtype == x.dtype
         other = x.double().requires_grad_()
         truth(other, target, weight, kwargs).sum().backward()
@@ -163,7 +166,7 @@ def test_any_label_may_be_ignored(ignore, layout, device, triton_backend):
 @LAYOUTS
 @DTYPES
 def test_extreme_logits(dtype, layout, device, triton_backend):
-    c = 37  # several steps of every kernel
+    c = 37  # several steps in every kernel
     ramp, big = torch.linspace(-2, 2, c, dtype=torch.float64), torch.finfo(dtype).max
     rows = [ramp + 1e4, ramp - 1e4, ramp * 1e4]
     rows += [torch.full_like(ramp, value) for value in (1e4, -1e4, big, -big, -INF, INF, NAN)]
@@ -181,16 +184,16 @@ def test_extreme_logits(dtype, layout, device, triton_backend):
     torch.testing.assert_close(loss.double(), want, rtol=2e-6, atol=2e-6, equal_nan=True)
     other = x.detach().requires_grad_()
     FS.cross_entropy(other, target, reduction="sum", one_pass=True).backward()
-    # Halves keep lse in one float32, which at 1e4 is 5e-4 off: a few units of their own last digit.
+    # For half-precision logits lse is one float32, which is off by 5e-4 at 1e4: a few of their units in the last place.
     close = {"rtol": 2e-5, "atol": 2e-6} if dtype.itemsize >= 4 else {"rtol": 1.6e-2, "atol": 1e-3}
-    ordinary = x.detach().abs().amax(1, keepdim=True) != big  # torch's float64 sees no rounding at the largest numbers
+    ordinary = x.detach().abs().amax(1, keepdim=True) != big  # float64 does not round the largest numbers of dtype
     want = gradient(torch.ones_like(want))
     for got in (x.grad.double(), other.grad.double()):
         torch.testing.assert_close(got.where(ordinary, 0), want.where(ordinary, 0), equal_nan=True, **close)
 
 
 def test_a_confident_gradient_keeps_its_digits(device, triton_backend):
-    """What an lse of one float32 would lose: p - 1 for p near 1 and large logits."""
+    """p - 1, for p near 1 and large logits: an lse in one float32 would lose its digits."""
     x = (torch.randn(1, 8, 4, 4, device=device) + 300).requires_grad_()
     target = x.detach().argmax(1)
     _, gradient = exact(x, target, reduction="sum")
@@ -201,7 +204,7 @@ def test_a_confident_gradient_keeps_its_digits(device, triton_backend):
 @LAYOUTS
 @REDUCTIONS
 @pytest.mark.parametrize("weight", [None, [0.0, 0.0, 0.0]], ids=["ignored", "weightless"])
-def test_nothing_valid(weight, reduction, layout, device, triton_backend):
+def test_all_pixels_ignored(weight, reduction, layout, device, triton_backend):
     x, target = make((2, 3, 3, 5), device, layout=layout)
     target = target if weight else torch.full_like(target, 255)
     weight = weight and torch.tensor(weight, device=device)
@@ -217,7 +220,7 @@ def test_nothing_valid(weight, reduction, layout, device, triton_backend):
 
 @LAYOUTS
 @REDUCTIONS
-def test_nothing_at_all(reduction, layout, device, triton_backend):
+def test_empty_tensors(reduction, layout, device, triton_backend):
     for shape in ((0, 3, 2, 4), (2, 3, 0, 4)):
         x, target = make(shape, device, layout=layout)
         loss = FS.cross_entropy(x.requires_grad_(), target, reduction=reduction)
@@ -228,11 +231,11 @@ def test_nothing_at_all(reduction, layout, device, triton_backend):
 
 @LAYOUTS
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_ignored_logits_may_be_anything(layout, backend, device):
+def test_ignored_pixels_may_have_infinite_and_nan_logits(layout, backend, device):
     x, target = make((1, 5, 4, 6), device, layout=layout, ignore=255)
     target[0, 0, :3] = 255
     x[0, :, 0, 0], x[0, 2, 0, 1], x[0, :, 0, 2] = NAN, INF, -INF
-    with fastseg.backend(backend):  # the operators: torch's own function gives NaN * 0 = NaN
+    with fastseg.backend(backend):  # the operators, because torch's own function computes NaN * 0 = NaN
         options = LossOptions("weights", 0, 255, 0.0, 0.0)
         loss, lse, denominator, *_ = ops.CROSS_ENTROPY(x, target, None, options, None)
         grad = ops.CROSS_ENTROPY_BACKWARD(torch.ones_like(loss), x, target, None, lse, denominator, options)
@@ -244,7 +247,7 @@ def test_ignored_logits_may_be_anything(layout, backend, device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("probabilities", [False, True])
 @pytest.mark.parametrize("reduction", ["none", "sum", "weights", "valid", "count"])
-def test_the_reference_is_the_kernels(reduction, probabilities, dtype, layout, device):
+def test_reference_and_kernels_agree(reduction, probabilities, dtype, layout, device):
     x, target = make((1, 5, 3, 4), device, dtype, layout, ignore=7)
     if probabilities:
         target, reduction = torch.rand_like(x), {"weights": "count", "valid": "count"}.get(reduction, reduction)
@@ -281,7 +284,7 @@ def test_half_precision_logits_give_a_float32_loss(backend, device):
 
 
 @pytest.mark.parametrize("kwargs", [{"size_average": False}, {"reduce": False}, {"size_average": True, "reduce": True}])
-def test_legacy_arguments(kwargs, device, triton_backend):
+def test_deprecated_arguments(kwargs, device, triton_backend):
     x, target = make((1, 3, 2, 4), device)
     with pytest.warns(UserWarning, match="reduction="):
         got = FS.cross_entropy(x, target, **kwargs)

@@ -1,4 +1,4 @@
-"""Arguments of cross_entropy: what torch refuses, what falls back to torch, and what is said about it."""
+"""Arguments of cross_entropy: errors, and calls that fall back to PyTorch."""
 
 import pytest
 import torch
@@ -39,19 +39,19 @@ def test_bad_arguments_raise_what_torch_raises(name, value, backend):
 
 
 @pytest.mark.parametrize("smoothing", [-0.1, NAN])
-def test_no_smoothing_outside_its_range(smoothing):
+def test_label_smoothing_outside_its_range_raises(smoothing):
     with pytest.raises(RuntimeError, match="label_smoothing must be between"):
         FS.cross_entropy(X, TARGET, label_smoothing=smoothing)
 
 
-def test_no_index_is_ignored_of_probabilities():
+def test_class_probabilities_take_no_ignore_index():
     for function in (F.cross_entropy, FS.cross_entropy):
         with pytest.raises(RuntimeError, match="ignore_index"):
             function(X, X.softmax(1), ignore_index=3)
 
 
 @pytest.mark.parametrize("shape", [(0,), (2,), (1, 1), (3,)], ids=str)
-def test_targets_of_one_pixel(shape):
+def test_wrong_targets_of_one_pixel_raise_what_torch_raises(shape):
     target = torch.zeros(shape, dtype=torch.int64)
     with pytest.raises(Exception) as theirs:
         F.cross_entropy(torch.randn(3), target)
@@ -60,7 +60,7 @@ def test_targets_of_one_pixel(shape):
 
 
 @pytest.mark.parametrize(
-    "kwargs, said",
+    "kwargs, message",
     [
         (
             {"normalization": "mean"},
@@ -70,13 +70,13 @@ def test_targets_of_one_pixel(shape):
         ({"one_pass": True, "reduction": "none"}, "one_pass must be left out for reduction 'none'"),
     ],
 )
-def test_bad_arguments_that_torch_does_not_have(kwargs, said):
-    with pytest.raises(ValueError, match=said):
+def test_bad_values_of_arguments_that_torch_does_not_have(kwargs, message):
+    with pytest.raises(ValueError, match=message):
         FS.cross_entropy(X, TARGET, **kwargs)
     with pytest.raises(TypeError, match="z_loss must be a float"):
         FS.cross_entropy(X, TARGET, z_loss="a")
     with pytest.raises(TypeError):
-        FS.cross_entropy(X, TARGET, None, None, -100, None, "mean", 0.0, "valid")  # keywords alone
+        FS.cross_entropy(X, TARGET, None, None, -100, None, "mean", 0.0, "valid")  # it is keyword-only
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_bad_arguments_that_torch_does_not_have(kwargs, said):
         ("without classes", X[:0, :0], TARGET[:0], {}),
     ],
 )
-def test_what_is_not_covered_falls_back_with_a_reason(reason, x, target, kwargs, triton_backend):
+def test_unsupported_calls_fall_back_with_a_reason(reason, x, target, kwargs, triton_backend):
     with pytest.raises(NotImplementedError, match=reason):
         FS.cross_entropy(x, target, **kwargs)
     fastseg.set_backend("auto")
@@ -99,7 +99,7 @@ def test_what_is_not_covered_falls_back_with_a_reason(reason, x, target, kwargs,
 
 @pytest.mark.parametrize("shape", [(5,), (2, 5), (1, 5, 2), (1, 5, 2, 2), (1, 5, 2, 1, 2)], ids=str)
 @pytest.mark.parametrize("backend", ["auto", pytest.param("triton", marks=pytest.mark.interpreted)])
-def test_a_bad_label_is_named_where_it_stands(shape, backend):
+def test_an_out_of_range_label_is_reported_with_its_position(shape, backend):
     target = torch.zeros((*shape[:1], *shape[2:]) if len(shape) > 1 else (), dtype=torch.int64)
     target.view(-1)[-1] = 7
     where = tuple(size - 1 for size in target.shape)
@@ -117,7 +117,7 @@ def test_a_bad_label_is_named_where_it_stands(shape, backend):
         (2**15, torch.int16, "torch"),
     ],
 )
-def test_labels_whose_dtype_cannot_hold_the_number_of_classes(classes, dtype, backend, device):
+def test_label_dtypes_that_cannot_hold_the_number_of_classes(classes, dtype, backend, device):
     largest = min(classes - 1, torch.iinfo(dtype).max)
     target = torch.tensor([[[0, 7], [200, largest]]], dtype=dtype, device=device)
     features, linear_weight = torch.randn(1, 3, 2, 2, device=device), torch.randn(classes, 3, device=device)

@@ -1,4 +1,4 @@
-"""How the kernels of cross_entropy divide their work, what they move, and what they never touch."""
+"""The kernels of cross_entropy: division of the work, bytes moved, 64-bit addresses and out-of-range labels."""
 
 import math
 import subprocess
@@ -24,8 +24,8 @@ from fastseg.ops.losses import cross_entropy as ops
 pytestmark = QUIET
 
 
-def everything(x, target, weight):
-    """Loss and gradient, of each pixel and of the mean, in two passes and in one."""
+def losses_and_gradients(x, target, weight):
+    """Of each pixel and of the mean, in two passes and in one."""
     results = []
     for reduction, passes in (("none", None), ("mean", False), ("mean", True)):
         leaf = x.clone().requires_grad_()
@@ -52,20 +52,20 @@ NCHW, LAST = torch.contiguous_format, torch.channels_last
     ],
     ids=lambda value: str(value) if isinstance(value, tuple) else "",
 )
-def test_any_division_gives_the_same(layout, shape, patch, monkeypatch, device, triton_backend):
-    """64-bit offsets, forced on a small tensor; large and small programs; many partial sums."""
+def test_results_do_not_depend_on_the_tile_sizes(layout, shape, patch, monkeypatch, device, triton_backend):
+    """64-bit offsets on a small tensor, large and small programs, many partial sums."""
     x, target = make(shape, device, layout=layout, ignore=255)
     weight = torch.rand(shape[1], device=device)
-    before = everything(x, target, weight)
+    before = losses_and_gradients(x, target, weight)
     for module, values in patch.items():
         for name, value in values.items():
             monkeypatch.setattr(module, name, value)
-    for got, want in zip(everything(x, target, weight), before, strict=True):
+    for got, want in zip(losses_and_gradients(x, target, weight), before, strict=True):
         torch.testing.assert_close(got, want, rtol=2e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("classes", [2, 150])
-def test_offsets_are_wide_in_time(classes):
+def test_offsets_have_64_bits_before_they_overflow(classes):
     for pixels, wide in ((2**31 - 2**22 - 2048 * classes, False), (2**31 - 2, True), (2**31 + 2**12, True)):
         x = torch.empty(1, classes, pixels // classes // 2, 2, device="meta")
         options = LossOptions("sum", 0, -100, 0.0, 0.0)
@@ -73,10 +73,12 @@ def test_offsets_are_wide_in_time(classes):
 
 
 @LAYOUTS
-def test_deterministic_to_the_bit(layout, device, triton_backend):
+def test_results_are_bitwise_deterministic(layout, device, triton_backend):
     x, target = make((2, 4, 15, 19), device, layout=layout, ignore=255)
     weight = torch.rand(4, device=device)
-    for first, second in zip(everything(x, target, weight), everything(x, target, weight), strict=True):
+    for first, second in zip(
+        losses_and_gradients(x, target, weight), losses_and_gradients(x, target, weight), strict=True
+    ):
         assert torch.equal(first, second)
 
 
@@ -87,7 +89,7 @@ def test_deterministic_to_the_bit(layout, device, triton_backend):
     "classes, size", [(11, (16, 32)), (19, (16, 32)), (21, (16, 32)), (150, (4, 16)), (11, (15, 21))]
 )
 def test_bytes_moved_are_the_floor(classes, size, passes, layout, triton_backend):
-    """6 C + 24 bytes a pixel in two passes, 4 C + 8 in one, for bf16 logits and int64 labels."""
+    """6 C + 24 bytes per pixel in two passes, 4 C + 8 in one, for bf16 logits and int64 labels."""
     x, target = make((1, classes, *size), dtype=torch.bfloat16, layout=layout, ignore=255)
     with traffic.metering() as launches:
         FS.cross_entropy(x.requires_grad_(), target, ignore_index=255, one_pass=passes).backward()
@@ -101,7 +103,7 @@ def test_bytes_moved_are_the_floor(classes, size, passes, layout, triton_backend
 
 
 def on_meta(shape, dtype, terms=1):
-    """Logits, and what the kernels take of labels and losses, without data."""
+    """Logits, labels, lse and loss on the meta device."""
     x = torch.empty(shape, dtype=dtype, device="meta")
     labels = torch.empty((shape[0], *shape[2:]), dtype=torch.uint8, device="meta")
     lse, loss = torch.empty((terms, *labels.shape), device="meta"), torch.empty((), device="meta")
@@ -110,8 +112,8 @@ def on_meta(shape, dtype, terms=1):
 
 @INTERPRETED
 @pytest.mark.parametrize("size", [2**31 + 16, 300**3])
-def test_the_last_program_of_a_huge_image(size):
-    """More pixels than 2^31 in one image, and fewer of many classes: all that is read and written, and no more."""
+def test_addresses_of_the_last_program_of_a_huge_image(size):
+    """More than 2^31 pixels in one image, or more than 2^31 logits: exactly its own pixels are read and written."""
     classes = 2 if size > 2**31 else 117
     x, labels, lse, loss = on_meta((1, classes, 1, size), torch.float16)
     grad, nothing = torch.empty_like(x), loss.new_empty((0,))
@@ -137,8 +139,8 @@ def test_the_last_program_of_a_huge_image(size):
 
 
 @INTERPRETED
-def test_the_third_plane_of_huge_sums():
-    """Of class probabilities in float32 lse has two terms and the mass of the target behind them, 2^31 elements on."""
+def test_addresses_of_the_third_term_of_a_huge_lse():
+    """For class probabilities and float32 logits lse has three terms, and the third begins at element 2^31."""
     size = 2**30
     x, _, lse, _ = on_meta((1, 2, 1, size), torch.float32, terms=3)
     inputs, grad = LossInputs(x, torch.empty_like(x), None), torch.empty_like(x)
@@ -147,35 +149,35 @@ def test_the_third_plane_of_huge_sums():
     (launch,) = recorded(lambda: forward.cross_entropy_fwd(inputs, options, False, results))
     planes = {term * size + p for term in range(3) for p in range(size - launch[3]["BLOCK"], size)}
     assert planes <= addresses(launch, launch[1] - 1)["store", torch.float32]
-    # Loads are told apart from the first tensor alone, which is the gradient of the loss.
+    # Addresses are relative to the first tensor of a dtype, so lse is also passed as the gradient of the loss.
     (launch,) = recorded(lambda: backward.cross_entropy_bwd(lse, inputs, lse, nothing, options, False, grad))
     assert planes <= addresses(launch, launch[1] - 1)["load", torch.float32]
 
 
-# --- labels that are no class ----------------------------------------------------------------------------------------
+# --- out-of-range labels ---------------------------------------------------------------------------------------------
 
 
 @INTERPRETED
-@pytest.mark.parametrize("stray", [5, -1, 255, 2**31, 2**32 + 1, -(2**40)])
+@pytest.mark.parametrize("label", [5, -1, 255, 2**31, 2**32 + 1, -(2**40)])
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_a_stray_label_is_an_index_error_on_a_cpu(stray, backend):
+def test_an_out_of_range_label_is_an_index_error_on_a_cpu(label, backend):
     x, target = make((2, 5, 3, 4))
-    target[1, 2, 3] = stray
-    with fastseg.backend(backend), pytest.raises(IndexError, match=f"Target {stray} is out of bounds"):
+    target[1, 2, 3] = label
+    with fastseg.backend(backend), pytest.raises(IndexError, match=f"Target {label} is out of bounds"):
         FS.cross_entropy(x, target)
     with fastseg.backend(backend), pytest.raises(IndexError, match=r"\(1, 2, 3\)"):
         ops.CROSS_ENTROPY(x, target, None, LossOptions("weights", 0, -100, 0.0, 0.0), None)
-    FS.cross_entropy(x, target, ignore_index=stray)
+    FS.cross_entropy(x, target, ignore_index=label)
 
 
 @INTERPRETED
 @LAYOUTS
 @pytest.mark.parametrize("classes", [5, 70])
-def test_a_stray_label_is_never_an_address(classes, layout):
-    """The kernels themselves, past the check: strays count for nothing, and no byte outside the tensors is touched."""
+def test_an_out_of_range_label_is_never_an_address(classes, layout):
+    """The kernels, without the check: out-of-range labels do not count, and nothing outside the tensors is accessed."""
     x, target = make((1, classes, 3, 7), layout=layout)
-    strays = torch.tensor([-1, classes, -classes, classes + 1, 255, 2**31, 2**32 + 1, -(2**40)])
-    target.view(-1)[:4], target.view(-1)[-4:] = strays[:4], strays[4:]
+    outside = torch.tensor([-1, classes, -classes, classes + 1, 255, 2**31, 2**32 + 1, -(2**40)])
+    target.view(-1)[:4], target.view(-1)[-4:] = outside[:4], outside[4:]
     valid = (target >= 0) & (target < classes)
     weight, grad_loss, last = torch.rand(classes) + 0.1, torch.rand(1, 3, 7), layout == torch.channels_last
     loss, lse, grad = torch.full((1, 3, 7), NAN), torch.full((2, 1, 3, 7), NAN), torch.full_like(x, NAN)
@@ -203,7 +205,7 @@ def test_a_stray_label_is_never_an_address(classes, layout):
 
 
 @pytest.mark.gpu
-def test_a_stray_label_is_a_device_assertion():
+def test_an_out_of_range_label_is_a_device_assertion():
     code = """
         import torch, fastseg
         x, target = torch.randn(1, 5, 8, 8, device="cuda"), torch.zeros(1, 8, 8, dtype=torch.long, device="cuda")

@@ -1,4 +1,4 @@
-"""cross_entropy with the gradient made in the forward: when, how exact, who owns it; and its predictions."""
+"""cross_entropy in one pass: when it is taken, how exact its gradient is and who owns it; and predictions."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def kernels_of(call):
         (False, torch.float32, {"reduction": "none"}),
     ],
 )
-def test_when_it_is_taken(taken, dtype, kwargs, device, triton_backend):
+def test_when_one_pass_is_taken(taken, dtype, kwargs, device, triton_backend):
     x, target = make((1, 5, 1, 8), device, dtype)
     assert ("OnePass" in FS.cross_entropy(x.requires_grad_(), target, **kwargs).grad_fn.name()) == taken
     assert not FS.cross_entropy(x.detach(), target, **kwargs).requires_grad
@@ -40,8 +40,8 @@ def test_when_it_is_taken(taken, dtype, kwargs, device, triton_backend):
 
 @LAYOUTS
 @pytest.mark.parametrize("classes, taken", [(255, True), (256, True), (257, False)])
-def test_up_to_256_classes(classes, taken, layout, device, triton_backend):
-    """From 256 on, packed labels take two bytes; a program does not hold more than 256."""
+def test_one_pass_takes_up_to_256_classes(classes, taken, layout, device, triton_backend):
+    """From 256 classes on, packed labels take two bytes."""
     x, target = make((1, classes, 1, 5), device, layout=layout, ignore=1000)
     target[0, 0, :2] = torch.tensor([255 % classes, classes - 1], device=device)
     loss = FS.cross_entropy(x.requires_grad_(), target, ignore_index=1000, one_pass=True)
@@ -54,12 +54,12 @@ def test_up_to_256_classes(classes, taken, layout, device, triton_backend):
 
 @INTERPRETED
 @LAYOUTS
-def test_nothing_is_moved_for_a_gradient_of_one(layout, triton_backend):
+def test_the_backward_moves_nothing_if_the_gradient_of_the_loss_is_one(layout, triton_backend):
     x, target = make((1, 19, 8, 16), dtype=torch.bfloat16, layout=layout, ignore=255)
     loss = FS.cross_entropy(x.requires_grad_(), target, ignore_index=255)
     with traffic.metering() as launches:
         loss.backward()
-    assert [launch.sectors() for launch in launches] == [32]  # that gradient itself
+    assert [launch.sectors() for launch in launches] == [32]  # the read of that gradient
     assert len(kernels_of(lambda: FS.cross_entropy(x, target, ignore_index=255, reduction="sum"))) == 2
     assert kernels_of(lambda: FS.cross_entropy(x, target, ignore_index=255))[:2] == ["labels_kernel", "total_kernel"]
 
@@ -67,8 +67,8 @@ def test_nothing_is_moved_for_a_gradient_of_one(layout, triton_backend):
 @LAYOUTS
 @DTYPES
 @pytest.mark.parametrize("scale", [1.0, 0.4, -3.0, 0.0, 65536.0])
-def test_any_gradient_is_rounded_once(scale, dtype, layout, device, triton_backend):
-    """The gradient for `scale` is the two passes' own, to a rounding of what both compute in."""
+def test_gradients_of_scaled_losses_are_rounded_once(scale, dtype, layout, device, triton_backend):
+    """In one pass as in two, up to a rounding of the dtype that both compute in."""
     x, target = make((2, 11, 3, 7), device, dtype, layout, ignore=255)
     weight, grads = torch.rand(11, device=device) + 0.5, []
     for one_pass in (True, False):
@@ -86,13 +86,13 @@ def test_any_gradient_is_rounded_once(scale, dtype, layout, device, triton_backe
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("one_pass", [None, True])
 def test_a_scaled_mean_of_a_million_pixels_does_not_underflow(one_pass, dtype, device, triton_backend):
-    """A GradScaler's 65536 on a mean over 2^20 pixels: 1 / 2^20 times a small softmax is no float16 number."""
+    """A GradScaler multiplies by 65536. For 2^20 pixels, the gradient without this factor is too small for float16."""
     x, target = make((1, 2, 1, 64), device, dtype)
     x[:, 1] = x[:, 0] + 7  # softmax 0.0009 and 0.999
     grads = []
     for function, kwargs in ((FS.cross_entropy, {"one_pass": one_pass}), (None, {})):
         leaf = (x if function else x.double()).clone().requires_grad_()
-        # a mean over more pixels than the interpreter can take: the sum, divided by the number of them
+        # the mean over more pixels than the interpreter can process: the sum over 64 of them, divided by 2^20
         loss = (function or F.cross_entropy)(leaf, target, reduction="sum", **kwargs) / 2**20
         (loss * 65536.0).backward()
         grads.append(leaf.grad.double())
@@ -101,8 +101,8 @@ def test_a_scaled_mean_of_a_million_pixels_does_not_underflow(one_pass, dtype, d
 
 
 @LAYOUTS
-def test_a_million_pixels(layout, device):
-    """The same by the operators' references, on real pixels; a mean's gradient that is made for 1 would be lost."""
+def test_references_keep_the_gradient_of_a_million_pixels(layout, device):
+    """float16 with a factor of 65536: a gradient computed for a factor of 1 would underflow."""
     x, target = make((1, 3, 1024, 1024), device, torch.float16, layout)
     leaf, exact = x.clone().requires_grad_(), x.double().requires_grad_()
     (FS.cross_entropy(leaf, target) * 65536.0).backward()
@@ -111,7 +111,7 @@ def test_a_million_pixels(layout, device):
 
 
 @LAYOUTS
-def test_a_handed_out_gradient_is_not_touched_again(layout, device, triton_backend):
+def test_a_returned_gradient_is_not_overwritten(layout, device, triton_backend):
     x, target = make((2, 5, 3, 4), device, layout=layout)
     loss = FS.cross_entropy(x.requires_grad_(), target)
     first = torch.autograd.grad(loss, x, retain_graph=True)[0]
@@ -167,7 +167,7 @@ def test_predictions(shape, backend, device, dtype):
 @LAYOUTS
 @pytest.mark.parametrize("one_pass", [False, True])
 def test_predictions_are_torchs_argmax(one_pass, layout, device, triton_backend):
-    """The first of equal maxima, a NaN before any number, 0 for a pixel of -inf alone."""
+    """The first of equal maxima, NaN before any number, and 0 for a pixel whose logits are all -inf."""
     rows = torch.randn(9, 21, device=device)
     rows[0, 3:9] = 50
     rows[1], rows[2, 17], rows[3, 5], rows[3, 2] = -INF, NAN, NAN, INF
@@ -179,7 +179,7 @@ def test_predictions_are_torchs_argmax(one_pass, layout, device, triton_backend)
     assert torch.equal(got.prediction, x.argmax(1))
 
 
-def test_predictions_cost_no_pass(device, triton_backend):
+def test_predictions_need_no_further_read(device, triton_backend):
     if device == "cuda":
         pytest.skip("bytes are counted in the interpreter")
     x, target = make((1, 19, 16, 32), dtype=torch.bfloat16, ignore=255)
@@ -188,7 +188,7 @@ def test_predictions_cost_no_pass(device, triton_backend):
     assert sum(launch.sectors() for launch in launches) <= 1.05 * (2 * 19 + 8 + 4 + 1) * 512
 
 
-@pytest.mark.parametrize("kwargs, error, said", [
+@pytest.mark.parametrize("kwargs, error, message", [
     ({"dtype": torch.int32}, ValueError, "dtype must be torch.int64 or torch.uint8"),
     ({"target": torch.rand(1, 3, 2, 2)}, RuntimeError, "target must be class indices"),
     ({"input": torch.rand(1, 257, 2, 2), "dtype": torch.uint8}, ValueError, "dtype must be torch.int64 for 257"),
@@ -197,7 +197,7 @@ def test_predictions_cost_no_pass(device, triton_backend):
     ({"target": torch.full((1, 2, 2), 3)}, IndexError, "Target 3 is out of bounds"),
 ])  # fmt: skip
 @pytest.mark.parametrize("backend", ["auto", pytest.param("triton", marks=pytest.mark.interpreted)])
-def test_bad_arguments_of_predictions(kwargs, error, said, backend):
+def test_bad_arguments_of_predictions(kwargs, error, message, backend):
     arguments = {"input": torch.rand(1, 3, 2, 2), "target": torch.zeros(1, 2, 2, dtype=torch.int64)} | kwargs
-    with fastseg.backend(backend), pytest.raises(error, match=said):
+    with fastseg.backend(backend), pytest.raises(error, match=message):
         FS.cross_entropy_with_predictions(**arguments)

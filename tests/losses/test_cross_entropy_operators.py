@@ -1,4 +1,4 @@
-"""cross_entropy as torch expects its operators: schemas, gradients, graphs, derivatives of derivatives."""
+"""The operators of cross_entropy in torch: opcheck, gradcheck, compiled graphs, second derivatives."""
 
 import pytest
 import torch
@@ -52,8 +52,8 @@ CALLS = [
 
 @pytest.mark.parametrize("probabilities", [False, True])
 @pytest.mark.parametrize("kwargs", CALLS, ids=str)
-def test_gradients(kwargs, probabilities, device):
-    """By differences: of the kernels, and twice, of torch's formulas behind them."""
+def test_gradients_pass_gradcheck(kwargs, probabilities, device):
+    """First derivatives of the kernels, second derivatives of torch's formulas."""
     x, target = make((1, 2, 1, 2), device, torch.float64, torch.channels_last)
     weight = torch.rand(2, device=device)
     target = torch.rand_like(x) if probabilities else target
@@ -116,7 +116,7 @@ def test_compiles_in_one_graph(backend, dynamic, device):
             torch.testing.assert_close(function(x, target), compiled(x, target))
 
 
-def test_nothing_is_kept_for_a_constant(device, triton_backend):
+def test_a_constant_saves_nothing_for_the_backward(device, triton_backend):
     x, target = make((1, 3, 2, 4), device)
     assert not FS.cross_entropy(x, target).requires_grad
     options = LossOptions("sum", 0, -100, 0.0, 0.0)

@@ -19,7 +19,7 @@ pytestmark = QUIET
 
 
 def composed(x, target, weight=None, ignore_index=-100, batch=False, background=True, smooth=1e-5, dice=1.0, ce=1.0):
-    """Written out sample by sample and class by class, in float64 if x is."""
+    """The loss sample by sample and class by class, in float64 if x is."""
     x = x if x.dtype == torch.float64 else x.float()
     weight = None if weight is None else weight.to(x.dtype)
     loss = F.cross_entropy(x, target.long(), weight, ignore_index=ignore_index)
@@ -43,7 +43,9 @@ def composed(x, target, weight=None, ignore_index=-100, batch=False, background=
     ((2, 2, 5, 7), -100, False, {"include_background": False}),
     ((1, 1, 2, 3), -100, False, {"batch": True}),
 ])  # fmt: skip
-def test_right(shape, ignore, weighted, kwargs, backend, dtype, layout, device, assert_right):
+def test_errors_are_no_larger_than_torchs(
+    shape, ignore, weighted, kwargs, backend, dtype, layout, device, assert_right
+):
     x, target = make(shape, device, dtype, layout, ignore)
     weight = torch.rand(shape[1], device=device) + 0.5 if weighted else None
     names = {"include_background": "background", "dice_weight": "dice", "ce_weight": "ce"}
@@ -78,7 +80,7 @@ def test_any_rank_and_label_dtype(backend, device):
 
 @LAYOUTS
 @pytest.mark.parametrize("backend", ["triton", "auto"])
-def test_nothing_valid(backend, layout, device):
+def test_all_pixels_ignored(backend, layout, device):
     x, target = make((2, 3, 3, 5), device, layout=layout)
     with fastseg.backend(backend):
         loss = FS.dice_cross_entropy(x.requires_grad_(), torch.full_like(target, 9), ignore_index=9)
@@ -91,7 +93,7 @@ def test_nothing_valid(backend, layout, device):
 
 
 @LAYOUTS
-def test_ignored_logits_may_be_anything(layout, device, triton_backend):
+def test_ignored_pixels_may_have_infinite_and_nan_logits(layout, device, triton_backend):
     x, target = make((1, 5, 4, 6), device, layout=layout)
     target[0, 0, :2] = 255
     x[0, :, 0, 0], x[0, 2, 0, 1] = NAN, float("inf")
@@ -102,7 +104,9 @@ def test_ignored_logits_may_be_anything(layout, device, triton_backend):
 
 @LAYOUTS
 @pytest.mark.parametrize("patch", [{"INT32_MAX": 0}, {"TILE": 128, "FEW_PROGRAMS": 0}, {"STEPS": 1}], ids=str)
-def test_any_division_gives_the_same_and_the_same_bits(patch, layout, device, monkeypatch, triton_backend):
+def test_results_do_not_depend_on_the_tile_sizes_and_are_deterministic(
+    patch, layout, device, monkeypatch, triton_backend
+):
     x, target = make((2, 5, 9, 17), device, layout=layout, ignore=255)
     results = []
     for _ in range(3):
@@ -120,14 +124,14 @@ def test_any_division_gives_the_same_and_the_same_bits(patch, layout, device, mo
 @LAYOUTS
 @pytest.mark.parametrize("classes, size", [(4, (64, 64)), (19, (64, 64)), (150, (16, 64))])
 def test_bytes_moved_are_the_floor(classes, size, layout, triton_backend):
-    """2 C + 8 bytes a pixel forward and 4 C + 8 backward, for bf16 logits and int64 labels."""
+    """2 C + 8 bytes per pixel forward and 4 C + 8 backward, for bf16 logits and int64 labels."""
     x, target = make((1, classes, *size), dtype=torch.bfloat16, layout=layout, ignore=255)
     with traffic.metering() as launches:
         FS.dice_cross_entropy(x.requires_grad_(), target, ignore_index=255).backward()
     pixels = math.prod(size)
     forward, backward = (launch.sectors() for launch in launches)
     assert backward <= 1.05 * (4 * classes + 8) * pixels
-    # Each program writes its sums once; a picture this small is divided among more programs than a large one.
+    # Each program writes its sums once. A small image has more programs per pixel than a large one.
     sums = launches[0].programs * (3 * classes + 2) * 4
     assert forward <= 1.05 * (2 * classes + 8) * pixels + 2 * sums + 64 * launches[0].programs
     assert [launch.outside for launch in launches] == [0, 0]
@@ -146,7 +150,7 @@ def test_opcheck(backend, layout, device):
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"batch": True, "include_background": False}], ids=str)
-def test_gradients(kwargs, device, triton_backend):
+def test_gradients_pass_gradcheck(kwargs, device, triton_backend):
     x, target = make((2, 3, 1, 2), device, torch.float64, torch.channels_last)
     weight = torch.rand(3, device=device)
     loss = lambda x: FS.dice_cross_entropy(x, target, weight, smooth=0.1, **kwargs)  # noqa: E731
@@ -168,7 +172,7 @@ def test_compiles_in_one_graph_and_as_a_module(backend, device):
         torch.testing.assert_close(torch.autograd.grad(eager, leaf), torch.autograd.grad(traced, leaf))
 
 
-@pytest.mark.parametrize("kwargs, error, said", [
+@pytest.mark.parametrize("kwargs, error, message", [
     ({"smooth": -1.0}, ValueError, "smooth must not be negative, but is -1.0"),
     ({"smooth": "a"}, TypeError, "smooth must be a float"),
     ({"dice_weight": None}, TypeError, "dice_weight must be a float"),
@@ -180,13 +184,13 @@ def test_compiles_in_one_graph_and_as_a_module(backend, device):
     ({"weight": torch.ones(4)}, RuntimeError, "weight must have one entry"),
 ])  # fmt: skip
 @pytest.mark.parametrize("backend", ["auto", pytest.param("triton", marks=pytest.mark.interpreted)])
-def test_bad_arguments(kwargs, error, said, backend):
+def test_bad_arguments(kwargs, error, message, backend):
     arguments = {"input": torch.rand(1, 3, 2, 2), "target": torch.zeros(1, 2, 2, dtype=torch.int64)} | kwargs
-    with fastseg.backend(backend), pytest.raises(error, match=f"dice_cross_entropy: {said}"):
+    with fastseg.backend(backend), pytest.raises(error, match=f"dice_cross_entropy: {message}"):
         FS.dice_cross_entropy(**arguments)
 
 
-def test_what_is_not_covered_falls_back_with_a_reason(device, triton_backend):
+def test_unsupported_calls_fall_back_with_a_reason(device, triton_backend):
     x, target = make((1, 257, 1, 3), device)
     with pytest.raises(NotImplementedError, match="257 classes"):
         FS.dice_cross_entropy(x, target)
@@ -196,8 +200,8 @@ def test_what_is_not_covered_falls_back_with_a_reason(device, triton_backend):
 
 @INTERPRETED
 @LAYOUTS
-def test_the_last_program_of_one_huge_image(layout):
-    """More than 2^31 logits of fewer pixels: all that is read and written, and no more."""
+def test_addresses_of_the_last_program_of_a_huge_image(layout):
+    """More than 2^31 logits: exactly its own pixels are read and written."""
     last, classes, size = layout == torch.channels_last, 117, 300**3
     x = torch.empty((1, classes, 1, size), dtype=torch.float16, device="meta").to(memory_format=layout)
     labels = torch.empty((1, 1, size), dtype=torch.uint8, device="meta")

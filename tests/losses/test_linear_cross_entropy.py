@@ -1,8 +1,11 @@
+"""linear_cross_entropy against the composition of torch's functions in float64."""
+
 import itertools
 
 import pytest
 import torch
 import torch.nn.functional as F
+from support.cross_entropy_common import BACKENDS, LAYOUTS, QUIET
 from torch.profiler import ProfilerActivity, profile
 
 import fastseg
@@ -12,16 +15,12 @@ from fastseg.kernels.losses.options import LossOptions
 from fastseg.ops.losses import chunked_reference as chunks
 from fastseg.ops.losses import linear_cross_entropy as function
 
-LAYOUTS = pytest.mark.parametrize(
-    "layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels_last"]
-)
-BACKENDS = pytest.mark.parametrize("backend", ["torch", "triton"])
 NAMES = ["features", "linear_weight", "linear_bias", "target"]
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+pytestmark = QUIET
 
 
 def make(shape, classes, device="cpu", dtype=torch.float32, layout=torch.contiguous_format):
-    """Features, the classifier, and labels of which a fifth is 255."""
+    """Features, the classifier, and labels, a fifth of which are 255."""
     x = torch.randn(shape, device=device).to(dtype).contiguous(memory_format=layout)
     weight, bias = (
         torch.randn(classes, shape[1], device=device).to(dtype),
@@ -32,31 +31,33 @@ def make(shape, classes, device="cpu", dtype=torch.float32, layout=torch.contigu
     return x, weight, bias, target
 
 
-def composed(x, weight, bias, target, of_class=None, **options):
-    of_class = None if of_class is None else of_class.to(x.dtype)
-    return F.cross_entropy(F.conv2d(x, weight[:, :, None, None], bias), target, of_class, ignore_index=255, **options)
+def composed(x, weight, bias, target, class_weight=None, **options):
+    class_weight = None if class_weight is None else class_weight.to(x.dtype)
+    return F.cross_entropy(
+        F.conv2d(x, weight[:, :, None, None], bias), target, class_weight, ignore_index=255, **options
+    )
 
 
 @LAYOUTS
 @BACKENDS
 @pytest.mark.parametrize("chunk", [7, None])
 @pytest.mark.parametrize("reduction, smoothing", [("mean", 0.1), ("none", 0.0), ("sum", 0.0)])
-def test_right(reduction, smoothing, chunk, backend, layout, device, assert_right):
+def test_errors_are_no_larger_than_torchs(reduction, smoothing, chunk, backend, layout, device, assert_right):
     dtype = torch.bfloat16 if reduction == "mean" else torch.float32
     inputs = make((2, 6, 3, 5), 4, device, dtype, layout)
-    of_class = torch.rand(4, device=device) + 0.5
+    class_weight = torch.rand(4, device=device) + 0.5
     options = {"reduction": reduction, "label_smoothing": smoothing}
 
     def ours(x, weight, bias, target):
-        call = {"linear_bias": bias, "weight": of_class, "ignore_index": 255, "chunk": chunk}
+        call = {"linear_bias": bias, "weight": class_weight, "ignore_index": 255, "chunk": chunk}
         return FS.linear_cross_entropy(x, weight, target, **call, **options)
 
     with fastseg.backend(backend):
-        assert_right(ours, lambda *call: composed(*call, of_class, **options), inputs, NAMES)
+        assert_right(ours, lambda *call: composed(*call, class_weight, **options), inputs, NAMES)
 
 
 @LAYOUTS
-def test_the_chunk_changes_nothing(layout, device):
+def test_the_chunk_size_does_not_change_the_result(layout, device):
     x, weight, bias, target = make((2, 5, 4, 6), 7, device, torch.float64, layout)
     leaves = [x.requires_grad_(), weight.requires_grad_(), bias.requires_grad_()]
     want = composed(*leaves, target)
@@ -68,7 +69,7 @@ def test_the_chunk_changes_nothing(layout, device):
             torch.testing.assert_close(got, other, rtol=1e-10, atol=1e-14)
 
 
-def test_rows_and_vectors_as_torch_has_them(device):
+def test_one_and_two_dimensional_inputs_as_in_torch(device):
     weight, bias = torch.randn(5, 3, device=device), torch.randn(5, device=device)
     for x, target in (
         (torch.randn(3, device=device), torch.tensor(4, device=device)),
@@ -108,7 +109,7 @@ def test_autocast_and_no_bias(device):
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
 
 
-def test_only_needed_gradients_are_made(device):
+def test_only_needed_gradients_are_computed(device):
     x, weight, bias, target = make((1, 4, 3, 5), 6, device)
     FS.linear_cross_entropy(x, weight.requires_grad_(), target, linear_bias=bias, ignore_index=255).backward()
     assert weight.grad is not None and x.grad is None and bias.grad is None
@@ -125,7 +126,7 @@ def test_opcheck(backend, device):
         torch.library.opcheck(torch.ops.fastseg.linear_cross_entropy_backward.default, call)
 
 
-def test_gradients(device):
+def test_gradients_pass_gradcheck(device):
     x, weight, bias, target = make((1, 3, 2, 3), 4, device, torch.float64)
     loss = lambda *call: FS.linear_cross_entropy(  # noqa: E731
         call[0], call[1], target, linear_bias=call[2], ignore_index=255, z_loss=0.01, chunk=4
@@ -182,42 +183,42 @@ def test_the_module(device):
     torch.testing.assert_close(loss(x, target), want)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="of the CPU alone")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="one pass of the CPU")
 @LAYOUTS
 @pytest.mark.parametrize(
     "options", [{"label_smoothing": 0.2}, {"z_loss": 0.1, "normalization": "valid"}, {"reduction": "sum"}], ids=str
 )
-def test_gradients_made_in_the_forward(options, layout, monkeypatch):
-    """With many classes a CPU multiplies by the weights once: the gradients are there when backward comes."""
+def test_one_pass_computes_the_gradients_in_the_forward(options, layout, monkeypatch):
+    """With many classes on a CPU: the backward computes no further matrix product."""
     monkeypatch.setattr(chunks, "ELEMENTS", 100)  # several chunks
     calls = []
     monkeypatch.setattr(function, "LINEAR_CROSS_ENTROPY_BACKWARD", lambda *tensors: calls.append(tensors))
     x, weight, bias, target = make((2, 6, 3, 5), 7, layout=layout)
-    of_class = torch.rand(7) + 0.5
+    class_weight = torch.rand(7) + 0.5
     leaves = [t.requires_grad_() for t in (x, weight, bias)]
 
-    def loss_of(leaves, of_class):
-        call = {"linear_bias": leaves[2], "weight": of_class, "ignore_index": 255}
+    def loss_of(leaves, class_weight):
+        call = {"linear_bias": leaves[2], "weight": class_weight, "ignore_index": 255}
         return FS.linear_cross_entropy(*leaves[:2], target, **call, **options)
 
-    def want_of(leaves, of_class):
+    def want_of(leaves, class_weight):
         z_loss, normalization = options.get("z_loss", 0.0), options.get("normalization")
         plain = {name: value for name, value in options.items() if name in ("label_smoothing", "reduction")}
         if normalization is None:
-            return composed(*leaves, target, of_class, **plain)
+            return composed(*leaves, target, class_weight, **plain)
         logits = F.conv2d(leaves[0], leaves[1][:, :, None, None], leaves[2])
         squared = (z_loss * logits.logsumexp(1).square() * (target != 255)).sum()
-        return (composed(*leaves, target, of_class, reduction="sum") + squared) / (target != 255).sum()
+        return (composed(*leaves, target, class_weight, reduction="sum") + squared) / (target != 255).sum()
 
-    loss = loss_of(leaves, of_class)
+    loss = loss_of(leaves, class_weight)
     exact = [t.detach().double().requires_grad_() for t in leaves]
-    want = want_of(exact, of_class.double())
+    want = want_of(exact, class_weight.double())
     torch.testing.assert_close(loss.double(), want, rtol=1e-6, atol=0)
-    for factor in (1.0, -3.0):  # twice over one graph
+    for factor in (1.0, -3.0):  # two backwards of one graph
         got = torch.autograd.grad(factor * loss, leaves, retain_graph=True)
         for ours, theirs in zip(got, torch.autograd.grad(factor * want, exact, retain_graph=True), strict=True):
             torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5)
-    (some,) = torch.autograd.grad(loss_of([x.detach(), weight, bias.detach()], of_class), [weight])
+    (some,) = torch.autograd.grad(loss_of([x.detach(), weight, bias.detach()], class_weight), [weight])
     torch.testing.assert_close(some, torch.autograd.grad(loss, weight, retain_graph=True)[0])
     (second,) = torch.autograd.grad(torch.autograd.grad(loss, weight, create_graph=True)[0].square().sum(), x)
     twice = torch.autograd.grad(want, exact[1], create_graph=True)[0].square().sum()
@@ -226,7 +227,7 @@ def test_gradients_made_in_the_forward(options, layout, monkeypatch):
 
 
 @pytest.mark.parametrize("chunk", [None, 7])
-def test_nothing_valid(chunk, device):
+def test_all_pixels_ignored(chunk, device):
     x, weight, bias, target = make((1, 3, 4, 5), 6, device)
     target.fill_(255)
     leaves = [t.requires_grad_() for t in (x, weight, bias)]

@@ -1,19 +1,21 @@
-"""Calls of the losses drawn at random from all their arguments, layouts and dtypes, against float64.
+"""Random calls of the losses, of all arguments, layouts and dtypes, against float64.
 
-cross_entropy's own are in test_cross_entropy.py. What a call should give is torch's functions composed, with z_loss and
-the normalizations by their formulas; the criterion is `assert_right`'s: an error of the result or of a gradient (for a
-random gradient of the loss) no larger than that of the composition in the call's dtype, plus a few epsilons.
+Those of cross_entropy are in test_cross_entropy.py. The expected result is the composition of torch's functions, with
+z_loss and the normalizations by their formulas. The criterion is that of `assert_right`: the errors of the result and
+of the gradients, for a random gradient of the loss, are no larger than those of the composition in the dtype of the
+call, plus a few epsilons.
 """
 
 import pytest
 import torch
 import torch.nn.functional as F
+from support.cross_entropy_common import QUIET
 
 import fastseg
 from fastseg import functional as FS
 from fastseg.verification import criterion
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy, where a GPU gives NaN
+pytestmark = QUIET
 CALLS = pytest.mark.parametrize(
     "backend, index", [("auto", index) for index in range(60)] + [("triton", index) for index in range(6)]
 )
@@ -21,8 +23,8 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 
 
 @pytest.fixture(autouse=True)
-def slack(monkeypatch):
-    """Sums whose terms cancel lose digits: torch's are others than ours, and none in float64, which is the truth."""
+def larger_tolerance(monkeypatch):
+    """Sums whose terms cancel lose digits, other ones in torch than here. For float64 the truth is no more exact."""
     monkeypatch.setitem(criterion.TOLERANCE, torch.float64, 2**14)  # epsilons: 3.6e-12
     monkeypatch.setitem(criterion.TOLERANCE, torch.float32, 2**8)  # 3.1e-5
 
@@ -32,7 +34,7 @@ def pick(*values):
 
 
 def start(index, dtypes=DTYPES):
-    """The dtype and layout of the index-th call's features; the seed is the printed one and the index."""
+    """The dtype and layout of the features of a call, whose seed is the printed one plus the index."""
     torch.manual_seed(torch.initial_seed() + index)
     return pick(*dtypes), pick("nchw", "channels_last", "strided")
 
@@ -42,32 +44,32 @@ def features(shape, dtype, layout, device):
     return x.to(memory_format=torch.channels_last) if layout == "channels_last" else x
 
 
-def placed(x, layout):
-    """Values of `x` at every second place of memory, where the call is to read them from there."""
+def with_layout(x, layout):
+    """`x`, for the layout "strided" as a view of every second element of memory."""
     return torch.stack((x, x), -1)[..., 0] if layout == "strided" else x
 
 
 def labels(classes, shape, layout, device):
-    """(Class indices, ignore_index): of it a third of the pixels, sometimes all, if the labels' dtype has it."""
+    """(class indices, ignore_index). A third of the labels are ignore_index, sometimes all or none of them."""
     dtype, ignored = pick(torch.uint8, torch.int16, torch.int32, torch.int64), pick(-100, 255, 0, classes - 1)
     target = torch.randint(classes, shape, device=device)
     if ignored >= 0 or dtype != torch.uint8:
         target[torch.rand(shape, device=device) < pick(0, 0.3, 0.3, 1)] = ignored
-    return placed(target.to(dtype), layout), ignored
+    return with_layout(target.to(dtype), layout), ignored
 
 
 def class_weight(classes, dtype, device):
     return pick(None, (torch.rand(classes, device=device) + 0.3).to(pick(torch.float32, dtype)))
 
 
-def drawn_options():
+def draw_options():
     reduction = pick("none", "sum", "mean", "mean", "mean")
     options = {"reduction": reduction, "label_smoothing": pick(0.0, 0.0, 0.1, 1.0), "z_loss": pick(0.0, 0.0, 0.01)}
     return options | ({"normalization": pick("weights", "valid", "pixels", "batch")} if reduction == "mean" else {})
 
 
-def computed(x):
-    """In what the losses are computed: of half-precision logits float32."""
+def widened(x):
+    """`x` in the dtype that losses are computed in: float32 or float64."""
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -88,8 +90,8 @@ def cross_entropy(
     return losses.sum() / divisors[normalization]
 
 
-def drawn_resizing(height, width):
-    """Arguments of interpolate: larger or smaller, each side by itself, to a size or by factors."""
+def draw_resizing(height, width):
+    """Arguments of interpolate that make each side larger or smaller, by sizes or by factors."""
     mode = pick(
         {"mode": "nearest"}, *({"mode": "bilinear", "align_corners": corners} for corners in (None, False, True))
     )
@@ -97,36 +99,38 @@ def drawn_resizing(height, width):
     if by in ("size", "side"):
         sides = [int(torch.randint(1, 18, ())) for _ in range(2)]
         return {"size": tuple(sides) if by == "size" else sides[0], **mode}
-    # A factor so small that no row or column would be left is one that interpolate refuses.
+    # interpolate raises for a factor that leaves no row or column.
     factors = [pick(0.3, 0.5, 0.77, 1.0, 1.3, 2.0, 2.3, 3.1, 4.7) for _ in range(2)]
     factors = [max(factor, 1.01 / side) for factor, side in zip(factors, (height, width), strict=True)]
     factors = factors if by == "factors" else [max(factors)] * 2
-    # Of a side whose size a factor leaves as it is torch's CPU code takes no means, and its CUDA code and ours do.
+    # torch's CPU code copies a side whose size does not change; its CUDA code and ours interpolate along it.
     same = any(int(side * factor) == side for side, factor in zip((height, width), factors, strict=True))
     recompute = {"recompute_scale_factor": True if same else pick(None, True, False)}
     return {"scale_factor": tuple(factors) if by == "factors" else factors[0], **recompute, **mode}
 
 
-def drawn_shape(*channels):
+def draw_shape(*channels):
     return (pick(1, 2, 3), pick(*channels), pick(1, 2, 3, 5, 7), pick(1, 2, 4, 5, 9))
 
 
 @CALLS
 def test_upsample_cross_entropy(backend, index, device, assert_right):
-    dtype, layout = start(index, DTYPES if backend == "auto" else DTYPES[:3])  # float64 is not the kernels'
-    shape = n, classes, *small = drawn_shape(2, 3, 5, 8, 19, 33)
-    x, way, options = features(shape, dtype, layout, device), drawn_resizing(*small), drawn_options()
+    dtype, layout = start(index, DTYPES if backend == "auto" else DTYPES[:3])  # the kernels do not support float64
+    shape = n, classes, *small = draw_shape(2, 3, 5, 8, 19, 33)
+    x, way, options = features(shape, dtype, layout, device), draw_resizing(*small), draw_options()
     large = F.interpolate(x, **way).shape[2:]
-    said = {name: value for name, value in way.items() if name != "size" or pick(True, False)}  # or the target says it
+    # Without a size, the target's counts.
+    given = {name: value for name, value in way.items() if name != "size" or pick(True, False)}
     target, ignored = labels(classes, (n, *large), layout, device)
     weight = class_weight(classes, dtype, device)
-    print(shape, dtype, layout, said, target.dtype, ignored, weight, options)
+    print(shape, dtype, layout, given, target.dtype, ignored, weight, options)
 
     def ours(x):
-        return FS.upsample_cross_entropy(placed(x, layout), target, weight, **said, ignore_index=ignored, **options)
+        logits = with_layout(x, layout)
+        return FS.upsample_cross_entropy(logits, target, weight, **given, ignore_index=ignored, **options)
 
     def theirs(x):
-        return cross_entropy(F.interpolate(computed(x), **way), target, weight, ignored, **options)
+        return cross_entropy(F.interpolate(widened(x), **way), target, weight, ignored, **options)
 
     with fastseg.backend(backend):
         assert_right(ours, theirs, [x], ["logits"])
@@ -135,9 +139,9 @@ def test_upsample_cross_entropy(backend, index, device, assert_right):
 @CALLS
 def test_linear_cross_entropy(backend, index, device, assert_right):
     dtype, layout = start(index)
-    shape = n, channels, *size = drawn_shape(1, 2, 3, 8, 11)
-    # Not one class: its gradient is 0, to which no rounding is small.
-    classes, options, chunk = pick(2, 3, 5, 19, 33), drawn_options(), pick(None, 1, 7, 50)
+    shape = n, channels, *size = draw_shape(1, 2, 3, 8, 11)
+    # Not one class: its gradient is 0, and relative errors have no meaning.
+    classes, options, chunk = pick(2, 3, 5, 19, 33), draw_options(), pick(None, 1, 7, 50)
     x = features(shape, dtype, layout, device)
     linear_weight = torch.randn(classes, channels, *pick((), (1, 1)), device=device).to(dtype)
     linear_bias = pick(None, torch.randn(classes, device=device).to(dtype))
@@ -147,11 +151,11 @@ def test_linear_cross_entropy(backend, index, device, assert_right):
 
     def ours(x, linear_weight, linear_bias):
         call = {"linear_bias": linear_bias, "weight": weight, "ignore_index": ignored, "chunk": chunk}
-        return FS.linear_cross_entropy(placed(x, layout), linear_weight, target, **call, **options)
+        return FS.linear_cross_entropy(with_layout(x, layout), linear_weight, target, **call, **options)
 
     def theirs(x, linear_weight, linear_bias):
         logits = F.conv2d(x, linear_weight.view(classes, channels, 1, 1), linear_bias)
-        return cross_entropy(computed(logits), target, weight, ignored, **options)
+        return cross_entropy(widened(logits), target, weight, ignored, **options)
 
     with fastseg.backend(backend):
         names = ["features", "linear_weight", "linear_bias"]
@@ -161,7 +165,7 @@ def test_linear_cross_entropy(backend, index, device, assert_right):
 @CALLS
 def test_dice_cross_entropy(backend, index, device, assert_right):
     dtype, layout = start(index)
-    shape = n, classes, *size = drawn_shape(2, 3, 5, 8, 19, 33)
+    shape = n, classes, *size = draw_shape(2, 3, 5, 8, 19, 33)
     x, smooth = features(shape, dtype, layout, device), pick(0.0, 1e-5, 1.0)
     batch, background, dice_weight, ce_weight = (
         pick(True, False),
@@ -176,10 +180,10 @@ def test_dice_cross_entropy(backend, index, device, assert_right):
     print(shape, dtype, layout, target.dtype, ignored, weight, options)
 
     def ours(x):
-        return FS.dice_cross_entropy(placed(x, layout), target, weight, ignore_index=ignored, **options)
+        return FS.dice_cross_entropy(with_layout(x, layout), target, weight, ignore_index=ignored, **options)
 
     def theirs(x):
-        x, valid = computed(x), (target != ignored).unsqueeze(1)
+        x, valid = widened(x), (target != ignored).unsqueeze(1)
         hit = (target.unsqueeze(1) == torch.arange(classes, device=device).view(-1, 1, 1)) & valid
         probabilities, pixels = x.softmax(1).where(valid, 0.0), (0, 2, 3) if batch else (2, 3)
         overlap, total = probabilities.where(hit, 0.0).sum(pixels), (probabilities + hit).sum(pixels)

@@ -1,18 +1,20 @@
+"""upsample_argmax, and the arguments of resizing."""
+
 import pytest
 import torch
 import torch.nn.functional as F
+from support.cross_entropy_common import BACKENDS, LAYOUTS, QUIET
 
 import fastseg
 from fastseg import functional as FS
 from fastseg.ops.losses import resizing
 from fastseg.ops.losses.row_chunks import RowChunks
 
-BACKENDS = pytest.mark.parametrize("backend", ["torch", "triton"])
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+pytestmark = QUIET
 
 
 @BACKENDS
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels_last"])
+@LAYOUTS
 @pytest.mark.parametrize(
     "shape, way",
     [
@@ -37,7 +39,7 @@ def test_upsample_argmax_labels_a_largest_value(shape, way, layout, backend, dev
 
 
 @BACKENDS
-def test_upsample_argmax_takes_the_first_of_equals_and_nan_above_all(backend, device):
+def test_upsample_argmax_takes_the_first_of_equal_values_and_nan_before_all(backend, device):
     x = torch.zeros(1, 6, 1, 5, device=device)
     x[0, :, 0, 0] = torch.tensor([1.0, 2, 2, 0, 2, 1])
     x[0, 3, 0, 1], x[0, 4, 0, 1], x[0, 1, 0, 1] = torch.nan, torch.nan, torch.inf
@@ -48,7 +50,7 @@ def test_upsample_argmax_takes_the_first_of_equals_and_nan_above_all(backend, de
     assert torch.equal(labels.long(), x.argmax(1)) and labels.tolist() == [[[1, 3, 0, 5, 0]]]
 
 
-def test_upsample_argmax_refuses_what_cannot_be_meant():
+def test_upsample_argmax_bad_arguments():
     x = torch.zeros(1, 300, 2, 2)
     with pytest.raises(ValueError, match="hold 300 classes"):
         FS.upsample_argmax(x, 4)
@@ -70,8 +72,8 @@ def test_upsample_argmax_is_an_operator(backend, device):
         assert torch.equal(compiled(call[0]), FS.upsample_argmax(call[0], (4, 5)))
 
 
-def test_sizes_are_interpolates(device):
-    """Every pair of short sides: the size that torch gives, and that the first and last tap are torch's."""
+def test_sizes_and_taps_are_those_of_interpolate(device):
+    """For several sides and factors: the output size, and the source position of each row."""
     for scale in (0.3, 0.5, 1.0, 1.3, 2.0, 2.7, 8):
         for short in (4, 7, 10):
             x = torch.arange(float(short)).view(1, 1, 1, short)
@@ -95,7 +97,7 @@ def test_sizes_are_interpolates(device):
     ],
     ids=["argmax", "target", "scale", "confusion"],
 )
-def test_an_export_with_dynamic_sizes_runs_on_others(factor, function):
+def test_an_export_with_dynamic_sizes_runs_on_other_sizes(factor, function):
     class Module(torch.nn.Module):
         def forward(self, x, y):
             return function(x, y)
@@ -106,15 +108,15 @@ def test_an_export_with_dynamic_sizes_runs_on_others(factor, function):
     auto = torch.export.Dim.AUTO
     sizes = {"x": {0: auto, 2: auto, 3: auto}, "y": {0: auto, 1: auto, 2: auto}}
     exported = torch.export.export(Module(), inputs(2, 4, 6), dynamic_shapes=sizes).module()
-    other = inputs(3, 7, 5)  # less wide than high, too
+    other = inputs(3, 7, 5)  # also higher than wide
     torch.testing.assert_close(exported(*other), function(*other))
 
 
 @pytest.mark.parametrize(
     "shape, factors", [((1, 33, 2, 2), 1.3), ((1, 7, 3, 5), (1.3, 2.0)), ((2, 6, 4, 3), (2.0, 1.3))]
 )
-def test_a_factor_that_leaves_a_size_as_it_is(shape, factors):
-    """torch's CPU code copies such a side."""
+def test_scale_factors_that_do_not_change_a_side(shape, factors):
+    """torch's CPU code copies a side whose size does not change."""
     x = torch.randn(shape)
     large = F.interpolate(x, scale_factor=factors, mode="bilinear")
     target = torch.randint(shape[1], (shape[0], *large.shape[2:]))

@@ -1,3 +1,5 @@
+"""upsample_cross_entropy against the composition of torch's functions in float64."""
+
 import itertools
 import math
 import subprocess
@@ -7,6 +9,8 @@ import textwrap
 import pytest
 import torch
 import torch.nn.functional as F
+from support.cross_entropy_common import BACKENDS, INTERPRETED, LAYOUTS, NAN, QUIET
+from support.upsample_cross_entropy_common import RESIZINGS, WAYS, composed, make, results
 
 import fastseg
 from fastseg import functional as FS
@@ -14,62 +18,16 @@ from fastseg.kernels.losses import upsample_cross_entropy as kernels
 from fastseg.ops.losses import chunked_reference as chunks
 from fastseg.ops.losses import upsample_cross_entropy_operators as ops
 
-LAYOUTS = pytest.mark.parametrize(
-    "layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels_last"]
-)
-BACKENDS = pytest.mark.parametrize("backend", ["torch", "triton"])
-INTERPRETED = pytest.mark.skipif(torch.cuda.is_available(), reason="runs on CPU tensors")
-NAN = float("nan")
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy, where a GPU gives NaN
-
-RESIZINGS = [  # small map, and interpolate's arguments
-    ((3, 4), {"size": (12, 16), "mode": "bilinear"}),
-    ((3, 4), {"scale_factor": 8, "mode": "bilinear"}),
-    ((4, 5), {"size": (13, 9), "mode": "bilinear", "align_corners": True}),
-    ((4, 3), {"scale_factor": (2.3, 1.7), "mode": "bilinear"}),
-    ((4, 3), {"scale_factor": (2.3, 1.7), "mode": "bilinear", "recompute_scale_factor": True}),
-    ((9, 11), {"scale_factor": 0.4, "mode": "bilinear", "align_corners": False}),
-    ((5, 4), {"size": (1, 1), "mode": "bilinear", "align_corners": True}),
-    ((1, 1), {"size": (5, 3), "mode": "bilinear"}),
-    ((2, 70), {"size": (3, 75), "mode": "bilinear"}),
-    ((3, 5), {"size": (7, 11), "mode": "nearest"}),
-    ((4, 3), {"scale_factor": (2.3, 3.1), "mode": "nearest"}),
-    ((10, 3), {"scale_factor": (2.09, 1.3), "mode": "nearest"}),
-    ((6, 5), {"size": (4, 5), "mode": "nearest"}),
-]
-WAYS = pytest.mark.parametrize("small, way", RESIZINGS, ids=lambda x: "-".join(map(str, getattr(x, "values", tuple)())))
+pytestmark = QUIET
 
 
-def make(shape, way, device="cpu", dtype=torch.float32, layout=torch.contiguous_format, ignore=255):
-    """Logits, and labels of the resized map's size of which a fifth is `ignore`."""
-    x = torch.randn(shape, device=device).mul(3).to(dtype).contiguous(memory_format=layout)
-    size = F.interpolate(torch.empty(shape, device="meta"), **way).shape[2:]
-    target = torch.randint(shape[1], (shape[0], *size), device=device)
-    target[torch.rand(target.shape, device=device) < 0.2] = ignore
-    return x, target
-
-
-def composed(x, target, way, weight=None, **options):
-    """torch's two functions."""
-    weight = None if weight is None else weight.to(x.dtype)
-    return F.cross_entropy(F.interpolate(x, **way), target.long(), weight, ignore_index=255, **options)
-
-
-def results(function, x, target, *rest, **options):
-    """Loss, and the gradient of the logits for a fixed random gradient of the loss."""
-    leaf = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
-    loss = function(leaf, target, *rest, **options)
-    grad = torch.linspace(0.5, 1.5, loss.numel(), dtype=loss.dtype, device=loss.device).view(loss.shape)
-    return loss.detach(), torch.autograd.grad(loss, leaf, grad)[0]
-
-
-# --- right -----------------------------------------------------------------------------------------------------------
+# --- values and gradients --------------------------------------------------------------------------------------------
 
 
 @WAYS
 @BACKENDS
-def test_right_for_every_resizing(small, way, backend, device, assert_right):
-    """Both layouts, all dtypes, reductions, weights and smoothings go round over the cases."""
+def test_errors_of_every_resizing_are_no_larger_than_torchs(small, way, backend, device, assert_right):
+    """The cases take turns with layouts, dtypes, reductions, weights and label smoothing."""
     turn = [way == other and small == size for size, other in RESIZINGS].index(True)
     dtype = (torch.float32, torch.bfloat16, torch.float16)[turn % 3]
     layout = (torch.contiguous_format, torch.channels_last)[turn % 2]
@@ -90,21 +48,21 @@ def test_the_reference_is_torchs_composition_in_float64(small, way, monkeypatch,
     x, target = make((2, 4, *small), way, device, torch.float64)
     weight = torch.rand(4, device=device, dtype=torch.float64)
     want = results(composed, x, target, way, weight, reduction="none", label_smoothing=0.2)
-    for elements, few in itertools.product((1, 100, 10**6), (1, 99)):  # single rows, bands, all at once; both formats
+    for elements, few in itertools.product((1, 100, 10**6), (1, 99)):  # rows, chunks, all; both layouts
         monkeypatch.setattr(chunks, "ELEMENTS", elements)
         monkeypatch.setattr("fastseg.ops.losses.row_chunks.FEW_CLASSES", few)
         options = {"ignore_index": 255, "reduction": "none", "label_smoothing": 0.2}
         with fastseg.backend("torch"):
             got = results(FS.upsample_cross_entropy, x, target, weight, **way, **options)
         for ours, theirs in zip(got, want, strict=True):
-            # interpolate's own positions are rounded to float64 along another way
+            # interpolate rounds its source positions to float64 in a different way
             torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
 
 
 @LAYOUTS
 @BACKENDS
 @pytest.mark.parametrize("normalization", ["weights", "valid", "pixels", "batch"])
-def test_normalizations_and_z_loss_are_cross_entropys(normalization, backend, layout, device):
+def test_normalizations_and_z_loss_are_those_of_cross_entropy(normalization, backend, layout, device):
     way = {"size": (7, 9), "mode": "bilinear"}
     x, target = make((2, 6, 3, 4), way, device, layout=layout)
     options = {"ignore_index": 255, "z_loss": 1e-2, "label_smoothing": 0.1}
@@ -124,7 +82,7 @@ def test_normalizations_and_z_loss_are_cross_entropys(normalization, backend, la
 
 def test_closer_to_float64_than_autocast(device, triton_backend):
     way = {"size": (8, 12), "mode": "bilinear"}
-    x, target = make((1, 7, 4, 6), way, device, torch.float16)  # the interpreter cuts bfloat16 off, a GPU rounds
+    x, target = make((1, 7, 4, 6), way, device, torch.float16)  # the interpreter truncates to bfloat16
     truth = results(composed, x.double(), target, way)
     with torch.autocast(device, torch.float16):
         theirs = results(composed, x, target, way)
@@ -135,7 +93,7 @@ def test_closer_to_float64_than_autocast(device, triton_backend):
 
 
 @BACKENDS
-def test_the_size_is_the_targets(backend, device):
+def test_the_default_size_is_that_of_the_target(backend, device):
     x, target = make((1, 5, 3, 4), {"size": (7, 10)}, device)
     with fastseg.backend(backend):
         implicit = FS.upsample_cross_entropy(x, target, ignore_index=255)
@@ -181,13 +139,13 @@ def test_large_logits_keep_their_digits(backend, device):
     with fastseg.backend(backend):
         options = {"ignore_index": 255, "reduction": "sum", "label_smoothing": 0.1}
         got = results(FS.upsample_cross_entropy, x, target, **options)
-    # the mean of two logits of 300 is rounded to float32: 300 * 2^-24 = 2e-5
+    # the mean of two logits near 300 is rounded to float32, by up to 300 * 2^-24 = 2e-5
     torch.testing.assert_close(got[0].double(), want[0], rtol=1e-5, atol=1e-3)
     torch.testing.assert_close(got[1].double(), want[1], rtol=1e-4, atol=2e-4)
 
 
 @BACKENDS
-def test_a_masked_class_in_nearest_mode(backend, device):
+def test_a_class_with_logits_of_minus_infinity_in_nearest_mode(backend, device):
     way = {"size": (5, 7), "mode": "nearest"}
     x, target = make((1, 6, 3, 4), way, device)
     x[:, 5] = -math.inf
@@ -200,19 +158,19 @@ def test_a_masked_class_in_nearest_mode(backend, device):
 
 
 @INTERPRETED
-def test_a_cpu_holds_the_large_logits_of_few_classes_alone():
+def test_a_cpu_resizes_the_whole_map_only_for_few_classes():
     for classes, mode in ((1, "bilinear"), (8, "bilinear"), (9, "bilinear"), (32, "nearest"), (33, "nearest")):
         way = {"size": (6, 8), "mode": mode}
         x, target = make((2, classes, 3, 4), way, dtype=torch.float64)
         target, options = target.to(torch.uint8), {"ignore_index": 255, "label_smoothing": 0.1, "mode": mode}
         loss = FS.upsample_cross_entropy(x.requires_grad_(), target, **options)
-        in_bands = "UpsampleCrossEntropyOnePassFunction" in type(loss.grad_fn).__name__
-        assert in_bands == (classes in (9, 33))
+        in_chunks = "UpsampleCrossEntropyOnePassFunction" in type(loss.grad_fn).__name__
+        assert in_chunks == (classes in (9, 33))
         with fastseg.backend("torch"):
-            banded = FS.upsample_cross_entropy(x, target, **options)
-            assert "UpsampleCrossEntropyOnePassFunction" in type(banded.grad_fn).__name__
-        torch.testing.assert_close(loss, banded)
-        torch.testing.assert_close(torch.autograd.grad(loss, x), torch.autograd.grad(banded, x))
+            chunked = FS.upsample_cross_entropy(x, target, **options)
+            assert "UpsampleCrossEntropyOnePassFunction" in type(chunked.grad_fn).__name__
+        torch.testing.assert_close(loss, chunked)
+        torch.testing.assert_close(torch.autograd.grad(loss, x), torch.autograd.grad(chunked, x))
         target[0, 2, 3] = classes
         with pytest.raises(IndexError, match=f"Target {classes}"):
             FS.upsample_cross_entropy(x, target, **options)
@@ -234,7 +192,7 @@ def test_an_ignored_pixel_adds_nothing_whatever_its_logits(backend, device):
 
 @BACKENDS
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
-def test_nothing_valid(reduction, backend, device):
+def test_all_pixels_ignored(reduction, backend, device):
     x, target = torch.randn(1, 3, 2, 3, device=device), torch.full((1, 4, 5), 255, device=device)
     with fastseg.backend(backend):
         loss, grad = results(FS.upsample_cross_entropy, x, target, ignore_index=255, reduction=reduction)
@@ -252,7 +210,7 @@ def test_an_empty_batch(backend, device):
     assert loss == 0 and grad.shape == x.shape
 
 
-def test_class_probabilities_run_on_torch_and_say_why(device):
+def test_class_probabilities_fall_back_with_a_reason(device):
     x, target = torch.randn(2, 3, 4, 5, device=device), torch.rand(2, 3, 8, 10, device=device).softmax(1)
     want = F.cross_entropy(F.interpolate(x, (8, 10), mode="bilinear"), target, label_smoothing=0.1)
     torch.testing.assert_close(FS.upsample_cross_entropy(x, target, label_smoothing=0.1), want)
@@ -262,7 +220,7 @@ def test_class_probabilities_run_on_torch_and_say_why(device):
         FS.upsample_cross_entropy(x.double(), target.argmax(1))
 
 
-# --- how the work is divided -----------------------------------------------------------------------------------------
+# --- division of the work --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -274,7 +232,7 @@ def test_class_probabilities_run_on_torch_and_say_why(device):
     ],
     ids=["patches", "wide", "narrow"],
 )
-def test_any_division_gives_the_same(patch, monkeypatch, device, triton_backend):
+def test_results_do_not_depend_on_the_tile_sizes(patch, monkeypatch, device, triton_backend):
     x, target = make((1, 5, 5, 6), {"size": (9, 23)}, device)
     before = results(FS.upsample_cross_entropy, x, target, ignore_index=255)
     for name, value in patch.items():
@@ -284,7 +242,7 @@ def test_any_division_gives_the_same(patch, monkeypatch, device, triton_backend)
 
 
 @BACKENDS
-def test_deterministic_to_the_bit(backend, device):
+def test_results_are_bitwise_deterministic(backend, device):
     x, target = make((1, 5, 4, 6), {"size": (9, 11)}, device)
     with fastseg.backend(backend):
         first, second = (results(FS.upsample_cross_entropy, x, target, ignore_index=255) for _ in range(2))
@@ -296,16 +254,16 @@ def test_deterministic_to_the_bit(backend, device):
 
 @INTERPRETED
 @BACKENDS
-@pytest.mark.parametrize("stray", [5, -1, 2**32 + 1])
-def test_a_stray_label_is_an_index_error_on_a_cpu(stray, backend):
+@pytest.mark.parametrize("label", [5, -1, 2**32 + 1])
+def test_an_out_of_range_label_is_an_index_error_on_a_cpu(label, backend):
     x, target = torch.randn(1, 5, 2, 3), torch.zeros(1, 4, 6, dtype=torch.long)
-    target[0, 2, 3] = stray
-    with fastseg.backend(backend), pytest.raises(IndexError, match=rf"upsample_cross_entropy: Target {stray}.*0, 2, 3"):
+    target[0, 2, 3] = label
+    with fastseg.backend(backend), pytest.raises(IndexError, match=rf"upsample_cross_entropy: Target {label}.*0, 2, 3"):
         FS.upsample_cross_entropy(x, target)
 
 
 @INTERPRETED
-def test_a_stray_label_is_never_an_address(monkeypatch, triton_backend):
+def test_an_out_of_range_label_is_never_an_address(monkeypatch, triton_backend):
     from fastseg.inspect.traffic import metering
 
     monkeypatch.setattr(ops, "require_labels_in_range", lambda *call: None)
@@ -323,7 +281,7 @@ def test_a_stray_label_is_never_an_address(monkeypatch, triton_backend):
 
 
 @pytest.mark.gpu
-def test_a_stray_label_is_a_device_assertion():
+def test_an_out_of_range_label_is_a_device_assertion():
     code = """
         import torch, fastseg
         x, target = torch.randn(1, 5, 4, 4, device="cuda"), torch.zeros(1, 8, 8, dtype=torch.long, device="cuda")

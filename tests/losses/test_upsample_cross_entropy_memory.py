@@ -1,10 +1,11 @@
-"""Memory of upsample_cross_entropy: what it allocates, and addresses past 2^31 elements."""
+"""Memory of upsample_cross_entropy: allocations, and addresses of more than 2^31 elements."""
 
 import itertools
 
 import pytest
 import torch
-from test_upsample_cross_entropy import INTERPRETED, LAYOUTS, composed, make
+from support.cross_entropy_common import INTERPRETED, LAYOUTS, QUIET
+from support.upsample_cross_entropy_common import composed, make
 from torch.profiler import ProfilerActivity, profile
 
 from fastseg import functional as FS
@@ -13,14 +14,14 @@ from fastseg.kernels.losses.options import LossInputs, LossOptions, LossResults,
 from fastseg.kernels.losses.upsample import upsample_argmax
 from fastseg.ops.losses import chunked_reference as chunks
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy, where a GPU gives NaN
+pytestmark = QUIET
 
 
-# --- memory ----------------------------------------------------------------------------------------------------------
+# --- allocations -----------------------------------------------------------------------------------------------------
 
 
 def peak(function):
-    """The most bytes that the CPU allocator has given out at a time during a call, beyond what it had before."""
+    """The largest number of bytes allocated on the CPU at a time during a call, beyond those before it."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         function()
     events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -55,14 +56,14 @@ def test_the_kernels_allocate_no_more_than_16_bytes_a_pixel_and_the_gradient(lay
         assert allocated <= 16 * target.numel() + x.nbytes, allocated
 
 
-# --- addresses past 2^31 elements ------------------------------------------------------------------------------------
+# --- addresses of more than 2^31 elements ----------------------------------------------------------------------------
 
 
 def wide_launches(layout):
-    """(forward, backward, argmax), and numbers of elements of logits, gradient and labels."""
+    """(forward, backward, argmax, number of elements of logits, of gradient, of labels)."""
     from support.addresses import recorded
 
-    if layout == "expanded":  # the logits are small, their gradient is not
+    if layout == "expanded":  # the logits take little memory, their gradient does not
         x = torch.empty((1, 150, 512, 512), dtype=torch.float16, device="meta").expand(200, -1, -1, -1)
         grad = torch.empty(x.shape, dtype=x.dtype, device="meta")
     else:
@@ -93,7 +94,7 @@ def test_addresses_past_two_to_the_31(layout):
     from support.addresses import addresses
 
     forward, backward, argmax, elements, gradient, pixels = wide_launches(layout)
-    ends = {  # of the elements that each kernel touches in tensors that only it could mistake
+    ends = {  # numbers of elements of the tensors, by access and dtype
         "forward": (forward, {("load", torch.float16): elements, ("load", torch.uint8): pixels}),
         "backward": (
             backward,

@@ -1,8 +1,9 @@
-"""upsample_cross_entropy as torch expects an operator: opcheck, gradients, compiled graphs, explain, the module."""
+"""The operators of upsample_cross_entropy in torch: opcheck, gradcheck, compiled graphs, explain, the module."""
 
 import pytest
 import torch
-from test_upsample_cross_entropy import BACKENDS, RESIZINGS, composed, make, results
+from support.cross_entropy_common import BACKENDS, QUIET
+from support.upsample_cross_entropy_common import RESIZINGS, composed, make, results
 
 import fastseg
 from fastseg import functional as FS
@@ -11,10 +12,7 @@ from fastseg.kernels.losses.options import LossOptions, Resizing
 from fastseg.ops.losses import upsample_cross_entropy_operators as ops
 from fastseg.ops.losses.row_chunks import RowChunks
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy, where a GPU gives NaN
-
-
-# --- as torch expects its operators ----------------------------------------------------------------------------------
+pytestmark = QUIET
 
 
 @BACKENDS
@@ -33,11 +31,11 @@ def test_opcheck(dtype, reduction, backend, device):
 
 
 @pytest.mark.parametrize("mode", ["bilinear", "nearest"])
-def test_gradients(mode, device):
+def test_gradients_pass_gradcheck(mode, device):
     x, target = make((1, 3, 2, 3), {"size": (3, 5)}, device, torch.float64)
     options = {"mode": mode, "ignore_index": 255, "label_smoothing": 0.1, "z_loss": 0.01}
     loss = lambda x: FS.upsample_cross_entropy(x, target, **options)  # noqa: E731
-    for backend in ("auto", "torch"):  # on a CPU with 3 classes: torch's functions, and bands
+    for backend in ("auto", "torch"):  # on a CPU with 3 classes: torch's functions, and chunks
         with fastseg.backend(backend):
             assert torch.autograd.gradcheck(loss, x.requires_grad_())
             assert torch.autograd.gradgradcheck(loss, x)
@@ -82,7 +80,7 @@ def test_the_module(device):
 
 @pytest.mark.filterwarnings("ignore:size_average and reduce args will be deprecated")
 @pytest.mark.parametrize("size_average, reduce", [(True, None), (False, None), (False, True), (None, False)])
-def test_the_module_takes_torch_s_older_arguments(size_average, reduce, device):
+def test_the_module_takes_deprecated_arguments(size_average, reduce, device):
     loss, theirs = (
         module(None, size_average, 255, reduce, "mean", 0.1)
         for module in (nn.UpsampleCrossEntropyLoss, torch.nn.CrossEntropyLoss)
@@ -92,8 +90,8 @@ def test_the_module_takes_torch_s_older_arguments(size_average, reduce, device):
     torch.testing.assert_close(loss(x, target), theirs(x, target))
 
 
-def test_bands_hold_all_their_rows():
-    """`reach` is an estimate: every tap of every band must lie in it."""
+def test_reach_contains_every_tap_of_a_chunk():
+    """`reach` is an estimate that must contain every row of the small map with a weight above 0."""
     for small, way in RESIZINGS:
         x, target = make((1, 2, *small), way)
         scale = way.get("scale_factor") if not way.get("recompute_scale_factor") else None

@@ -1,18 +1,17 @@
-import math
+"""Predictions of upsample_cross_entropy_with_predictions."""
 
 import pytest
 import torch
 import torch.nn.functional as F
+from support.cross_entropy_common import BACKENDS, INF, NAN, QUIET
 
 import fastseg
 from fastseg import functional as FS
 from fastseg.inspect import traffic
 
-BACKENDS = pytest.mark.parametrize("backend", ["torch", "triton"])
-INF, NAN = math.inf, math.nan
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy, where a GPU gives NaN
+pytestmark = QUIET
 
-WAYS = [  # small map, the large one, and interpolate's other arguments
+WAYS = [  # sizes of the small map and of the large one, and interpolate's other arguments
     ((3, 5), (11, 37), {"mode": "bilinear", "align_corners": True}),
     ((7, 9), (5, 7), {"mode": "bilinear"}),
     ((3, 5), (7, 13), {"mode": "nearest"}),
@@ -36,13 +35,13 @@ def make(shape, size, device, dtype=torch.float32, layout=torch.contiguous_forma
     ids=["nchw", "channels_last"],
 )
 @BACKENDS
-def test_torchs_argmax_of_the_resized(backend, classes, dtype, predicted, layout, reduction, small, size, way, device):
+def test_predictions_are_the_argmax(backend, classes, dtype, predicted, layout, reduction, small, size, way, device):
     x, target = make((2, classes, *small), size, device, dtype, layout)
     large = F.interpolate(x.double(), size, **way)
     first, second = large.topk(2, 1).values.unbind(1)
-    assert (first - second).min() > 1e-4  # so that float32 cannot choose otherwise
+    assert (first - second).min() > 1e-4  # so that float32 must choose the same class
     best, valid = large.argmax(1), target != 255
-    target = torch.where(valid & (torch.rand(size, device=device) < 0.4), best, target)  # some more are right
+    target = torch.where(valid & (torch.rand(size, device=device) < 0.4), best, target)  # more right ones
     weight = torch.rand(classes, device=device) if reduction == "mean" else None
     leaf = x.clone().requires_grad_()
     options = {"ignore_index": 255, "reduction": reduction, "label_smoothing": 0.1}
@@ -59,14 +58,14 @@ def test_torchs_argmax_of_the_resized(backend, classes, dtype, predicted, layout
     )
     torch.testing.assert_close(got.loss.double(), want, rtol=1e-5, atol=1e-5)
     (ours,), (theirs,) = torch.autograd.grad(got.loss.sum(), leaf), torch.autograd.grad(want.sum(), exact)
-    # The interpreter cuts bfloat16 off, a GPU rounds.
+    # The interpreter truncates to bfloat16, a GPU rounds.
     torch.testing.assert_close(ours.double(), theirs, rtol=1e-5 if dtype == torch.float32 else 2**-7, atol=1e-5)
 
 
 @BACKENDS
 @pytest.mark.parametrize("classes", [20, 21])
 def test_the_first_of_equal_maxima_and_nan(classes, backend, device):
-    """0 for a pixel of -inf alone; no class past the last is ever chosen."""
+    """0 for a pixel whose logits are all -inf, and never a class past the last."""
     rows = torch.randn(8, classes, device=device)
     rows[0, 3:9] = 50
     rows[1], rows[2, 17], rows[3, 5], rows[3, 2] = -INF, NAN, NAN, INF
@@ -81,7 +80,7 @@ def test_the_first_of_equal_maxima_and_nan(classes, backend, device):
 
 
 @BACKENDS
-def test_nothing_valid_and_nothing_at_all(backend, device):
+def test_all_pixels_ignored_and_empty_batches(backend, device):
     for batch in (1, 0):
         x, target = torch.randn(batch, 3, 2, 3, device=device), torch.full((batch, 5, 7), 255, device=device)
         with fastseg.backend(backend):
@@ -90,7 +89,7 @@ def test_nothing_valid_and_nothing_at_all(backend, device):
         assert torch.equal(got.prediction, FS.upsample_argmax(x, (5, 7), dtype=torch.int64))
 
 
-def test_predictions_are_not_read_for(device, triton_backend):
+def test_predictions_need_no_further_read(device, triton_backend):
     if device == "cuda":
         pytest.skip("bytes are counted in the interpreter")
     x, target = make((1, 6, 4, 16), (16, 64), device)
@@ -102,7 +101,7 @@ def test_predictions_are_not_read_for(device, triton_backend):
         with traffic.metering() as launches:
             function(x, target, ignore_index=255, **options)
         moved.append(launches[0].sectors())
-    assert moved[0] < moved[1] <= moved[0] + 1.1 * target.numel()  # a byte a pixel, and the programs' counts
+    assert moved[0] < moved[1] <= moved[0] + 1.1 * target.numel()  # one byte per pixel, and the counts of the programs
 
 
 @BACKENDS
@@ -139,7 +138,7 @@ def test_explain():
     ]
 
 
-@pytest.mark.parametrize("kwargs, error, said", [
+@pytest.mark.parametrize("kwargs, error, message", [
     ({"dtype": torch.int32}, ValueError, "_with_predictions: dtype must be torch.int64 or torch.uint8"),
     ({"target": torch.rand(1, 3, 2, 2)}, RuntimeError, "_with_predictions: target must be class indices"),
     ({"input": torch.rand(1, 257, 2, 2), "dtype": torch.uint8}, ValueError, "dtype must be torch.int64 for 257"),
@@ -149,7 +148,7 @@ def test_explain():
     ({"target": torch.full((1, 2, 2), 3)}, IndexError, "Target 3 is out of bounds"),
 ])  # fmt: skip
 @pytest.mark.parametrize("backend", ["auto", pytest.param("triton", marks=pytest.mark.interpreted)])
-def test_bad_arguments(kwargs, error, said, backend):
+def test_bad_arguments(kwargs, error, message, backend):
     arguments = {"input": torch.rand(1, 3, 2, 2), "target": torch.zeros(1, 2, 2, dtype=torch.int64)} | kwargs
-    with fastseg.backend(backend), pytest.raises(error, match=said):
+    with fastseg.backend(backend), pytest.raises(error, match=message):
         FS.upsample_cross_entropy_with_predictions(**arguments)

@@ -2,24 +2,24 @@
 
 // Cross-entropy of logits (N, C, H, W) and labels (N, H, W), in two passes.
 //
-// With lse = log(sum_c exp(x_c)), e the label smoothing, w the weights of the classes, z the weight of the z-loss, a
-// pixel of class k has
+// With lse = log(sum_c exp(x_c)), p = softmax(x), the label smoothing e, the class weights w and the weight z of the
+// z-loss, a pixel of class k has
 //
 //     loss       = (1 - e) * w_k * (lse - x_k) + e / C * sum_c w_c * (lse - x_c) + z * lse^2
 //     dloss/dx_c = (1 - e) * w_k * (p_c - [c = k]) + (e / C * sum_c w_c + 2 * z * lse) * p_c - e / C * w_c
 //
-// Everything is computed in float (double for double). lse is kept in two terms for float and double, the maximum and
-// what is above it, whose sum would lose digits. A label is part of an address only where it is a class. Sums over
-// pixels are partial sums of threads, added up in a fixed order.
+// Everything is computed in float (double for double). For float and double, lse is stored in two terms, the maximum
+// `highest` and `above` = lse - highest, because their sum would lose digits. A label is part of an address only if it
+// is a class. Sums over pixels are partial sums of the threads, added up in a fixed order.
 
-enum Reduction { NONE, SUM, WEIGHTS, VALID };  // the last two divide by sums over the pixels
+enum Reduction { NONE, SUM, WEIGHTS, VALID };  // the denominators of the last two are sums over the pixels
 
 template <typename T> __device__ inline T exponential(T x) { return exp2f(x * 1.4426950408889634f); }
 template <> __device__ inline double exponential(double x) { return exp(x); }
 __device__ inline float logarithm(float x) { return logf(x); }
 __device__ inline double logarithm(double x) { return log(x); }
 
-// The class that a label names, -1 where it is to be ignored.
+// The class of a label, -1 for an ignored or out-of-range label.
 template <typename Label> __device__ inline int class_of(Label label, int classes, int64 ignore_index) {
     int64 number = int64(label);
     if (number == ignore_index) return -1;
@@ -33,10 +33,11 @@ template <typename Wide, typename Weight> __device__ inline Wide weight_of(const
 }
 template <typename Wide> __device__ inline Wide weight_of(const nothing*, int label) { return label < 0 ? 0 : 1; }
 
-// A thread takes VEC pixels side by side in NCHW, and one pixel, VEC of its classes at a time, in channels_last.
+// A thread computes lse and loss of VEC neighbouring pixels in NCHW, of one pixel, VEC classes at a time, in
+// channels_last.
 //
-// Reads their logits and labels once; writes lse, and the losses (NONE) or the sums of the thread's losses and of what
-// they are divided by. SHARED: there is label smoothing; share is e / C.
+// Reads their logits and labels once. Writes lse, and for NONE the losses, else the thread's sums of the losses and of
+// the denominator's terms. SHARED: with label smoothing; share is e / C.
 template <typename T, typename Label, typename Weight, typename Index, bool CHANNELS_LAST, int VEC, int REDUCTION,
           bool SHARED>
 __global__ void cross_entropy_fwd(
@@ -49,10 +50,13 @@ __global__ void cross_entropy_fwd(
     const Wide lowest = -Wide(infinity());
     int64 number = thread_number();
     if (number >= groups) return;
-    // pixels: of an image in NCHW, of the batch in channels_last
+
+    // 1. Which pixels. `pixels`: those of an image in NCHW, of the batch in channels_last
     Index pixel = Index(number) * PIXELS;
     Index image = CHANNELS_LAST ? 0 : pixel / Index(pixels);
     Index first = CHANNELS_LAST ? pixel * classes : image * classes * Index(pixels) + (pixel - image * Index(pixels));
+
+    // 2. Load the labels
     auto named = load<PIXELS>(labels + pixel);
     int label[PIXELS];
     Wide highest[PIXELS], total[PIXELS], picked[PIXELS], mass[PIXELS], distance[PIXELS];
@@ -61,6 +65,7 @@ __global__ void cross_entropy_fwd(
         highest[k] = lowest, total[k] = 0, picked[k] = 0, mass[k] = 0, distance[k] = 0;
     }
 
+    // 3. Load the logits, and accumulate the softmax sums over the classes
     for (int start = 0; start < classes; start += STEP) {
         Wide value[STEP][PIXELS];
         if (CHANNELS_LAST && VEC > 1) {  // classes is a multiple of VEC
@@ -86,7 +91,7 @@ __global__ void cross_entropy_fwd(
         for (int k = 0; k < PIXELS; ++k) {
             Wide peak = highest[k];
             for (int s = 0; s < STEP; ++s) peak = value[s][k] > peak ? value[s][k] : peak;
-            // While the maximum is -inf, 0 stands in for it: -inf - -inf would spoil the classes to come.
+            // While the maximum is -inf, 0 takes its place in differences, because -inf - -inf is NaN.
             Wide shift = peak == lowest ? Wide(0) : peak;
             Wide before = highest[k] == lowest ? Wide(0) : highest[k];
             total[k] *= exponential(highest[k] - shift);
@@ -104,6 +109,7 @@ __global__ void cross_entropy_fwd(
         }
     }
 
+    // 4. The losses, lse and the thread's sums
     Index terms = CHANNELS_LAST ? Index(pixels) : Index(groups) * PIXELS;  // pixels of the batch
     Pack<Wide, PIXELS> maximum, above, losses;
     Wide sum = 0, divisor = 0;
@@ -119,6 +125,8 @@ __global__ void cross_entropy_fwd(
         divisor += REDUCTION == WEIGHTS ? factor : Wide(label[k] >= 0);
         if (sizeof(T) < 4) maximum.at[k] = both;
     }
+
+    // 5. Store
     store(lse + pixel, maximum);
     if (sizeof(T) >= 4) store(lse + int64(terms) + pixel, above);
     if (REDUCTION == NONE) store(loss + pixel, losses);
@@ -126,7 +134,7 @@ __global__ void cross_entropy_fwd(
     if (REDUCTION == WEIGHTS || REDUCTION == VALID) partials[groups + number] = divisor;
 }
 
-// Thread t of `rows` adds up partials t, t + rows, t + 2 * rows, ...; with SUMMED those of the divisors behind them.
+// Thread t of `rows` adds up the partials t, t + rows, t + 2 * rows, ...; with SUMMED also those of the denominator.
 template <typename Wide, bool SUMMED>
 __global__ void add_partials(const Wide* partials, Wide* sums, int64 count, int64 rows) {
     int64 number = thread_number();
@@ -138,8 +146,8 @@ __global__ void add_partials(const Wide* partials, Wide* sums, int64 count, int6
     }
 }
 
-// One thread adds up the last partials and divides for the mean. SUMMED: the divisor is a sum of partials too, and
-// written; else it is read, where there is one. With nothing valid the mean is 0 / 0 = NaN, and the sum 0.
+// One thread adds up the last partials and divides for a mean. SUMMED: the denominator is a sum of partials too, and is
+// written; else it is read, if there is one. If all pixels are ignored, the mean is 0 / 0 = NaN and the sum 0.
 template <typename Wide, bool SUMMED>
 __global__ void cross_entropy_total(const Wide* partials, Wide* loss, Wide* denominator, int64 count) {
     if (thread_number() > 0) return;
@@ -153,7 +161,7 @@ __global__ void cross_entropy_total(const Wide* partials, Wide* loss, Wide* deno
     *loss = sum / divisor;
 }
 
-// What the gradient takes of a pixel besides its logits.
+// What the gradient of a pixel depends on, apart from its logits.
 template <typename Wide> struct Pixel {
     int label;
     Wide highest, above, gain, spread, scale;
@@ -161,7 +169,7 @@ template <typename Wide> struct Pixel {
     __device__ Wide gradient(Wide value, int c, Wide own) const {
         Wide p = exponential((value - highest) - above);
         Wide grad = gain * (p - Wide(c == label)) + spread * p - scale * own;
-        return label < 0 ? Wide(0) : grad;  // exactly, also where the logits are not finite
+        return label < 0 ? Wide(0) : grad;  // exactly 0, also if the logits are not finite
     }
 };
 
@@ -181,9 +189,9 @@ __device__ inline Pixel<Computed<T>> read_pixel(
     return read;
 }
 
-// A thread writes the gradient of VEC pixels side by side in NCHW, and of VEC neighbouring elements in channels_last,
-// which are classes of one pixel or of one and the next. Reads their logits once. mass: of the smoothed shares, e / C *
-// sum_c w_c, or no tensor and e.
+// A thread writes the gradient of VEC neighbouring pixels in NCHW, of VEC neighbouring elements in channels_last, which
+// are classes of one pixel, or of one pixel and the next. Reads their logits once. mass: e / C * sum_c w_c; without
+// class weights no tensor, and e takes its place.
 template <typename T, typename Label, typename Weight, typename Index, bool CHANNELS_LAST, int VEC, int REDUCTION,
           bool SHARED>
 __global__ void cross_entropy_bwd(
@@ -216,7 +224,7 @@ __global__ void cross_entropy_bwd(
         }
         if (count == VEC) store(grad_logits + first, values);
         else
-            for (int k = 0; k < VEC; ++k)  // all of them, for the registers
+            for (int k = 0; k < VEC; ++k)  // a constant number of steps keeps `values` in registers
                 if (k < count) grad_logits[first + k] = values.at[k];
         return;
     }

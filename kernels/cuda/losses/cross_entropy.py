@@ -1,4 +1,4 @@
-"""Launcher of cross_entropy.cu, forward: labels alone, without predictions."""
+"""Launcher of cross_entropy.cu, forward: for labels, without predictions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ...losses.options import LossInputs, LossOptions, LossResults
 from ..launch import index_type, launch, vector_width
 
 REDUCTIONS = {"none": "NONE", "sum": "SUM", "count": "SUM", "weights": "WEIGHTS", "valid": "VALID"}
-ROWS = 4096, 64  # partial sums that are left after each step
+ROWS = 4096, 64  # partial sums that remain after each step
 
 
 def template_types(inputs: LossInputs) -> tuple[object, ...]:
@@ -59,15 +59,9 @@ def _add_up_losses(partials: Tensor, loss: Tensor, denominator: Tensor, options:
         if count > 2 * rows:
             sums = partials.new_empty((2, rows))
             launch(
-                "losses/cross_entropy",
-                "add_partials",
-                parameters,
-                rows,
-                partials,
-                sums,
-                np.int64(count),
+                "losses/cross_entropy", "add_partials", parameters, rows, partials, sums, np.int64(count),
                 np.int64(rows),
-            )
+            )  # fmt: skip
             partials = sums
     divisor = None if options.reduction == "sum" else denominator
     launch(

@@ -1,4 +1,4 @@
-"""Launcher of cross_entropy.cu, the gradient."""
+"""Launcher of cross_entropy.cu, backward."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def cross_entropy_bwd(
     n, classes, h, w = logits.shape
     pixels = n * h * w
     if channels_last:
-        vec = vector_width(0, logits, grad_logits)  # chunks of the whole tensor, whatever divides
+        vec = vector_width(0, logits, grad_logits)  # groups of the whole tensor, whose end need not be aligned
         groups = -(-logits.numel() // vec)
     else:
         vec = vector_width(h * w, logits, grad_logits)
