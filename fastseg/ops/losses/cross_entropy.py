@@ -167,7 +167,7 @@ def _loss_and_predictions(
         if backend == "torch":
             return _in_torch(input, target, weight, options, predicted)
         passes = CrossEntropyFunction
-        if backend == "triton" and _takes_one_pass(input, classes, options, one_pass):
+        if backend in ("triton", "cpu") and _takes_one_pass(input, classes, options, one_pass):
             passes = CrossEntropyOnePassFunction
         return _in_operators(passes, input, target, weight, options, predicted)
     except IndexError:
