@@ -22,7 +22,8 @@ from .reference import differentiable_loss, gradient, mean_denominator, predict,
 ONE_PASS_CLASSES = 256  # the most classes of one pass: a program holds all classes of its pixels
 
 
-FEW_LOGITS = 2**15  # on a CPU: with fewer the calls around the kernels cost more than torch's function
+FEW_LOGITS = 2**18  # for each thread of a CPU: with fewer the Python code around the kernels costs more than they save
+MOST_THREADS = 16  # that count here
 
 
 def unsupported(input: Tensor, target: Tensor, weight: Tensor | None = None) -> str | None:
@@ -48,9 +49,15 @@ def _unsupported_by_cuda(
     return "predictions" if predicted is not None else unsupported(input, target, weight)
 
 
-def preferred_on_cpu(logits: int) -> dispatch.Preference | None:
-    """torch for few logits."""
-    return ("torch", f"torch is as fast on fewer than {FEW_LOGITS} logits") if logits < FEW_LOGITS else None
+def few_logits(input: Tensor) -> bool:
+    """Whether torch is as fast on a CPU as the kernels."""
+    threads = 1 if torch.compiler.is_compiling() else min(torch.get_num_threads(), MOST_THREADS)
+    layouts = 2 if memory_format(input) == torch.channels_last else 1  # torch takes twice the time in channels_last
+    return input.numel() * layouts < FEW_LOGITS * threads
+
+
+def _preferred_on_cpu(input: Tensor, *rest: Any) -> dispatch.Preference | None:
+    return ("torch", "torch is as fast for few logits") if few_logits(input) else None
 
 
 # --- what the losses share -------------------------------------------------------------------------------------------
@@ -150,7 +157,7 @@ CROSS_ENTROPY = Operator(
         "cpu": Implementation(
             partial(_cross_entropy_kernel, cpu_kernels),
             lambda input, target, weight, *rest: unsupported(input, target, weight),
-            lambda input, *rest: preferred_on_cpu(input.numel()),
+            _preferred_on_cpu,
         ),
     },
     reference=_cross_entropy_reference,

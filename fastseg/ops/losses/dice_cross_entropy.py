@@ -19,7 +19,16 @@ from ...kernels import losses as triton_kernels
 from ...kernels.cpu import losses as cpu_kernels
 from ...kernels.losses.options import LossInputs
 from ..arguments import FLOAT_AND_DOUBLE_DTYPES, accumulator
-from ..operator import Implementation, Operator, dense, empty, memory_format, placed, wants_graph
+from ..operator import (
+    Implementation,
+    Operator,
+    dense,
+    empty,
+    known_signature,
+    memory_format,
+    placed,
+    wants_graph,
+)
 from .checks import (
     LossArguments,
     check_types,
@@ -30,7 +39,6 @@ from .checks import (
     require_number,
 )
 from .cross_entropy import as_images, labels_as_images
-from .cross_entropy_operators import preferred_on_cpu
 from .reference import pixel_weights
 
 MOST_CLASSES = 256  # on a GPU, where a program holds all classes of its pixels
@@ -117,7 +125,6 @@ DICE_CROSS_ENTROPY = Operator(
         "cpu": Implementation(
             partial(_kernel, cpu_kernels),
             lambda input, *rest: _unsupported(input, math.inf),
-            lambda input, *rest: preferred_on_cpu(input.numel()),
         ),
     },
     reference=_reference,
@@ -175,6 +182,7 @@ class DiceCrossEntropyFunction(torch.autograd.Function):
     """(input, target, weight, ignore_index) -> (loss, sums). The gradient is that of both, for input alone."""
 
     @staticmethod
+    @known_signature
     def forward(input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> tuple[Tensor, Tensor]:
         return DICE_CROSS_ENTROPY(input, target, weight, ignore_index)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ... import dispatch, torch_internals
 from ...kernels.losses.options import LossOptions, Resizing
 from ..arguments import accumulator
-from ..operator import double_backward, wants_graph
+from ..operator import double_backward, known_signature, wants_graph
 from .checks import (
     LossArguments,
     check_prediction,
@@ -30,6 +30,7 @@ from .upsample_cross_entropy_operators import (
     UPSAMPLE_CROSS_ENTROPY,
     UPSAMPLE_CROSS_ENTROPY_BACKWARD,
     UPSAMPLE_CROSS_ENTROPY_ONE_PASS,
+    few_logits,
     resized_shape,
 )
 
@@ -63,9 +64,14 @@ def _differentiable_loss(
 
 
 def _composes_torch(input: Tensor, target: Tensor, resizing: Resizing, backend: str) -> bool:
-    """Whether torch's two functions run: for class probabilities, and for few classes on a CPU: it is faster there."""
-    few = backend == "torch" and input.shape[1] <= FEW_CLASSES[resizing.mode]
-    return target.is_floating_point() or (few and input.device.type == "cpu" and dispatch.get_backend() == "auto")
+    """Whether torch's two functions run: for class probabilities; on a CPU without kernels for few classes or logits.
+
+    They are faster than chunks there.
+    """
+    if target.is_floating_point():
+        return True
+    few = input.shape[1] <= FEW_CLASSES[resizing.mode] or few_logits(input, target)
+    return few and backend == "torch" and input.device.type == "cpu" and dispatch.get_backend() == "auto"
 
 
 # --- gradients -------------------------------------------------------------------------------------------------------
@@ -84,6 +90,7 @@ class UpsampleCrossEntropyFunction(torch.autograd.Function):
     """(input, target, weight, resizing, options, predicted) -> LossResults. The gradient is the loss's, for input."""
 
     @staticmethod
+    @known_signature
     def forward(
         input: Tensor, target: Tensor, weight: Tensor | None, resizing: Resizing, options: LossOptions,
         predicted: torch.dtype | None,
@@ -114,6 +121,7 @@ class UpsampleCrossEntropyOnePassFunction(torch.autograd.Function):
     """UpsampleCrossEntropyFunction on a CPU, for a mean or a sum: the forward makes the gradient, up to a factor."""
 
     @staticmethod
+    @known_signature
     def forward(
         input: Tensor, target: Tensor, weight: Tensor | None, resizing: Resizing, options: LossOptions,
         predicted: torch.dtype | None,

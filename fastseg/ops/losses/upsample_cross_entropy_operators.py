@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ... import dispatch
 from ...kernels import losses as triton_kernels
 from ...kernels.cpu import losses as cpu_kernels
 from ...kernels.losses.options import LossInputs, LossOptions, LossResults, Resizing
@@ -23,12 +24,13 @@ from .chunked_reference import (
     reduce_chunks,
     smoothed_shares,
 )
-from .cross_entropy_operators import empty_loss, empty_lse, empty_predictions, preferred_on_cpu
+from .cross_entropy_operators import empty_loss, empty_lse, empty_predictions
 from .reference import predict
 from .resizing import unsupported_resizing
 from .row_chunks import RowChunks
 
 NAME = "upsample_cross_entropy"
+FEW_LOGITS = 2**14  # resized ones, on a CPU
 
 
 def resized_shape(input: Tensor, size: Sequence[int]) -> Tensor:
@@ -46,6 +48,15 @@ def _unsupported_on_cpu(input: Tensor, target: Tensor) -> str | None:
     if target.is_floating_point():
         return "a target of class probabilities"
     return unsupported_resizing(input, target.shape[1:], FLOAT_AND_DOUBLE_DTYPES)
+
+
+def few_logits(input: Tensor, target: Tensor) -> bool:
+    """Whether torch's two functions are as fast on a CPU as the kernels, and the resized logits take little memory."""
+    return input.shape[1] * target.numel() < FEW_LOGITS
+
+
+def _preferred_on_cpu(input: Tensor, target: Tensor) -> dispatch.Preference | None:
+    return ("torch", "torch is as fast for few logits") if few_logits(input, target) else None
 
 
 def _inputs(input: Tensor, target: Tensor, weight: Tensor | None) -> LossInputs:
@@ -131,7 +142,7 @@ UPSAMPLE_CROSS_ENTROPY = Operator(
         "cpu": Implementation(
             partial(_kernel, cpu_kernels),
             lambda input, target, *rest: _unsupported_on_cpu(input, target),
-            lambda input, target, *rest: preferred_on_cpu(input.shape[1] * target.numel()),
+            lambda input, target, *rest: _preferred_on_cpu(input, target),
         ),
     },
     reference=in_chunks,
@@ -241,7 +252,7 @@ UPSAMPLE_CROSS_ENTROPY_ONE_PASS = Operator(
         "cpu": Implementation(
             _one_pass_kernel,
             lambda input, target, *rest: _unsupported_on_cpu(input, target),
-            lambda input, target, *rest: preferred_on_cpu(input.shape[1] * target.numel()),
+            lambda input, target, *rest: _preferred_on_cpu(input, target),
         ),
     },
     reference=_one_pass_reference,
