@@ -43,7 +43,12 @@ def _kernel(pred: Tensor, target: Tensor, num_classes: int, ignore_index: int | 
 
 
 def _cpu_kernel(pred: Tensor, target: Tensor, num_classes: int, ignore_index: int | None) -> Tensor:
-    return cpu_kernels.confusion.confusion_matrix(pred.contiguous(), target.contiguous(), num_classes, ignore_index)[0]
+    dense_pred, dense_target = pred.contiguous(), target.contiguous()
+    try:
+        return cpu_kernels.confusion.confusion_matrix(dense_pred, dense_target, num_classes, ignore_index)[0]
+    except ValueError:
+        _require_classes(pred, target, num_classes, ignore_index)  # to name the labels
+        raise
 
 
 def _within(labels: Tensor, most: int) -> bool:
