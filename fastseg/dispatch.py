@@ -175,6 +175,11 @@ _capability_once = functools.cache(_capability)
 @torch_internals.constant_when_compiled
 def without_cpu_kernels() -> str | None:
     """Why no CPU kernel can run on this machine, or None if they can. The first call may run the C++ compiler."""
+    return _without_cpu_kernels()
+
+
+@functools.cache
+def _without_cpu_kernels() -> str | None:
     from .kernels.cpu import build  # imported here: no kernel file is loaded before it is needed
 
     return build.unavailable()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -252,6 +253,12 @@ def double_backward(
         wanted = [x for x, need in zip(inputs, needed, strict=True) if need]
         found = iter(torch.autograd.grad(output, wanted, grad, create_graph=True))
     return [next(found) if need else None for need in needed]
+
+
+def known_signature(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Mark the `forward` of an autograd.Function with its signature, which torch else finds out again at each call."""
+    forward.__signature__ = inspect.signature(forward)
+    return forward
 
 
 def vmap_loops(info: Any, in_dims: tuple[Any, ...], function: type[torch.autograd.Function], *args: Any) -> Any:

@@ -16,7 +16,7 @@ from torch import Tensor
 from .build import Parameter, library, source
 
 EXPORTED = re.compile(r"^EXPORT (\w+)\(([^)]*)\)", re.MULTILINE)
-_functions: dict[tuple[Any, ...], Callable[..., int]] = {}
+_functions: dict[tuple[Any, ...], tuple[Callable[..., int], tuple[int, ...]]] = {}
 
 
 def launch(name: str, function: str, parameters: Mapping[str, Parameter], *args: Tensor | int | float | None) -> int:
@@ -29,16 +29,24 @@ def launch(name: str, function: str, parameters: Mapping[str, Parameter], *args:
     found = _functions.get(key)
     if found is None:
         found = _functions[key] = _declared(name, function, parameters)
-    return found(*[x.data_ptr() if isinstance(x, Tensor) else x for x in args])
+    call, pointers = found
+    passed: list[Any] = list(args)
+    for at in pointers:
+        tensor = passed[at]
+        if tensor is not None:
+            passed[at] = tensor.data_ptr()
+    return call(*passed)
 
 
-def _declared(name: str, function: str, parameters: Mapping[str, Parameter]) -> Callable[..., int]:
-    """The function with the argument types that its source declares."""
+def _declared(
+    name: str, function: str, parameters: Mapping[str, Parameter]
+) -> tuple[Callable[..., int], tuple[int, ...]]:
+    """The function with the argument types that its source declares, and which of them are pointers."""
     declared = dict(EXPORTED.findall(source(name)))
     found = getattr(library(name, parameters), function)
     found.argtypes = [_type(argument) for argument in declared[function].split(",")]
     found.restype = ctypes.c_int64
-    return found
+    return found, tuple(at for at, kind in enumerate(found.argtypes) if kind is ctypes.c_void_p)
 
 
 def _type(argument: str) -> Any:

@@ -271,7 +271,7 @@ def test_out_of_range_labels_raise_and_name_the_first(run, reduction, bad, label
     torch.set_num_threads(2)
     logits, labels = case((2, 19, 40, 40), layout=layout, label_dtype=label_dtype)
     labels[1, 3, 5] = labels[1, 20, 5] = bad
-    with pytest.raises(IndexError, match=rf"Target {bad} is out of bounds at pixel {1600 + 3 * 40 + 5}$"):
+    with pytest.raises(IndexError, match=rf"Target {bad} is out of bounds at \(1, 3, 5\)$"):
         run(logits, labels, None, options(reduction), layout=layout)
 
 

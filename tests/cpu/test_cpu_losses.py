@@ -98,7 +98,7 @@ def test_dice_of_ignored_nan_and_bad_labels(layout):
         assert torch.equal(one, two)
     assert (found[2][1, :, 2, 3] == 0).all()
     labels[1, 4, 4] = 5
-    with pytest.raises(IndexError, match=rf"Target 5 is out of bounds at pixel {900 + 124}$"):
+    with pytest.raises(IndexError, match=r"Target 5 is out of bounds at \(1, 4, 4\)$"):
         dice_kernels(logits, labels, None, *grads, layout)
 
 
@@ -306,7 +306,7 @@ def test_out_of_range_labels_of_resized_logits():
     low, labels = logits_of((2, 7, 6, 5)), labels_of(2, 25, 41, classes=7)
     labels[1, 2, 3] = labels[1, 20, 0] = -5
     for run in (two_passes, one_pass):
-        with pytest.raises(IndexError, match=rf"Target -5 is out of bounds at pixel {25 * 41 + 2 * 41 + 3}$"):
+        with pytest.raises(IndexError, match=r"Target -5 is out of bounds at \(1, 2, 3\)$"):
             run(low, labels, None, resizing, options())
 
 

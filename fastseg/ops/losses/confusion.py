@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ...kernels import losses as triton_kernels
+from ...kernels.cpu import losses as cpu_kernels
 from ..operator import Implementation, Operator
 from .checks import LABEL_DTYPES
 from .upsample import upsample_argmax
@@ -41,6 +42,15 @@ def _kernel(pred: Tensor, target: Tensor, num_classes: int, ignore_index: int | 
     return parts.sum(0, dtype=torch.int64)
 
 
+def _cpu_kernel(pred: Tensor, target: Tensor, num_classes: int, ignore_index: int | None) -> Tensor:
+    dense_pred, dense_target = pred.contiguous(), target.contiguous()
+    try:
+        return cpu_kernels.confusion.confusion_matrix(dense_pred, dense_target, num_classes, ignore_index)[0]
+    except ValueError:
+        _require_classes(pred, target, num_classes, ignore_index)  # to name the labels
+        raise
+
+
 def _within(labels: Tensor, most: int) -> bool:
     return labels.numel() == 0 or all(0 <= int(end) <= most for end in labels.aminmax())
 
@@ -69,6 +79,7 @@ CONFUSION_MATRIX = Operator(
     "confusion_matrix(Tensor pred, Tensor target, int num_classes, int? ignore_index) -> Tensor",
     kernels={
         "triton": Implementation(_kernel, _unsupported),
+        "cpu": Implementation(_cpu_kernel, _unsupported),
     },
     reference=_reference,
     fake=_empty_matrix,

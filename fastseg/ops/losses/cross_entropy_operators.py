@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ... import dispatch
 from ...kernels import losses as triton_kernels
+from ...kernels.cpu import losses as cpu_kernels
 from ...kernels.cuda import losses as cuda_kernels
 from ...kernels.losses.options import LossInputs, LossOptions, LossResults, OnePassResults
 from ..arguments import FLOAT_AND_DOUBLE_DTYPES, HALF_DTYPES, accumulator
@@ -20,8 +22,12 @@ from .reference import differentiable_loss, gradient, mean_denominator, predict,
 ONE_PASS_CLASSES = 256  # the most classes of one pass: a program holds all classes of its pixels
 
 
+FEW_LOGITS = 2**18  # for each thread of a CPU: with fewer the Python code around the kernels costs more than they save
+MOST_THREADS = 16  # that count here
+
+
 def unsupported(input: Tensor, target: Tensor, weight: Tensor | None = None) -> str | None:
-    """What of a call the Triton kernels do not support, in words, or None. Takes logits of any rank."""
+    """What of a call the Triton and the CPU kernels do not support, in words, or None. Takes logits of any rank."""
     if input.dtype not in FLOAT_AND_DOUBLE_DTYPES:
         return f"dtype {input.dtype}"
     if number_of_classes(input) == 0:
@@ -41,6 +47,17 @@ def _unsupported_by_cuda(
     if target.is_floating_point():
         return "class probabilities"
     return "predictions" if predicted is not None else unsupported(input, target, weight)
+
+
+def few_logits(input: Tensor) -> bool:
+    """Whether torch is as fast on a CPU as the kernels."""
+    threads = 1 if torch.compiler.is_compiling() else min(torch.get_num_threads(), MOST_THREADS)
+    layouts = 2 if memory_format(input) == torch.channels_last else 1  # torch takes twice the time in channels_last
+    return input.numel() * layouts < FEW_LOGITS * threads
+
+
+def _preferred_on_cpu(input: Tensor, *rest: Any) -> dispatch.Preference | None:
+    return ("torch", "torch is as fast for few logits") if few_logits(input) else None
 
 
 # --- what the losses share -------------------------------------------------------------------------------------------
@@ -96,7 +113,8 @@ def _cross_entropy_kernel(
     results = _empty_results(input, target, weight, options, predicted)
     if options.reduction == "count":
         results.denominator.fill_(options.count)
-    require_labels_in_range("cross_entropy", input.shape[1], target, options.ignore_index)
+    if kernels is not cpu_kernels:  # which raise IndexError themselves
+        require_labels_in_range("cross_entropy", input.shape[1], target, options.ignore_index)
     inputs, channels_last = _dense_inputs(input, target, weight)
     kernels.cross_entropy.cross_entropy_fwd(inputs, options, channels_last, results)
     return results
@@ -135,6 +153,11 @@ CROSS_ENTROPY = Operator(
         "cuda": Implementation(
             partial(_cross_entropy_kernel, cuda_kernels),
             lambda input, target, weight, options, predicted: _unsupported_by_cuda(input, target, weight, predicted),
+        ),
+        "cpu": Implementation(
+            partial(_cross_entropy_kernel, cpu_kernels),
+            lambda input, target, weight, *rest: unsupported(input, target, weight),
+            _preferred_on_cpu,
         ),
     },
     reference=_cross_entropy_reference,
@@ -177,6 +200,10 @@ CROSS_ENTROPY_BACKWARD = Operator(
             partial(_cross_entropy_backward_kernel, cuda_kernels),
             lambda grad, input, target, *rest: _unsupported_by_cuda(input, target),
         ),
+        "cpu": Implementation(
+            partial(_cross_entropy_backward_kernel, cpu_kernels),
+            lambda grad, input, target, *rest: unsupported(input, target),
+        ),
     },
     reference=_cross_entropy_backward_reference,
     fake=_empty_gradient,
@@ -200,14 +227,16 @@ def _empty_one_pass(
 
 
 def _one_pass_kernel(
-    input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, predicted: torch.dtype | None
-) -> OnePassResults:
+    kernels: ModuleType, input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions,
+    predicted: torch.dtype | None,
+) -> OnePassResults:  # fmt: skip
     results = _empty_one_pass(input, target, weight, options, predicted)
     if options.reduction == "count":
         results.denominator.fill_(options.count)
-    require_labels_in_range("cross_entropy", input.shape[1], target, options.ignore_index)
+    if kernels is not cpu_kernels:  # which raise IndexError themselves
+        require_labels_in_range("cross_entropy", input.shape[1], target, options.ignore_index)
     inputs, channels_last = _dense_inputs(input, target, weight)
-    triton_kernels.cross_entropy_one_pass.cross_entropy_one_pass(inputs, options, channels_last, results)
+    kernels.cross_entropy_one_pass.cross_entropy_one_pass(inputs, options, channels_last, results)
     return results
 
 
@@ -226,9 +255,10 @@ CROSS_ENTROPY_ONE_PASS = Operator(
     "cross_entropy_one_pass(Tensor input, Tensor target, Tensor? weight, LossOptions options, ScalarType? predicted) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     kernels={
-        "triton": Implementation(
-            _one_pass_kernel, lambda input, target, weight, *rest: unsupported(input, target, weight)
-        ),
+        name: Implementation(
+            partial(_one_pass_kernel, kernels), lambda input, target, weight, *rest: unsupported(input, target, weight)
+        )
+        for name, kernels in (("triton", triton_kernels), ("cpu", cpu_kernels))
     },
     reference=_one_pass_reference,
     fake=_empty_one_pass,
@@ -236,11 +266,11 @@ CROSS_ENTROPY_ONE_PASS = Operator(
 
 
 def _one_pass_backward_kernel(
-    grad_input: Tensor, grad: Tensor, input: Tensor, target: Tensor, weight: Tensor | None, denominator: Tensor,
-    options: LossOptions,
+    kernels: ModuleType, grad_input: Tensor, grad: Tensor, input: Tensor, target: Tensor, weight: Tensor | None,
+    denominator: Tensor, options: LossOptions,
 ) -> None:  # fmt: skip
     inputs, channels_last = _dense_inputs(input, target, weight)
-    triton_kernels.cross_entropy_one_pass.cross_entropy_one_pass_bwd(
+    kernels.cross_entropy_one_pass.cross_entropy_one_pass_bwd(
         grad, inputs, denominator, options, channels_last, grad_input
     )
 
@@ -257,9 +287,11 @@ CROSS_ENTROPY_ONE_PASS_BACKWARD = Operator(
     "cross_entropy_one_pass_backward_(Tensor(a!) grad_input, Tensor grad_output, Tensor input, Tensor target, "
     "Tensor? weight, Tensor denominator, LossOptions options) -> ()",
     kernels={
-        "triton": Implementation(
-            _one_pass_backward_kernel, lambda grad_input, grad, input, target, *rest: unsupported(input, target)
-        ),
+        name: Implementation(
+            partial(_one_pass_backward_kernel, kernels),
+            lambda grad_input, grad, input, target, *rest: unsupported(input, target),
+        )
+        for name, kernels in (("triton", triton_kernels), ("cpu", cpu_kernels))
     },
     reference=_one_pass_backward_reference,
     fake=lambda *args: None,

@@ -6,6 +6,9 @@ is what the operator's backward takes: any formula for Dice costs no further pas
 
 from __future__ import annotations
 
+import math
+from functools import partial
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -13,9 +16,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...kernels import losses as triton_kernels
+from ...kernels.cpu import losses as cpu_kernels
 from ...kernels.losses.options import LossInputs
 from ..arguments import FLOAT_AND_DOUBLE_DTYPES, accumulator
-from ..operator import Implementation, Operator, dense, empty, memory_format, placed, wants_graph
+from ..operator import (
+    Implementation,
+    Operator,
+    dense,
+    empty,
+    known_signature,
+    memory_format,
+    placed,
+    wants_graph,
+)
 from .checks import (
     LossArguments,
     check_types,
@@ -28,14 +41,14 @@ from .checks import (
 from .cross_entropy import as_images, labels_as_images
 from .reference import pixel_weights
 
-MOST_CLASSES = 256  # a program holds all classes of its pixels
+MOST_CLASSES = 256  # on a GPU, where a program holds all classes of its pixels
 
 
-def _unsupported(input: Tensor) -> str | None:
+def _unsupported(input: Tensor, most_classes: float = MOST_CLASSES) -> str | None:
     if input.dtype not in FLOAT_AND_DOUBLE_DTYPES:
         return f"dtype {input.dtype}"
     classes = number_of_classes(input)
-    return None if 0 < classes <= MOST_CLASSES else f"{classes} classes"
+    return None if 0 < classes <= most_classes else f"{classes} classes"
 
 
 # --- the sums in torch -----------------------------------------------------------------------------------------------
@@ -89,11 +102,14 @@ def _dense_inputs(input: Tensor, target: Tensor, weight: Tensor | None) -> tuple
     return LossInputs(dense(input, layout), target.contiguous(), weight), layout == torch.channels_last
 
 
-def _kernel(input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> tuple[Tensor, Tensor]:
-    require_labels_in_range("dice_cross_entropy", input.shape[1], target, ignore_index)
+def _kernel(
+    kernels: ModuleType, input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    if kernels is not cpu_kernels:  # which raise IndexError themselves
+        require_labels_in_range("dice_cross_entropy", input.shape[1], target, ignore_index)
     loss, sums = _empty_sums(input, target, weight, ignore_index)
     inputs, channels_last = _dense_inputs(input, target, weight)
-    triton_kernels.dice_cross_entropy.dice_cross_entropy_fwd(inputs, ignore_index, channels_last, loss, sums)
+    kernels.dice_cross_entropy.dice_cross_entropy_fwd(inputs, ignore_index, channels_last, loss, sums)
     return loss, sums
 
 
@@ -105,7 +121,11 @@ def _reference(input: Tensor, target: Tensor, weight: Tensor | None, ignore_inde
 DICE_CROSS_ENTROPY = Operator(
     "dice_cross_entropy(Tensor input, Tensor target, Tensor? weight, int ignore_index) -> (Tensor, Tensor)",
     kernels={
-        "triton": Implementation(_kernel, lambda input, *rest: _unsupported(input)),
+        "triton": Implementation(partial(_kernel, triton_kernels), lambda input, *rest: _unsupported(input)),
+        "cpu": Implementation(
+            partial(_kernel, cpu_kernels),
+            lambda input, *rest: _unsupported(input, math.inf),
+        ),
     },
     reference=_reference,
     fake=_empty_sums,
@@ -117,11 +137,12 @@ def _empty_gradient(grad_loss: Tensor, grad_sums: Tensor, input: Tensor, *rest: 
 
 
 def _backward_kernel(
-    grad_loss: Tensor, grad_sums: Tensor, input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int
-) -> Tensor:
+    kernels: ModuleType, grad_loss: Tensor, grad_sums: Tensor, input: Tensor, target: Tensor, weight: Tensor | None,
+    ignore_index: int,
+) -> Tensor:  # fmt: skip
     grad_input = _empty_gradient(grad_loss, grad_sums, input)
     inputs, channels_last = _dense_inputs(input, target, weight)
-    triton_kernels.dice_cross_entropy.dice_cross_entropy_bwd(
+    kernels.dice_cross_entropy.dice_cross_entropy_bwd(
         grad_loss.contiguous(), grad_sums.contiguous(), inputs, ignore_index, channels_last, grad_input
     )
     return grad_input
@@ -143,7 +164,13 @@ DICE_CROSS_ENTROPY_BACKWARD = Operator(
     "dice_cross_entropy_backward(Tensor grad_loss, Tensor grad_sums, Tensor input, Tensor target, Tensor? weight, "
     "int ignore_index) -> Tensor",
     kernels={
-        "triton": Implementation(_backward_kernel, lambda grad_loss, grad_sums, input, *rest: _unsupported(input)),
+        "triton": Implementation(
+            partial(_backward_kernel, triton_kernels), lambda grad_loss, grad_sums, input, *rest: _unsupported(input)
+        ),
+        "cpu": Implementation(
+            partial(_backward_kernel, cpu_kernels),
+            lambda grad_loss, grad_sums, input, *rest: _unsupported(input, math.inf),
+        ),
     },
     reference=_backward_reference,
     fake=_empty_gradient,
@@ -155,6 +182,7 @@ class DiceCrossEntropyFunction(torch.autograd.Function):
     """(input, target, weight, ignore_index) -> (loss, sums). The gradient is that of both, for input alone."""
 
     @staticmethod
+    @known_signature
     def forward(input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> tuple[Tensor, Tensor]:
         return DICE_CROSS_ENTROPY(input, target, weight, ignore_index)
 

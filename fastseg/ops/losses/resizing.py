@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
@@ -108,9 +108,11 @@ def check_target_size(function: str, input: Tensor, size: Sequence[int], target:
         )
 
 
-def unsupported_resizing(input: Tensor, size: Sequence[int]) -> str | None:
+def unsupported_resizing(
+    input: Tensor, size: Sequence[int], dtypes: Collection[torch.dtype] = FLOAT_DTYPES
+) -> str | None:
     """What of a resizing the kernels do not support, in words, or None."""
-    if input.dtype not in FLOAT_DTYPES:
+    if input.dtype not in dtypes:
         return f"dtype {input.dtype}"
     if any(side > MAX_FLOAT_SIDE for side in (*input.shape[2:], *size)):
         return f"maps of more than {MAX_FLOAT_SIDE} rows or columns"

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from ...kernels import losses as triton_kernels
+from ...kernels.cpu import losses as cpu_kernels
 from ...kernels.losses.options import Resizing
-from ..arguments import accumulator
+from ..arguments import FLOAT_AND_DOUBLE_DTYPES, accumulator
 from ..operator import Implementation, Operator, empty
 from .checks import LABEL_DTYPES
 from .resizing import ResizingArguments, check_map, check_resizing, unsupported_resizing
@@ -25,10 +28,10 @@ def _empty_labels(
 
 
 def _upsample_argmax_kernel(
-    input: Tensor, size: Sequence[int], resizing: Resizing, dtype: torch.dtype, probability: bool
+    kernels: ModuleType, input: Tensor, size: Sequence[int], resizing: Resizing, dtype: torch.dtype, probability: bool
 ) -> tuple[Tensor, Tensor]:
     labels, probabilities = _empty_labels(input, size, resizing, dtype, probability)
-    triton_kernels.upsample.upsample_argmax(input, labels, probabilities if probability else None, resizing)
+    kernels.upsample.upsample_argmax(input, labels, probabilities if probability else None, resizing)
     return labels, probabilities
 
 
@@ -52,7 +55,14 @@ UPSAMPLE_ARGMAX = Operator(
     "upsample_argmax(Tensor input, SymInt[] size, Resizing resizing, ScalarType dtype, bool probability) "
     "-> (Tensor, Tensor)",
     kernels={
-        "triton": Implementation(_upsample_argmax_kernel, lambda input, size, *rest: unsupported_resizing(input, size)),
+        "triton": Implementation(
+            partial(_upsample_argmax_kernel, triton_kernels),
+            lambda input, size, *rest: unsupported_resizing(input, size),
+        ),
+        "cpu": Implementation(
+            partial(_upsample_argmax_kernel, cpu_kernels),
+            lambda input, size, *rest: unsupported_resizing(input, size, FLOAT_AND_DOUBLE_DTYPES),
+        ),
     },
     reference=_upsample_argmax_reference,
     fake=_empty_labels,

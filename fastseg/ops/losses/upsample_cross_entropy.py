@@ -12,7 +12,7 @@ from torch import Tensor
 from ... import dispatch, torch_internals
 from ...kernels.losses.options import LossOptions, Resizing
 from ..arguments import accumulator
-from ..operator import double_backward, empty, memory_format, wants_graph
+from ..operator import double_backward, known_signature, wants_graph
 from .checks import (
     LossArguments,
     check_prediction,
@@ -29,7 +29,8 @@ from .upsample_cross_entropy_operators import (
     NAME,
     UPSAMPLE_CROSS_ENTROPY,
     UPSAMPLE_CROSS_ENTROPY_BACKWARD,
-    in_chunks,
+    UPSAMPLE_CROSS_ENTROPY_ONE_PASS,
+    few_logits,
     resized_shape,
 )
 
@@ -62,10 +63,15 @@ def _differentiable_loss(
     return differentiable_loss(large, target, weight, options)
 
 
-def _composes_torch(input: Tensor, target: Tensor, resizing: Resizing) -> bool:
-    """Whether torch's two functions run: for class probabilities, and for few classes on a CPU: it is faster there."""
-    few = input.shape[1] <= FEW_CLASSES[resizing.mode]
-    return target.is_floating_point() or (few and input.device.type == "cpu" and dispatch.get_backend() == "auto")
+def _composes_torch(input: Tensor, target: Tensor, resizing: Resizing, backend: str) -> bool:
+    """Whether torch's two functions run: for class probabilities; on a CPU without kernels for few classes or logits.
+
+    They are faster than chunks there.
+    """
+    if target.is_floating_point():
+        return True
+    few = input.shape[1] <= FEW_CLASSES[resizing.mode] or few_logits(input, target)
+    return few and backend == "torch" and input.device.type == "cpu" and dispatch.get_backend() == "auto"
 
 
 # --- gradients -------------------------------------------------------------------------------------------------------
@@ -84,6 +90,7 @@ class UpsampleCrossEntropyFunction(torch.autograd.Function):
     """(input, target, weight, resizing, options, predicted) -> LossResults. The gradient is the loss's, for input."""
 
     @staticmethod
+    @known_signature
     def forward(
         input: Tensor, target: Tensor, weight: Tensor | None, resizing: Resizing, options: LossOptions,
         predicted: torch.dtype | None,
@@ -111,16 +118,15 @@ class UpsampleCrossEntropyFunction(torch.autograd.Function):
 
 
 class UpsampleCrossEntropyOnePassFunction(torch.autograd.Function):
-    """UpsampleCrossEntropyFunction in torch, for a mean or a sum: the forward makes the gradient, up to a factor."""
+    """UpsampleCrossEntropyFunction on a CPU, for a mean or a sum: the forward makes the gradient, up to a factor."""
 
     @staticmethod
+    @known_signature
     def forward(
         input: Tensor, target: Tensor, weight: Tensor | None, resizing: Resizing, options: LossOptions,
         predicted: torch.dtype | None,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        gradient = empty(input, input.shape, memory_format(input), accumulator(input.dtype))
-        results = in_chunks(input, target, weight, resizing, options, predicted, gradient)
-        return results.loss, gradient, results.denominator, results.prediction, results.counts
+        return UPSAMPLE_CROSS_ENTROPY_ONE_PASS(input, target, weight, resizing, options, predicted)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -146,7 +152,7 @@ def _takes_one_pass(input: Tensor, options: LossOptions, backend: str) -> bool:
     """Whether the forward makes the gradient, which saves one resizing: in eager code on a CPU."""
     wanted = torch.is_grad_enabled() and input.requires_grad and options.is_reduced
     eager = not torch.compiler.is_compiling() and not torch_internals.functorch_transforms_active()
-    return wanted and eager and backend == "torch" and input.device.type == "cpu"
+    return wanted and eager and backend in ("torch", "cpu") and input.device.type == "cpu"
 
 
 # --- functions -------------------------------------------------------------------------------------------------------
@@ -168,16 +174,16 @@ def _loss_and_predictions(
     check_target_size(function, input, size, target)
     options = loss_options(function, resized_shape(input, size), target, weight, arguments)
     backend = UPSAMPLE_CROSS_ENTROPY.choose(input, target, weight, resizing, options, predicted).backend
-    if predicted is None and _composes_torch(input, target, resizing):
-        try:
+    try:
+        if predicted is None and _composes_torch(input, target, resizing, backend):
             return _differentiable_loss(input, target, weight, resizing, options), None, None
-        except IndexError:
-            require_labels_in_range(NAME, input.shape[1], target, options.ignore_index)  # to say at which pixel
-            raise
-    one_pass = _takes_one_pass(input, options, backend)
-    passes = UpsampleCrossEntropyOnePassFunction if one_pass else UpsampleCrossEntropyFunction
-    loss, _, _, prediction, counts = passes.apply(input, target.contiguous(), weight, resizing, options, predicted)
-    return loss, prediction, counts
+        one_pass = _takes_one_pass(input, options, backend)
+        passes = UpsampleCrossEntropyOnePassFunction if one_pass else UpsampleCrossEntropyFunction
+        loss, _, _, prediction, counts = passes.apply(input, target.contiguous(), weight, resizing, options, predicted)
+        return loss, prediction, counts
+    except IndexError:
+        require_labels_in_range(NAME, input.shape[1], target, options.ignore_index)  # to say at which pixel
+        raise
 
 
 def upsample_cross_entropy(

@@ -14,31 +14,36 @@ EXPORT confusion_matrix(const void* pred, int64_t pred_size, const void* target,
     for (int64_t i = 0; i < entries; ++i) counts[i] = 0;
     int64_t tiles = (pixels + TILE - 1) / TILE, copies = entries <= SMALL ? COPIES : 1;
     bool local = entries <= LOCAL;
-    parallel_for(tiles, local ? (1 << 16) / TILE + entries / TILE : (1 << 16) / TILE, [&](int64_t begin, int64_t end) {
-        Scratch<int64_t> own(local ? copies * entries : 1);
-        for (int64_t i = 0; local && i < copies * entries; ++i) own.data[i] = 0;
+    int64_t pitch = entries + 1;  // the last entry takes the pixels that do not count
+    parallel_for(tiles, (1 << 16) / TILE + (local ? entries / TILE : 0), [&](int64_t begin, int64_t end) {
+        Scratch<int64_t> own(local ? copies * pitch : 1);
+        for (int64_t i = 0; local && i < copies * pitch; ++i) own.data[i] = 0;
         int32_t truth[TILE], guess[TILE];
-        bool strange = false;
+        int64_t entry[TILE];
+        int32_t strange = 0;
         for (int64_t tile = begin; tile < end; ++tile) {
             int64_t first = tile * TILE;
             int count = int(pixels - first < TILE ? pixels - first : TILE);
             truths.read(first, count, truth);
             guesses.read(first, count, guess);
-            for (int i = 0; i < count; ++i) {
-                if (truth[i] < 0) continue;
-                if (guess[i] < 0) {
-                    strange = true;
-                    continue;
-                }
-                int64_t entry = truth[i] * classes + guess[i];
-                if (local) ++own.data[(copies == 1 ? 0 : i % COPIES * entries) + entry];
-                else __atomic_fetch_add(counts + entry, 1, __ATOMIC_RELAXED);
+            for (int i = 0; i < TILE; ++i) {
+                entry[i] = truth[i] < 0 || guess[i] < 0 ? entries : truth[i] * classes + guess[i];
+                strange |= truth[i] >= 0 && guess[i] < 0;
+            }
+            if (!local) {
+                for (int i = 0; i < count; ++i)
+                    if (entry[i] != entries) __atomic_fetch_add(counts + entry[i], 1, __ATOMIC_RELAXED);
+            } else if (copies == COPIES) {
+                for (int i = 0; i < TILE; i += COPIES)
+                    for (int copy = 0; copy < COPIES; ++copy) ++own.data[copy * pitch + entry[i + copy]];
+            } else {
+                for (int i = 0; i < TILE; ++i) ++own.data[entry[i]];
             }
         }
         if (strange) __atomic_store_n(&bad_pred, 1, __ATOMIC_RELAXED);
         for (int64_t i = 0; local && i < entries; ++i) {
             int64_t sum = 0;
-            for (int64_t copy = 0; copy < copies; ++copy) sum += own.data[copy * entries + i];
+            for (int64_t copy = 0; copy < copies; ++copy) sum += own.data[copy * pitch + i];
             if (sum != 0) __atomic_fetch_add(counts + i, sum, __ATOMIC_RELAXED);
         }
     });

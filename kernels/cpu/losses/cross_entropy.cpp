@@ -42,7 +42,7 @@ struct Tile {
     Rows<W> rows, target;
     Int<W> label[TILE];
     W factor[TILE];
-    Vec<W> highest[K], total[K], picked[K], mass[K], distance[K], above[K];
+    Vec<W> highest[K], total[K], others[K], picked[K], mass[K], distance[K], above[K];
 
     explicit Tile(const Problem& problem)
         : values(problem.shape.classes * TILE), shares(PROBABILITIES ? problem.shape.classes * TILE : 1) {}
@@ -63,22 +63,24 @@ struct Tile {
     template <bool KEEP> NOINLINE void softmax(const Problem& problem) {
         find_highest(rows, problem.shape.classes, highest);
         problem.loss.add_shares(rows, target, highest, mass, distance);
-        add_exponentials<KEEP>(rows, problem.shape.classes, highest, label, values.data, total, picked);
+        add_exponentials<KEEP>(rows, problem.shape.classes, highest, label, values.data, total, others, picked);
         for (int k = 0; k < K; ++k) above[k] = log_above<W>(total[k]);
     }
 
-    // probability(c, k): vector k of the softmax of class c.
+    // probability(c, k, below): vector k of the softmax p of class c, and p - 1 if c is the label.
     template <typename F>
     INLINE void write_gradient(const Problem& problem, const Place& place, const Vec<W>* scale, T* gradient,
                                const F& probability) {
         Gradient<W, PROBABILITIES> grad(problem.loss, target, label, factor, scale, mass, highest, above);
         if (problem.loss.spreads()) {
             write_tile<T, W>(gradient, problem.shape, place, values.data, [&](int64_t c, int k) INLINE_LAMBDA {
-                return grad.template operator()<true>(probability(c, k), c, k);
+                Vec<W> below, p = probability(c, k, below);
+                return grad.template operator()<true>(p, below, c, k);
             });
         } else {
             write_tile<T, W>(gradient, problem.shape, place, values.data, [&](int64_t c, int k) INLINE_LAMBDA {
-                return grad.template operator()<false>(probability(c, k), c, k);
+                Vec<W> below, p = probability(c, k, below);
+                return grad.template operator()<false>(p, below, c, k);
             });
         }
     }
@@ -215,8 +217,10 @@ EXPORT cross_entropy_bwd(const W* grad_loss, const void* logits, const void* tar
                 tile.mass[k] = PROBABILITIES ? load(terms[1 + SPLIT] + o) : all(smoothed);
                 scale[k] = reduction == NONE ? load(scales + o) : all(one);
             }
-            tile.write_gradient(problem, place, scale, gradient, [&](int64_t c, int k) INLINE_LAMBDA {
-                return exp_below((row_vector(tile.rows, c, k) - tile.highest[k]) - tile.above[k]);
+            tile.write_gradient(problem, place, scale, gradient, [&](int64_t c, int k, Vec<W>& below) INLINE_LAMBDA {
+                Vec<W> p = exp_below((row_vector(tile.rows, c, k) - tile.highest[k]) - tile.above[k]);
+                below = p - W(1);
+                return p;
             });
         });
     });
@@ -230,7 +234,7 @@ static double one_pass(Problem& problem, W factor, T* gradient, const Prediction
     parallel_for(blocks, grain(problem), [&](int64_t begin, int64_t end) {
         Tile tile(problem);
         int64_t right = 0, valid = 0;
-        Vec<W> scale[K], inverse[K];
+        Vec<W> scale[K], inverse[K], missing[K];
         for (int k = 0; k < K; ++k) scale[k] = all(factor);
         for (int64_t block = begin; block < end; ++block) {
             Vec<double> sum{};
@@ -242,10 +246,15 @@ static double one_pass(Problem& problem, W factor, T* gradient, const Prediction
                 problem.loss.losses(tile.highest, tile.above, tile.picked, tile.factor, tile.label, tile.mass,
                                     tile.distance, losses);
                 add_row(losses, sum);
-                for (int k = 0; k < K; ++k) inverse[k] = W(1) / tile.total[k];
-                tile.write_gradient(problem, place, scale, gradient, [&](int64_t c, int k) INLINE_LAMBDA {
+                for (int k = 0; k < K; ++k) {
+                    inverse[k] = W(1) / tile.total[k];
+                    missing[k] = -tile.others[k] * inverse[k];
+                }
+                auto probability = [&](int64_t c, int k, Vec<W>& below) INLINE_LAMBDA {
+                    below = missing[k];
                     return load(tile.values.data + c * TILE + k * LANES<W>) * inverse[k];
-                });
+                };
+                tile.write_gradient(problem, place, scale, gradient, probability);
             });
             slots.losses.data[block] = sum_of(sum);
         }

@@ -44,7 +44,8 @@ def prediction_arguments(prediction: Tensor, counts: Tensor) -> tuple[Any, ...]:
 def raise_for(bad: int, targets: Tensor) -> None:
     """Raise IndexError if a kernel returned the number of a pixel with an out-of-range label, plus 1."""
     if bad:
-        raise IndexError(f"Target {targets.view(-1)[bad - 1].item()} is out of bounds at pixel {bad - 1}")
+        where = tuple(index.item() for index in torch.unravel_index(torch.tensor(bad - 1), targets.shape))
+        raise IndexError(f"Target {targets[where].item()} is out of bounds at {where}")
 
 
 def cross_entropy_fwd(inputs: LossInputs, options: LossOptions, channels_last: bool, results: LossResults) -> None:

@@ -26,7 +26,7 @@ struct Tile {
     Rows<W> rows;
     Int<W> label[TILE];
     W factor[TILE];
-    Vec<W> highest[K], total[K], picked[K], inverse[K];
+    Vec<W> highest[K], total[K], others[K], picked[K], inverse[K];
 
     Tile(const Shape& size, const Labels& target, const W* weight)
         : shape(size), labels(target), loss{size.classes, weight, 0, 0}, values(size.classes * TILE) {}
@@ -37,7 +37,7 @@ struct Tile {
         labels.read(place.pixel, place.count, label);
         loss.read_factors(label, factor);
         find_highest(rows, shape.classes, highest);
-        add_exponentials<true>(rows, shape.classes, highest, label, values.data, total, picked);
+        add_exponentials<true>(rows, shape.classes, highest, label, values.data, total, others, picked);
         for (int k = 0; k < K; ++k) inverse[k] = W(1) / total[k];
     }
     INLINE Vec<W> power(int64_t c, int k) const { return load(values.data + c * TILE + k * L); }
@@ -143,7 +143,7 @@ EXPORT dice_cross_entropy_bwd(const W* grad_loss, const W* grad_sums, const T* l
                 IntVec<W> hit = own[k] == Int<W>(c);
                 Vec<W> p = tile.power(c, k) * tile.inverse[k];
                 Vec<W> wanted = select<W>(hit, all(overlap[c] + predicted[c]), all(predicted[c]));
-                Vec<W> grad = p * (wanted - mean[k]) + scale[k] * select<W>(hit, p - W(1), p);
+                Vec<W> grad = p * (wanted - mean[k]) + scale[k] * select<W>(hit, -tile.others[k] * tile.inverse[k], p);
                 return select<W>(own[k] < 0, Vec<W>{}, grad);
             });
         });

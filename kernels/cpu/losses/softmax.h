@@ -6,9 +6,9 @@
 //     loss     = sum_c q_c * (lse - x_c) + z * lse^2
 //     gradient = (sum_k q_k + 2 * z * lse) * p_c - q_c
 //
-// The label's own part is kept apart as gain * (p_c - [c = label]), gain = (1 - e) * w_label, so that a confident
-// pixel's p - 1 is exact. What else multiplies p_c is `spread`. For class probabilities
-// q_c = w_c * ((1 - e) * target_c + e / C), and there is no part of a label.
+// The label's own part is kept apart as gain * (p_c - [c = label]), gain = (1 - e) * w_label, where p - 1 is the sum of
+// the other classes' p: a confident pixel's gradient keeps its digits. What else multiplies p_c is `spread`. For class
+// probabilities q_c = w_c * ((1 - e) * target_c + e / C), and there is no part of a label.
 #pragma once
 
 #include "tile.h"
@@ -33,31 +33,34 @@ template <typename W> static NOINLINE void find_highest(const Rows<W>& rows, int
     for (int k = 0; k < K; ++k) result[k] = highest[k];
 }
 
-// total = sum_c exp(x_c - highest), at least 1, or NaN where a logit is NaN or infinite; picked = the label's logit.
-// KEEP: the exponentials are left in `values` (classes, TILE), which may be the rows themselves.
+// total = sum_c exp(x_c - highest), at least 1, or NaN where a logit is NaN or infinite; others = the same without the
+// label's class; picked = the label's logit. KEEP: the exponentials are left in `values` (classes, TILE), which may be
+// the rows themselves.
 template <bool KEEP, typename W>
 static NOINLINE void add_exponentials(const Rows<W>& rows, int64_t classes, const Vec<W>* maximum, const Int<W>* label,
-                                    W* values, Vec<W>* total, Vec<W>* picked) {
+                                      W* values, Vec<W>* total, Vec<W>* others, Vec<W>* picked) {
     constexpr int K = VECTORS<W>;
-    Vec<W> highest[K], sum[K], found[K];
+    Vec<W> highest[K], sum[K], of_label[K], found[K];
     IntVec<W> own[K];
 #pragma GCC unroll 8
     for (int k = 0; k < K; ++k) {
-        highest[k] = maximum[k], sum[k] = Vec<W>{}, found[k] = Vec<W>{};
+        highest[k] = maximum[k], sum[k] = of_label[k] = found[k] = Vec<W>{};
         own[k] = load_integers<W>(label + k * LANES<W>);
     }
     for (int64_t c = 0; c < classes; ++c) {
 #pragma GCC unroll 8
         for (int k = 0; k < K; ++k) {
             Vec<W> x = row_vector(rows, c, k);
-            found[k] = select<W>(own[k] == Int<W>(c), x, found[k]);
+            IntVec<W> hit = own[k] == Int<W>(c);
+            found[k] = select<W>(hit, x, found[k]);
             Vec<W> e = exp_below(x - highest[k]);
-            sum[k] += e;
+            of_label[k] = select<W>(hit, e, of_label[k]);
+            sum[k] += select<W>(hit, Vec<W>{}, e);
             if (KEEP) store(values + c * TILE + k * LANES<W>, e);
         }
     }
 #pragma GCC unroll 8
-    for (int k = 0; k < K; ++k) total[k] = sum[k], picked[k] = found[k];
+    for (int k = 0; k < K; ++k) total[k] = sum[k] + of_label[k], others[k] = sum[k], picked[k] = found[k];
 }
 
 // The class of each pixel's largest logit: the first of equal ones, and a NaN before any number, as torch.argmax.
@@ -146,7 +149,7 @@ template <typename W, bool PROBABILITIES> struct Loss {
     }
 };
 
-// What the gradient of a tile is made of. scale: the gradient of each pixel's loss.
+// What the gradient of a tile is made of. scales: the gradient of each pixel's loss.
 template <typename W, bool PROBABILITIES> struct Gradient {
     const Loss<W, PROBABILITIES>& loss;
     Rows<W> target;
@@ -160,16 +163,17 @@ template <typename W, bool PROBABILITIES> struct Gradient {
             own[k] = load_integers<W>(label + k * LANES<W>);
             scale[k] = scales[k];
             gain[k] = scale[k] * load(factor + k * LANES<W>) * (PROBABILITIES ? W(0) : 1 - loss.smoothing);
-            spread[k] = scale[k] * (mass[k] + 2 * loss.z_loss * (highest[k] + above[k]));
+            spread[k] = mass[k] + 2 * loss.z_loss * (highest[k] + above[k]);
         }
     }
 
-    // Of class c, whose softmax is p: exactly 0 where there is no label. SPREADS: loss.spreads().
-    template <bool SPREADS> INLINE Vec<W> operator()(Vec<W> p, int64_t c, int k) const {
-        Vec<W> grad = gain[k] * select<W>(own[k] == Int<W>(c), p - W(1), p);
+    // Of class c, whose softmax is p, and p - 1 is `below`: exactly 0 where there is no label. SPREADS: loss.spreads().
+    template <bool SPREADS> INLINE Vec<W> operator()(Vec<W> p, Vec<W> below, int64_t c, int k) const {
+        Vec<W> grad = gain[k] * select<W>(own[k] == Int<W>(c), below, p);
         if constexpr (SPREADS) {
-            grad += spread[k] * p;
-            if (loss.shared()) grad -= scale[k] * loss.share(target, c, k);
+            Vec<W> rest = spread[k] * p;
+            if (loss.shared()) rest -= loss.share(target, c, k);
+            grad += scale[k] * rest;
         }
         return select<W>(own[k] < 0, Vec<W>{}, grad);
     }

@@ -21,7 +21,8 @@ EXPORT upsample_argmax(const T* low, int64_t n, int64_t classes, int64_t h, int6
     parallel_for(map.units(), grain_of(map.elements_of_unit()), [&](int64_t begin, int64_t end) {
         Interval<W> interval(map);
         Scratch<W> values(classes * TILE);
-        Int<W> best[TILE], none[TILE] = {};
+        Int<W> best[TILE], none[TILE];
+        for (int i = 0; i < TILE; ++i) none[i] = -1;
         for (int64_t unit = begin; unit < end; ++unit) {
             int64_t image = unit / h, tap = unit % h, top = map.y.start_of(tap), bottom = map.y.start_of(tap + 1);
             if (top == bottom) continue;
@@ -41,10 +42,10 @@ EXPORT upsample_argmax(const T* low, int64_t n, int64_t classes, int64_t h, int6
                         default: write_labels(best, count, static_cast<int64_t*>(labels) + pixel);
                     }
                     if (probability == nullptr) continue;
-                    Vec<W> highest[K], total[K], picked[K];
+                    Vec<W> highest[K], total[K], others[K], picked[K];
                     W share[TILE];
                     find_highest(rows, classes, highest);
-                    add_exponentials<false>(rows, classes, highest, none, values.data, total, picked);
+                    add_exponentials<false>(rows, classes, highest, none, values.data, total, others, picked);
                     for (int k = 0; k < K; ++k) store(share + k * LANES<W>, W(1) / total[k]);
                     memcpy(probability + pixel, share, count * sizeof(W));
                 }

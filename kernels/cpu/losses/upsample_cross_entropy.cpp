@@ -29,7 +29,7 @@ struct Tile {
     Scratch<W> values, sums[2];  // of the gradients, with the weights of the upper and of the lower tap
     Int<W> label[TILE];
     W factor[TILE];
-    Vec<W> highest[K], total[K], picked[K], mass[K], distance[K], above[K];
+    Vec<W> highest[K], total[K], others[K], picked[K], mass[K], distance[K], above[K];
 
     explicit Tile(const Problem& problem)
         : interval(problem.map), values(problem.map.classes * TILE),
@@ -44,11 +44,12 @@ struct Tile {
     template <bool KEEP> NOINLINE void softmax(const Problem& problem) {
         find_highest(rows(), problem.map.classes, highest);
         problem.loss.add_shares(rows(), rows(), highest, mass, distance);
-        add_exponentials<KEEP>(rows(), problem.map.classes, highest, label, values.data, total, picked);
+        add_exponentials<KEEP>(rows(), problem.map.classes, highest, label, values.data, total, others, picked);
         for (int k = 0; k < K; ++k) above[k] = log_above<W>(total[k]);
     }
 
-    // Adds the gradient of the tile to the sums. probability(c, k): vector k of the softmax of class c.
+    // Adds the gradient of the tile to the sums. probability(c, k, below): vector k of the softmax p of class c, and
+    // p - 1 if c is the label.
     template <bool SPREADS, typename F>
     NOINLINE void add_gradient(const Problem& problem, const Vec<W>* scale, W behind, const F& probability) {
         Gradient<W, false> grad(problem.loss, rows(), label, factor, scale, mass, highest, above);
@@ -56,7 +57,8 @@ struct Tile {
 #pragma GCC unroll 4
             for (int k = 0; k < K; ++k) {
                 W *upper = sums[0].data + c * TILE + k * LANES<W>, *lower = sums[1].data + c * TILE + k * LANES<W>;
-                Vec<W> g = grad.template operator()<SPREADS>(probability(c, k), c, k);
+                Vec<W> below, p = probability(c, k, below);
+                Vec<W> g = grad.template operator()<SPREADS>(p, below, c, k);
                 store(upper, load(upper) + (1 - behind) * g);
                 if (behind != 0) store(lower, load(lower) + behind * g);
             }
@@ -166,9 +168,13 @@ static void forward(const Problem& problem, W* partial, Slots& slots, W* loss, W
             for (int term = 0; lse != nullptr && term < 1 + SPLIT; ++term)
                 memcpy(lse + term * all_pixels + pixel, terms[term], count * sizeof(W));
             if constexpr (GRADIENT) {
-                Vec<W> scale[K], inverse[K];
-                for (int k = 0; k < K; ++k) scale[k] = all(W(1)), inverse[k] = W(1) / tile.total[k];
-                auto probability = [&](int64_t c, int k) INLINE_LAMBDA {
+                Vec<W> scale[K], inverse[K], missing[K];
+                for (int k = 0; k < K; ++k) {
+                    scale[k] = all(W(1)), inverse[k] = W(1) / tile.total[k];
+                    missing[k] = -tile.others[k] * inverse[k];
+                }
+                auto probability = [&](int64_t c, int k, Vec<W>& below) INLINE_LAMBDA {
+                    below = missing[k];
                     return load(tile.values.data + c * TILE + k * LANES<W>) * inverse[k];
                 };
                 if (problem.loss.spreads()) tile.add_gradient<true>(problem, scale, behind, probability);
@@ -247,8 +253,10 @@ EXPORT upsample_cross_entropy_bwd(const W* grad_loss, const T* low, int64_t n, i
                 tile.mass[k] = all(smoothed);
                 scale[k] = reduction == NONE ? load(scales + k * LANES<W>) : all(one);
             }
-            tile.add_gradient<true>(problem, scale, behind, [&](int64_t c, int k) INLINE_LAMBDA {
-                return exp_below((row_vector(tile.rows(), c, k) - tile.highest[k]) - tile.above[k]);
+            tile.add_gradient<true>(problem, scale, behind, [&](int64_t c, int k, Vec<W>& below) INLINE_LAMBDA {
+                Vec<W> p = exp_below((row_vector(tile.rows(), c, k) - tile.highest[k]) - tile.above[k]);
+                below = p - W(1);
+                return p;
             });
         });
     });
