@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -154,15 +155,17 @@ class Operator:
             return dispatch.NO_KERNELS
         return self.kernels[backend].unsupported(*args)
 
-    def choose(self, *args: Any, dry_run: bool = False) -> dispatch.Choice:
+    def choose(
+        self, *args: Any, dry_run: bool = False, preferred: dispatch.Preference | None = None
+    ) -> dispatch.Choice:
         """The backend for these arguments, the first of which is a tensor.
 
-        dry_run: only ask; `explain` does not record it as a call.
+        dry_run: only ask; `explain` does not record it as a call. preferred: what a function that composes torch's own
+        operators knows to be better under "auto" than this operator's kernels, and why.
         """
         if dispatch.torch_alone(args[0]):
             return dispatch.choose(self.name, args[0], dry_run=dry_run)
-        preferred = None
-        if dispatch.get_backend() == "auto":
+        if preferred is None and dispatch.get_backend() == "auto":
             backend = "cpu" if args[0].device.type == "cpu" else "triton"
             if self.unsupported(backend, *args) is None:
                 preferred = (self.kernels["cpu"] if backend == "cpu" else self).preferred(*args)
@@ -252,6 +255,12 @@ def double_backward(
         wanted = [x for x, need in zip(inputs, needed, strict=True) if need]
         found = iter(torch.autograd.grad(output, wanted, grad, create_graph=True))
     return [next(found) if need else None for need in needed]
+
+
+def known_signature(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Mark the `forward` of an autograd.Function with its signature, which torch else finds out again at each call."""
+    forward.__signature__ = inspect.signature(forward)
+    return forward
 
 
 def vmap_loops(info: Any, in_dims: tuple[Any, ...], function: type[torch.autograd.Function], *args: Any) -> Any:
