@@ -155,15 +155,17 @@ class Operator:
             return dispatch.NO_KERNELS
         return self.kernels[backend].unsupported(*args)
 
-    def choose(self, *args: Any, dry_run: bool = False) -> dispatch.Choice:
+    def choose(
+        self, *args: Any, dry_run: bool = False, preferred: dispatch.Preference | None = None
+    ) -> dispatch.Choice:
         """The backend for these arguments, the first of which is a tensor.
 
-        dry_run: only ask; `explain` does not record it as a call.
+        dry_run: only ask; `explain` does not record it as a call. preferred: what a function that composes torch's own
+        operators knows to be better under "auto" than this operator's kernels, and why.
         """
         if dispatch.torch_alone(args[0]):
             return dispatch.choose(self.name, args[0], dry_run=dry_run)
-        preferred = None
-        if dispatch.get_backend() == "auto":
+        if preferred is None and dispatch.get_backend() == "auto":
             backend = "cpu" if args[0].device.type == "cpu" else "triton"
             if self.unsupported(backend, *args) is None:
                 preferred = (self.kernels["cpu"] if backend == "cpu" else self).preferred(*args)

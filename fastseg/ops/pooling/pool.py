@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -12,12 +13,23 @@ from torch import Tensor
 
 from ... import torch_internals
 from ...kernels import pooling as triton_kernels
+from ...kernels.cpu import pooling as cpu_kernels
 from ...kernels.cuda import pooling as cuda_kernels
 from ..arguments import IntOrPair, accumulator, require_tensor
-from ..operator import Implementation, Operator, dense, empty, memory_format, placed, wants_graph
-from .geometry import PoolGeometry, as_batch, map_over_batch, pool_geometry, pooled_size, unsupported_dtype
+from ..operator import Implementation, Operator, dense, empty, known_signature, memory_format, placed, wants_graph
+from .geometry import (
+    PoolGeometry,
+    as_batch,
+    few_elements,
+    is_plain,
+    map_over_batch,
+    pool_geometry,
+    pooled_size,
+    unsupported_dtype,
+)
 from .positions import MAX_OFFSETS, require_offsets, to_indices, to_offsets
 
+FEW_ELEMENTS = {torch.contiguous_format: 2**16, torch.channels_last: 2**20}  # on a CPU: see few_elements
 NO_POSITIONS, OFFSETS, INDICES = "none", "offsets", "indices"
 
 
@@ -87,6 +99,7 @@ MAX_POOL2D = Operator(
     kernels={
         "triton": Implementation(partial(_max_pool2d_kernel, triton_kernels), _unsupported),
         "cuda": Implementation(partial(_max_pool2d_kernel, cuda_kernels), _unsupported),
+        "cpu": Implementation(partial(_max_pool2d_kernel, cpu_kernels), _unsupported),
     },
     reference=_max_pool2d_reference,
     fake=_empty_pooled,
@@ -134,6 +147,7 @@ MAX_POOL2D_BACKWARD = Operator(
     kernels={
         "triton": Implementation(partial(_max_pool2d_backward_kernel, triton_kernels), _unsupported),
         "cuda": Implementation(partial(_max_pool2d_backward_kernel, cuda_kernels), _unsupported),
+        "cpu": Implementation(partial(_max_pool2d_backward_kernel, cpu_kernels), _unsupported),
     },
     reference=_max_pool2d_backward_reference,
     fake=_empty_gradient,
@@ -148,6 +162,7 @@ class MaxPool2dFunction(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
+    @known_signature
     def forward(input: Tensor, geometry: PoolGeometry, ceil_mode: bool, positions: str) -> tuple[Tensor, Tensor]:
         return MAX_POOL2D(input, geometry, ceil_mode, positions)
 
@@ -224,10 +239,14 @@ def max_pool2d(
     Source:
         torch.nn.functional.max_pool2d.
     """
+    if is_plain(input) and few_elements(input, FEW_ELEMENTS):
+        with contextlib.suppress(Exception):  # the checks below raise it again
+            return F.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
     geometry = pool_geometry("max_pool2d", kernel_size, stride, padding, dilation)
     checked_geometry("max_pool2d", input, geometry, ceil_mode)
     positions = INDICES if return_indices else _positions_to_save(input, geometry)
-    if MAX_POOL2D.choose(input, geometry, ceil_mode, positions).backend == "torch":
+    choice = MAX_POOL2D.choose(input, geometry, ceil_mode, positions, preferred=few_elements(input, FEW_ELEMENTS))
+    if choice.backend == "torch":
         return F.max_pool2d(input, *geometry, ceil_mode=ceil_mode, return_indices=return_indices)
     output, indices = MaxPool2dFunction.apply(input, geometry, ceil_mode, positions)
     return (output, indices) if return_indices else output
@@ -255,7 +274,7 @@ def max_pool2d_with_offsets(
         TypeError, RuntimeError: as max_pool2d, and for windows of more than 256 elements.
 
     Note:
-        On a CPU torch's own pool runs, and keeps its int64 indices for the backward.
+        On a CPU without kernels torch's own pool runs, and keeps its int64 indices for the backward.
 
     Example:
         >>> import torch, fastseg.functional as FS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from functools import partial
 from types import ModuleType
@@ -12,12 +13,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...kernels import pooling as triton_kernels
+from ...kernels.cpu import pooling as cpu_kernels
 from ...kernels.cuda import pooling as cuda_kernels
 from ..arguments import IntOrPair, require_tensor
-from ..operator import Implementation, Operator, dense, empty, memory_format, placed, wants_graph
-from .geometry import PoolGeometry, as_batch, map_over_batch, pool_geometry, unsupported_dtype
+from ..operator import Implementation, Operator, dense, empty, known_signature, memory_format, placed, wants_graph
+from .geometry import (
+    PoolGeometry,
+    as_batch,
+    few_elements,
+    is_plain,
+    map_over_batch,
+    pool_geometry,
+    unsupported_dtype,
+)
 from .positions import require_offsets, to_indices
 
+FEW_ELEMENTS = {torch.contiguous_format: 2**18, torch.channels_last: 2**16}  # on a CPU: see few_elements
 TORCH_UNPOOLS = (torch.float32, torch.float64)  # the dtypes that torch's own operator supports on every device
 
 
@@ -128,7 +139,8 @@ def _empty_unpooled(input: Tensor, positions: Tensor, geometry: PoolGeometry, si
 def _max_unpool2d_kernel(
     kernels: ModuleType, input: Tensor, positions: Tensor, geometry: PoolGeometry, size: list[int]
 ) -> Tensor:
-    require_positions_inside(positions, geometry, size)
+    if kernels is not cpu_kernels:  # which check the positions themselves
+        require_positions_inside(positions, geometry, size)
     layout = memory_format(input)
     output = _empty_unpooled(input, positions, geometry, size)
     kernels.unpool.max_unpool2d_fwd(
@@ -140,6 +152,14 @@ def _max_unpool2d_kernel(
         trusted=False,
     )
     return output
+
+
+def _max_unpool2d_on_cpu(input: Tensor, positions: Tensor, geometry: PoolGeometry, size: list[int]) -> Tensor:
+    try:
+        return _max_unpool2d_kernel(cpu_kernels, input, positions, geometry, size)
+    except RuntimeError:
+        require_positions_inside(positions, geometry, size)  # its message says where
+        raise
 
 
 def _max_unpool2d_reference(input: Tensor, positions: Tensor, geometry: PoolGeometry, size: list[int]) -> Tensor:
@@ -165,6 +185,7 @@ MAX_UNPOOL2D = Operator(
     kernels={
         "triton": Implementation(partial(_max_unpool2d_kernel, triton_kernels), _unsupported),
         "cuda": Implementation(partial(_max_unpool2d_kernel, cuda_kernels), _unsupported),
+        "cpu": Implementation(_max_unpool2d_on_cpu, _unsupported),
     },
     reference=_max_unpool2d_reference,
     fake=_empty_unpooled,
@@ -209,6 +230,7 @@ MAX_UNPOOL2D_BACKWARD = Operator(
     kernels={
         "triton": Implementation(partial(_max_unpool2d_backward_kernel, triton_kernels), _unsupported),
         "cuda": Implementation(partial(_max_unpool2d_backward_kernel, cuda_kernels), _unsupported),
+        "cpu": Implementation(partial(_max_unpool2d_backward_kernel, cpu_kernels), _unsupported),
     },
     reference=_max_unpool2d_backward_reference,
     fake=_empty_gradient,
@@ -223,6 +245,7 @@ class MaxUnpool2dFunction(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
+    @known_signature
     def forward(input: Tensor, positions: Tensor, geometry: PoolGeometry, size: list[int]) -> Tensor:
         return MAX_UNPOOL2D(input, positions, geometry, size)
 
@@ -284,10 +307,13 @@ def max_unpool2d(
         torch.nn.functional.max_unpool2d.
     """
     name = "max_unpool2d"
+    if is_plain(input, indices) and few_elements(input, FEW_ELEMENTS):
+        with contextlib.suppress(Exception):  # the checks below raise it again
+            return F.max_unpool2d(input, indices, kernel_size, stride, padding, output_size)
     check_unpool(name, input, indices, "indices", torch.int64)
     geometry = pool_geometry(name, kernel_size, stride, padding)
     size = unpooled_size(name, input.shape[-2:], geometry, output_size)
-    backend = MAX_UNPOOL2D.choose(input, indices, geometry, size).backend
+    backend = MAX_UNPOOL2D.choose(input, indices, geometry, size, preferred=few_elements(input, FEW_ELEMENTS)).backend
     if backend == "torch" and not torch.are_deterministic_algorithms_enabled():  # torch's own refuses to run then
         try:
             return F.max_unpool2d(
