@@ -1,4 +1,4 @@
-"""What the tests of torch.compile(backend="fastseg") share: a compiled function that keeps its graphs, and chains."""
+"""For the tests of torch.compile(backend="fastseg"): a compiled function that records its graphs, and chains."""
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +9,7 @@ from fastseg.verification.criterion import compare_to_torch
 
 
 class Compiled:
-    """A function compiled by the backend: its reports, and the graphs that the inner backend got."""
+    """A function compiled by the backend. Records the reports, and the graphs that the inner backend gets."""
 
     def __init__(self, function, inner="eager", **options):
         torch.compiler.reset()
@@ -36,19 +36,19 @@ class Compiled:
         return [left.reason for left in self.reports[-1].left]
 
     def targets(self):
-        """What the last graph calls, by name."""
+        """The names of the functions that the last graph calls."""
         return [getattr(node.target, "__name__", node.target) for node in self.graphs[-1].graph.nodes]
 
 
 def new_state(device):
-    """x, weight and bias of a convolution, weight and bias of a batch norm, its running statistics."""
+    """x; weight and bias of a convolution; weight, bias and running statistics of a batch norm."""
     shapes = (2, 3, 6, 8), (4, 3, 3, 3), (4,), (4,), (4,), (4,)
     *tensors, mean = (torch.randn(shape, device=device) for shape in shapes)
     return [*tensors, mean, torch.rand(4, device=device) + 0.5]
 
 
 def assert_equal_to_torch(ours, theirs, inputs, poison=False):
-    """By the criterion of verify, with room for chains in which a batch norm takes out what came before it."""
+    """By the criterion of verify, with a tolerance for chains in which a batch norm cancels a bias."""
     for c in compare_to_torch(ours, theirs, inputs, poison=poison):
         assert c.error <= max(10 * c.allowed, 1e-4 if c.allowed else 0), c
 
@@ -65,7 +65,7 @@ def conv(x, weight, bias, *norm):
 
 
 def normed(training, between=conv):
-    """A function of `state` up to the batch norm, and its running statistics."""
+    """A function of `state` that returns a batch norm's output and its running statistics."""
 
     def run(x, weight, bias, gamma, beta, mean, var):
         mean, var = mean.detach().clone(), var.detach().clone()
@@ -100,6 +100,6 @@ def deconv(x, weight, bias, *norm):
 
 train, evaluate = normed(True), normed(False)
 
-# What `pooled` and `there_and_back` become behind a convolution and its batch norm.
+# What `pooled` and `there_and_back` become after a convolution and its batch norm.
 POOLED = {"batch_norm_relu_max_pool2d": 1, "input_bias": 1}
 THERE_AND_BACK = POOLED | {"max_unpool2d_with_offsets": 1}
