@@ -1,4 +1,4 @@
-"""Shared by the tests of torch.compile(backend="fastseg"): a compiled function that keeps its graphs, and models."""
+"""For the tests of torch.compile(backend="fastseg"): a compiled function that records its graphs, and chains."""
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +9,7 @@ from fastseg.verification.criterion import compare_to_torch
 
 
 class Compiled:
-    """A function compiled by the backend, with its reports and the graphs that the inner backend gets."""
+    """A function compiled by the backend. Records the reports, and the graphs that the inner backend gets."""
 
     def __init__(self, function, inner="eager", **options):
         torch.compiler.reset()
@@ -36,7 +36,7 @@ class Compiled:
         return [left.reason for left in self.reports[-1].left]
 
     def targets(self):
-        """Names of what the last graph calls."""
+        """The names of the functions that the last graph calls."""
         return [getattr(node.target, "__name__", node.target) for node in self.graphs[-1].graph.nodes]
 
 
@@ -48,7 +48,7 @@ def new_state(device):
 
 
 def assert_equal_to_torch(ours, theirs, inputs, poison=False):
-    """By the criterion of verify, with a wider tolerance: in some chains a batch norm cancels what comes before it."""
+    """By the criterion of verify, with a tolerance for chains in which a batch norm cancels a bias."""
     for c in compare_to_torch(ours, theirs, inputs, poison=poison):
         assert c.error <= max(10 * c.allowed, 1e-4 if c.allowed else 0), c
 
@@ -57,7 +57,7 @@ def labels(shape, device):
     return torch.randint(0, 4, shape, device=device)
 
 
-# --- chains: functions of the state that `new_state` makes -----------------------------------------------------------
+# --- chains, functions of such a state ------------------------------------------------------------------------------
 
 
 def conv(x, weight, bias, *norm):
@@ -65,7 +65,7 @@ def conv(x, weight, bias, *norm):
 
 
 def normed(training, between=conv):
-    """A function of the state up to the batch norm; it returns the running statistics too."""
+    """A function of `state` that returns a batch norm's output and its running statistics."""
 
     def run(x, weight, bias, gamma, beta, mean, var):
         mean, var = mean.detach().clone(), var.detach().clone()
@@ -100,6 +100,6 @@ def deconv(x, weight, bias, *norm):
 
 train, evaluate = normed(True), normed(False)
 
-# What `pooled` and `there_and_back` are rewritten to after a convolution and its batch norm.
+# What `pooled` and `there_and_back` become after a convolution and its batch norm.
 POOLED = {"batch_norm_relu_max_pool2d": 1, "input_bias": 1}
 THERE_AND_BACK = POOLED | {"max_unpool2d_with_offsets": 1}
