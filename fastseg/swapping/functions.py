@@ -99,7 +99,10 @@ def _obstacle(name: str, args: Any) -> str | None:
 
 
 def _runs_on_kernels(name: str, tensor: Tensor) -> bool:
-    return dispatch.choose(name, tensor, lambda backend: None, dry_run=True).backend != "torch"
+    def unsupported(backend: str) -> str | None:
+        return dispatch.NO_KERNELS if backend == "cpu" and name not in dispatch.CPU_OPERATORS else None
+
+    return dispatch.choose(name, tensor, unsupported, dry_run=True).backend != "torch"
 
 
 class swap_functions(TorchFunctionMode):

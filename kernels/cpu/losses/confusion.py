@@ -21,5 +21,5 @@ def confusion_matrix(pred: Tensor, target: Tensor, classes: int, ignore_index: i
         target.numel(), classes, ignore_index is not None, ignore_index or 0, counts,
     )  # fmt: skip
     if bad:
-        raise ValueError(f"{HOLDERS[bad]} holds labels outside 0..{classes - 1}")
+        raise ValueError(f"{HOLDERS[bad]} must hold labels from 0 to {classes - 1}")
     return counts
