@@ -22,9 +22,11 @@ setup(
         "fastseg.kernels.cuda": ["**/*.cu", "**/*.cuh"],
         "fastseg.kernels.cpu": ["**/*.cpp", "**/*.h"],
     },
+    # No upper bounds: pip must not replace the torch that somebody has. `fastseg doctor` says
+    # whether the installed versions are among those that are tested.
     install_requires=[
-        "torch>=2.11,<2.14",
-        "triton>=3.6,<3.8; platform_system == 'Linux'",
+        "torch>=2.11",
+        "triton>=3.6; platform_system == 'Linux'",
         "numpy>=1.26",
         "rich>=13.0",
     ],
@@ -54,7 +56,7 @@ setup(
     },
     classifiers=[
         "License :: OSI Approved :: Apache Software License",
-        "Programming Language :: Python :: 3",
+        *(f"Programming Language :: Python :: 3.{minor}" for minor in range(10, 15)),
         "Topic :: Scientific/Engineering :: Image Processing",
     ],
 )

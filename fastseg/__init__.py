@@ -1,10 +1,13 @@
 """fastseg: fused Triton kernels for image segmentation in PyTorch."""
 
+from .version import __version__  # first, since it raises ImportError if torch is too old
+
+# isort: split
+
 from . import functional, models, nn
 from .compiler import compile_backend
 from .dispatch import backend, explain, get_backend, set_backend
 from .swapping import swap, swap_functions
-from .version import __version__
 
 __all__ = [
     "__version__",

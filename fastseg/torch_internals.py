@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 __all__ = ["BatchNorm", "FakeTensor", "FakeTensorMode", "TorchDispatchMode", "as_pair", "is_fake", "tree_leaves",
            "tree_map", "tree_map_only"]  # fmt: skip
 
-SEEN_IN = ("2.11", "2.13")
+SEEN_IN = ("2.11", "2.13", "2.14", "2.15")
 
 
 _INDUCTOR = "counts the bytes of Inductor's kernels (fastseg.inspect.inductor)"

@@ -17,7 +17,7 @@ from triton.runtime.errors import InterpreterError
 
 __all__ = ["InterpreterError"]
 
-SEEN_IN = ((3, 6), (3, 7))
+SEEN_IN = ((3, 6), (3, 7), (3, 8), (3, 9))
 VERSION: tuple[int, ...] = tuple(map(int, triton.__version__.split(".")[:2]))
 INTERPRETED: bool = triton.knobs.runtime.interpret  # TRITON_INTERPRET, as read when triton was imported
 

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from .. import dispatch
 from ..functional import max_pool2d
-from ..version import __version__
+from ..version import __version__, untested
 from . import terminal
 from .options import add_json
 
@@ -48,11 +48,14 @@ def main(args: argparse.Namespace) -> int:
 def facts() -> dict[str, object]:
     """Everything that the report shows, in a form that JSON can represent."""
     cuda = torch.cuda.is_available()
+    packages = {name: _version(name) for name in PACKAGES}
+    packages["triton"] = triton = _triton_version()
     found: dict[str, object] = {
         "fastseg": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": packages,
+        "tested versions": untested(torch.__version__, triton) or "yes",
         "cuda": torch.version.cuda if cuda else None,
         "gpu": torch.cuda.get_device_name() if cuda else None,
         "compute capability": "{}.{}".format(*torch.cuda.get_device_capability()) if cuda else None,
@@ -70,6 +73,15 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _triton_version() -> str | None:
+    """The version of the module triton, or None. Its distribution has other names too, such as triton-windows."""
+    if not dispatch.TRITON_INSTALLED:
+        return None
+    import triton  # here, since it takes long
+
+    return triton.__version__
 
 
 def _backend_on(device: str) -> str:

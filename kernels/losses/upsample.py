@@ -122,7 +122,8 @@ def _class(
 ):  # fmt: skip
     """The values [ROWS, COLUMNS] of a class in a tile whose image begins at o; -inf for a class past the last."""
     o += (c.to(tl.int64) if WIDE else c) * STRIDE_C
-    inside = inside & (c < C)
+    # Not `&`: Triton 3.9's interpreter broadcasts a comparison of scalars as int32, which is no mask.
+    inside = tl.where(c < C, inside, False)
     for k in tl.static_range(TAPS):
         row = _row(low, o + tl.minimum(top + k, IN_H - 1) * STRIDE_H, left, right, x_weight, inside, NEAREST)[None, :]
         # Selected, not multiplied by a weight of 0: infinite and NaN logits must not reach other pixels.

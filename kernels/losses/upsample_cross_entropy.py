@@ -223,7 +223,8 @@ def upsample_cross_entropy_bwd_kernel(
                 carried += tl.dot(for_below, matrix, input_precision=PRECISION)
 
         # d. Store the row
-        written = (low_column < PATCH) & (left + low_column < IN_W) & (c < C) & (row >= top) & (row < IN_H)
+        rows = row + tl.zeros_like(low_column)  # a block, so that Triton 3.9's interpreter finds a mask of booleans
+        written = (low_column < PATCH) & (left + low_column < IN_W) & (c < C) & (rows >= top) & (rows < IN_H)
         at = image * GRAD_N + c * GRAD_C + row * GRAD_H + (left + low_column) * GRAD_W
         tl.store(grad_low + at, grad.to(grad_low.dtype.element_ty), mask=written)
 
