@@ -1,4 +1,4 @@
-"""The networks, layer by layer as their authors' files have them, on fastseg's fused layers."""
+"""SegNet, DeconvNet and FCN, layer by layer as in their authors' files, built from fastseg's fused layers."""
 
 from torch import nn
 

@@ -1,10 +1,4 @@
-"""SegNet and SegNet-Basic.
-
-Badrinarayanan, Kendall and Cipolla, "SegNet: A Deep Convolutional Encoder-Decoder Architecture for Image
-Segmentation", TPAMI 2017. Layers, fillers and epsilon as in the authors' Caffe files, segnet_train.prototxt and
-segnet_basic_train.prototxt. Where max-pooling goes down, the place of each maximum is kept as one byte; where
-unpooling goes up, it is put back there, to exactly the size the map had.
-"""
+"""SegNet and SegNet-Basic."""
 
 from __future__ import annotations
 
@@ -14,14 +8,15 @@ from .blocks import (
     VGG16,
     Block,
     Conv2d,
-    Norm,
-    Norms,
+    NormFactories,
+    NormFactory,
+    build_decoder,
+    build_encoder,
     check_arguments,
     decode,
     encode,
-    initialise,
+    initialize,
     scaled,
-    stages,
     unpool,
 )
 from .segnet_inference import unpool_and_decode
@@ -31,18 +26,42 @@ BASIC = ((64,),) * 4
 
 
 class SegNet(nn.Module):
-    """VGG16's 13 convolutions, five pools, their mirror image, all 3x3 + BN + ReLU, and a 3x3 classifier.
+    """SegNet: the convolutions of VGG16, their mirror image, and max-unpooling in between.
 
-    29.449 M parameters at the authors' 11 classes (CamVid). forward: (N, in_channels, H, W) of any size to logits
-    (N, num_classes, H, W), dtype and memory format kept.
+    The encoder has VGG16's 13 convolutions in five stages, each stage with a 2x2 max-pooling. The decoder mirrors it:
+    each stage begins with a max-unpooling to exactly the size in front of the pool. All convolutions are 3x3, with
+    batch normalization and ReLU, and a 3x3 convolution classifies. 29.449 M parameters with the authors' 11 classes
+    (CamVid). A pool keeps the position of each maximum in one byte.
 
-    width multiplies every channel count (multiples of 8, at least 8). bn_eps: the authors' Caffe layer has 1e-9;
-    torch's own default is 1e-5. Their BN starts from gamma 1 and beta 0.001, their convolutions from MSRA with bias 0,
-    and the last one has neither BN nor ReLU. Theirs keeps no running statistics but averages them in a pass over the
-    training set; here BatchNorm2d's running ones serve in eval mode.
+    Layers, initialization and eps are those of the authors' Caffe file segnet_train.prototxt: weights MSRA, biases 0,
+    batch norm weights 1 and biases 0.001. The authors compute the statistics of the batch norms in a separate pass over
+    the training set; here evaluation uses the running statistics.
 
-    In evaluation without gradients each unpooling runs in one kernel with the convolution behind it where that was
-    measured to be faster on this GPU, see docs/conv_transpose.md.
+    In evaluation without gradients, each unpooling runs in one kernel with the convolution after it where this was
+    measured to be faster on the GPU (docs/conv_transpose.md).
+
+    Args:
+        num_classes: number of classes.
+        in_channels: number of channels of the images.
+        width: factor for all channel counts, which are rounded to multiples of 8.
+        bn_eps: eps of the batch norms. The authors' Caffe layer has 1e-9; torch's default is 1e-5.
+
+    Shape:
+        - Input: (N, in_channels, H, W), any size.
+        - Output: logits (N, num_classes, H, W), in the dtype and memory format of the input.
+
+    Raises:
+        ValueError: if num_classes or in_channels is below 1, or width is not finite and above 0.
+
+    Example:
+        >>> import torch, fastseg
+        >>> model = fastseg.models.SegNet(num_classes=11, width=0.125).eval()
+        >>> tuple(model(torch.randn(1, 3, 45, 61)).shape)
+        (1, 11, 45, 61)
+
+    Source:
+        Badrinarayanan, Kendall and Cipolla, "SegNet: A Deep Convolutional Encoder-Decoder Architecture for Image
+        Segmentation", TPAMI 2017
     """
 
     def __init__(self, num_classes: int = 11, in_channels: int = 3, width: float = 1.0, bn_eps: float = 1e-9) -> None:
@@ -50,26 +69,47 @@ class SegNet(nn.Module):
         check_arguments(num_classes, in_channels, width)
         down, up = scaled(VGG16, width), scaled(DECODER, width)
 
-        def layer(inputs: int, outputs: int, norm: Norm) -> Block:
+        def block(inputs: int, outputs: int, norm: NormFactory) -> Block:
             return Block(Conv2d(inputs, outputs, 3, padding=1), norm(outputs))
 
-        norms = Norms.of(bn_eps)
-        self.encoder = stages(in_channels, down, layer, norms, down=True)
-        self.decoder = stages(down[-1][-1], up, layer, norms, down=False)
+        norms = NormFactories.of(bn_eps)
+        self.encoder = build_encoder(in_channels, down, block, norms)
+        self.decoder = build_decoder(down[-1][-1], up, block, norms)
         self.classifier = nn.Conv2d(up[-1][-1], num_classes, 3, padding=1)
-        initialise(self)
+        initialize(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        x, kept = encode(self.encoder, x)
-        return self.classifier(unpool_and_decode(self.decoder, x, kept))
+        x, pooled = encode(self.encoder, x)
+        return self.classifier(unpool_and_decode(self.decoder, x, pooled))
 
 
 class SegNetBasic(nn.Module):
-    """Response normalisation, 4 times [7x7 convolution + BN + ReLU + pool], 4 times [unpool + 7x7 + BN], a classifier.
+    """SegNet-Basic: four 7x7 convolutions with pools, and four with max-unpooling.
 
-    64 channels throughout, no ReLU in the decoder, the classifier 1x1. 1.417 M parameters at the authors' 11 classes
-    (CamVid). forward, arguments, fillers and epsilon as in SegNet; the normalisation (size 5, alpha 1e-4, beta 0.75)
-    is of the input.
+    Local response normalization of the input (size 5, alpha 1e-4, beta 0.75); four times a 7x7 convolution, batch
+    normalization, ReLU and a 2x2 max-pooling; four times a max-unpooling, a 7x7 convolution and batch normalization,
+    without ReLU; and a 1x1 convolution that classifies. 64 channels in all layers, 1.417 M parameters with the authors'
+    11 classes (CamVid). Layers, initialization and eps are those of the authors' segnet_basic_train.prototxt.
+
+    Args:
+        num_classes, in_channels, width, bn_eps: as in :class:`SegNet`.
+
+    Shape:
+        - Input: (N, in_channels, H, W), any size.
+        - Output: logits (N, num_classes, H, W).
+
+    Raises:
+        ValueError: as :class:`SegNet`.
+
+    Example:
+        >>> import torch, fastseg
+        >>> model = fastseg.models.SegNetBasic(num_classes=11, width=0.25).eval()
+        >>> tuple(model(torch.randn(1, 3, 45, 61)).shape)
+        (1, 11, 45, 61)
+
+    Source:
+        Badrinarayanan, Kendall and Cipolla, "SegNet: A Deep Convolutional Encoder-Decoder Architecture for Image
+        Segmentation", TPAMI 2017
     """
 
     def __init__(self, num_classes: int = 11, in_channels: int = 3, width: float = 1.0, bn_eps: float = 1e-9) -> None:
@@ -77,15 +117,15 @@ class SegNetBasic(nn.Module):
         check_arguments(num_classes, in_channels, width)
         plan = scaled(BASIC, width)
 
-        def layer(inputs: int, outputs: int, norm: Norm) -> Block:
+        def block(inputs: int, outputs: int, norm: NormFactory) -> Block:
             return Block(Conv2d(inputs, outputs, 7, padding=3), norm(outputs))
 
         self.norm = nn.LocalResponseNorm(5, alpha=1e-4, beta=0.75)
-        self.encoder = stages(in_channels, plan, layer, Norms.of(bn_eps), down=True)
-        self.decoder = stages(plan[-1][-1], plan, layer, Norms.of(bn_eps, relu=False), down=False)
+        self.encoder = build_encoder(in_channels, plan, block, NormFactories.of(bn_eps))
+        self.decoder = build_decoder(plan[-1][-1], plan, block, NormFactories.of(bn_eps, relu=False))
         self.classifier = nn.Conv2d(plan[-1][-1], num_classes, 1)
-        initialise(self)
+        initialize(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        x, kept = encode(self.encoder, self.norm(x))
-        return self.classifier(decode(self.decoder, unpool(x, kept.pop()), kept))
+        x, pooled = encode(self.encoder, self.norm(x))
+        return self.classifier(decode(self.decoder, unpool(x, pooled.pop()), pooled))

@@ -1,4 +1,4 @@
-"""SegNet's decoder in evaluation: unpooling and the convolution behind it as one, where that was found to be faster."""
+"""SegNet's decoder in evaluation: unpooling and the next convolution in one kernel, where measured to be faster."""
 
 from __future__ import annotations
 
@@ -10,85 +10,91 @@ from ..kernels.pooling.geometry import PoolGeometry
 from ..nn import BatchNormReLU2d, BatchNormReLUMaxUnpool2d
 from ..ops.batch_norm.arguments import NormArguments
 from ..ops.convolution.unpool_conv_norm import max_unpool2d_conv2d_batch_norm_relu
-from .blocks import Block, Conv2d, Kept, Stage, decode, unpool
+from .blocks import Block, Conv2d, Pooled, Stage, decode, unpool
 
-CONVOLUTION = ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros")  # what the kernel computes
-WINDOWS = PoolGeometry([2, 2], [2, 2], [0, 0])  # of every pooling
+KERNEL_CONVOLUTION = ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros")  # the convolution that the kernel computes
+POOL = PoolGeometry([2, 2], [2, 2], [0, 0])  # of all pools and unpools
 
 
-def unpool_and_decode(decoder: nn.ModuleList, x: Tensor, kept: list[Kept]) -> Tensor:
-    """decode(decoder, unpool(x, kept.pop()), kept); without gradients in evaluation, by way of no unpooled map.
+def unpool_and_decode(decoder: nn.ModuleList, x: Tensor, pooled: list[Pooled]) -> Tensor:
+    """decode(decoder, unpool(x, pooled.pop()), pooled), in evaluation without storing the unpooled maps.
 
-    The first convolution of a stage alone reads the unpooled map. One kernel can put the maxima in their places as it
-    reads them, and apply the norm and the ReLU behind the convolution before it stores; those in front of the unpooling
-    then run on the small map. It is chosen for each stage by what both ways were measured to take. Where a hook watches
-    a layer, and where a graph is traced, all run as they stand.
+    Only the first convolution of a stage reads the unpooled map. So one kernel can unpool while it reads the small map,
+    convolve, and apply the batch norm and ReLU after the convolution before it stores. The batch norm and ReLU in front
+    of the unpooling then run on the small map. Each stage takes this way if it was measured to be faster. The layers
+    run one by one if one of them has hooks, with gradients, and while a graph is traced.
     """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not _worth_asking(x) or not _as_built(decoder):
-        return decode(decoder, unpool(x, kept.pop()), kept)
-    before = None  # the block whose convolution has made x, and whose norm has not yet been applied
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not _may_be_faster(x) or not _is_unchanged(decoder):
+        return decode(decoder, unpool(x, pooled.pop()), pooled)
+    pending = None  # the block whose convolution has computed x, and whose batch norm has not been applied yet
     for stage in decoder:
         first, *rest = stage
-        x = _entered(before, x, kept.pop(), first)
-        if kept:
-            *rest, before = rest
+        x = _unpooled_block(first, x, pooled.pop(), pending)
+        if pooled:
+            *rest, pending = rest
         for block in rest:
             x = block(x)
-        if kept:
-            x = before[0](x)
+        if pooled:
+            x = pending[0](x)
     return x
 
 
-def _entered(before: Block | None, x: Tensor, kept: Kept, block: Block) -> Tensor:
-    """`block` of the unpooled map."""
-    offsets, size = kept
-    input_norm = None if before is None else _norm(before)
-    y = max_unpool2d_conv2d_batch_norm_relu(x, offsets, block[0].weight, WINDOWS, list(size), _norm(block), input_norm)
+def _unpooled_block(block: Block, x: Tensor, pooled: Pooled, pending: Block | None) -> Tensor:
+    """The output of `block` for the unpooled x, after the batch norm of `pending` if there is one."""
+    input_norm = None if pending is None else _norm_arguments(pending)
+    y = max_unpool2d_conv2d_batch_norm_relu(
+        x, pooled.offsets, block[0].weight, POOL, list(pooled.size), _norm_arguments(block), input_norm
+    )
     if y is not None:
         return y
-    return block(unpool(x, kept) if before is None else before[1](x, offsets, size, input_bias=before[0].bias))
+    if pending is None:
+        return block(unpool(x, pooled))
+    conv, norm = pending
+    return block(norm(x, *pooled, input_bias=conv.bias))
 
 
-def _norm(block: Block) -> NormArguments:
+def _norm_arguments(block: Block) -> NormArguments:
+    """The batch norm of a block in evaluation, with the bias of its convolution."""
     conv, norm = torch_internals.children(block).values()
     buffers, parameters = torch_internals.buffers(norm), torch_internals.parameters(norm)
     vectors = buffers["running_mean"], torch_internals.parameters(conv)["bias"], buffers["running_var"]
     return NormArguments(*vectors, parameters["weight"], parameters["bias"], norm.eps, norm.relu)
 
 
-def _worth_asking(x: Tensor) -> bool:
-    """Whether a kernel may be chosen; where nobody knows of one that is faster, only to tell."""
+def _may_be_faster(x: Tensor) -> bool:
+    """Whether the kernel may be chosen. Without any measurement it is not, and is only looked up for `explain`."""
     backend = dispatch.get_backend()
     if backend == "auto":
         return not dispatch.torch_alone(x) and (autotune.may_know(x) or dispatch.explaining())
     return backend == "triton"
 
 
-def _as_built(decoder: nn.ModuleList) -> bool:
-    """Whether the layers that would run in other parts are those it is built from, in evaluation, watched by nobody."""
+def _is_unchanged(decoder: nn.ModuleList) -> bool:
+    """Whether the layers that would not be called are those of SegNet, in evaluation, without hooks."""
     if torch_internals.has_global_hooks():
         return False
     stages = list(torch_internals.children(decoder).values())
     for stage in stages:
-        if not _plain(stage, Stage):
+        if not _is_plain(stage, Stage):
             return False
         first, *rest = torch_internals.children(stage).values()
-        ends = [(first, BatchNormReLU2d)]
+        fused = [(first, BatchNormReLU2d)]
         if stage is not stages[-1]:
-            ends += [(block, BatchNormReLUMaxUnpool2d) for block in rest[-1:] or [first]]
-        for block, kind in ends:
-            if not _plain(block, Block):
+            fused += [(block, BatchNormReLUMaxUnpool2d) for block in rest[-1:] or [first]]
+        for block, norm_class in fused:
+            if not _is_plain(block, Block):
                 return False
             conv, norm = torch_internals.children(block).values()
-            if not _plain(conv, Conv2d) or not _plain(norm, kind):
+            if not _is_plain(conv, Conv2d) or not _is_plain(norm, norm_class):
                 return False
         conv = torch_internals.children(first)["0"]
         geometry = conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode
-        if geometry != CONVOLUTION:
+        if geometry != KERNEL_CONVOLUTION:
             return False
     return True
 
 
-def _plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+def _is_plain(module: nn.Module, cls: type[nn.Module]) -> bool:
+    """Whether a module is exactly of a class, in evaluation, and a call of it runs only the forward of the class."""
     replaced = "forward" in module.__dict__ or torch_internals.is_compiled(module)
-    return type(module) is kind and not (module.training or torch_internals.has_hooks(module) or replaced)
+    return type(module) is cls and not (module.training or torch_internals.has_hooks(module) or replaced)

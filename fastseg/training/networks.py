@@ -54,7 +54,7 @@ def load_weights(model: nn.Module, state: dict[str, Any], path: str | Path) -> N
 
 def min_image_side(model: nn.Module) -> int:
     """Return the smallest height or width of an image that the network can process."""
-    return getattr(model, "LEAST", 1)
+    return getattr(model, "MIN_SIZE", 1)
 
 
 def check_image_size(model: nn.Module, height: int, width: int) -> None:

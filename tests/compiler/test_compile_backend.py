@@ -1,4 +1,4 @@
-"""torch.compile(backend="fastseg") on networks, on what it would do on a GPU, and how it is called."""
+"""torch.compile(backend="fastseg"): whole networks, its choices on a GPU, and its interface."""
 
 import contextlib
 import copy
@@ -44,7 +44,7 @@ def state(device):
 
 
 class SegNet(nn.Module):
-    """Modules; one pool and one unpool for all levels; conv, batch norm, ReLU everywhere; a loss at a smaller size."""
+    """A SegNet of modules with one shared pool and unpool, and a loss of resized logits."""
 
     def __init__(self):
         super().__init__()
@@ -84,7 +84,7 @@ def net_and_batch(device, size=(9, 8), out=(8, 11)):
 
 
 def step(net, function, batch):
-    """Loss, gradients and buffers after one step."""
+    """The loss, the gradients and the buffers after one step."""
     net.zero_grad()
     loss = function(*batch)
     loss.backward()
@@ -92,7 +92,7 @@ def step(net, function, batch):
 
 
 def assert_same(got, want, tolerance=1e-4):
-    """Gradients by the largest of all: that of what a batch norm takes out again is nothing but rounding."""
+    """Errors of gradients are relative to the largest: some gradients are zero up to rounding."""
     assert relative_error(got[0], want[0]) < tolerance
     scale = max(grad.abs().max().item() for grad in want[1].values())
     for name, grad in want[1].items():
@@ -134,7 +134,7 @@ def test_dynamic_shapes(state, triton_backend):
     assert any(isinstance(node.meta.get("example_value"), torch.SymInt) for node in ours.graphs[-1].graph.nodes)
 
 
-def test_a_dynamic_size_behind_the_batch_norm_does_not_hinder(state, triton_backend):
+def test_size_queries_after_a_batch_norm_do_not_prevent_a_rewrite(state, triton_backend):
     def function(x, weight, bias, gamma, beta, mean, var):
         y, indices = F.max_pool2d(torch.conv2d(x, weight, None, padding=1), 2, return_indices=True)
         z, mean, var = normed(True, lambda y, w, b: y * 2)(y, weight, bias, gamma, beta, mean, var)
@@ -147,8 +147,8 @@ def test_a_dynamic_size_behind_the_batch_norm_does_not_hinder(state, triton_back
     assert len(ours.graphs) == 2
 
 
-def test_indices_of_a_size_that_is_not_known_to_agree(device, triton_backend):
-    """Without an output_size an odd image comes back smaller: for an unknown one nothing is proven."""
+def test_indices_stay_int64_where_the_sizes_are_not_proven_equal(device, triton_backend):
+    """Without an output_size an odd image comes back smaller, so nothing is proven for an unknown size."""
 
     def function(x):
         y, indices = F.max_pool2d(x, 2, return_indices=True)
@@ -194,7 +194,7 @@ def test_activation_checkpointing(use_reentrant, device, triton_backend):
 
 
 def test_a_swapped_model(device, triton_backend):
-    """fastseg's modules are in the graph as they are; what is torch's around them is fused."""
+    """fastseg's modules stay in the graph, and torch's layers around them are fused."""
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2)).to(device)
     plain, x = copy.deepcopy(model), torch.randn(2, 3, 6, 6, device=device)
     fastseg.swap(model[-1])
@@ -206,7 +206,7 @@ def test_a_swapped_model(device, triton_backend):
 
 
 def test_two_networks_with_one_batch_norm(device, triton_backend):
-    """A batch norm that is called twice moves its statistics twice, in the order of the calls."""
+    """A batch norm that is called twice updates its statistics twice, in the order of the calls."""
     norm = nn.BatchNorm2d(2).to(device)
     plain = copy.deepcopy(norm)
     x = torch.randn(2, 2, 4, 4, device=device)
@@ -225,12 +225,12 @@ def test_two_networks_with_one_batch_norm(device, triton_backend):
     assert relative_error(norm.running_var, plain.running_var) < 1e-6
 
 
-# --- on a GPU, as far as it can be told without one ------------------------------------------------------------------
+# --- choices on a GPU ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("faster", ["triton", "torch"])
-def test_under_auto_a_gpu_gets_the_kernels_where_they_are_not_slower(faster):
-    """Of a transposed convolution that is to be known."""
+def test_auto_puts_in_a_transposed_convolution_only_where_it_was_measured_to_be_faster(faster):
+    """The graph is traced on the CPU, and its fake tensors are then moved to a GPU."""
     net, batch = net_and_batch("cpu")
     with fastseg.backend("torch"):
         ours = Compiled(net)
@@ -253,7 +253,7 @@ def on_a_gpu(tensor):
         return torch.empty_like(tensor, device="cuda").requires_grad_(tensor.requires_grad)
 
 
-# --- how it is called ------------------------------------------------------------------------------------------------
+# --- the interface ---------------------------------------------------------------------------------------------------
 
 
 def test_the_entry_point_is_the_backend():
@@ -266,7 +266,7 @@ def test_the_entry_point_is_the_backend():
         assert torch_internals.lookup_backend("fastseg") is fastseg.compile_backend
 
 
-def test_the_log_says_what_was_done(device, caplog, triton_backend):
+def test_the_report_is_logged(device, caplog, triton_backend):
     with caplog.at_level(logging.INFO, "fastseg"):
         ours = Compiled(lambda x: F.max_pool2d(x, 2, return_indices=True))
         ours(torch.randn(1, 2, 4, 4, device=device))
@@ -276,7 +276,7 @@ def test_the_log_says_what_was_done(device, caplog, triton_backend):
     assert line.endswith(f"max_pool2d 1; not rewritten: {reason}")
 
 
-def test_mode_and_options_go_to_the_inner_backend():
+def test_mode_and_other_options_go_to_the_inner_backend():
     torch.compiler.reset()
     given = []
 
@@ -293,7 +293,7 @@ def test_mode_and_options_go_to_the_inner_backend():
         torch.compile(lambda x: x + 2, backend=fastseg.compile_backend, options={"inter": "eager"})(torch.zeros(2))
 
 
-def test_a_graph_without_candidates_goes_on_as_it_is():
+def test_a_graph_without_candidates_is_unchanged():
     graph = torch.fx.symbolic_trace(lambda x: torch.sin(x) + 1)
     before = graph.code
     with mock.patch.object(graph, "recompile", side_effect=AssertionError):

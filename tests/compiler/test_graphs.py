@@ -1,4 +1,4 @@
-"""torch.compile(model, backend="fastseg"): which chains become one, which calls are replaced, and what is left."""
+"""torch.compile(model, backend="fastseg"): what is fused, what is replaced, and what is not rewritten."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def state(device):
 
 
 def back(x, weight, bias, gamma, beta, mean, var):
-    """An encoder that keeps indices, a decoder whose batch norm stands before the unpooling."""
+    """An encoder that returns indices, and a decoder with a batch norm in front of the unpooling."""
     y, indices = F.max_pool2d(torch.conv2d(x, weight, None, padding=1), 2, return_indices=True)
     z, mean, var = normed(True, lambda y, w, b: y * 2)(y, weight, bias, gamma, beta, mean, var)
     return F.max_unpool2d(torch.relu_(z), indices, (2, 2), stride=2, output_size=(2, 4, 6, 8)), mean, var
@@ -69,7 +69,9 @@ PROVEN = {
 def test_a_chain_is_fused(name, state, triton_backend):
     function, expected = PROVEN[name]
     ours = Compiled(function)
-    assert_equal_to_torch(ours, function, state, poison="unpool" not in name)  # Dynamo refuses those when poisoned
+    assert_equal_to_torch(
+        ours, function, state, poison="unpool" not in name
+    )  # poisoning requires determinism, and Dynamo then rejects unpools
     assert ours.rewritten == expected
     assert not {"batch_norm", "relu", "relu_"} & set(ours.targets())
 
@@ -80,7 +82,7 @@ def test_a_chain_is_fused(name, state, triton_backend):
     (dict(size=(12, 8), mode="bilinear"), dict(label_smoothing=0.1, reduction="none")),
     (dict(size=9, mode="nearest"), dict(weight=True)),
 ])  # fmt: skip
-def test_a_loss_of_resized_logits_is_one(resize, options, device, assert_right, triton_backend):
+def test_resizing_and_loss_are_fused(resize, options, device, assert_right, triton_backend):
     options = dict(options)
     x = torch.randn(2, 5, 6, 4, device=device)
     target = torch.randint(0, 5, F.interpolate(x, **resize)[:, 0].shape, device=device)
@@ -88,7 +90,7 @@ def test_a_loss_of_resized_logits_is_one(resize, options, device, assert_right, 
 
     def function(x):
         logits = F.interpolate(x, **resize)
-        labels = target + 0  # behind the resizing, as targets often are
+        labels = target + 0  # computed after the resizing, as targets often are
         return F.cross_entropy(logits, labels, None if weight is None else weight.to(x.dtype), **options)
 
     ours = Compiled(function)
@@ -96,7 +98,7 @@ def test_a_loss_of_resized_logits_is_one(resize, options, device, assert_right, 
     assert ours.rewritten == {"upsample_cross_entropy": 1}
 
 
-def test_single_calls(state, triton_backend):
+def test_single_calls_are_replaced(state, triton_backend):
     target = labels((2, 14, 18), state[0].device)
 
     def function(x, weight, bias, *norm):
@@ -113,7 +115,7 @@ def test_single_calls(state, triton_backend):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("resized", [False, True])
-def test_a_loss_keeps_its_dtype(dtype, resized, device, triton_backend):
+def test_a_loss_keeps_the_dtype_of_torchs(dtype, resized, device, triton_backend):
     logits, target = torch.randn(1, 3, 4, 4, device=device).to(dtype), labels((1, 4, 4), device) % 3
 
     def function(x):
@@ -125,7 +127,7 @@ def test_a_loss_keeps_its_dtype(dtype, resized, device, triton_backend):
     assert sum(ours.rewritten.values()) == 1
 
 
-# --- what proves nothing ---------------------------------------------------------------------------------------------
+# --- chains that are not proven --------------------------------------------------------------------------------------
 
 
 def reader_between(y):
@@ -184,7 +186,7 @@ def deconv_read_twice(x, weight, bias, gamma, beta, mean, var):
     return F.relu(z), y.mean(), mean, var
 
 
-UNPROVEN = {  # function, what is rewritten all the same, the reason or ""
+UNPROVEN = {  # function, what is rewritten nevertheless, the reason or ""
     "a reader between": (then(train, reader_between), {}, "its ReLU is not the only reader"),
     "a reader of the ReLU": (then(train, reader_of_relu), {"batch_norm_relu": 1, "input_bias": 1, "max_pool2d": 1}, ""),
     "written between": (then(train, written_between), {}, "its ReLU is not the only reader"),
@@ -201,12 +203,12 @@ UNPROVEN = {  # function, what is rewritten all the same, the reason or ""
 
 
 @pytest.mark.parametrize("name", UNPROVEN)
-def test_what_is_not_proven_is_left(name, state, triton_backend):
+def test_what_is_not_proven_is_not_rewritten(name, state, triton_backend):
     function, expected, reason = UNPROVEN[name]
     ours = Compiled(function)
     assert_equal_to_torch(ours, function, state)
     assert ours.rewritten == expected
-    assert not reason or any(reason in said for said in ours.reasons), ours.reasons
+    assert not reason or any(reason in found for found in ours.reasons), ours.reasons
 
 
 @pytest.mark.parametrize("between, fused", [
@@ -216,8 +218,10 @@ def test_what_is_not_proven_is_left(name, state, triton_backend):
     (lambda x, mean, var: x * var.view(2, 2)[0, 0], False),
     (lambda x, mean, var: F.batch_norm(x, mean, var, training=True), False),
 ])  # fmt: skip
-def test_running_statistics_that_are_read_before_the_unpool(between, fused, state, triton_backend):
-    """Indices made behind a batch norm hold it up until then, which who reads its statistics would notice."""
+def test_a_batch_norm_moves_to_its_unpool_unless_its_statistics_are_read_in_between(
+    between, fused, state, triton_backend
+):
+    """Where the indices are computed after the batch norm, the fused call must come after them."""
 
     def function(x, y, mean, var):
         mean, var = mean.detach().clone(), var.detach().clone()
@@ -266,7 +270,7 @@ def moved(x, y, indices):
     (lambda x, y, indices: F.max_unpool2d(y, indices, 2, 1, 0, (6, 8)), dict(stride=2, dilation=2), "it is dilated"),
     (lambda x, y, indices: F.max_unpool2d(y, indices, 17, 1), dict(kernel_size=17), "more than 256 elements"),
 ])  # fmt: skip
-def test_indices_are_compact_where_that_is_proven(reader, options, reason, device, triton_backend):
+def test_indices_become_offsets_where_that_is_proven(reader, options, reason, device, triton_backend):
     shape = (1, 1, 17, 17) if options.get("kernel_size") == 17 else (2, 2, 6, 8)
     x = torch.randn(shape, device=device)
     if options.get("dilation") == 2:
@@ -285,14 +289,14 @@ def test_indices_are_compact_where_that_is_proven(reader, options, reason, devic
     assert ours.reasons == [] if reason is None else reason in ours.reasons[0]
 
 
-def test_indices_that_nobody_reads_are_compact(device, triton_backend):
+def test_indices_that_nothing_reads_become_offsets(device, triton_backend):
     ours, x = Compiled(lambda x: F.max_pool2d(x, 2, return_indices=True)[0]), torch.randn(1, 2, 4, 4, device=device)
     assert torch.equal(ours(x), F.max_pool2d(x, 2))
     assert ours.rewritten == {"max_pool2d_with_offsets": 1}
 
 
 @pytest.mark.interpreted
-def test_unpooling_that_autocast_casts_on_a_cpu(triton_backend):
+def test_an_unpool_whose_input_autocast_casts_is_not_rewritten(triton_backend):
     def function(x):
         y, indices = F.max_pool2d(x, 2, return_indices=True)
         return F.max_unpool2d(y, indices, 2), F.max_unpool2d(y.float(), indices, 2)
@@ -314,7 +318,7 @@ def test_unpooling_that_autocast_casts_on_a_cpu(triton_backend):
     (lambda logits, target: F.cross_entropy(torch.ones_like(logits), logits), "the loss is not the only reader"),
 ])  # fmt: skip
 @pytest.mark.filterwarnings("ignore:size_average and reduce")
-def test_resizing_and_loss_apart(loss, reason, device, triton_backend):
+def test_resizing_and_loss_that_are_not_fused(loss, reason, device, triton_backend):
     x, target = torch.randn(1, 4, 3, 5, device=device), labels((1, 6, 10), device)
 
     def function(x):
@@ -323,10 +327,10 @@ def test_resizing_and_loss_apart(loss, reason, device, triton_backend):
     ours = Compiled(function)
     assert_equal_to_torch(ours, function, [x])
     assert "upsample_cross_entropy" not in ours.rewritten
-    assert reason is None or any(reason in said for said in ours.reasons)
+    assert reason is None or any(reason in found for found in ours.reasons)
 
 
-def test_resizing_in_another_mode_or_written_to(device, triton_backend):
+def test_resizing_in_an_unsupported_mode_or_written_logits_are_not_fused(device, triton_backend):
     x, target = torch.randn(1, 4, 3, 5, device=device), labels((1, 6, 10), device)
 
     def bicubic(x):
@@ -338,16 +342,16 @@ def test_resizing_in_another_mode_or_written_to(device, triton_backend):
     def written(x):
         x = x * 1
         logits = F.interpolate(x, (6, 10))
-        x[0] = 0  # of no concern to the logits
+        x[0] = 0  # does not change the logits
         return F.cross_entropy(logits, target) + x.sum()
 
     for function, reason in ((bicubic, "mode 'bicubic'"), (antialias, "antialias"), (written, "in-place write")):
         ours = Compiled(function)
         assert relative_error(ours(x), function(x)) < 1e-6
-        assert any(reason in said for said in ours.reasons) and ours.rewritten == {"cross_entropy": 1}
+        assert any(reason in found for found in ours.reasons) and ours.rewritten == {"cross_entropy": 1}
 
 
-def test_a_pool_that_keeps_nothing_is_the_inner_compilers(device, triton_backend):
+def test_a_pool_that_saves_nothing_is_left_to_the_inner_compiler(device, triton_backend):
     ours = Compiled(lambda x: F.max_pool2d(x, 2))
     x = torch.randn(1, 2, 4, 4, device=device)
     ours(x)
@@ -396,7 +400,7 @@ def test_a_loss_whose_logits_are_written_later_is_not_replaced(write, written, r
 
 
 @pytest.mark.parametrize("setting", ["auto", "torch"])
-def test_where_no_kernels_run_the_graph_stays_torchs(setting, state):
+def test_a_graph_is_not_rewritten_where_no_kernels_run(setting, state):
     state = [t.cpu() for t in state]
     function = then(train, there_and_back)
     with fastseg.backend(setting):

@@ -26,7 +26,7 @@ def decoder(device="cpu", dtype=torch.float32):
     def layer(i, o, norm):
         return blocks.Block(blocks.Conv2d(i, o, 3, padding=1), norm(o))
 
-    built = blocks.stages(8, [[8, 8], [8]], layer, blocks.Norms.of(1e-5), down=False)
+    built = blocks.build_decoder(8, [[8, 8], [8]], layer, blocks.NormFactories.of(1e-5))
     for module in built.modules():
         if isinstance(module, nn.BatchNorm2d):
             for tensor in (module.running_var, module.weight):
@@ -43,7 +43,7 @@ def pooled(device="cpu", dtype=torch.float32):
     made = [
         (stage_inputs((1, *size), 8, 8, device, dtype)[:2], torch.Size(size)) for size in reversed(SIZES)
     ]  # the last one is used first
-    return made[-1][0][0], [(offsets, size) for (_, offsets), size in made]
+    return made[-1][0][0], [blocks.Pooled(offsets, size) for (_, offsets), size in made]
 
 
 def run(built, x, kept):
@@ -114,7 +114,7 @@ def test_without_a_measurement_it_runs_each_layer(on_a_gpu, monkeypatch):
     with torch.no_grad():
         choices = fastseg.explain(lambda x: segnet_inference.unpool_and_decode(built, x, list(kept)), x)
     assert {c.reason for c in choices if c.operator == unpool_conv_norm.NAME} == {unpool_conv_norm.UNMEASURED}
-    monkeypatch.setattr(segnet_inference, "_as_built", None)  # it is not even called
+    monkeypatch.setattr(segnet_inference, "_is_unchanged", None)  # it is not even called
     assert torch.equal(run(built, x, kept), want)
 
 
@@ -269,7 +269,7 @@ class Decoder(nn.Module):
         self.stages, self.sizes = built, sizes
 
     def forward(self, x, *offsets):
-        return segnet_inference.unpool_and_decode(self.stages, x, list(zip(offsets, self.sizes, strict=True)))
+        return segnet_inference.unpool_and_decode(self.stages, x, list(map(blocks.Pooled, offsets, self.sizes)))
 
 
 def test_compiled_and_exported_models_run_layer_by_layer(triton_backend, device):

@@ -1,4 +1,4 @@
-"""FCN against the same network written from torch's own functions, and what is VGG16's in a network."""
+"""FCN against the same networks written with torch's functions, and the weights of VGG16 in all networks."""
 
 import copy
 
@@ -16,7 +16,7 @@ NETS = {name: kind for name, kind in models.MODELS.items() if name.startswith("f
 
 
 def plain(weights, x, stride, scales=(1.0, 1.0)):
-    """The logits from the tensors of a state_dict, as the authors' files have the layers, crops last."""
+    """The logits, from the tensors of a state_dict, with layers and crops as in the authors' files."""
     size, pools = x.shape[-2:], []
     for number in range(5):
         for layer in range(2 if number < 2 else 3):
@@ -41,7 +41,7 @@ def plain(weights, x, stride, scales=(1.0, 1.0)):
 
 
 def shuffled(model):
-    """Every trained parameter away from where it starts."""
+    """The model with random values in all trained parameters."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             fan_in = max(1, parameter[0].numel())
@@ -49,18 +49,18 @@ def shuffled(model):
     return model
 
 
-def of_state(model, x):
-    """`plain` of a model's weights in float64, and these."""
+def plain_logits(model, x):
+    """The result of `plain` with the weights of a model in float64, and these weights."""
     weights = {key: p.detach().double().requires_grad_(p.requires_grad) for key, p in model.named_parameters()}
     scales = (0.01, 0.0001) if isinstance(model, models.FCN8sAtOnce) else (1.0, 1.0)
     return plain(weights, x.double(), model.STRIDE, scales), weights
 
 
 @pytest.mark.parametrize("name", NETS)
-def test_logits_and_gradients(name, device):
+def test_logits_and_gradients_equal_those_of_torchs_functions(name, device):
     model = shuffled(NETS[name](3, 2, width=0.01)).to(device).double().eval()
     x = torch.randn(1, 2, 9, 40, device=device, dtype=torch.float64)
-    ours, (theirs, weights) = model(x), of_state(model, x)
+    ours, (theirs, weights) = model(x), plain_logits(model, x)
     assert ours.shape == (1, 3, 9, 40) and relative_error(ours, theirs) < 1e-12
     upstream = torch.randn_like(ours)
     ours.backward(upstream)
@@ -71,17 +71,17 @@ def test_logits_and_gradients(name, device):
             assert relative_error(p.grad, weights[key].grad) < 1e-12, key
 
 
-def test_logits_on_the_kernels(device, triton_backend):
+def test_logits_on_the_kernels_equal_those_of_torchs_functions(device, triton_backend):
     model = shuffled(models.FCN8s(3, 2, width=0.01)).to(device).eval()
     x = torch.randn(1, 2, 9, 40, device=device)
     with torch.no_grad():
-        assert relative_error(model(x).double(), of_state(model, x)[0]) < 2e-5
+        assert relative_error(model(x).double(), plain_logits(model, x)[0]) < 2e-5
 
 
 @pytest.mark.parametrize(
     ("name", "millions", "frozen"), [("fcn-32s", "136.153", 64), ("fcn-16s", "134.816", 32), ("fcn-8s", "134.490", 16)]
 )
-def test_parameter_counts(name, millions, frozen):
+def test_parameter_counts_are_those_of_the_authors(name, millions, frozen):
     with torch.device("meta"):
         model = models.MODELS[name]()
     assert f"{sum(p.numel() for p in model.parameters()) / 1e6:.3f}" == millions
@@ -90,7 +90,7 @@ def test_parameter_counts(name, millions, frozen):
 
 
 def test_map_sizes():
-    """Of a 500x500 picture, and of the smallest: what the crops leave is always there."""
+    """For a 500x500 image, and for the smallest images, whose crops must fit too."""
     model, sizes = models.FCN8s(3, width=0.01).eval(), []
     for layer in (*model.encoder, model.fc6[0], *model.ups, model.last_up):
         layer.register_forward_hook(lambda _, __, output: sizes.append(output.shape[-1]))
@@ -109,13 +109,17 @@ def test_the_transposed_convolutions_start_as_interpolation(factor):
     x = torch.randn(1, 2, 6, 7, dtype=torch.float64)
     large = F.conv_transpose2d(x, weight, stride=factor, padding=factor // 2)
     expected = F.interpolate(x, scale_factor=factor, mode="bilinear", align_corners=False)
-    inside = (..., slice(factor, -factor), slice(factor, -factor))  # outside the image zeros are mixed in
+    inside = (
+        ...,
+        slice(factor, -factor),
+        slice(factor, -factor),
+    )  # near the border, zeros from outside the image count
     assert torch.allclose(large[inside], expected[inside], rtol=0, atol=1e-14)
     odd = bilinear_(torch.empty(1, 1, 3, 3))
     assert torch.equal(odd[0, 0], torch.tensor([[0.25, 0.5, 0.25], [0.5, 1, 0.5], [0.25, 0.5, 0.25]]))
 
 
-def test_it_learns():
+def test_a_small_fcn_learns_two_classes():
     torch.manual_seed(0)
     model = models.FCN8sAtOnce(2, width=0.02).eval()  # without dropout
     x, labels = torch.zeros(1, 3, 64, 64), torch.zeros(1, 64, 64, dtype=torch.int64)
@@ -135,7 +139,7 @@ def test_it_learns():
 
 
 def classifier(channels=(8, 8, 8, 8, 8), hidden=40, norm=False):
-    """State of a VGG16 as torchvision's, with fewer channels."""
+    """A VGG16 with the names of torchvision's and fewer channels."""
     layers, inputs = [], 3
     for number, outputs in enumerate(channels):
         for _ in range(2 if number < 2 else 3):
@@ -164,7 +168,7 @@ def test_fully_connected_layers_become_convolutions(norm):
 
 
 @pytest.mark.parametrize("name", ["segnet", "deconvnet", "fcn-8s"])
-def test_every_network_with_that_encoder_takes_them(name):
+def test_every_network_with_the_encoder_of_vgg16_takes_its_weights(name):
     model = models.MODELS[name](width=0.01)
     hidden = model.fc6[0].out_channels if hasattr(model, "fc6") else 40
     vgg = classifier(hidden=hidden)
@@ -175,7 +179,7 @@ def test_every_network_with_that_encoder_takes_them(name):
         assert torch.equal(model.fc7[0].weight.flatten(1), vgg["classifier"][3].weight)
 
 
-def test_weights_that_do_not_fit():
+def test_weights_that_do_not_fit_raise_and_nothing_is_written():
     model = models.FCN32s(2, width=0.01)
     before = copy.deepcopy(model.state_dict())
     state = classifier().state_dict()
@@ -183,7 +187,7 @@ def test_weights_that_do_not_fit():
         models.load_vgg16(model, {})
     with pytest.raises(ValueError, match=r"must have 'classifier\.3\.bias' for FCN32s"):
         models.load_vgg16(model, {key: w for key, w in state.items() if key != "classifier.3.bias"})
-    with pytest.raises(ValueError, match=r"classifier\.0\.weight must fit \(40, 8, 7, 7\) of FCN32s, .* \(40, 8\)"):
+    with pytest.raises(ValueError, match=r"classifier\.0\.weight must have shape \(40, 8, 7, 7\) for .* \(40, 8\)"):
         models.load_vgg16(model, state | {"classifier.0.weight": torch.ones(40, 8)})
     with pytest.raises(ValueError, match=r"model must have the 13 convolutions .*, but SegNetBasic has 4"):
         models.load_vgg16(models.SegNetBasic(width=0.1), state)

@@ -1,4 +1,4 @@
-"""SegNet, SegNet-Basic and DeconvNet against the same networks written from torch's own layers."""
+"""SegNet, SegNet-Basic and DeconvNet against the same networks built from torch's layers."""
 
 import copy
 from collections import Counter
@@ -15,10 +15,10 @@ from fastseg.verification.criterion import relative_error
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 NORM = "batch_norm_relu"
 MIRRORED = ["segnet", "segnet-basic", "deconvnet"]
-ODD = (45, 61)  # 23x31, 12x16, 6x8, 3x4, 2x2 after the pools
+ODD = (45, 61)  # after the pools: 23x31, 12x16, 6x8, 3x4, 2x2
 
 
-# --- the same networks, from torch's layers alone --------------------------------------------------------------------
+# --- the same networks, from torch's layers --------------------------------------------------------------------------
 
 
 def deconv(i, o, k=3, pad=1):
@@ -30,7 +30,7 @@ def linear(i, o):
 
 
 def plain_segnet():
-    """SegNet with 8 channels wherever it has 64 to 256, and 16 for 512."""
+    """SegNet with 8 channels in place of 64 to 256, and 16 in place of 512."""
     encoder = [
         [conv(3, 8), conv(8, 8)],
         [conv(8, 8), conv(8, 8)],
@@ -56,7 +56,7 @@ def plain_segnet_basic():
 
 
 def plain_deconvnet():
-    """DeconvNet with 8 channels wherever it has 64 to 512, and 40 for 4096."""
+    """DeconvNet with 8 channels in place of 64 to 512, and 40 in place of 4096."""
     encoder = [[conv(3, 8), conv(8, 8)], [conv(8, 8), conv(8, 8)], *([conv(8, 8) for _ in range(3)] for _ in range(3))]
     decoder = [[deconv(8, 8) for _ in range(count)] for count in (3, 3, 3, 2, 2)]
     bottom = {"fc6": conv(8, 40, 7, 0), "fc7": conv(40, 40, 1, 0), "fc6_deconv": deconv(40, 8, 7, 0)}
@@ -64,7 +64,7 @@ def plain_deconvnet():
 
 
 def shuffle_state(model, biased):
-    """Parameters and statistics away from where they start, each layer's output of ordinary size."""
+    """Set random parameters and statistics, with which the outputs of all layers stay near 1."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             for tensor in (module.weight, module.running_var):
@@ -77,15 +77,15 @@ def shuffle_state(model, biased):
             nn.init.normal_(module.bias, std=0.2 if biased else 0.0)
 
 
-def pair(ours, theirs, device, layout, training, biased=True, dtype=torch.float64):
-    """Both with the same state. In float64 no rounding turns a pooling to another maximum."""
+def with_the_same_state(ours, theirs, device, layout, training, biased=True, dtype=torch.float64):
+    """Both models with the same state. In float64, rounding does not change which value is a pool's maximum."""
     shuffle_state(theirs, biased)
     ours.load_state_dict(theirs.state_dict(), strict=True)
     return [model.to(device, dtype, memory_format=layout).train(training) for model in (ours, theirs)]
 
 
 def results(model, x, upstream):
-    """Output, gradients of the input and of all parameters, running statistics after the step, by name."""
+    """The output, the gradients of the input and of all parameters, and the buffers after the step, by name."""
     x = x.clone(memory_format=torch.preserve_format).requires_grad_()
     y = model(x)
     y.backward(upstream)
@@ -95,16 +95,16 @@ def results(model, x, upstream):
 
 
 def assert_same(ours, theirs, x, shape, backend, allowed):
-    """Every result of `ours` under the backend within `allowed` of the other's, relative to its largest entry."""
+    """Check that all results of `ours` under the backend differ by at most `allowed`, relative to the largest entry."""
     upstream = torch.randn(shape, device=x.device, dtype=x.dtype)
     with fastseg.backend(backend), torch.backends.cudnn.flags(True, deterministic=True, allow_tf32=False):
         want, got = results(theirs, x, upstream), results(ours, x, upstream)
     assert got.keys() == want.keys()
     assert got["output"].shape == shape
     for name in want:
-        if ours.training and name.endswith(".0.bias"):  # of a convolution before BN, which takes the mean off
+        if ours.training and name.endswith(".0.bias"):  # the batch norm after the convolution cancels the bias
             assert got[name].count_nonzero() == 0
-            continue  # torch's is rounding
+            continue  # torch's gradient is the rounding error
         assert relative_error(got[name], want[name]) <= allowed, name
     return got["output"]
 
@@ -118,10 +118,10 @@ def assert_same(ours, theirs, x, shape, backend, allowed):
     [(True, torch.contiguous_format), (True, torch.channels_last), (False, torch.channels_last)],
 )
 @pytest.mark.parametrize(("model", "plain"), [(models.SegNet, plain_segnet), (models.SegNetBasic, plain_segnet_basic)])
-def test_segnets(device, backend, training, layout, model, plain):
-    # Pooling rounds nothing, so that without biases every bit is torch's where its layers sum in the same order.
+def test_segnets_equal_those_of_torchs_layers(device, backend, training, layout, model, plain):
+    # Without biases the results are bitwise those of torch, if its layers sum in the same order.
     exact = device == "cpu" and layout == torch.contiguous_format and backend == "auto"
-    ours, theirs = pair(model(width=0.03), plain(), device, layout, training, biased=not exact)
+    ours, theirs = with_the_same_state(model(width=0.03), plain(), device, layout, training, biased=not exact)
     x = torch.randn(2, 3, *ODD, device=device, dtype=torch.float64).contiguous(memory_format=layout)
     output = assert_same(ours, theirs, x, (2, 11, *ODD), backend, allowed=0.0 if exact else 1e-9)
     assert output.is_contiguous(memory_format=layout)
@@ -135,17 +135,19 @@ def test_segnets(device, backend, training, layout, model, plain):
         ("torch", False, torch.contiguous_format),
     ],
 )
-def test_deconvnet(device, backend, training, layout):
+def test_deconvnet_equals_that_of_torchs_layers(device, backend, training, layout):
     batch, size = (2, (200, 257)) if training else (1, (193, 195))
     exact = device == "cpu" and layout == torch.contiguous_format and backend == "auto"
-    ours, theirs = pair(models.DeconvNet(width=0.01), plain_deconvnet(), device, layout, training, biased=not exact)
+    ours, theirs = with_the_same_state(
+        models.DeconvNet(width=0.01), plain_deconvnet(), device, layout, training, biased=not exact
+    )
     x = torch.randn(batch, 3, *size, device=device, dtype=torch.float64).contiguous(memory_format=layout)
     output = assert_same(ours, theirs, x, (batch, 21, *size), backend, allowed=0.0 if exact else 1e-9)
     assert output.is_contiguous(memory_format=layout)
 
 
 class Bottom(nn.Module):
-    """DeconvNet's fc6_deconv and the first stage of its decoder, with a given way through them."""
+    """DeconvNet's fc6_deconv and the first stage of its decoder, called by the function `way`."""
 
     def __init__(self, net, way):
         super().__init__()
@@ -156,8 +158,8 @@ class Bottom(nn.Module):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_deconvnet_upwards_on_the_kernels(device, layout):
-    net, plain = pair(
+def test_the_decoder_of_deconvnet_on_the_kernels(device, layout):
+    net, plain = with_the_same_state(
         models.DeconvNet(width=0.01), plain_deconvnet(), device, layout, training=True, dtype=torch.float32
     )
     taken, below = torch.randn(2, 8, 13, 15, device=device), torch.randn(2, 8, 25, 30, device=device)
@@ -188,9 +190,9 @@ def test_deconvnet_upwards_on_the_kernels(device, layout):
     ],
 )
 @pytest.mark.parametrize("training", [False, True])
-def test_nothing_is_left_to_torch(device, triton_backend, training, model, counts):
+def test_all_operators_run_on_the_kernels(device, triton_backend, training, model, counts):
     net = model(width=0.01).to(device).train(training)
-    if model is models.DeconvNet and not training:  # nine are folded into the convolutions before them
+    if model is models.DeconvNet and not training:  # nine are folded into the convolutions in front of them
         counts = counts | {NORM: 10}
     choices = fastseg.explain(net, torch.randn(2, 3, 193, 225, device=device))
     assert Counter(choice.operator for choice in choices) == counts
@@ -204,7 +206,7 @@ def test_nothing_is_left_to_torch(device, triton_backend, training, model, count
     ("name", "classes", "millions"),
     [("segnet", 11, "29.449"), ("segnet-basic", 11, "1.417"), ("deconvnet", 21, "251.806")],
 )
-def test_parameter_counts(name, classes, millions):
+def test_parameter_counts_are_those_of_the_authors(name, classes, millions):
     with torch.device("meta"):
         model = models.MODELS[name]()
     assert f"{sum(p.numel() for p in model.parameters()) / 1e6:.3f}" == millions
@@ -212,7 +214,7 @@ def test_parameter_counts(name, classes, millions):
 
 
 def map_sizes(model, size):
-    """Sizes of the map that each encoder and decoder stage works on."""
+    """The size of the input of each encoder and decoder stage."""
     found = []
     for block, *_ in [*model.encoder, *model.decoder]:
         block.register_forward_pre_hook(lambda _, inputs: found.append(tuple(inputs[0].shape[-2:])))
@@ -220,18 +222,18 @@ def map_sizes(model, size):
     return found
 
 
-def test_segnet_sizes():
+def test_the_map_sizes_of_segnet():
     sizes = [(360, 480), (180, 240), (90, 120), (45, 60), (23, 30)]
     assert map_sizes(models.SegNet(width=0.03), (360, 480)) == sizes + sizes[::-1]
 
 
-def test_deconvnet_sizes():
+def test_the_map_sizes_of_deconvnet():
     sizes = [(224, 224), (112, 112), (56, 56), (28, 28), (14, 14)]
     assert map_sizes(models.DeconvNet(width=0.01), (224, 224)) == sizes + sizes[::-1]
 
 
 @pytest.mark.parametrize("name", MIRRORED)
-def test_initial_state(name):
+def test_the_initial_state_is_that_of_the_authors(name):
     model = models.MODELS[name](width=0.25)
     for path, module in model.named_modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -257,7 +259,7 @@ def test_segnet_basic_decoder_has_no_relu():
 
 
 @pytest.mark.parametrize("name", MIRRORED)
-def test_arguments(name):
+def test_the_arguments_of_the_constructors(name):
     model = models.MODELS[name](num_classes=5, in_channels=4, width=0.02, bn_eps=1e-5).eval()
     assert {m.eps for m in model.modules() if isinstance(m, nn.BatchNorm2d)} == {1e-5}
     widths = {m.num_features for m in model.modules() if isinstance(m, nn.BatchNorm2d)}
@@ -267,29 +269,29 @@ def test_arguments(name):
 
 @pytest.mark.parametrize("name", models.MODELS)
 @pytest.mark.parametrize(
-    ("arguments", "sentence"),
+    ("arguments", "message"),
     [
-        ({"width": 0}, "width must be a finite number above 0, not 0"),
-        ({"width": -1}, "width must be a finite number above 0, not -1"),
-        ({"width": float("inf")}, "width must be a finite number above 0, not inf"),
-        ({"width": float("nan")}, "width must be a finite number above 0, not nan"),
-        ({"num_classes": 0}, "num_classes must be at least 1, not 0"),
-        ({"in_channels": 0}, "in_channels must be at least 1, not 0"),
+        ({"width": 0}, "width must be finite and above 0, but is 0"),
+        ({"width": -1}, "width must be finite and above 0, but is -1"),
+        ({"width": float("inf")}, "width must be finite and above 0, but is inf"),
+        ({"width": float("nan")}, "width must be finite and above 0, but is nan"),
+        ({"num_classes": 0}, "num_classes must be at least 1, but is 0"),
+        ({"in_channels": 0}, "in_channels must be at least 1, but is 0"),
     ],
 )
-def test_bad_arguments(name, arguments, sentence):
-    with pytest.raises(ValueError, match=sentence):
+def test_bad_arguments(name, arguments, message):
+    with pytest.raises(ValueError, match=message):
         models.MODELS[name](**{"width": 0.02} | arguments)
 
 
-def test_deconvnet_names_the_size_it_needs():
+def test_deconvnet_rejects_small_images_and_names_the_size():
     model = models.DeconvNet(width=0.01)
     with pytest.raises(ValueError, match=r"193x193.*192x300"):
         model(torch.zeros(1, 3, 192, 300))
 
 
-def test_a_convolution_of_ones_own_keeps_its_bias():
-    """One that adds its bias itself, such as a stem for other inputs."""
+def test_a_replaced_convolution_keeps_its_bias():
+    """For example a plain nn.Conv2d as another stem, which adds its bias itself."""
     model = models.SegNetBasic(width=0.03).eval()
     ((conv, _),) = model.encoder[0]
     conv.bias.data.normal_()
@@ -301,7 +303,7 @@ def test_a_convolution_of_ones_own_keeps_its_bias():
     torch.testing.assert_close(model(x), want)
 
 
-def test_one_pixel(device):
+def test_an_image_of_one_pixel(device):
     model = models.SegNet(width=0.03).to(device).eval()
     assert model(torch.randn(2, 3, 1, 1, device=device)).shape == (2, 11, 1, 1)
 
@@ -309,7 +311,7 @@ def test_one_pixel(device):
 # --- compilers -------------------------------------------------------------------------------------------------------
 
 
-def test_compiles_whole(device):
+def test_segnet_compiles_in_one_graph(device):
     model = models.SegNet(width=0.03).to(device, torch.float64)
     x, upstream = (torch.randn(2, c, *ODD, device=device, dtype=torch.float64) for c in (3, 11))
     x = x.contiguous(memory_format=torch.channels_last)
@@ -325,19 +327,19 @@ def test_compiles_whole(device):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_exports_its_operators(device, training):
+def test_an_exported_segnet_holds_fastsegs_operators(device, training):
     model = models.SegNet(width=0.03).to(device, torch.float64).train(training)
     x = torch.randn(2, 3, *ODD, device=device, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
     program = torch.export.export(model, (x,))
     targets = [node.target for node in program.graph.nodes]
     assert targets.count(torch.ops.fastseg.max_pool2d.default) == 5
     assert targets.count(torch.ops.fastseg.max_unpool2d.default) == 5
-    for backend in ("auto", "triton"):  # chosen when the program runs, not when it is exported
+    for backend in ("auto", "triton"):  # the backend is chosen when the program runs, not at export
         with fastseg.backend(backend):
             torch.testing.assert_close(program.module()(x), model(x))
 
 
-def test_exports_any_batch_and_size(device):
+def test_segnet_can_be_exported_for_any_batch_and_size(device):
     model = models.SegNet(width=0.03).to(device).eval()
     auto = torch.export.Dim.AUTO
     x = torch.randn(2, 3, *ODD, device=device)

@@ -1,4 +1,4 @@
-"""Packages that most machines of this project have not: imported where they are, else the test is skipped."""
+"""Optional packages: imported if they are installed, else the test is skipped."""
 
 import importlib
 import importlib.util
@@ -8,14 +8,14 @@ import pytest
 import torch
 
 IMPORT_TORCHVISION = ("torchvision", "timm", "segmentation_models_pytorch", "lightning", "transformers")
-# torchvision's package index wheel is built for CUDA: beside a torch without CUDA its library does not load, and the
-# import fails at the first operator that it describes. Its networks are written in Python and call none of these.
+# The torchvision wheel of the package index is built for CUDA. With a torch without CUDA its library does not load, and
+# the import fails at the first operator it registers. Its networks are written in Python and call none of these.
 OPERATORS = ("nms", "qnms")
-_library = torch.library.Library("torchvision", "FRAGMENT")  # while it lives, so do the operators
+_library = torch.library.Library("torchvision", "FRAGMENT")  # must be kept: the operators are removed with it
 
 
 def need(name):
-    """The package, or a skipped test that says what to install."""
+    """The imported package; skips the test, with the command to install it, if it is not installed."""
     if importlib.util.find_spec(name) is None:
         pytest.skip(f"needs {name}: python -m pip install -r tests/support/packages.txt")
     if name in IMPORT_TORCHVISION and importlib.util.find_spec("torchvision") is not None:

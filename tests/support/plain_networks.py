@@ -1,4 +1,4 @@
-"""SegNet and DeconvNet as one would write them in torch: what fastseg's are compared with."""
+"""SegNet and DeconvNet built from torch's layers, for comparison with fastseg's."""
 
 from torch import nn
 
@@ -8,7 +8,7 @@ def conv(i, o, k=3, pad=1):
 
 
 class Plain(nn.Module):
-    """Encoder, what lies at the bottom, decoder, classifier: torch's pooling with indices and its unpooling."""
+    """Encoder, bottom layers, decoder and classifier, with torch's pooling with indices and unpooling."""
 
     def __init__(self, encoder, decoder, classifier, norm=None, **bottom):
         super().__init__()
@@ -23,13 +23,13 @@ class Plain(nn.Module):
         self.unpool = nn.MaxUnpool2d(2, 2)
 
     def forward(self, x):
-        x, trail = self.norm(x), []
+        x, pooled = self.norm(x), []
         for stage in self.encoder:
             full = stage(x)
             x, indices = self.pool(full)
-            trail.append((indices, full.size()))
+            pooled.append((indices, full.size()))
         for name in self.bottom:
             x = self.get_submodule(name)(x)
-        for stage, (indices, size) in zip(self.decoder, reversed(trail), strict=True):
+        for stage, (indices, size) in zip(self.decoder, reversed(pooled), strict=True):
             x = stage(self.unpool(x, indices, output_size=size))
         return self.classifier(x)

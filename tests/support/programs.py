@@ -1,4 +1,4 @@
-"""Random programs of convolutions, batch norms, pools, unpools, losses, and readers and writers between them."""
+"""Random programs of convolutions, batch norms, pools, unpools and losses, with reads and writes between them."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-C = 4  # channels, everywhere
+C = 4  # the number of channels of all tensors
 RUNNING = ("m0", "v0", "m1", "v1")
 
 HEAD = ("x", "w0", "w1", "w2", "b0", "b1", "g0", "g1", "a0", "a1", *RUNNING, "t")
 
 
 def inputs(generator: torch.Generator) -> dict[str, Tensor]:
-    """What every program is a function of: an image, weights, biases, batch norms' vectors, labels."""
+    """The arguments of every program: an image, weights, biases, vectors of batch norms, and labels."""
 
     def randn(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -31,14 +31,14 @@ def inputs(generator: torch.Generator) -> dict[str, Tensor]:
 
 
 KINDS = dict(conv=3, deconv=1, norm=2, relu=2, pool=3, unpool=4, resize=1, loss=1, write=1, read=2, other=1, region=0.5)
-CHAINS = [  # what is looked for
+CHAINS = [  # the chains that the rules rewrite
     ("conv", "norm", "relu"), ("conv", "norm", "relu", "pool"), ("norm", "relu", "unpool"), ("resize", "loss"),
     ("pool", "norm", "relu", "unpool"), ("deconv", "norm", "relu"), ("norm", "pool_of_another", "relu", "unpool"),
 ]  # fmt: skip
 
 
 class Writer:
-    """Writes a program line by line, and runs each; one that fails is not kept, so that shapes need no rules."""
+    """Writes a program line by line and runs each line. Lines that fail are dropped, so shapes need no rules."""
 
     def __init__(self, seed: int, given: dict[str, Tensor]) -> None:
         self.random = random.Random(seed)
@@ -60,14 +60,14 @@ class Writer:
         return self.random.choice(choices)
 
     def image(self) -> str:
-        """Mostly the last one, for chains; else any."""
+        """Mostly the last image, so that chains arise; else any."""
         return self.images[-1] if self.random.random() < 0.88 else self.one(*self.images)
 
     def new(self) -> str:
         return f"y{len(self.lines)}"
 
     def keep(self, line: str, *images: str) -> bool:
-        """Whether the line runs, and makes images of a fit size."""
+        """Whether the line runs and its images have a suitable size."""
         trial = dict(self.values)
         try:
             exec(line, trial)
@@ -104,7 +104,7 @@ class Writer:
         self.keep(f"{y} = F.conv_transpose2d({x}, {self.one('w2', 'w0')}, {bias}, {rest})", y)
 
     def norm(self) -> None:
-        # What evaluates with statistics that training moves before the backward gets a wrong gradient from torch.
+        # torch's gradient is wrong if statistics are used in evaluation and updated in training before the backward.
         y, x, n = self.new(), self.image(), self.one("0", "0", "1")
         training = n == "0" or self.trains_both
         running = f"m{n}, v{n}" if not training or self.random.random() < 0.8 else "None, None"
@@ -130,7 +130,7 @@ class Writer:
             self.pools.append((i, geometry, tuple(size)))
 
     def pool_of_another(self) -> None:
-        """Indices that come behind a batch norm whose unpool reads them."""
+        """Indices that are computed after a batch norm and read by its unpool."""
         pooled = self.values[self.images[-1]].shape[2:]
         doubled = [n for n in self.images if tuple(side // 2 for side in self.values[n].shape[2:]) == tuple(pooled)]
         if doubled:
@@ -203,17 +203,19 @@ def random_program(seed: int, length: int = 9) -> str:
 
 def function_of(source: str) -> Any:
     made: dict[str, Any] = {"torch": torch, "F": F}
-    name = f"<program {hash(source)}>"  # Dynamo reads sources
+    name = f"<program {hash(source)}>"  # Dynamo reads the source lines
     linecache.cache[name] = (len(source), None, source.splitlines(True), name)
     exec(compile(source, name, "exec"), made)
     return made["program"]
 
 
 def outcome(function: Any, given: dict[str, Tensor], seed: int) -> list[Tensor | None]:
-    """Results, gradients, and the inputs as they are afterwards."""
+    """The results, the gradients, and the inputs after the call."""
     generator = torch.Generator().manual_seed(seed)
     leaves = {name: x.clone().requires_grad_(_wants_grad(name, x)) for name, x in given.items()}
-    used = {name: x * 1 if _wants_grad(name, x) else x for name, x in leaves.items()}  # which may be written to
+    used = {
+        name: x * 1 if _wants_grad(name, x) else x for name, x in leaves.items()
+    }  # copies, which the program may write to
     results = function(**used)
     found = [y.detach().clone() for y in results]
     wanted = [y for y in results if y.requires_grad]

@@ -1,4 +1,4 @@
-"""Networks from the package index, with random weights: the same numbers swapped, and an exact report.
+"""Networks of other packages, with random weights: a swap keeps the results, and the report is exact.
 
 Skipped where a package is not installed; tests/support/packages.txt says how to run them all.
 """
@@ -22,8 +22,9 @@ CLASSES = 5
 class Network:
     """One network: its package, how it is built, and what swap, swap_functions and a compiled graph find in it.
 
-    left: (class, reason) of what swap leaves. labels: whether it is called with labels, by Hugging Face's names.
-    compiled: of the first graph.
+    swapped, left: the number of layers that swap does and does not swap, by op and by (class, reason). calls: the
+    number of functional calls. compiled: what is put into the first graph. labels: whether it takes labels, with the
+    argument names of Hugging Face. interpreted: whether it is small enough to run on the interpreter.
     """
 
     package: str
@@ -199,7 +200,7 @@ def network(request):
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_the_same_numbers_and_an_exact_report(network, training):
+def test_a_swap_keeps_the_results_and_the_report_is_exact(network, training):
     model = network.model().train(training)
     inputs, named = network.inputs()
     keys, plain = list(model.state_dict()), equivalence.outcome(model, inputs, named)
@@ -208,7 +209,7 @@ def test_the_same_numbers_and_an_exact_report(network, training):
     left = collections.Counter((layer.found.__name__, layer.reason) for layer in report.left)
     assert left == network.left
     assert list(model.state_dict()) == keys
-    assert equivalence.equal(equivalence.outcome(model, inputs, named), plain)  # torch's functions: "auto" on a CPU
+    assert equivalence.equal(equivalence.outcome(model, inputs, named), plain)
     if network.interpreted:
         truth = equivalence.in_float64(model, inputs, named)
         with fastseg.backend("triton"):
@@ -218,7 +219,7 @@ def test_the_same_numbers_and_an_exact_report(network, training):
     assert equivalence.equal(equivalence.outcome(model, inputs, named), plain)
 
 
-def test_functional_calls(network):
+def test_functional_calls_are_replaced(network):
     model = network.model()
     inputs, named = network.inputs()
     plain = equivalence.outcome(model, inputs, named)
@@ -234,12 +235,12 @@ def test_what_is_put_into_a_compiled_graph(name):
     model = network.model()
     inputs, named = network.inputs()
     with torch.no_grad():
-        model(*inputs, **named)  # transformers sets itself up in the first call, which breaks a graph
+        model(*inputs, **named)  # in their first call, networks of transformers do what would break the graph
     reports = []
     torch.compiler.reset()
 
     class Compiled(Exception):
-        """The graph is there; to run it interpreted would take minutes."""
+        """Raised once the graph is rewritten: running it on the interpreter would take minutes."""
 
     def inner(graph, _):
         raise Compiled

@@ -1,1 +1,1 @@
-"""Segmentation networks written as people write them, small: none knows of fastseg."""
+"""Small segmentation networks in the style of public implementations, written without fastseg in mind."""

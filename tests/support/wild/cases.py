@@ -1,4 +1,4 @@
-"""The networks, the losses they are trained with, and what fastseg finds in each."""
+"""The networks, their losses, and what fastseg should find in each."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -9,12 +9,12 @@ from torch import nn
 from . import enet, erfnet, fcn, segnet, unet
 
 CLASSES = 5
-ROOM = 1e-3
-"""For gradients, beyond torch's own errors: those of a PReLU are one number each, a sum that may nearly cancel."""
+GRADIENT_TOLERANCE = 1e-3
+"""For gradients, beyond torch's own errors: a PReLU's gradient is one sum, whose terms may nearly cancel."""
 
 
 class Supervised(nn.Module):
-    """A network and its loss, which gives the logits too."""
+    """A network and its loss. Returns (logits, loss)."""
 
     def __init__(self, net, loss):
         super().__init__()
@@ -27,7 +27,13 @@ class Supervised(nn.Module):
 
 @dataclass(frozen=True)
 class Case:
-    """A network, the size of its pictures, its loss, and what swap finds: layers by op, and what runs as one."""
+    """A network, the size of its images, its loss, and what fastseg finds in it.
+
+    swapped: the number of swapped layers by op. fused: the number of fused groups by their layers. calls: how often a
+    forward calls each function; `called` overrides `swapped` for functions that are not called once per layer.
+    compiled: what torch.compile's backend puts into the graph. slow_to_train: the interpreted backward takes most of a
+    minute, because a window has 64x64 = 4096 taps.
+    """
 
     build: Callable[[], nn.Module]
     size: tuple[int, int]
@@ -35,14 +41,13 @@ class Case:
     swapped: dict[str, int] = field(default_factory=dict)
     fused: dict[str, int] = field(default_factory=dict)
     classes: int = CLASSES
-    pictures: int = 2
-    called: dict[str, int] = field(default_factory=dict)  # calls of an op, where they are not the layers of it
-    compiled: dict[str, int] = field(default_factory=dict)  # what torch.compile's backend puts in
-    slow_to_train: bool = False  # interpreted: the backward of a 64x64 window goes through 4096 taps, most of a minute
+    images: int = 2
+    called: dict[str, int] = field(default_factory=dict)
+    compiled: dict[str, int] = field(default_factory=dict)
+    slow_to_train: bool = False
 
     @property
     def calls(self) -> dict[str, int]:
-        """How often a forward calls each function."""
         return {op: n for op, n in (self.swapped | self.called).items() if op != SEQUENCE}
 
     def model(self, device):
@@ -65,8 +70,8 @@ CBR, BR = "conv + norm + relu", "norm + relu"
 CASES = {
     "enet": Case(
         lambda: enet.ENet(CLASSES), (16, 24), weighted,
-        {POOL: 3, UNPOOL: 2, CONV: 3, LOSS: 1, SEQUENCE: 2}, {BR: 2},  # the others have PReLU
-        compiled={POOL: 3, UNPOOL: 2, CONV: 3, LOSS: 1, "batch_norm_relu": 4},  # two outside of sequences
+        {POOL: 3, UNPOOL: 2, CONV: 3, LOSS: 1, SEQUENCE: 2}, {BR: 2},  # the other sequences have PReLU
+        compiled={POOL: 3, UNPOOL: 2, CONV: 3, LOSS: 1, "batch_norm_relu": 4},  # two are not in sequences
     ),
     "segnet-shared": Case(
         lambda: segnet.SharedSegNet(CLASSES), (17, 22), weighted, {POOL: 1, UNPOOL: 1, LOSS: 1, SEQUENCE: 6}, {CBR: 6},
@@ -82,14 +87,14 @@ CASES = {
     ),
     "fcn-8s": Case(
         lambda: fcn.FCN(3, 8), (37, 37), lambda: nn.CrossEntropyLoss(reduction="sum"), {POOL: 5, CONV: 3, LOSS: 1},
-        classes=3, pictures=1,
+        classes=3, images=1,
     ),
     "fcn-32s": Case(
         lambda: fcn.FCN(3, 32), (37, 37), nn.CrossEntropyLoss, {POOL: 5, CONV: 1, LOSS: 1},
-        classes=3, pictures=1, slow_to_train=True,
+        classes=3, images=1, slow_to_train=True,
     ),
     "erfnet": Case(
-        lambda: erfnet.ERFNet(CLASSES), (16, 24), nn.CrossEntropyLoss, {POOL: 3, CONV: 3, LOSS: 1},  # F.relu
+        lambda: erfnet.ERFNet(CLASSES), (16, 24), nn.CrossEntropyLoss, {POOL: 3, CONV: 3, LOSS: 1},  # calls F.relu
         compiled={POOL: 3, CONV: 3, LOSS: 1, "batch_norm_relu": 8, "input_bias": 5},
     ),
     "unet-odd": Case(
@@ -100,7 +105,7 @@ CASES = {
     "linknet": Case(
         lambda: unet.LinkNet(CLASSES), (16, 24), nn.NLLLoss,
         {POOL: 1, CONV: 4, SEQUENCE: 9}, {BR: 1, CBR: 5, "deconv + norm + relu": 3},
-        compiled={POOL: 1, CONV: 4, "batch_norm_relu": 11, "input_bias": 6},  # two in residual blocks
+        compiled={POOL: 1, CONV: 4, "batch_norm_relu": 11, "input_bias": 6},  # two are in residual blocks
     ),
     "repeated": Case(
         lambda: unet.Repeated(CLASSES), (8, 10), nn.CrossEntropyLoss,
@@ -111,8 +116,8 @@ CASES = {
 
 
 def batch(case, device):
-    size = [2 * n for n in case.size] if case.loss is None else case.size  # that network doubles its picture
+    size = [2 * n for n in case.size] if case.loss is None else case.size  # that network doubles the size
     return (
-        torch.randn(case.pictures, 3, *case.size, device=device),
-        torch.randint(case.classes, (case.pictures, *size), device=device),
+        torch.randn(case.images, 3, *case.size, device=device),
+        torch.randint(case.classes, (case.images, *size), device=device),
     )

@@ -1,11 +1,11 @@
-"""ENet (Paszke et al. 2016) in the pattern of its PyTorch ports: pools and unpools whose windows do not match."""
+"""ENet (Paszke et al. 2016) in the style of its PyTorch ports: pools and unpools with different windows."""
 
 import torch
 from torch import nn
 
 
 class InitialBlock(nn.Module):
-    """A strided convolution beside a pooled picture, concatenated."""
+    """A strided convolution and a pool of the same image, concatenated."""
 
     def __init__(self, channels):
         super().__init__()
@@ -47,7 +47,7 @@ class RegularBottleneck(nn.Module):
 
 
 class DownsamplingBottleneck(nn.Module):
-    """The main branch pools 3x3 windows that overlap, keeps the indices, and pads channels with zeros."""
+    """The main branch pools overlapping 3x3 windows, returns the indices, and pads channels with zeros."""
 
     def __init__(self, in_channels, out_channels, dropout_prob=0.01):
         super().__init__()
@@ -71,7 +71,7 @@ class DownsamplingBottleneck(nn.Module):
 
 
 class UpsamplingBottleneck(nn.Module):
-    """Unpools with 2x2 windows what was pooled with 3x3 ones, to a size known when it runs."""
+    """Unpools with 2x2 windows what was pooled with 3x3 windows, to a size given at the call."""
 
     def __init__(self, in_channels, out_channels, dropout_prob=0.1):
         super().__init__()

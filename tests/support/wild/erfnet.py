@@ -1,4 +1,4 @@
-"""ERFNet (Romera et al. 2017): downsamplers that concatenate, factorised residual blocks, deconvolutions up."""
+"""ERFNet (Romera et al. 2017): concatenating downsamplers, factorized residual blocks, transposed convolutions."""
 
 import torch
 import torch.nn.functional as F

@@ -1,11 +1,11 @@
-"""FCN-8s and FCN-32s (Long et al. 2015): padded first convolution, ceil_mode pools, bilinear deconvolutions, crops."""
+"""FCN-8s and FCN-32s (Long et al. 2015): padding, ceil_mode pools, bilinear transposed convolutions and crops."""
 
 import torch
 from torch import nn
 
 
 def bilinear_kernel(in_channels, out_channels, kernel_size):
-    """The weight of a transposed convolution that interpolates each channel by itself."""
+    """The weight of a transposed convolution that interpolates each channel bilinearly."""
     factor = (kernel_size + 1) // 2
     center = factor - 1 if kernel_size % 2 == 1 else factor - 0.5
     line = 1 - (torch.arange(kernel_size) - center).abs() / factor
@@ -16,8 +16,8 @@ def bilinear_kernel(in_channels, out_channels, kernel_size):
 
 
 class FCN(nn.Module):
-    """stride 8: FCN-8s, with scores of pool3 and pool4 added; 32: FCN-32s, one deconvolution of 64x64 windows,
-    whose interpolation is not learned.
+    """stride 8: FCN-8s, which adds the scores of pool3 and pool4. stride 32: FCN-32s, with one transposed convolution
+    with a 64x64 window, whose weight is not trained.
     """
 
     def __init__(self, num_classes, stride, channels=(3, 4, 4, 5, 5), hidden=6, padding=30):

@@ -1,4 +1,4 @@
-"""SegNet (Badrinarayanan et al. 2015) twice: with one pool and one unpool for all stages, and all in functions."""
+"""SegNet (Badrinarayanan et al. 2015) twice: with one shared pool and unpool, and with functional calls only."""
 
 import torch
 import torch.nn.functional as F
@@ -6,7 +6,7 @@ from torch import nn
 
 
 class SharedSegNet(nn.Module):
-    """One nn.MaxPool2d and one nn.MaxUnpool2d, called at every stage, by position and by keyword."""
+    """One nn.MaxPool2d and one nn.MaxUnpool2d, called at every stage with positional and keyword arguments."""
 
     def __init__(self, num_classes, channels=(4, 6, 8)):
         super().__init__()
@@ -36,9 +36,9 @@ class SharedSegNet(nn.Module):
 
 
 class FunctionalSegNet(nn.Module):
-    """No layer but convolutions: what holds no weight, or only parameters and buffers, is a call.
+    """Only the convolutions are layers; everything else is a functional call.
 
-    forward(x, target) gives the loss, of the full picture and, for deep supervision, of the encoder's small one.
+    forward(x, target) returns the loss of the full logits plus, for deep supervision, that of the encoder's small ones.
     """
 
     def __init__(self, num_classes, width=6):

@@ -1,4 +1,4 @@
-"""U-Net (Ronneberger et al. 2015) for pictures of any size, and LinkNet (Chaurasia and Culurciello 2017)."""
+"""U-Net (Ronneberger et al. 2015) for images of any size, and LinkNet (Chaurasia and Culurciello 2017)."""
 
 import torch
 import torch.nn.functional as F
@@ -6,7 +6,7 @@ from torch import nn
 
 
 class DoubleConv(nn.Module):
-    """(convolution, batch norm, ReLU) twice"""
+    """Twice convolution, batch norm and ReLU."""
 
     def __init__(self, in_channels, out_channels):
         super().__init__()
@@ -33,7 +33,7 @@ class Down(nn.Module):
 
 
 class Up(nn.Module):
-    """Upsampled, padded to the skip's size where a pool dropped a row or a column, concatenated."""
+    """Upsamples, pads to the size of the skip connection, which may have one more row or column, and concatenates."""
 
     def __init__(self, in_channels, out_channels):
         super().__init__()
@@ -100,7 +100,7 @@ class Decoder(nn.Module):
 
 
 class LinkNet(nn.Module):
-    """Ends in LogSoftmax: its loss is nn.NLLLoss."""
+    """Ends in LogSoftmax, for nn.NLLLoss."""
 
     def __init__(self, n_classes, width=6):
         super().__init__()
@@ -129,7 +129,7 @@ class LinkNet(nn.Module):
 
 
 class Repeated(nn.Module):
-    """`[conv, bn, relu] * n`: one convolution and one batch norm, run n times, in one nn.Sequential."""
+    """`[conv, bn, relu] * n` in one nn.Sequential: one convolution and one batch norm that run n times."""
 
     def __init__(self, num_classes, times=3, width=5):
         super().__init__()
