@@ -1,4 +1,4 @@
-"""Random programs of convolutions, batch norms, pools, unpools, losses, and readers and writers between them."""
+"""Random programs of convolutions, batch norms, pools, unpools and losses, with other reads and writes in between."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-C = 4  # channels, everywhere
+C = 4  # channels of all tensors
 RUNNING = ("m0", "v0", "m1", "v1")
 
 HEAD = ("x", "w0", "w1", "w2", "b0", "b1", "g0", "g1", "a0", "a1", *RUNNING, "t")
 
 
 def inputs(generator: torch.Generator) -> dict[str, Tensor]:
-    """What every program is a function of: an image, weights, biases, batch norms' vectors, labels."""
+    """The inputs of every program: an image, weights, biases, vectors of batch norms, and labels."""
 
     def randn(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -31,14 +31,14 @@ def inputs(generator: torch.Generator) -> dict[str, Tensor]:
 
 
 KINDS = dict(conv=3, deconv=1, norm=2, relu=2, pool=3, unpool=4, resize=1, loss=1, write=1, read=2, other=1, region=0.5)
-CHAINS = [  # what is looked for
+CHAINS = [  # what the graph rewrites look for
     ("conv", "norm", "relu"), ("conv", "norm", "relu", "pool"), ("norm", "relu", "unpool"), ("resize", "loss"),
     ("pool", "norm", "relu", "unpool"), ("deconv", "norm", "relu"), ("norm", "pool_of_another", "relu", "unpool"),
 ]  # fmt: skip
 
 
 class Writer:
-    """Writes a program line by line, and runs each; one that fails is not kept, so that shapes need no rules."""
+    """Writes a program line by line. Each line is run, and dropped if it fails, so shapes need no rules."""
 
     def __init__(self, seed: int, given: dict[str, Tensor]) -> None:
         self.random = random.Random(seed)
@@ -48,7 +48,7 @@ class Writer:
         self.images, self.pools, self.lines, self.returned = ["x"], [], [], []
 
     def program(self, length: int) -> str:
-        """The source of a function `program` of `inputs`, by name."""
+        """The source of a function `program` whose arguments are `inputs` by name."""
         for _ in range(length):
             self.step()
         kept = [name for name in self.images[1:] if self.random.random() < 0.15]
@@ -60,14 +60,14 @@ class Writer:
         return self.random.choice(choices)
 
     def image(self) -> str:
-        """Mostly the last one, for chains; else any."""
+        """A random image, mostly the last one, so that chains form."""
         return self.images[-1] if self.random.random() < 0.88 else self.one(*self.images)
 
     def new(self) -> str:
         return f"y{len(self.lines)}"
 
     def keep(self, line: str, *images: str) -> bool:
-        """Whether the line runs, and makes images of a fit size."""
+        """Add the line if it runs and its images have a suitable size; returns whether it was added."""
         trial = dict(self.values)
         try:
             exec(line, trial)
@@ -104,7 +104,7 @@ class Writer:
         self.keep(f"{y} = F.conv_transpose2d({x}, {self.one('w2', 'w0')}, {bias}, {rest})", y)
 
     def norm(self) -> None:
-        # What evaluates with statistics that training moves before the backward gets a wrong gradient from torch.
+        # torch's gradient is wrong if a norm in evaluation uses statistics that another one then updates in training.
         y, x, n = self.new(), self.image(), self.one("0", "0", "1")
         training = n == "0" or self.trains_both
         running = f"m{n}, v{n}" if not training or self.random.random() < 0.8 else "None, None"
@@ -130,7 +130,7 @@ class Writer:
             self.pools.append((i, geometry, tuple(size)))
 
     def pool_of_another(self) -> None:
-        """Indices that come behind a batch norm whose unpool reads them."""
+        """An unpool after a batch norm reads indices that are made after the batch norm."""
         pooled = self.values[self.images[-1]].shape[2:]
         doubled = [n for n in self.images if tuple(side // 2 for side in self.values[n].shape[2:]) == tuple(pooled)]
         if doubled:
@@ -191,7 +191,7 @@ class Writer:
                                        f"{x}.sigmoid()"), y)  # fmt: skip
 
     def region(self) -> None:
-        """A call under no_grad."""
+        """Add a call under no_grad."""
         y, x = self.new(), self.image()
         call = self.one(f"F.relu({x})", f"F.max_pool2d({x}, 2)", f"{x}.relu_()")
         self.keep(f"with torch.no_grad():\n    {y} = {call}", y)
@@ -203,17 +203,17 @@ def random_program(seed: int, length: int = 9) -> str:
 
 def function_of(source: str) -> Any:
     made: dict[str, Any] = {"torch": torch, "F": F}
-    name = f"<program {hash(source)}>"  # Dynamo reads sources
+    name = f"<program {hash(source)}>"  # Dynamo reads the source
     linecache.cache[name] = (len(source), None, source.splitlines(True), name)
     exec(compile(source, name, "exec"), made)
     return made["program"]
 
 
 def outcome(function: Any, given: dict[str, Tensor], seed: int) -> list[Tensor | None]:
-    """Results, gradients, and the inputs as they are afterwards."""
+    """Results, gradients, and the inputs after the call."""
     generator = torch.Generator().manual_seed(seed)
     leaves = {name: x.clone().requires_grad_(_wants_grad(name, x)) for name, x in given.items()}
-    used = {name: x * 1 if _wants_grad(name, x) else x for name, x in leaves.items()}  # which may be written to
+    used = {name: x * 1 if _wants_grad(name, x) else x for name, x in leaves.items()}  # may be overwritten
     results = function(**used)
     found = [y.detach().clone() for y in results]
     wanted = [y for y in results if y.requires_grad]
