@@ -1,4 +1,4 @@
-"""Which implementation is the faster: measured once, kept, recorded, and what follows for each direction of a call."""
+"""Which implementation is faster: times are measured once, kept and recorded, and decide each direction of a call."""
 
 import itertools
 import json
@@ -17,13 +17,13 @@ from fastseg.ops.convolution import conv_transpose_operators as operators
 from fastseg.ops.convolution.options import Epilogue
 from fastseg.torch_internals import FakeTensorMode
 
-GPU = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0))  # as much of a tensor as is looked at
+GPU = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0))  # the attributes of a tensor that are read
 MACHINE = {"gpu": "H100", "driver": "1"}
 
 
 @pytest.fixture
 def machine(monkeypatch, tmp_path):
-    """A machine with a GPU whose clock says 1 ms for the kernels and 2 for torch; gives the calls that were timed."""
+    """A machine with a GPU where the kernels take 1 ms and torch 2 ms. Yields the list of timed calls."""
     timed = []
 
     def timer(ours, theirs):
@@ -98,7 +98,7 @@ def test_the_drivers_version(words, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     "content", ["", "{", "[]", '{"ms": {"a": 1}, "machine": {}}', '{"ms": {"a": [1, "x"]}}', "\x00"]
 )
-def test_a_damaged_file_is_as_none(machine, content):
+def test_a_damaged_file_counts_as_missing(machine, content):
     ask()
     autotune.cache_file(0).write_text(content)
     restart()
@@ -106,13 +106,13 @@ def test_a_damaged_file_is_as_none(machine, content):
     assert json.loads(autotune.cache_file(0).read_text())["ms"] == {"a": [1.0, 2.0]}
 
 
-def test_a_folder_that_cannot_be_written_is_no_error(machine, monkeypatch, tmp_path):
+def test_a_read_only_folder_is_no_error(machine, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("FASTSEG_CACHE", str(tmp_path / "file" / "below"))
     assert ask() == ask() == (1.0, 2.0) and len(machine) == 1
 
 
-def test_what_others_wrote_meanwhile_is_kept(machine):
+def test_results_of_other_processes_are_kept(machine):
     ask("a")
     path = autotune.cache_file(0)
     path.write_text(json.dumps({"machine": MACHINE, "ms": {"theirs": [3, 4]}}))
@@ -120,7 +120,7 @@ def test_what_others_wrote_meanwhile_is_kept(machine):
     assert set(json.loads(path.read_text())["ms"]) == {"theirs", "b"}
 
 
-def test_nothing_is_timed_unless_it_may_be(machine, monkeypatch):
+def test_nothing_is_timed_unless_allowed(machine, monkeypatch):
     monkeypatch.setattr(autotune, "may_measure", lambda tensor: False)
     assert ask() is None
     assert ask(tensor=torch.empty(1)) is None  # on a CPU
@@ -143,7 +143,7 @@ def test_when_a_call_may_be_timed(monkeypatch):
     assert not autotune.may_measure(x)
 
 
-def test_whether_anything_may_be_known(machine, monkeypatch):
+def test_whether_any_time_may_be_known(machine, monkeypatch):
     assert autotune.may_know(GPU) and not autotune.may_know(torch.empty(1))
     monkeypatch.setattr(autotune, "may_measure", lambda tensor: False)
     assert not autotune.may_know(GPU)
@@ -159,7 +159,7 @@ def test_whether_anything_may_be_known(machine, monkeypatch):
     assert autotune.may_know(GPU)
 
 
-def test_records_of_a_gpu_of_that_name_count_where_nothing_was_measured(machine, monkeypatch):
+def test_recorded_times_of_the_same_gpu_are_used_without_a_measurement(machine, monkeypatch):
     monkeypatch.setattr(autotune, "may_measure", lambda tensor: False)
     autotune.RECORDED.mkdir()
     for name in ("H100", "H200"):
@@ -175,7 +175,7 @@ def test_records_of_a_gpu_of_that_name_count_where_nothing_was_measured(machine,
 
 @pytest.fixture
 def known(monkeypatch):
-    """known(direction=(ours, theirs), ...): what is known about each direction, whatever the shape."""
+    """known(direction=(ours, theirs), ...): set the times of each direction, for any shape."""
 
     def know(**times):
         names = dict(zip(("forward", "of_input", "of_weight", "of_both"), operators.DIRECTIONS, strict=True))
@@ -192,18 +192,18 @@ def tensors():
 
 
 def wide_tensors():
-    """Of rows and columns enough for both gradients to be one kernel's."""
+    """Tensors large enough for one kernel to compute both gradients."""
     return [torch.randn(shape) for shape in ((1, 8, 4, 8), (8, 16, 2, 2), (16,))]
 
 
 class OnGPU(torch.Tensor):
-    """A CPU tensor that says it is on a GPU, for whoever asks and computes nothing."""
+    """A CPU tensor that claims to be on a GPU, for code that computes nothing."""
 
     is_cuda, device = True, torch.device("cuda", 0)
 
 
 def chosen(x, weight, bias=None):
-    """(whether torch takes the whole call, {direction: (backend, reason)})."""
+    """(whether torch runs the whole call, {direction: (backend, reason)})."""
     with dispatch._watched.replaced([]) as choices, fastseg.backend("auto"):
         torch_alone = functions._falls_back_to_torch(x.as_subclass(OnGPU), weight, STRIDE_2, Epilogue(bias))
     return torch_alone, {choice.operator: (choice.backend, choice.reason) for choice in choices}
@@ -223,7 +223,7 @@ def test_each_direction_is_chosen_for_itself(known):
 
 
 def test_without_triton_nothing_is_known_and_no_kernel_is_loaded(monkeypatch):
-    """As on Windows, where torch has a GPU and no triton."""
+    """As on Windows, where torch finds a GPU but triton is not installed."""
     loaded = []
     monkeypatch.setattr(dispatch, "TRITON_INSTALLED", False)
     monkeypatch.setattr(autotune, "_machine", loaded.append)
@@ -233,7 +233,7 @@ def test_without_triton_nothing_is_known_and_no_kernel_is_loaded(monkeypatch):
     assert loaded == []
 
 
-def test_what_is_not_asked_for_does_not_count(known):
+def test_gradients_that_are_not_needed_do_not_count(known):
     known(forward=(2.0, 1.0), of_input=(1.0, 3.0))
     x, weight, _ = tensors()
     assert chosen(x, weight.requires_grad_())[0]
@@ -250,7 +250,7 @@ def test_a_compiled_call_chooses_when_it_runs(known, monkeypatch):
     assert chosen(x, weight) == (False, {})
 
 
-def test_gradients_that_one_kernel_makes_are_chosen_together(known):
+def test_gradients_of_one_kernel_are_chosen_together(known):
     known(forward=(2.0, 1.0), of_both=(1.0, 3.0))
     x, weight, bias = (t.bfloat16().requires_grad_() for t in wide_tensors())
     torch_alone, found = chosen(x, weight, bias)
@@ -292,7 +292,7 @@ def test_the_backward_runs_each_direction_where_it_is_faster(ours, relu, known):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-def test_a_call_is_known_by_all_that_its_time_depends_on(monkeypatch):
+def test_the_key_has_everything_that_the_time_depends_on(monkeypatch):
     keys = []
     monkeypatch.setattr(autotune, "times", lambda key, *rest: keys.append(key))
     x, weight, bias = tensors()
@@ -311,7 +311,7 @@ def test_a_call_is_known_by_all_that_its_time_depends_on(monkeypatch):
 
 
 def test_a_gradient_has_one_key_in_the_forward_and_in_the_backward(monkeypatch):
-    """The forward asks with its bias, the operator of the backward without."""
+    """The forward passes its bias, the operator of the backward does not."""
     keys = []
     monkeypatch.setattr(autotune, "times", lambda key, *rest: keys.append(key))
     x, weight, bias = tensors()
@@ -321,8 +321,8 @@ def test_a_gradient_has_one_key_in_the_forward_and_in_the_backward(monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the clock of this test is a CPU's")
-def test_what_is_timed_is_what_would_run(machine, monkeypatch):
-    """Both calls of each direction give the same, up to the order of sums."""
+def test_the_timed_calls_are_the_calls_that_run(machine, monkeypatch):
+    """Both calls of each direction give the same results, except for the order of summation."""
     x, weight, bias = tensors()
     geometry = STRIDE_2
     monkeypatch.setattr(
@@ -341,7 +341,7 @@ def test_what_is_timed_is_what_would_run(machine, monkeypatch):
 
 @pytest.mark.gpu
 def test_on_a_gpu(monkeypatch, tmp_path):
-    """Timed at the first call, remembered, and never while a graph is captured."""
+    """Calls are timed once, and never while a graph is captured."""
     monkeypatch.setenv("FASTSEG_CACHE", str(tmp_path))
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     restart()

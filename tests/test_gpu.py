@@ -1,4 +1,4 @@
-"""What only a GPU can tell of every operator: each of verify's cases, run as networks and schedulers run it."""
+"""Tests of every operator that need a GPU: repeated runs, streams, CUDA graphs, large tensors and autocast."""
 
 import pytest
 import torch
@@ -21,13 +21,13 @@ def tensors(result):
 
 
 def identical(first, second):
-    """Whether all tensors are equal, NaN where NaN is; on the device, so that runs follow each other closely."""
+    """Whether all tensors are equal, with NaN equal to NaN. It stays on the device, so that runs are not delayed."""
     pairs = zip(first, second, strict=True)
     return torch.stack([((a == b) | ((a != a) & (b != b))).all() for a, b in pairs]).all()
 
 
 def steps(case):
-    """The forward and, where there is one, the backward as calls without arguments."""
+    """The forward and, if there is one, the backward, as functions without arguments."""
     backward = case.step(case.ours, True)
     return [case.step(case.ours, False), backward]
 
@@ -49,8 +49,8 @@ def test_a_hundred_runs_are_bitwise_equal(operator, number, layout, triton_backe
 
 @gpu
 @pytest.mark.parametrize(("operator", "number"), CASES)
-def test_on_a_stream_of_its_own(operator, number, triton_backend):
-    """The inputs are written on the other stream, late: kernels on the default stream would read what was before."""
+def test_on_another_stream(operator, number, triton_backend):
+    """The inputs are written late on another stream. Kernels on the default stream would read the old values."""
     stream = torch.cuda.Stream()
     for case in made(operator, number, torch.bfloat16, torch.channels_last):
         want = tensors(case.step(case.ours, False)())
@@ -74,7 +74,7 @@ def test_on_a_stream_of_its_own(operator, number, triton_backend):
 def test_replayed_from_a_cuda_graph(operator, number, triton_backend):
     for case in made(operator, number, torch.bfloat16, torch.channels_last):
         if case.inputs and any(isinstance(t, torch.Tensor) and not t.numel() for t in case.inputs.values()):
-            continue  # torch itself captures nothing of an empty call
+            continue  # torch cannot capture an empty call
         for step in steps(case):
             want = [t.clone() for t in tensors(step())]  # compiles the kernels
             torch.cuda.synchronize()
@@ -91,7 +91,7 @@ def test_replayed_from_a_cuda_graph(operator, number, triton_backend):
 
 @gpu
 def test_more_than_two_to_the_31_elements():
-    """Pool, unpool, batch norm and loss of a batch whose tail lies beyond 32 bits: as the tail by itself."""
+    """Pooling, unpooling, batch norm and loss: the end of a batch past 2^31 elements gives the same as by itself."""
     FS = fastseg.functional
     shape = (33, 64, 1024, 1024)  # 2.2 G elements of two bytes
     x = torch.empty(shape, dtype=torch.float16, device="cuda", memory_format=torch.channels_last)

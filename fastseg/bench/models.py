@@ -227,7 +227,7 @@ def _no_search() -> Iterator[None]:
 
 
 def _errors(found: dict[str, list[Tensor]], truth: dict[str, list[Tensor]]) -> dict[str, float]:
-    """The norm of each kind of result's difference, divided by the truth's; for labels the fraction that differs."""
+    """For each kind of result the norm of the difference over that of the truth; for labels the share that differs."""
     errors = {}
     for name, wanted in truth.items():
         if name == "labels":

@@ -1,4 +1,4 @@
-"""`fastseg bench`: what is timed and checked, the result files, and the reports from them."""
+"""`fastseg bench`: timing, checks, result files, and reports."""
 
 import json
 import subprocess
@@ -22,13 +22,13 @@ SAME = {"part": "operators", "where": "here", "operator": "max_pool2d", "dtype":
 
 @pytest.fixture
 def fast(monkeypatch):
-    """Five calls a measurement."""
+    """Measure with five calls."""
     once = timing.measure
     monkeypatch.setattr(timing, "measure", lambda call, device, seconds=0, warmup=1: once(call, device, 0, warmup))
 
 
 def record_into(path, rows, facts=FACTS):
-    """rows: (provider, mode, metric, p50 or None, note)."""
+    """Write records to a file. rows: (provider, mode, metric, p50 or None, note)."""
     recorder = results.Recorder(path, facts)
     for provider, mode, metric, value, note in rows:
         values = (None,) * 3 if value is None else (value * 0.9, value, value * 1.1)
@@ -41,7 +41,7 @@ def record_into(path, rows, facts=FACTS):
 
 
 def test_quantiles_on_a_fake_clock(monkeypatch):
-    """Calls of 1, 2, 3, 4 and 5 ms."""
+    """The calls take 1, 2, 3, 4 and 5 ms."""
     lengths = iter([1, 2, 3, 4, 5])
     now = [0.0]
 
@@ -53,7 +53,7 @@ def test_quantiles_on_a_fake_clock(monkeypatch):
     assert (timed.p20, timed.p50, timed.p80) == pytest.approx((1.8, 3.0, 4.2)) and timed.peak_bytes is None
 
 
-def test_measuring_goes_on_for_its_seconds_and_warms_up_outside(monkeypatch):
+def test_measuring_lasts_its_seconds_without_the_warm_up(monkeypatch):
     now, calls = [0.0], []
 
     def call():
@@ -82,7 +82,7 @@ def test_rates_are_amounts_over_times(monkeypatch):
 
 
 @pytest.mark.gpu
-def test_a_graph_replays_what_was_captured():
+def test_a_graph_replays_the_captured_work():
     x = torch.zeros(4, device="cuda")
     replay = timing.captured(lambda: x.add_(1))
     before = x[0].item()
@@ -93,7 +93,7 @@ def test_a_graph_replays_what_was_captured():
 # --- sizes -----------------------------------------------------------------------------------------------------------
 
 
-def test_every_site_has_a_floor_and_the_asked_shapes_are_there():
+def test_every_site_has_a_floor_and_the_required_shapes_exist():
     at = cases.Placement(torch.bfloat16, torch.channels_last, "meta")
     found = {site.shape for site in shapes.SITES}
     assert found >= {(8, 64, 360, 480), (8, 512, 23, 30), (16, 64, 224, 224), (8, 19, 512, 1024), (16, 150, 512, 512)}
@@ -144,10 +144,10 @@ def test_bench_says_what_a_cpu_cannot_show(capsys, fast, monkeypatch):
     monkeypatch.setattr(shapes, "SITES", [site for site in shapes.SITES if site.where == "FCN 21 classes"])
     assert cli.main(["bench", "--op", "conv"]) == 0
     out = capsys.readouterr().out
-    assert "Times of the kernels need a GPU" in out and "CPU, float32" in out and "FCN 21 classes" in out
+    assert "kernels need a GPU" in out and "CPU, float32" in out and "FCN 21 classes" in out
 
 
-def test_an_operator_that_is_none(capsys):
+def test_an_unknown_operator(capsys):
     assert cli.main(["bench", "--op", "nothing"]) == 2
     assert "nothing" in capsys.readouterr().err
 
@@ -177,9 +177,9 @@ def broken(x):
         (broken, 0, "unable: RuntimeError: no kernel"),
     ],
 )
-def test_what_fails_is_shown_and_gets_no_time(ours, code, note, monkeypatch, capsys, fast):
+def test_failures_are_reported_and_not_timed(ours, code, note, monkeypatch, capsys, fast):
     one_case(monkeypatch, ours)
-    monkeypatch.setattr(operators, "CHECKED_ELEMENTS", 10)  # so that there is a check at full size too
+    monkeypatch.setattr(operators, "CHECKED_ELEMENTS", 10)  # check at full size too
     assert cli.main(["bench", "--json"]) == code
     rows = [r for r in json.loads(capsys.readouterr().out)["rows"] if r["provider"] == "fastseg auto"]
     assert next(r["note"] for r in rows if r["metric"] == "status").startswith(note)
@@ -189,8 +189,8 @@ def test_what_fails_is_shown_and_gets_no_time(ours, code, note, monkeypatch, cap
         assert "WRONG RESULT" in capsys.readouterr().out
 
 
-def test_what_a_gpu_adds(monkeypatch):
-    """Replays of graphs for all but a backward alone, and peak memory of eager calls."""
+def test_measurements_that_a_gpu_adds(monkeypatch):
+    """A GPU adds replays of CUDA graphs, except for a backward alone, and the peak memory of eager calls."""
     captured = []
     monkeypatch.setattr(timing, "captured", lambda call: captured.append(1) or call)
     monkeypatch.setattr(timing, "measure", lambda *a: timing.Timing(1.0, 2.0, 4.0, 3 * 2**20))
@@ -214,8 +214,8 @@ def test_what_a_gpu_adds(monkeypatch):
     assert forward["GB/s"]["p20"] == pytest.approx(4 * (elements * 5 + 21 * 21 * 16 + 21) / 4e-3 / 1e9)
 
 
-def test_a_network_that_is_wrong_gets_no_time(monkeypatch, fast):
-    """Swapped layers that scale a gradient; the others are right."""
+def test_a_wrong_network_is_not_timed(monkeypatch, fast):
+    """The swapped layers scale a gradient; the other variants are right."""
 
     class Wrong(torch.nn.MaxPool2d):
         def forward(self, x):
@@ -237,15 +237,15 @@ def test_a_network_that_is_wrong_gets_no_time(monkeypatch, fast):
     assert timed == {(who, mode) for who in ("torch", "fastseg") for mode in ("inference", "training step")}
 
 
-def test_nothing_begins_behind_the_deadline(monkeypatch, fast, capsys):
+def test_nothing_starts_after_the_deadline(monkeypatch, fast, capsys):
     one_case(monkeypatch, lambda x: -x)
     assert cli.main(["bench", "--json", "--seconds", "0", "--part", "operators", "--part", "models"]) == 0
     rows = [r for r in json.loads(capsys.readouterr().out)["rows"] if r["part"] != "ceilings"]
     assert rows and {r["note"] for r in rows} == {operators.OUT_OF_TIME}
 
 
-def test_the_commands_leave_the_kernels_unloaded():
-    """Whether they are interpreted is decided when they are loaded, which `fastseg verify` does later."""
+def test_the_commands_do_not_import_the_kernels():
+    """Importing kernels decides whether they are interpreted, and `fastseg verify` must decide that later."""
     code = "import sys, fastseg.commands.cli as c; c.parser(); print('fastseg.kernels.launch' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert run.stdout.strip() == "False"
@@ -254,14 +254,14 @@ def test_the_commands_leave_the_kernels_unloaded():
 # --- result files ----------------------------------------------------------------------------------------------------
 
 
-def test_records_come_back_as_they_were_written(tmp_path):
+def test_records_are_read_as_written(tmp_path):
     path = tmp_path / "a.jsonl"
     written = record_into(path, [("torch", "forward", "ms", 2.0, ""), ("x", "", "status", None, "out of memory")])
     assert results.read([path]) == written
     assert list(written[0]) == list(results.FIELDS) and written[0]["gpu"] == "Test GPU"
 
 
-def test_an_interrupted_run_keeps_what_it_has(tmp_path):
+def test_an_interrupted_run_keeps_its_records(tmp_path):
     path = tmp_path / "a.jsonl"
     first = record_into(path, [("torch", "forward", "ms", 2.0, "")])
     with path.open("a") as file:
@@ -271,7 +271,7 @@ def test_an_interrupted_run_keeps_what_it_has(tmp_path):
     assert results.read([path]) == first + second
 
 
-def test_a_file_that_is_no_result_file(tmp_path, capsys):
+def test_files_that_are_not_result_files(tmp_path, capsys):
     path = tmp_path / "a.jsonl"
     for text in ('{"part": 1}\n', "no json\n", ""):
         path.write_text(text)
@@ -280,7 +280,7 @@ def test_a_file_that_is_no_result_file(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("change", [{"metric": "hours"}, {"p50": None}, {"p50": "3"}, {"extra": 1}])
-def test_records_that_are_refused(change, tmp_path):
+def test_invalid_records_raise(change, tmp_path):
     (record,) = record_into(None, [("torch", "forward", "ms", 2.0, "")])
     assert results.checked(record) == record
     with pytest.raises(ValueError):
@@ -303,7 +303,7 @@ ROWS = [
 ]
 
 
-def test_the_report_has_the_files_numbers_and_nothing_else(tmp_path, capsys):
+def test_the_report_has_only_the_numbers_of_the_files(tmp_path, capsys):
     path, out = tmp_path / "a.jsonl", tmp_path / "out"
     record_into(path, ROWS)
     assert cli.main(["bench", "report", str(path), "--out", str(out), "--json"]) == 0
@@ -321,7 +321,7 @@ def test_the_report_has_the_files_numbers_and_nothing_else(tmp_path, capsys):
     assert "wrong: output 0 is off by 3" in text
 
 
-def test_what_came_last_counts():
+def test_the_last_record_counts():
     def ms(*rows):
         found = report.Results(record_into(None, [("torch", "forward", "ms", 1.0, ""), *rows]), "operators")
         return found.cell(found.cases[0], "fastseg", "ms")
@@ -362,7 +362,7 @@ def test_compare(after, limit, code, verdict, tmp_path, capsys):
         assert (verdict in capsys.readouterr().out) == (verdict != "same")
 
 
-def test_compare_counts_rows_that_are_missing(tmp_path, capsys):
+def test_compare_counts_missing_rows(tmp_path, capsys):
     old, new = tmp_path / "old.jsonl", tmp_path / "new.jsonl"
     record_into(old, [*BEFORE, ("fastseg triton", "backward", "ms", 3.0, "")])
     record_into(new, BEFORE)
@@ -370,7 +370,7 @@ def test_compare_counts_rows_that_are_missing(tmp_path, capsys):
     assert "1 not measured again" in capsys.readouterr().out
 
 
-def test_compare_refuses_another_gpu_and_a_limit_that_is_none(tmp_path, capsys):
+def test_compare_raises_for_another_gpu_and_an_invalid_limit(tmp_path, capsys):
     old, new = tmp_path / "old.jsonl", tmp_path / "new.jsonl"
     record_into(old, BEFORE)
     record_into(new, BEFORE, FACTS | {"gpu": "another"})
@@ -382,7 +382,7 @@ def test_compare_refuses_another_gpu_and_a_limit_that_is_none(tmp_path, capsys):
 # --- providers -------------------------------------------------------------------------------------------------------
 
 
-def test_providers_are_checked_against_the_right_thing():
+def test_providers_are_checked_against_the_right_reference():
     at = cases.Placement(torch.float32, torch.channels_last, "cpu")
     indexed, offsets = cases.max_pool2d(at, (1, 4, 6, 6))
     assert providers.plain(offsets) is offsets.eager and providers.plain(indexed) is indexed.theirs
@@ -390,7 +390,7 @@ def test_providers_are_checked_against_the_right_thing():
     assert names[-2:] == ["torch.compile", "torch.compile max-autotune"] and len(names) == len(set(names)) == 9
 
 
-def test_the_provider_in_cuda_is_for_operators_that_have_kernels(monkeypatch):
+def test_the_cuda_provider_has_only_operators_with_cuda_kernels(monkeypatch):
     at = cases.Placement(torch.float32, torch.contiguous_format, "cpu")
     (pooled, *_), (other, *_) = cases.max_pool2d(at, (1, 4, 6, 6)), cases.upsample_argmax(at, (1, 4, 6, 6), (8, 8))
     monkeypatch.setattr(dispatch, "CUPY_INSTALLED", False)

@@ -1,4 +1,4 @@
-"""The networks that `fastseg bench` times whole: their forms, and the head with a loss and labels at full size."""
+"""The networks that `fastseg bench` times: their forms, and the ADE20K head with its loss and labels at full size."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ HEAD = BY_NAME["ade20k-head"]
 
 
 def run(network, monkeypatch, dtype="float32"):
-    """(notes of what was checked, what was timed) of the network on a CPU, by provider."""
+    """(notes of the checks, what was timed) of the network on a CPU, by provider."""
     monkeypatch.setattr(timing, "measure", lambda call, *rest: timing.Timing(1, 2, 3, None))
     recorder = results.Recorder(None, FACTS)
     bench = ModelBench(recorder, "cpu", dtype, "channels_last", float("inf"), small=True, seconds=0)
@@ -34,7 +34,7 @@ def test_the_head_is_checked_and_timed_in_each_form(dtype, monkeypatch):
     assert timed == {(who, mode) for who in providers for mode in ("inference", "training step")}
 
 
-def test_labels_of_another_resizing_get_no_time(monkeypatch):
+def test_labels_of_another_resizing_are_not_timed(monkeypatch):
     def corners(logits, size, mode, align_corners):
         return F.interpolate(logits, size, mode=mode, align_corners=True).argmax(1)
 
@@ -44,7 +44,7 @@ def test_labels_of_another_resizing_get_no_time(monkeypatch):
     assert "fastseg" not in {who for who, _ in timed} and ("torch", "inference") in timed
 
 
-def test_a_loss_of_the_labels_to_ignore_gets_no_time(monkeypatch):
+def test_a_loss_that_counts_ignored_labels_is_not_timed(monkeypatch):
     def all_count(logits, labels):
         return F.cross_entropy(networks.resized(logits, labels.shape[-2:]), labels.where(labels != IGNORED, 0))
 
@@ -54,7 +54,7 @@ def test_a_loss_of_the_labels_to_ignore_gets_no_time(monkeypatch):
     assert {who for who, _ in timed} == {"torch", "fastseg swap"}
 
 
-def test_the_heads_forms_run_what_they_say(monkeypatch):
+def test_the_forms_of_the_head_run_their_operators(monkeypatch):
     built = Built(HEAD, small=True)
     plain, swapped, native = (built.form(name) for name in ("plain", "swapped", "native"))
     inputs = [torch.randn(shape) for shape in HEAD.inputs(1, 64, 64)]
@@ -71,7 +71,7 @@ def test_the_heads_forms_run_what_they_say(monkeypatch):
                 for choice in fastseg.explain(call, inputs)
             }
 
-    monkeypatch.setattr(fastseg.dispatch, "torch_alone", lambda tensor: False)  # sequences are asked to run as one
+    monkeypatch.setattr(fastseg.dispatch, "torch_alone", lambda tensor: False)  # let sequences run fused
     assert operators(plain) == set()
     assert operators(swapped) == {"batch_norm_relu", "cross_entropy"}
     assert operators(native) == {"batch_norm_relu", "upsample_cross_entropy", "upsample_argmax"}
@@ -98,7 +98,7 @@ def test_labels():
 
 @pytest.mark.parametrize("name", BY_NAME)
 def test_forms(name):
-    """None where another form is the same; forced kernels where there are some that `auto` measures."""
+    """A form that would repeat another one is None; kernels are forced only if `auto` may choose others."""
     built = Built(BY_NAME[name], small=True)
     assert type(built.form("plain").model).__module__ == networks.__name__
     native = built.form("native")

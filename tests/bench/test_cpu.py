@@ -1,4 +1,4 @@
-"""What a CPU runs under "auto" is what was written without fastseg, and no operator more that costs as much."""
+"""Results and memory of fastseg's functions on a CPU under backend "auto", compared with torch's."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="runs on CPU t
 
 
 class Outputs(TorchDispatchMode):
-    """Counts the bytes of the tensors that operators make; views make none."""
+    """Counts the bytes of the tensors that operators allocate; views allocate none."""
 
     def __init__(self):
         super().__init__()
@@ -37,7 +37,7 @@ def made(function, *leaves):
 
 @pytest.mark.parametrize("mode", ["bilinear", "nearest"])
 @pytest.mark.parametrize("classes", [1, 6, 8])
-def test_upsample_cross_entropy_of_few_classes_makes_what_torch_makes(classes, mode):
+def test_upsample_cross_entropy_of_few_classes_allocates_as_much_as_torch(classes, mode):
     x, target = (
         torch.randn(2, classes, 5, 6),
         torch.randint(classes, (2, 40, 48)).masked_fill(torch.rand(2, 40, 48) < 0.2, 255),
@@ -47,7 +47,7 @@ def test_upsample_cross_entropy_of_few_classes_makes_what_torch_makes(classes, m
     assert theirs <= ours <= theirs + 3 * x.nbytes + 64
 
 
-def test_linear_cross_entropy_of_few_classes_makes_what_torch_makes_and_a_chunk_less():
+def test_linear_cross_entropy_of_few_classes_allocates_as_much_as_torch():
     x, weight, target = torch.randn(2, 16, 20, 20), torch.randn(8, 16), torch.randint(8, (2, 20, 20))
     theirs = made(lambda x, w: F.cross_entropy(F.conv2d(x, w[:, :, None, None]), target), x, weight)
     ours = made(lambda x, w: FS.linear_cross_entropy(x, w, target), x, weight)
@@ -64,8 +64,8 @@ def test_z_loss_sums_without_a_loss_for_each_pixel():
 
 @pytest.mark.parametrize("ignore_index", [None, 255, 4, -1])
 @pytest.mark.parametrize("stray", [4, -1, 255])
-def test_confusion_matrix_refuses_any_label_that_is_no_class(stray, ignore_index):
-    """4 is what the pixels that are ignored are counted as."""
+def test_confusion_matrix_raises_for_labels_out_of_range(stray, ignore_index):
+    """Ignored pixels are counted as class 4 internally."""
     target = torch.tensor([0, 3, stray, 1])
     if stray == ignore_index:
         assert FS.confusion_matrix(target.clamp(0, 3), target, 4, ignore_index).sum() == 3
@@ -86,7 +86,7 @@ GEOMETRIES = [  # image, kernel, stride, padding, dilation
 
 @pytest.mark.parametrize("size, kernel, stride, padding, dilation", GEOMETRIES)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels_last"])
-def test_offsets_and_indices_say_the_same(layout, size, kernel, stride, padding, dilation):
+def test_offsets_and_indices_are_equivalent(layout, size, kernel, stride, padding, dilation):
     x = torch.randn(2, 3, *size).contiguous(memory_format=layout)
     geometry = (kernel, stride, padding)
     y, indices = F.max_pool2d(x, *geometry, dilation, ceil_mode=True, return_indices=True)
@@ -99,7 +99,7 @@ def test_offsets_and_indices_say_the_same(layout, size, kernel, stride, padding,
 
 
 def test_a_plane_of_more_than_two_to_the_31():
-    """Of which no tensor is made: one window, far to the right of a second row."""
+    """One window, far to the right in the second row; the plane itself is not allocated."""
     width = 2**31 + 5
     offsets = torch.tensor([[[[3]]]], dtype=torch.uint8)
     assert FS.offsets_to_indices(offsets, 2, 2, 0, width).item() == width + 1
@@ -107,8 +107,8 @@ def test_a_plane_of_more_than_two_to_the_31():
 
 @pytest.mark.parametrize("place", [(0, 0, 1, 0), (0, 1, 0, 2), (0, 1, 1, 1)])
 @pytest.mark.parametrize("padding", [0, 1])
-def test_an_offset_over_any_edge_is_refused(place, padding):
-    """Of the windows of 3 x 5 some of the last row and column lie half outside, with padding the first too."""
+def test_offsets_outside_the_image_raise(place, padding):
+    """Windows at the last row and column of the 3 x 5 image lie partly outside; with padding the first ones too."""
     x = torch.randn(1, 2, 3, 5)
     y, offsets = FS.max_pool2d_with_offsets(x, 2, 2, padding, ceil_mode=True)
     FS.max_unpool2d_with_offsets(y, offsets, 2, 2, padding, (3, 5))
@@ -125,9 +125,9 @@ def test_an_offset_over_any_edge_is_refused(place, padding):
 @pytest.mark.parametrize(
     "options", [{"label_smoothing": 0.2}, {"z_loss": 0.1, "normalization": "valid"}, {"reduction": "sum"}], ids=str
 )
-def test_an_upsampled_loss_makes_its_gradient_in_the_forward(options, mode, layout, monkeypatch):
-    """Of many classes: the maps are resized once, band by band, and the gradient is there when backward comes."""
-    monkeypatch.setattr(chunks, "ELEMENTS", 5000)  # several bands
+def test_the_loss_of_resized_logits_computes_its_gradient_in_the_forward(options, mode, layout, monkeypatch):
+    """With many classes the logits are resized once, chunk by chunk, and the forward computes the gradient."""
+    monkeypatch.setattr(chunks, "ELEMENTS", 5000)  # several chunks
     calls = []
     monkeypatch.setattr(upsample_cross_entropy, "UPSAMPLE_CROSS_ENTROPY_BACKWARD", lambda *call: calls.append(call))
     classes = 33
@@ -141,7 +141,7 @@ def test_an_upsampled_loss_makes_its_gradient_in_the_forward(options, mode, layo
     want = FS.cross_entropy(large, target, weight.double(), ignore_index=255, **options)
     torch.testing.assert_close(loss.double(), want, rtol=1e-5, atol=0)
     assert (found.prediction == large.argmax(1)).float().mean() > 0.98 and torch.equal(found.loss, loss)
-    for factor in (1.0, -3.0):  # twice over one graph
+    for factor in (1.0, -3.0):  # the same graph twice
         (got,) = torch.autograd.grad(factor * loss, x, retain_graph=True)
         (theirs,) = torch.autograd.grad(factor * want, exact, retain_graph=True)
         torch.testing.assert_close(got.double(), theirs, rtol=1e-4, atol=1e-5)

@@ -1,4 +1,4 @@
-"""The gates on the machine code of every kernel of the package: spills, atomics, widths, tensor cores."""
+"""Gates on the machine code of every kernel: spills, atomics, access widths, tensor cores."""
 
 import json
 
@@ -23,7 +23,7 @@ def test_gate_no_kernel_uses_atomics(facts):
     assert [row for row in facts if row["atomics"]] == []
 
 
-def test_gate_the_losses_that_predict_are_looked_at_too(facts):
+def test_gate_the_losses_with_predictions_are_compiled_too(facts):
     losses = (
         "cross_entropy_fwd",
         "cross_entropy_one_pass",
@@ -34,15 +34,15 @@ def test_gate_the_losses_that_predict_are_looked_at_too(facts):
     assert predicting == {f"{name}_kernel" for name in losses}
 
 
-def test_gate_rows_that_allow_it_are_read_and_written_16_bytes_wide(facts):
-    """VEC 8 is a whole 16 bytes of bfloat16, which the launchers take wherever a row divides by it."""
+def test_gate_rows_are_read_and_written_16_bytes_wide(facts):
+    """VEC = 8 is 16 bytes of bfloat16. The launchers use it if it divides the rows."""
     wide = [
         row
         for row in facts
         if row["constants"].get("VEC") == 8
-        and row["constants"].get("WHOLE_WINDOWS", True)  # else lone elements are read where positions point
+        and row["constants"].get("WHOLE_WINDOWS", True)  # otherwise single elements are read at the positions
         and not row["kernel"].endswith("scatter_kernel")
-        and not row["kernel"].startswith("conv_transpose2d")  # which have a gate of their own
+        and not row["kernel"].startswith("conv_transpose2d")  # have their own gate
     ]
     seen = {(row["kernel"], row["layout"]) for row in wide}
     names = ("max_pool2d_fwd", "max_unpool2d_fwd", "max_unpool2d_bwd", "window_gather")
@@ -58,23 +58,23 @@ def test_gate_rows_that_allow_it_are_read_and_written_16_bytes_wide(facts):
         assert (f"cross_entropy_{name}_rows_kernel", "channels_last") in seen
     for row in wide:
         assert "16" in row["loads"], row
-        assert not {"1", "2"} & set(row["stores"]), row  # offsets of eight elements are 8 bytes, a report 4
-        if row["kernel"] not in ("cross_entropy_fwd_kernel", *REDUCING):  # which store a float a pixel or a channel
+        assert not {"1", "2"} & set(row["stores"]), row  # eight offsets are 8 bytes, a flag 4
+        if row["kernel"] not in ("cross_entropy_fwd_kernel", *REDUCING):  # store one float per pixel or channel
             assert "16" in row["stores"], row
 
 
-def test_gate_products_run_on_the_tensor_cores(facts):
-    products = [row for row in facts if row["kernel"].startswith("conv_transpose2d")]
-    assert products
-    assert [row for row in products if not row["tensor core"] and not is_helper(row)] == []
-    assert [row for row in products if row["sm"] == 90 and not row["wgmma"] and not is_helper(row)] == []
+def test_gate_gemms_run_on_the_tensor_cores(facts):
+    gemms = [row for row in facts if row["kernel"].startswith("conv_transpose2d")]
+    assert gemms
+    assert [row for row in gemms if not row["tensor core"] and not is_helper(row)] == []
+    assert [row for row in gemms if row["sm"] == 90 and not row["wgmma"] and not is_helper(row)] == []
 
 
-def test_gate_products_are_fetched_by_the_copy_engine(facts):
-    """In channels_last on sm_90 and later, at the networks' sizes: all three products, and stored 16 bytes wide."""
-    products = [row for row in facts if row["kernel"].startswith("conv_transpose2d") and not is_helper(row)]
-    ours = [row for row in products if row["sm"] >= 90 and row["layout"] == "channels_last"]
-    shuffles = [row for row in ours if "shuffle" in row["kernel"]]  # which masks grad_y on its way to the products
+def test_gate_gemms_load_by_tma(facts):
+    """In channels_last on sm_90 and later, at the networks' sizes: all three GEMMs use TMA and store 16 bytes wide."""
+    gemms = [row for row in facts if row["kernel"].startswith("conv_transpose2d") and not is_helper(row)]
+    ours = [row for row in gemms if row["sm"] >= 90 and row["layout"] == "channels_last"]
+    shuffles = [row for row in ours if "shuffle" in row["kernel"]]  # masks grad_y before the GEMMs
     assert shuffles
     assert [row for row in shuffles if not {"16"} & set(row["loads"]) or "2" in row["loads"]] == []
     ours = [row for row in ours if row not in shuffles]
@@ -85,7 +85,7 @@ def test_gate_products_are_fetched_by_the_copy_engine(facts):
         assert row["copy engine"] and row["wgmma"] and "16" in row["stores"] and not {"1", "2"} & set(row["stores"]), (
             row
         )
-    assert [row for row in products if row["sm"] == 80 and row["copy engine"]] == []
+    assert [row for row in gemms if row["sm"] == 80 and row["copy engine"]] == []
 
 
 def is_helper(row):
@@ -144,14 +144,14 @@ print(json.dumps(spills))
 
 
 def test_dice_in_float64_does_not_spill():
-    """The command compiles no float64, and the assembler by itself spilled in both generations."""
+    """The command does not compile float64; without a register limit the assembler spilled on both GPUs."""
     assert json.loads(compiled("-c", DOUBLE)) == [[0, 0], [0, 0]]
 
 
 def test_the_gates_see_bad_kernels():
     widths, spills, atomics, wgmma, copies, same = json.loads(compiled("-c", BAD))
     assert list(widths) == ["2"] and spills > 0 and atomics > 0 and wgmma == copies == 0
-    assert same, "kernels that are disassembled at once have other instructions than one by one"
+    assert same, "kernels disassembled together have other instructions than one by one"
 
 
 def test_codegen_says_what_it_needs(capsys):

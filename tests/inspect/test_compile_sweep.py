@@ -1,4 +1,4 @@
-"""A draw of compile_sweep.py, and that it sees what does not compile."""
+"""compile_sweep.py compiles a random call, and reports kernels that do not compile."""
 
 import os
 import subprocess
@@ -31,6 +31,6 @@ def test_a_call_compiles():
     assert found.stdout.startswith("seed 5\n") and " 0 failed" in found.stdout
 
 
-def test_what_does_not_compile_is_seen():
+def test_kernels_that_do_not_compile_are_reported():
     found = run("-c", BAD)
     assert found.stdout.splitlines() == ["registers shared spills", "failed", "the compiler ended its process"], found

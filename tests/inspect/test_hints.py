@@ -1,6 +1,6 @@
-"""What kernels tell the compiler of their offsets and masks holds: loads and stores are as wide as these hints allow.
+"""The hints that kernels give the compiler about offsets and masks are true. They decide how wide loads and stores are.
 
-A false hint is wrong on a GPU alone, so the values that the interpreter holds are looked at where each is given.
+A false hint gives wrong results only on a GPU, so each hint is checked against the interpreter's values.
 """
 
 import random
@@ -33,18 +33,18 @@ GEOMETRIES = [
     ((2, 8, 2, 6), 40, 3, 2, 1, 1),
     ((1, 8, 3, 12), 8, 3, 1, 1),
     ((1, 3, 1, 4), 6, (3, 2), (2, 3)),
-    ((3, 16, 4, 8), 8, 2, 2),  # blocks of pixels that cross images
+    ((3, 16, 4, 8), 8, 2, 2),  # blocks of pixels that span images
     ((3, 8, 5, 4), 7, (1, 4), (1, 4)),
-    ((1, 24, 7, 24), 3, (4, 2), (4, 2)),  # pixels past the last
-    ((2, 160, 4, 8), 72, 2, 2),  # more columns than one kernel makes both gradients of
-    ((1, 8, 8, 8), 16, 3, 1, 1),  # boxes
+    ((1, 24, 7, 24), 3, (4, 2), (4, 2)),  # pixels after the last one
+    ((2, 160, 4, 8), 72, 2, 2),  # too many columns for one kernel to compute both gradients
+    ((1, 8, 8, 8), 16, 3, 1, 1),  # box tiles
     ((1, 8, 4, 4), 16, 3, 1, 1),
 ]
 
 
 @pytest.fixture
 def told(monkeypatch):
-    """{(file, line): the longest run} of the hints given so far; a false one fails."""
+    """{(file, line): the longest run} of the hints so far; a false hint fails the test."""
     found = {}
 
     def check(handle, name, lengths):
@@ -75,15 +75,15 @@ def step(layout, dtype, shape, channels, kernel, stride=1, padding=0, extra=0, g
 
 
 def given():
-    """(file, line) of each line of the kernels that gives a hint."""
+    """(file, line) of each hint in the kernels' sources."""
     for file in Path(kernels.__file__).parent.rglob("*.py"):
         for number, line in enumerate(file.read_text().splitlines(), 1):
             if any(f"tl.{hint}(" in line for hint in ("multiple_of", "max_contiguous", "max_constancy")):
                 yield file.name, number
 
 
-def test_hints_are_true_and_all_are_seen(told, triton_backend):
-    """Of calls that reach every hint, each at the full 16 bytes."""
+def test_all_hints_are_reached_and_true(told, triton_backend):
+    """The calls reach every hint, each with full 16-byte accesses."""
     for geometry in GEOMETRIES:
         for layout in LAYOUTS.values():
             step(layout, torch.float16, *geometry)
@@ -92,8 +92,8 @@ def test_hints_are_true_and_all_are_seen(told, triton_backend):
     assert set(told.values()) == {8}
 
 
-def test_hints_are_true_of_random_calls(told, triton_backend, seed):
-    """Sizes that no block divides, and rows of two, four and eight elements; ours on what torch takes alone."""
+def test_hints_are_true_for_random_calls(told, triton_backend, seed):
+    """Sizes that no block divides, and rows of two, four and eight elements."""
     draw = random.Random(seed)
     for _ in range(12):
         groups = draw.choice([1, 1, 2])
@@ -112,10 +112,10 @@ def test_hints_are_true_of_random_calls(told, triton_backend, seed):
     assert told
 
 
-def test_places_are_exact_up_to_the_longest_side():
-    """Rows and columns are told apart in float32: by a reciprocal that a GPU may round by two units in its last place.
+def test_rows_and_columns_are_exact_up_to_the_longest_side():
+    """Kernels compute rows and columns in float32, by a reciprocal that a GPU may round by two units in the last place.
 
-    Emulated on the largest maps that are covered, whose columns a block of pixels may pass by its own length.
+    This emulates it for the largest supported maps. A block of pixels may exceed the columns by its own length.
     """
     for b in [1, 3, 7, 127, 1000, 99_991, MAX_FLOAT_SIDE - 1, MAX_FLOAT_SIDE]:
         edges = torch.arange(b, MAX_FLOAT_SIDE + 1024, b)
@@ -127,7 +127,7 @@ def test_places_are_exact_up_to_the_longest_side():
 
 
 @pytest.mark.parametrize("side", [2, 3])
-def test_longer_maps_are_left_to_torch(side, triton_backend):
+def test_longer_maps_fall_back_to_torch(side, triton_backend):
     shape, words = [1, 1, 1, 1], f"maps of more than {MAX_FLOAT_SIDE} rows or columns"
     shape[side] = MAX_FLOAT_SIDE // 2 + 1
     x, weight = torch.randn(shape, requires_grad=True), torch.ones(1, 1, 3, 3)

@@ -1,4 +1,4 @@
-"""What torch.compile's kernels for a GPU move, counted without one, against bytes worked out by hand."""
+"""Bytes of torch.compile's GPU kernels, counted without a GPU, against bytes computed by hand."""
 
 import json
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are c
 
 
 def counted(function, *inputs):
-    """A call's result and its one graph."""
+    """The result of a call, and its only graph."""
     torch.compiler.reset()
     compiled, graphs = inductor.compiled(function)
     result = compiled(*inputs)
@@ -23,7 +23,7 @@ def counted(function, *inputs):
 
 
 def test_a_chain_of_pointwise_operators_reads_and_writes_once():
-    x, y = torch.randn(3, 8, 16, 32), torch.randn(3, 8, 16, 32)  # in blocks without masks, up to 4096 elements
+    x, y = torch.randn(3, 8, 16, 32), torch.randn(3, 8, 16, 32)  # blocks of up to 4096 elements, without masks
     result, graph = counted(lambda x, y: (x * 2 + y).relu().square(), x, y)
     assert torch.equal(result, (x * 2 + y).relu().square())
     (kernel,) = graph.kernels
@@ -32,8 +32,8 @@ def test_a_chain_of_pointwise_operators_reads_and_writes_once():
     assert graph.operators.sectors.total() == 0
 
 
-def test_what_is_left_to_torch_is_counted_as_eager_is():
-    """A matmul, which writes into what it is given, and a pass of a kernel's over its result."""
+def test_operators_left_to_torch_are_counted_like_eager():
+    """A matmul that writes to a given tensor, and a kernel that reads and writes its result."""
     a, b = torch.randn(32, 64), torch.randn(64, 48)
     result, graph = counted(lambda a, b: (a @ b).sigmoid(), a, b)
     torch.testing.assert_close(result, (a @ b).sigmoid())
@@ -50,7 +50,7 @@ def test_atomics_read_and_write():
     assert graph.moved[0] == 64 * 4 + places.nbytes + values.nbytes + 2 * 64 * 4
 
 
-def test_the_last_run_is_what_counts():
+def test_the_last_run_counts():
     compiled, graphs = inductor.compiled(lambda x: x + 1)
     for _ in range(2):
         compiled(torch.zeros(1024))
@@ -59,7 +59,7 @@ def test_the_last_run_is_what_counts():
 
 @pytest.mark.parametrize("layout", cases.LAYOUTS)
 def test_a_transposed_convolution_and_its_bias(layout):
-    """In its input's format; the bias is a pass over the result, and in the backward one over the gradient."""
+    """In the input's memory format. The bias takes a pass over the result, and in the backward over the gradient."""
     at = cases.Placement(torch.bfloat16, cases.LAYOUTS[layout], "cpu")
     (case,) = cases.conv_transpose2d(at, (1, 64, 16, 16), cases.ConvTransposeSpec(32, kernel=2, stride=2))
     x, weight, y = 64 * 256 * 2, 64 * 32 * 4 * 2, 32 * 1024 * 2
@@ -69,21 +69,21 @@ def test_a_transposed_convolution_and_its_bias(layout):
     forward, backward = graphs
     assert forward.moved[0] == pytest.approx(x + weight + y + 2 * y, rel=0.005)
     assert backward.moved[0] == pytest.approx(2 * (x + weight) + y + y, rel=0.03)
-    assert "bias of a convolution" not in backward.operators.least, "which a kernel of Inductor's sums up"
+    assert "bias of a convolution" not in backward.operators.least, "Inductor's kernel sums the bias"
 
 
 @pytest.mark.parametrize("channels", [8, 16])
 def test_few_channels_are_resized_into_nchw(channels):
-    """As torch decomposes it on a GPU, and nowhere else."""
+    """torch decomposes the resizing so only on a GPU."""
     x = torch.randn(1, channels, 8, 8).contiguous(memory_format=torch.channels_last)
     result, _ = counted(lambda x: F.interpolate(x, scale_factor=2, mode="bilinear"), x)
     torch.testing.assert_close(result, F.interpolate(x, scale_factor=2, mode="bilinear"))
     assert result.is_contiguous() == (channels < 16)
 
 
-# Bytes an element of the large image, forward and backward, as torch 2.13's decompositions have it: pooling scatters
-# its gradient into float32 by atomics, each of which reaches a sector of its own for few neighbours, and casts it. In
-# torch 2.11 each element of the image looks whether it was the largest of its windows.
+# Bytes per element of the large image, forward and backward, with torch 2.13's decompositions: pooling scatters its
+# gradient into float32 by atomics, most of which reach a separate sector, and casts it. In torch 2.11 each element of
+# the image checks whether it was the largest of its windows.
 SCATTERS = not torch.__version__.startswith("2.11.")
 BY_HAND = {
     "max_pool2d": ((2 + 2 / 4 + 8 / 4,), (4 + (2 + 8) / 4 + 2 * 4 + 4 + 2 if SCATTERS else (2 + 8) / 4 + 2,)),
@@ -111,8 +111,8 @@ def test_bytes_by_hand(operator):
         (cases.upsample_cross_entropy, ((1, 11, 4, 8), cases.ResizeSpec((16, 32)))),
     ],
 )
-def test_the_interpreted_program_computes_what_torch_does(make, size, layout):
-    """Gradients too: so all of it ran, and nothing was read or written beside its tensors."""
+def test_the_interpreted_program_computes_torchs_results(make, size, layout):
+    """Results and gradients agree, so the whole program ran and accessed only its tensors."""
     at = cases.Placement(torch.float32, cases.LAYOUTS[layout], "cpu")
     case = next(make(at, *size))
     torch.compiler.reset()
@@ -131,7 +131,7 @@ def test_the_interpreted_program_computes_what_torch_does(make, size, layout):
     assert [graph.backward for graph in graphs] == [False, True]
 
 
-def test_the_column(tmp_path, capsys):
+def test_the_compile_columns(tmp_path, capsys):
     png = tmp_path / "traffic.png"
     arguments = ["inspect", "traffic", "--op", "upsample_argmax", "--layout", "nchw", "--compile"]
     assert cli.main([*arguments, "--json", "--png", str(png)]) == 0
@@ -140,7 +140,7 @@ def test_the_column(tmp_path, capsys):
     assert png.read_bytes().startswith(b"\x89PNG")
 
 
-def test_what_cannot_be_counted_is_shown(monkeypatch, tmp_path, capsys):
+def test_failures_to_count_are_reported(monkeypatch, tmp_path, capsys):
     def renamed(function):
         raise AttributeError("torch of another version\nhas it elsewhere")
 

@@ -1,4 +1,4 @@
-"""The instrument that counts traffic, and the gates on the bytes of every kernel of the package."""
+"""The instrument that counts traffic, and gates on the bytes that every kernel moves."""
 
 import json
 from itertools import pairwise
@@ -41,7 +41,7 @@ def test_sectors_are_counted_once_and_requests_each_time():
 
 @pytest.mark.parametrize("layout", cases.LAYOUTS)
 def test_gate_every_memory_bound_operator_is_at_its_floor(layout):
-    """At most 1.05 of the floor on whole blocks, 1.15 on odd sizes."""
+    """At most 1.05 times the floor for sizes that the blocks divide, 1.15 times for odd sizes."""
     at = cases.Placement(torch.bfloat16, cases.LAYOUTS[layout], "cpu")
     seen = set()
     for case in traffic_report.sized_cases(at):
@@ -66,7 +66,7 @@ def test_gate_float32_is_at_its_floor(layout):
 
 @pytest.mark.parametrize("layout", cases.LAYOUTS)
 def test_gate_batch_norm_against_eager(layout):
-    """Forward and backward, without and with the bias of a convolution before, which eager adds and sums up."""
+    """Forward and backward, with and without the bias of the convolution in front, which eager adds separately."""
     places = [cases.Placement(torch.bfloat16, cases.LAYOUTS[layout], d) for d in ("cpu", "meta")]
     for biased, most in ((False, (0.63, 0.36)), (True, (0.52, 0.31))):
         both = (list(cases.batch_norm_relu(at, (1, 32, 32, 32), conv_bias=biased)) for at in places)
@@ -78,7 +78,7 @@ def test_gate_batch_norm_against_eager(layout):
 
 @pytest.mark.parametrize("layout", cases.LAYOUTS)
 def test_gate_pools_against_eager(layout):
-    """Sectors against the sectors of torch's own operators: pool backward, and unpool forward and backward."""
+    """Fewer sectors than torch's operators: pooling backward, unpooling forward and backward."""
     shape, places = (1, 64, 8, 32), [cases.Placement(torch.bfloat16, cases.LAYOUTS[layout], d) for d in ("cpu", "meta")]
 
     def moved(make):
@@ -94,7 +94,7 @@ def test_gate_pools_against_eager(layout):
 
 
 def plain_segnet():
-    """SegNet as plain_networks has it, of full width."""
+    """SegNet of plain_networks at full width."""
     down = [[64] * 2, [128] * 2, [256] * 3, [512] * 3, [512] * 3]
     up = [[512] * 3, [512, 512, 256], [256, 256, 128], [128, 64], [64]]
     ends = [3, *(row[-1] for row in [*down, *up])]
@@ -106,7 +106,7 @@ def plain_segnet():
 
 
 def test_gate_a_training_step_of_segnet_outside_its_convolutions():
-    """8x3x360x480 in bfloat16 and channels_last, on the meta device: every operator at its floor, and eager's."""
+    """8x3x360x480 in bfloat16 and channels_last, on the meta device: floors of all operators against eager's bytes."""
 
     def step(model, loss):
         model.bfloat16().to(memory_format=torch.channels_last)
@@ -127,7 +127,7 @@ def test_gate_a_training_step_of_segnet_outside_its_convolutions():
 
 @pytest.mark.parametrize("layout", cases.LAYOUTS)
 @pytest.mark.parametrize("operator", operators.SIZES)
-def test_gate_no_kernel_touches_memory_outside_its_tensors(operator, layout):
+def test_gate_no_kernel_accesses_memory_outside_its_tensors(operator, layout):
     at = cases.Placement(torch.float16, cases.LAYOUTS[layout], "cpu")
     for make in operators.SIZES[operator]:
         for case in make(at):
@@ -136,14 +136,14 @@ def test_gate_no_kernel_touches_memory_outside_its_tensors(operator, layout):
                     assert kernel.outside == 0, f"{kernel.kernel} in {case.operator} {case.size}"
 
 
-def test_an_access_outside_is_seen():
+def test_an_access_outside_a_tensor_is_counted():
     x, y = torch.zeros(2047), torch.zeros(1024)
     assert moved(bad_kernels.padded_copy_kernel, x, y, n=1024).outside == 0
     assert moved(bad_kernels.padded_copy_kernel, x[:2046], y, n=1024).outside == 1
 
 
 def test_the_floors_are_the_published_ones():
-    """Bytes for each element, from the shapes alone, in bfloat16: of the input (pool), the pooled map, the pixel."""
+    """Bytes in bfloat16 per element of the input (pooling), of the pooled map (unpooling), and per pixel (losses)."""
     at = cases.Placement(torch.bfloat16, torch.channels_last, "cpu")
     elements, pixels = 2 * 64 * 16 * 32, 2 * 16 * 32
     makers = [*cases.max_pool2d(at, (2, 64, 16, 32)), *cases.max_unpool2d(at, (2, 64, 16, 32))]
@@ -172,7 +172,7 @@ def test_the_floors_are_the_published_ones():
     assert forward.floor == pytest.approx((4 * 19 + 9) * pixels, rel=1e-3) and backward.moved == 32
 
 
-def test_bytes_an_element_do_not_depend_on_the_size():
+def test_bytes_per_element_do_not_depend_on_the_size():
     at = cases.Placement(torch.bfloat16, torch.contiguous_format, "cpu")
 
     def an_element(height):
@@ -214,7 +214,7 @@ def test_the_traffic_command(tmp_path, capsys):
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert len(rows) == 8 and png.read_bytes().startswith(b"\x89PNG")
     for row in rows:
-        lone = "k3" in row["size"] and row["mode"] == "backward"  # reads what the positions name and no more
+        lone = "k3" in row["size"] and row["mode"] == "backward"  # reads only the elements at the positions
         assert row["moved"] >= row["floor"] * (0.9 if lone else 1) and row["model us"] == row["moved"] / 2e6
     assert cli.main(arguments) == 0
     assert "max_unpool2d_with_offsets" in capsys.readouterr().out
@@ -226,6 +226,6 @@ def test_the_traffic_command(tmp_path, capsys):
     "words",
     ["traffic --sm 90", "traffic --sass k", "codegen --png a.png", "codegen --bandwidth 2", "codegen --compile"],
 )
-def test_an_option_of_the_other_instrument_is_refused(words, capsys):
+def test_an_option_of_the_other_instrument_raises(words, capsys):
     assert cli.main(["inspect", *words.split()]) == 2
     assert words.split()[1] in capsys.readouterr().err

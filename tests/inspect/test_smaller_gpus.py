@@ -1,4 +1,4 @@
-"""GPUs whose multiprocessors have less than an H100's: 99 KiB of shared memory a program on the 8.6, 8.9 and 12.x."""
+"""GPUs with less shared memory than an H100: 99 KiB per program on compute capability 8.6, 8.9 and 12.x."""
 
 import json
 import os
@@ -35,9 +35,9 @@ print(json.dumps([[kernel.name, kernel.shared, kernel.resources["STACK"], limit]
 
 @pytest.mark.parametrize("sm", [86, 120])
 def test_the_largest_blocks_fit(sm):
-    """The kernels that take more on an H100 take no more than there is; the 8.9 has what the 8.6 has.
+    """Kernels that use more shared memory on an H100 fit these GPUs; 8.9 has as much as 8.6.
 
-    32 bytes of stack are what ptxas gives one of them for 53 registers fewer.
+    In one of them ptxas spills 32 bytes to use 53 fewer registers.
     """
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run([sys.executable, "-c", COMPILED, str(sm)], capture_output=True, text=True, env=env)
@@ -52,6 +52,6 @@ def test_the_largest_blocks_fit(sm):
 
 
 @pytest.mark.parametrize("sm, roomy", [(80, False), (89, False), (90, True), (100, True), (110, True), (120, False)])
-def test_who_has_room(sm, roomy):
+def test_which_gpus_are_roomy(sm, roomy):
     with launch.targeting(sm):
         assert launch.roomy(torch.empty(1)) is roomy

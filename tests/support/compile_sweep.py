@@ -1,8 +1,8 @@
-"""What Triton's compiler makes of calls at sizes that nobody chose: python tests/support/compile_sweep.py --seconds 300
+"""Compiles random calls of every operator: python tests/support/compile_sweep.py --seconds 300
 
-Draws calls of every operator, records what they launch, and compiles each new kernel for one generation of GPUs, in a
-process of its own, since the compiler ends the process where it fails at worst. A kernel fails that does not compile or
-needs more shared memory than the GPU has; one that spills is told of. Exit code 1 if one failed.
+It draws calls, records their launches, and compiles each new kernel for one generation of GPUs in a separate process,
+since a failing compiler may end its process. A kernel fails if it does not compile or if it needs more shared memory
+than the GPU has. Kernels that spill are reported. The exit code is 1 if a kernel failed.
 """
 
 import argparse
@@ -38,14 +38,14 @@ def shuffled(draw: random.Random, at: Placement, n: int, h: int, w: int) -> Made
 
 
 def convolved(draw: random.Random, at: Placement, n: int, h: int, w: int) -> Made:
-    """Transposed convolution of any other kind."""
+    """Any other transposed convolution."""
     c, k = draw.choice(CHANNELS), draw.choice(CHANNELS)
     kernel, stride = draw.choice([1, 2, 3, 4, 5, 7, 16]), draw.choice([1, 2, 2, 3, 4, 8])
     groups = draw.choice([g for g in (1, 1, 1, 2, c) if c % g == 0])
     if draw.random() < 0.2:
         h = w = 1
     extra, dilation = draw.randrange(min(stride, 2)), 1 if stride > 1 or kernel == 1 else draw.choice([1, 1, 2])
-    widest = ((min(h, w) - 1) * stride + dilation * (kernel - 1)) // 2  # that leaves an output
+    widest = ((min(h, w) - 1) * stride + dilation * (kernel - 1)) // 2  # the largest padding with an output
     padding = min(draw.choice([0, 0, 1, 2]), kernel - 1, widest)
     make = draw.choice([cases.conv_transpose2d, cases.conv_transpose2d_affine_relu])
     conv = ConvTransposeSpec(max(1, k // groups) * groups, kernel, stride, padding, extra, groups, dilation)
@@ -53,7 +53,7 @@ def convolved(draw: random.Random, at: Placement, n: int, h: int, w: int) -> Mad
 
 
 def pooled(draw: random.Random, at: Placement, n: int, h: int, w: int) -> Made:
-    """Pooling, unpooling, batch norm between them, and the convolution behind an unpooling."""
+    """Pooling, unpooling, batch norm with both, and unpooling with a convolution."""
     shape, ceil_mode = (n, draw.choice(CHANNELS), max(h, 6), max(w, 6)), draw.choice([True, False])
     kernel, stride = draw.choice([2, 2, 3, 4, 5]), draw.choice([None, 1, 2])
     padding, channels, bias = draw.choice([0, kernel // 2]), draw.choice(CHANNELS), draw.choice([True, False])
@@ -65,8 +65,8 @@ def pooled(draw: random.Random, at: Placement, n: int, h: int, w: int) -> Made:
     ])()  # fmt: skip
 
 
-def lost(draw: random.Random, at: Placement, n: int, h: int, w: int) -> Made:
-    """Losses, predictions and counts."""
+def losses(draw: random.Random, at: Placement, n: int, h: int, w: int) -> Made:
+    """Losses, predictions and confusion matrices."""
     shape, classes = (n, draw.choice(CLASSES), max(h, 2), max(w, 2)), draw.choice(CLASSES)
     large = (draw.choice([2, 3, 4]) * shape[2], draw.choice([2, 4]) * shape[3])
     weighted, smoothed, probabilities = (draw.choice([True, False]) for _ in range(3))
@@ -83,12 +83,12 @@ def lost(draw: random.Random, at: Placement, n: int, h: int, w: int) -> Made:
 
 
 FAMILIES: dict[str, Callable[..., Made]] = {
-    "shuffled": shuffled, "convolved": convolved, "pooled": pooled, "lost": lost
+    "shuffled": shuffled, "convolved": convolved, "pooled": pooled, "losses": losses
 }  # fmt: skip
 
 
 def launched(draw: random.Random, family: str, sm: int) -> Iterator[tuple[str, Launch]]:
-    """(the call, a launch of it) of one call at random."""
+    """(the call, one of its launches) for each launch of a random call."""
     dtype = draw.choice(["bfloat16", "bfloat16", "float16", "float32"])
     layout = draw.choice(list(cases.LAYOUTS))
     at = Placement(cases.DTYPES[dtype], cases.LAYOUTS[layout], "meta")
@@ -100,11 +100,11 @@ def launched(draw: random.Random, family: str, sm: int) -> Iterator[tuple[str, L
 
 
 def compiled(launch: Launch, sm: int) -> dict[str, Any]:
-    """{"failed": ...} or registers, spills and shared memory of a launch, compiled in a process of its own."""
+    """Compile a launch in a separate process: registers, spills and shared memory, or {"failed": ...}."""
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the whole module, where the compiler fails
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # a failing compiler prints the whole module
         try:
             kernel = compile_for(launch, sm)
             facts = {"registers": kernel.resources["REG"], "spills": kernel.spills, "shared": kernel.shared}
@@ -125,7 +125,7 @@ def compiled(launch: Launch, sm: int) -> dict[str, Any]:
 def sweep(
     draw: random.Random, families: list[str], calls: int | None, deadline: float
 ) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """(the call, the kernel, what became of it) of each new kernel."""
+    """(call, kernel, result) of each new kernel."""
     seen = set()
     while (calls is None or calls > 0) and time.monotonic() < deadline:
         calls = None if calls is None else calls - 1
@@ -139,9 +139,9 @@ def sweep(
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seconds", type=float, default=300.0, help="no new call after so many (%(default)s)")
-    parser.add_argument("--calls", type=int, help="no more calls than this")
-    parser.add_argument("--seed", type=int, default=random.randrange(2**31), help="default: a fresh one, printed")
+    parser.add_argument("--seconds", type=float, default=300.0, help="start no call later (default: %(default)s)")
+    parser.add_argument("--calls", type=int, help="the most calls")
+    parser.add_argument("--seed", type=int, default=random.randrange(2**31), help="default: random, printed")
     parser.add_argument("--family", action="append", choices=list(FAMILIES), help="may be repeated (default: all)")
     args = parser.parse_args()
     print(f"seed {args.seed}", flush=True)

@@ -1,4 +1,4 @@
-"""Whole models compared: what must be found equal, and every way to be wrong that must be found."""
+"""Comparison of whole models: equal models pass, and every kind of difference is found."""
 
 from dataclasses import dataclass
 
@@ -45,7 +45,7 @@ def test_a_model_is_equal_to_itself_and_close_to_float64(net, x):
     assert failures(plain, plain, equivalence.in_float64(net, [x])) == []
 
 
-def test_the_model_is_left_as_it_was(net, x):
+def test_the_model_is_left_unchanged(net, x):
     net.conv.weight.grad = kept = torch.ones_like(net.conv.weight)
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     random = torch.get_rng_state()
@@ -55,12 +55,12 @@ def test_the_model_is_left_as_it_was(net, x):
     assert torch.equal(torch.get_rng_state(), random)
 
 
-def test_evaluation_has_no_gradients_and_moves_no_buffer(net, x):
+def test_evaluation_has_no_gradients_and_changes_no_buffer(net, x):
     found = equivalence.outcome(net.eval(), [x])
     assert found["gradients"] == {} and found["buffers"]["norm.num_batches_tracked"] == 0
 
 
-def test_arguments_by_name_have_gradients(net, x):
+def test_keyword_arguments_have_gradients(net, x):
     scale = torch.tensor(2.0)
     found = equivalence.outcome(net, [x], {"scale": scale})
     assert found["gradients"]["input scale"] is not None and not scale.requires_grad
@@ -84,14 +84,14 @@ def change(outcome, kind, name, how):
         ("buffers", "norm.num_batches_tracked", lambda t: t + 1),
     ],
 )
-def test_what_is_wrong_is_found(net, x, kind, name, how):
+def test_wrong_tensors_are_found(net, x, kind, name, how):
     plain, truth = equivalence.outcome(net, [x]), equivalence.in_float64(net, [x])
     found = change(plain, kind, name, how)
     assert failures(found, plain, truth) == [(kind, name)]
     assert not equivalence.equal(found, plain)
 
 
-def test_a_tensor_too_few_or_too_many_is_found(net, x):
+def test_missing_and_additional_tensors_are_found(net, x):
     plain, truth = equivalence.outcome(net, [x]), equivalence.in_float64(net, [x])
     more = plain | {"buffers": plain["buffers"] | {"extra": torch.zeros(1)}}
     assert failures(more, plain, truth) == [("buffers", "extra")]
@@ -100,8 +100,8 @@ def test_a_tensor_too_few_or_too_many_is_found(net, x):
     assert not equivalence.equal(more, plain) and not equivalence.equal(fewer, plain)
 
 
-def test_what_is_zero_but_for_rounding_is_measured_by_its_kind(net, x):
-    """The gradient of a bias in front of a batch norm: noise in torch, and any noise as small is as right."""
+def test_tensors_that_are_zero_except_for_rounding_are_scaled_by_their_kind(net, x):
+    """The gradient of a bias in front of a batch norm is rounding noise in torch; other noise as small is right too."""
     plain, truth = equivalence.outcome(net, [x]), equivalence.in_float64(net, [x])
     largest = max(t.norm().item() for t in truth["gradients"].values() if t is not None)
     assert truth["gradients"]["conv.bias"].norm() < 1e-12 * largest
@@ -111,7 +111,7 @@ def test_what_is_zero_but_for_rounding_is_measured_by_its_kind(net, x):
     assert failures(found, plain, truth) == [("gradients", "conv.bias")]
 
 
-def test_flips_are_for_gradients_alone(net, x):
+def test_flips_apply_to_gradients_only(net, x):
     plain, truth = equivalence.outcome(net, [x]), equivalence.in_float64(net, [x])
     found = change(plain, "gradients", "conv.weight", lambda t: t * 1.001)
     assert failures(found, plain, truth, flips=0.01) == []
@@ -119,7 +119,7 @@ def test_flips_are_for_gradients_alone(net, x):
     assert failures(found, plain, truth, flips=0.01) == [("outputs", "out")]
 
 
-def test_tensors_are_found_in_anything():
+def test_tensors_are_found_in_nested_results():
     @dataclass
     class Result:
         logits: torch.Tensor

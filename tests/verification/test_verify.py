@@ -23,8 +23,8 @@ def test_a_right_function_passes(device):
     "wrong",
     [
         lambda x: x * 1.0001,  # a value
-        lambda x: x + 0 * x.detach().where(x > 0, torch.nan),  # NaN where truth has none
-        lambda x: x.detach() + (x - x.detach()) * 1.01,  # the gradient alone
+        lambda x: x + 0 * x.detach().where(x > 0, torch.nan),  # NaN where the truth has none
+        lambda x: x.detach() + (x - x.detach()) * 1.01,  # only the gradient
         lambda x: torch.empty_like(x).copy_(x)[:-1],  # the shape
     ],
 )
@@ -33,13 +33,13 @@ def test_a_wrong_function_fails(wrong, device):
     assert not all(c.passed for c in criterion.compare_to_torch(wrong, lambda x: x * 1, [x]))
 
 
-def test_an_element_that_nobody_wrote_is_seen(device):
+def test_an_element_that_is_not_written_is_found(device):
     def forgets(x):
         y = torch.empty_like(x)
         y[1:] = x[1:]
         return y
 
-    x = torch.zeros(64, device=device)  # what fresh memory often holds
+    x = torch.zeros(64, device=device)  # fresh memory often holds zeros
     assert not all(c.passed for c in criterion.compare_to_torch(forgets, lambda x: x * 1, [x]))
 
 
@@ -78,7 +78,7 @@ def test_the_command_fails_on_a_wrong_kernel(monkeypatch, capsys):
     assert "FAILED" in capsys.readouterr().out
 
 
-def test_a_case_that_raises_fails_and_the_others_go_on(monkeypatch, capsys):
+def test_a_case_that_raises_fails_and_the_others_continue(monkeypatch, capsys):
     from fastseg import kernels
 
     def broken(*arguments):
@@ -118,14 +118,14 @@ def test_an_operator_without_cuda_kernels_has_no_comparisons():
     assert [comparisons for _, comparisons in runs] == [[], []]
 
 
-def test_without_triton_it_says_so_at_once(monkeypatch, capsys):
+def test_without_triton_it_raises_at_once(monkeypatch, capsys):
     monkeypatch.setattr(dispatch, "TRITON_INSTALLED", False)
     assert cli.main(["verify", "--quick", "--op", "max_pool2d"]) == 2
     assert "--backend triton cannot run: triton is not installed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("json_option", [["--json"], []])
-def test_an_interrupted_run_tells_what_it_did(json_option, monkeypatch, capsys):
+def test_an_interrupted_run_reports_the_finished_cases(json_option, monkeypatch, capsys):
     whole = operators.verify
 
     def interrupted(*arguments):
@@ -171,7 +171,7 @@ print(*sorted(wanted))
 
 
 def test_every_kernel_is_run():
-    """On an H100, the kernels of its copy engine too."""
+    """On an H100: the kernels that use TMA too."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run([sys.executable, "-c", EVERY_KERNEL], capture_output=True, text=True, env=env)
     assert run.returncode == 0, run.stderr
