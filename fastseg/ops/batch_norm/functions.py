@@ -53,20 +53,53 @@ def batch_norm_relu(
     input_bias: Tensor | None = None,
     process_group: Any = None,
 ) -> Tensor:
-    """relu(torch.nn.functional.batch_norm(input, ...)) in two passes over the input, and two back.
+    """Batch normalization and ReLU in two passes over the input in training, and two in the backward.
 
-    input: (N, C, H, W), any float dtype (other ranks go to torch); the output keeps dtype and memory format.
-    running_mean, running_var, weight, bias: (C,), in the input's dtype or float32. training: normalise with the
-    batch's mean and biased variance, and move the running ones (unbiased) by `momentum`, in place.
+        output = relu((input + input_bias - mean) / sqrt(var + eps) * weight + bias)
 
-    relu: False leaves the ReLU out. input_bias (C,): the bias of a convolution before, which has *not* been added to
-    input; in training it moves running_mean and its gradient is zero, since the mean takes it out again; in
-    evaluation it is added. process_group: of torch.distributed; in training the statistics and their gradients are
-    those of the batches of all its processes together.
+    mean and var are those of the batch in training, with the biased variance, and the running ones in evaluation.
 
-    Statistics are Welford's in float32 (float64 for float64), in a fixed order: deterministic. For the backward
-    nothing of full size is kept but the input. Raises ValueError and RuntimeError where torch does: a single value a
-    channel in training, eps below 0, vectors of another length.
+    Args:
+        input: of any floating-point dtype.
+        running_mean, running_var: the running statistics, or None for both in training. In training they are updated
+            in place, with the unbiased variance.
+        weight, bias: the scale and shift of each channel. Default: 1 and 0.
+        training: normalize with the statistics of the batch.
+        momentum: the weight of the batch in the running statistics.
+        eps: added to the variance.
+        relu: False leaves out the ReLU.
+        input_bias: the bias of the preceding convolution, if the convolution has not added it to the input. In
+            training it only moves running_mean, because the mean cancels it out of the output; its gradient is zero.
+        process_group: a group of torch.distributed. In training the statistics and their gradients are those of the
+            batches of all its processes together.
+
+    Shape:
+        - input: (N, C, H, W). Inputs of any other rank (N, C, ...) fall back to PyTorch.
+        - running_mean, running_var, weight, bias, input_bias: (C,), in the input's dtype or float32.
+        - output: the shape, dtype and memory format of the input.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: for arguments that torch refuses, for instance a single value per channel
+            in training, or an eps that is not positive.
+        NotImplementedError: if the kernels are requested for an input that they do not support.
+
+    Note:
+        Deterministic. Statistics are computed by Welford's algorithm in float32 (float64 for float64), in a fixed
+        order; a mean far from zero loses no digits. The backward recomputes the ReLU's mask, so no tensor of full size
+        is saved except the input. A backward with create_graph=True uses torch's formulas, which process_group rules
+        out.
+
+    Example:
+        >>> import torch, fastseg.functional as FS
+        >>> x = torch.tensor([1.0, 2.0, 3.0]).view(1, 1, 1, 3)
+        >>> mean, var = torch.zeros(1), torch.ones(1)
+        >>> FS.batch_norm_relu(x, mean, var, training=True).round(decimals=3)
+        tensor([[[[0.0000, 0.0000, 1.2250]]]])
+        >>> mean, var
+        (tensor([0.2000]), tensor([1.]))
+
+    Source:
+        torch.nn.functional.batch_norm; Ioffe and Szegedy, "Batch Normalization", ICML 2015.
     """
     options = BatchNormOptions(training, momentum, eps, relu, process_group)
     call = BatchNormCall(input, running_mean, running_var, weight, bias, input_bias, options)
@@ -93,12 +126,44 @@ def batch_norm_relu_max_pool2d(
     input_bias: Tensor | None = None,
     process_group: Any = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """max_pool2d(batch_norm_relu(input, ...)) without storing the map between.
+    """Batch normalization, ReLU and max-pooling without storing the map that is pooled.
 
-    Returns the pooled map, and with return_offsets the uint8 offsets of max_pool2d_with_offsets too. The maximum is
-    that of the values as the map between would hold them, so that both give the same. Windows that overlap, or of a
-    stride of more than 64 elements, run as two operators. Everything else is as in batch_norm_relu and
-    max_pool2d_with_offsets.
+        output = max_pool2d(batch_norm_relu(input, ...), kernel_size, stride, padding, ceil_mode=ceil_mode)
+
+    Args:
+        input, running_mean, running_var, weight, bias, training, momentum, eps: as in batch_norm_relu.
+        kernel_size, stride, padding, ceil_mode: as in max_pool2d.
+        return_offsets: also return where each maximum was, as max_pool2d_with_offsets does.
+        relu, input_bias, process_group: as in batch_norm_relu.
+
+    Shape:
+        - input: (N, C, H, W).
+        - output: (N, C, OH, OW), of the size that max_pool2d returns, in the dtype and memory format of the input.
+
+    Returns:
+        The pooled map; with `return_offsets` also uint8 offsets of its shape.
+
+    Raises:
+        TypeError, ValueError, RuntimeError, NotImplementedError: as batch_norm_relu and max_pool2d.
+
+    Note:
+        Deterministic, and bit for bit the result of the two functions: values are rounded to the input's dtype before
+        they are compared. Besides the input one byte per pooled element is saved for the backward. Overlapping windows,
+        and windows with a stride of more than 64 elements, run as two operators.
+
+    Example:
+        >>> import torch, fastseg.functional as FS
+        >>> x, mean, var = torch.arange(16.0).view(1, 1, 4, 4), torch.tensor([6.0]), torch.ones(1)
+        >>> output, offsets = FS.batch_norm_relu_max_pool2d(x, mean, var, eps=0.0, return_offsets=True)
+        >>> output
+        tensor([[[[0., 1.],
+                  [7., 9.]]]])
+        >>> offsets
+        tensor([[[[0, 3],
+                  [3, 3]]]], dtype=torch.uint8)
+
+    Source:
+        torch.nn.functional.batch_norm, torch.nn.functional.max_pool2d.
     """
     name = "batch_norm_relu_max_pool2d"
     options = BatchNormOptions(training, momentum, eps, relu, process_group)
@@ -139,11 +204,37 @@ def batch_norm_relu_max_unpool2d(
     input_bias: Tensor | None = None,
     process_group: Any = None,
 ) -> Tensor:
-    """max_unpool2d_with_offsets(batch_norm_relu(input, ...), offsets, ...) without storing the map between.
+    """Batch normalization, ReLU and max-unpooling without storing the map that is unpooled.
 
-    offsets: uint8, of input's shape, as max_pool2d_with_offsets gives them. Windows that overlap, or of a
-    stride of more than 64 elements, run as two operators. Everything else is as in batch_norm_relu and
-    max_unpool2d_with_offsets.
+        output = max_unpool2d_with_offsets(batch_norm_relu(input, ...), offsets, kernel_size, stride, padding,
+                                           output_size)
+
+    Args:
+        input: the pooled map, of any floating-point dtype.
+        offsets: uint8, of the input's shape, from max_pool2d_with_offsets or batch_norm_relu_max_pool2d.
+        running_mean, running_var, weight, bias, training, momentum, eps: as in batch_norm_relu.
+        kernel_size, stride, padding, output_size: as in max_unpool2d.
+        relu, input_bias, process_group: as in batch_norm_relu.
+
+    Shape:
+        - input, offsets: (N, C, H, W).
+        - output: (N, C, *output_size), in the input's dtype and memory format.
+
+    Raises:
+        TypeError, ValueError, RuntimeError, NotImplementedError: as batch_norm_relu and max_unpool2d_with_offsets.
+
+    Note:
+        Deterministic. Overlapping windows, and windows with a stride of more than 64 elements, run as two operators.
+
+    Example:
+        >>> import torch, fastseg.functional as FS
+        >>> pooled, offsets = FS.max_pool2d_with_offsets(torch.tensor([[[[1.0, 2.0], [4.0, 3.0]]]]), 2)
+        >>> FS.batch_norm_relu_max_unpool2d(pooled, offsets, torch.ones(1), torch.ones(1), eps=0.0)
+        tensor([[[[0., 0.],
+                  [3., 0.]]]])
+
+    Source:
+        torch.nn.functional.batch_norm, torch.nn.functional.max_unpool2d.
     """
     name = "batch_norm_relu_max_unpool2d"
     options = BatchNormOptions(training, momentum, eps, relu, process_group)
