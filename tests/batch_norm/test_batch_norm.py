@@ -1,4 +1,4 @@
-"""Batch norm with ReLU, pooling and unpooling fused, against torch's own layers one behind the other."""
+"""Batch norm + ReLU, alone and with pooling or unpooling, against torch's own layers in sequence."""
 
 import itertools
 
@@ -21,7 +21,7 @@ SHAPES = [  # shape, kernel, stride, padding, ceil_mode
 @layouts
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tail, size", [*((t, s) for t in TAILS[1:] for s in SHAPES), ("plain", SHAPES[0])])
-def test_is_as_right_as_torch(tail, size, dtype, layout, device, triton_backend, assert_right):
+def test_is_as_accurate_as_torch(tail, size, dtype, layout, device, triton_backend, assert_right):
     shape, kernel, stride, padding, ceil_mode = size
     problem = Problem(tail, shape, dtype, layout, device, kernel, stride, padding, ceil_mode)
     for training in (True, False):
@@ -37,8 +37,8 @@ def test_is_as_right_as_torch(tail, size, dtype, layout, device, triton_backend,
 @pytest.mark.parametrize("backend", ["triton", "auto", "torch"])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("tail", TAILS)
-def test_every_argument(tail, training, backend, device):
-    """weight or bias missing, the ReLU left out, and a convolution's bias, in each combination."""
+def test_every_combination_of_arguments(tail, training, backend, device):
+    """With and without weight, bias, the ReLU and a convolution's bias."""
     problem = Problem(tail, (2, 4, 5, 8), torch.float32, LAYOUTS[training], device)
     for weight, bias, input_bias, relu in itertools.product([0, 1], repeat=4):
         names = [n for n, on in zip(("weight", "bias", "input_bias"), (weight, bias, input_bias), strict=True) if on]
@@ -54,7 +54,9 @@ def test_every_argument(tail, training, backend, device):
         with fastseg.backend(backend):
             found = compare_to_torch(ours, theirs, problem.inputs(*names), ["x", *names], poison=backend == "triton")
         for c in found:
-            rounding = training and c.tensor == "grad input_bias"  # ours is exactly zero, torch's is not
+            rounding = (
+                training and c.tensor == "grad input_bias"
+            )  # fastseg's is exactly zero, torch's is rounding noise
             assert c.passed or rounding, f"{names} relu={relu} {c}"
     x, bias = problem.x, problem.input_bias.requires_grad_()
     with fastseg.backend(backend):
@@ -66,8 +68,9 @@ def test_every_argument(tail, training, backend, device):
 def test_a_mean_far_from_zero_loses_no_digits(layout, device, triton_backend):
     problem = Problem("plain", (2, 6, 8, 12), torch.float32, layout, device)
     x = (torch.randn(2, 6, 8, 12, device=device) + 1e4).contiguous(memory_format=layout)
-    x[0, 3, 0, 0] = -1e4  # the element that the statistics start from
-    ours, theirs = (lambda *a, f=f: f(*a, relu=False) for f in (problem.ours, problem.theirs))  # which could turn over
+    x[0, 3, 0, 0] = -1e4  # the pivot of the statistics
+    # Without the ReLU, which could let another element pass because of rounding.
+    ours, theirs = (lambda *a, f=f: f(*a, relu=False) for f in (problem.ours, problem.theirs))
     for c in compare_to_torch(ours, theirs, [x, problem.weight, problem.bias]):
         assert c.error < 5e-5 and c.passed, c
 
@@ -75,25 +78,25 @@ def test_a_mean_far_from_zero_loses_no_digits(layout, device, triton_backend):
 @layouts
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tail", TAILS[1:])
-def test_one_pass_gives_what_two_operators_give(tail, dtype, layout, device, triton_backend):
-    """To the bit: values are compared as the map between would hold them."""
+def test_one_pass_equals_two_operators_bit_for_bit(tail, dtype, layout, device, triton_backend):
+    """Values are rounded before they are compared, as if the ReLU's output had been stored."""
     problem = Problem(tail, (2, 8, 7, 12), dtype, layout, device, ceil_mode=True)
     for training in (True, False):
         rest = (problem.weight, problem.bias, training)
-        between = FS.batch_norm_relu(problem.x, *[t.clone() for t in problem.running], *rest)
+        activations = FS.batch_norm_relu(problem.x, *[t.clone() for t in problem.running], *rest)
         if tail == "pool":
             got = problem.ours(problem.x, *rest[:2], training=training, return_offsets=True)
-            want = FS.max_pool2d_with_offsets(between, 2, ceil_mode=True)
+            want = FS.max_pool2d_with_offsets(activations, 2, ceil_mode=True)
             assert torch.equal(got[1], want[1])
         else:
             got = (problem.ours(problem.x, *rest[:2], training=training),)
-            want = (FS.max_unpool2d_with_offsets(between, problem.offsets, 2, output_size=problem.size),)
+            want = (FS.max_unpool2d_with_offsets(activations, problem.offsets, 2, output_size=problem.size),)
         assert torch.equal(got[0], want[0])
 
 
 @pytest.mark.parametrize("backend", ["auto", "triton"])
 @pytest.mark.parametrize("tail", TAILS[1:])
-def test_windows_that_overlap_run_as_two_operators(tail, backend, device):
+def test_overlapping_windows_run_as_two_operators(tail, backend, device):
     problem = Problem(tail, (2, 4, 9, 9), torch.float32, LAYOUTS[1], device, 3, 2, 1)
     with fastseg.backend(backend):
         for c in compare_to_torch(
@@ -103,7 +106,7 @@ def test_windows_that_overlap_run_as_two_operators(tail, backend, device):
 
 
 @pytest.mark.parametrize("tail", TAILS)
-def test_deterministic_and_strided(tail, device, triton_backend):
+def test_results_are_deterministic_and_do_not_depend_on_strides(tail, device, triton_backend):
     problem = Problem(tail, (2, 8, 10, 12), torch.float32, LAYOUTS[0], device)
     x = problem.x.repeat_interleave(2, 3)[..., ::2].requires_grad_()
     assert not x.is_contiguous()
@@ -117,7 +120,7 @@ def test_deterministic_and_strided(tail, device, triton_backend):
 
 
 @pytest.mark.parametrize("tail", TAILS)
-def test_nan_and_infinity_reach_what_they_reach_in_torch(tail, device, triton_backend):
+def test_nan_and_infinity_propagate_as_in_torch(tail, device, triton_backend):
     problem = Problem(tail, (2, 4, 4, 6), torch.float32, LAYOUTS[1], device)
     for training, value in itertools.product((True, False), (torch.nan, torch.inf)):
         x = problem.x.clone()
@@ -129,12 +132,12 @@ def test_nan_and_infinity_reach_what_they_reach_in_torch(tail, device, triton_ba
 
 
 @pytest.mark.parametrize("tail", TAILS)
-def test_nothing_of_full_size_is_kept_but_the_input(tail, device, triton_backend):
+def test_the_input_is_the_only_tensor_of_full_size_that_is_saved(tail, device, triton_backend):
     problem = Problem(tail, (2, 8, 8, 16), torch.float32, LAYOUTS[0], device)
-    kept = {}
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t), lambda t: t):
+    saved = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.setdefault(t.data_ptr(), t), lambda t: t):
         problem.ours(problem.x.requires_grad_(), problem.weight.requires_grad_(), problem.bias.requires_grad_())
-    large = [t for t in kept.values() if t.numel() > 8]
+    large = [t for t in saved.values() if t.numel() > 8]
     offsets = {"plain": 0, "pool": problem.x.numel() // 4, "unpool": problem.x.numel()}[tail]
     assert sum(t.numel() * t.element_size() for t in large) == 4 * problem.x.numel() + offsets
 
@@ -142,7 +145,7 @@ def test_nothing_of_full_size_is_kept_but_the_input(tail, device, triton_backend
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("tail", TAILS)
 def test_half_precision_parameters(tail, training, device, triton_backend):
-    """A model that is half precision throughout."""
+    """Parameters, running statistics and gradients stay in half precision, as in a model that is all float16."""
     problem = Problem(tail, (2, 8, 4, 6), torch.float16, LAYOUTS[1], device)
     halves = [t.half() for t in (problem.weight, problem.bias)]
     problem.running = [t.half() for t in problem.running]
@@ -159,29 +162,29 @@ def test_half_precision_parameters(tail, training, device, triton_backend):
 
 
 def test_offsets_of_64_bits(monkeypatch, device, triton_backend):
-    from fastseg.kernels.batch_norm import common as norm
+    from fastseg.kernels.batch_norm import common
 
-    monkeypatch.setattr(norm, "INT32_MAX", 0)
+    monkeypatch.setattr(common, "INT32_MAX", 0)
     for tail, layout in itertools.product(TAILS, LAYOUTS):
         problem = Problem(tail, (2, 4, 6, 8), torch.float32, layout, device)
         assert all(c.passed for c in compare_to_torch(problem.ours, problem.theirs, problem.inputs("weight", "bias")))
 
 
 def strided(values):
-    """The same values, and memory of others between them."""
+    """The same values with a stride of 2; the elements between them are 7."""
     return torch.stack([values, torch.full_like(values, 7.0)], 1)[:, 0]
 
 
 @pytest.mark.parametrize("tail", TAILS)
 def test_vectors_of_any_stride(tail, device, triton_backend):
-    """Read, and written, where they lie and nowhere else."""
+    """They are read and written in place, and no element between theirs changes."""
     problem = Problem(tail, (2, 4, 6, 8), torch.float32, LAYOUTS[0], device)
 
-    def results(lay):
+    def results(copy):
         weight, bias, input_bias = (
-            lay(t.detach()).requires_grad_() for t in (problem.weight, problem.bias, problem.bias)
+            copy(t.detach()).requires_grad_() for t in (problem.weight, problem.bias, problem.bias)
         )
-        running = [lay(t) for t in problem.running]
+        running = [copy(t) for t in problem.running]
         y = problem.ours(problem.x, weight, bias, input_bias, running=running)
         grads = torch.autograd.grad(y.square().sum(), (weight, bias))
         y = problem.ours(problem.x, weight, bias, input_bias, training=False, running=running)
@@ -197,7 +200,7 @@ def test_vectors_of_any_stride(tail, device, triton_backend):
 
 @pytest.mark.parametrize("backend", ["auto", "triton"])
 def test_a_dead_channel_in_half_precision(backend, device):
-    """eps 1e-9 is 0 in float16."""
+    """A constant channel of variance 0. An eps of 1e-9 would round to 0 in float16."""
     x, zeros, ones = (
         torch.ones(1, 2, 2, 2, device=device).half(),
         *torch.tensor([[0.0] * 2, [1.0] * 2]).half().to(device),
@@ -230,13 +233,13 @@ def launches_on_meta(tail, layout, shape):
         return recorded(step)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled here, not interpreted")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU kernels are compiled, not interpreted")
 @layouts
 def test_the_last_program_of_5_billion_elements(layout):
-    """The statistics' kernels read the first element of each channel besides their tile: nothing before the tensor."""
+    """Its offsets stay inside the tensor, also those of each channel's first element, the pivot of the statistics."""
     from support.addresses import addresses
 
-    shape = (1, 64, 8192, 9600)  # past 32 bits without a sign too
+    shape = (1, 64, 8192, 9600)  # more than 2^32 elements
     size = torch.Size(shape).numel()
     stats, merge, forward = launches_on_meta("plain", layout, shape)[:3]
     for launch, kind in ((stats, "load"), (merge, "load"), (forward, "store")):

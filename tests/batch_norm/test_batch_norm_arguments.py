@@ -1,4 +1,4 @@
-"""What the kernels of batch norm do not cover, and arguments that are refused."""
+"""Inputs that the batch-norm kernels do not support, and invalid arguments."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from fastseg import nn as fused
 
 @pytest.mark.parametrize("shape", [(6, 4), (3, 4, 5), (2, 4, 3, 2, 5), (0, 4, 3, 3)])
 @pytest.mark.parametrize("training", [True, False])
-def test_what_the_kernels_do_not_cover_is_torchs(shape, training, device):
+def test_unsupported_inputs_fall_back_to_pytorch(shape, training, device):
     x, vectors = torch.randn(shape, device=device), torch.rand(4, 4, device=device).unbind()
     got, want = ([t.clone() for t in vectors] for _ in range(2))
     ours = FS.batch_norm_relu(x, *got, training)
@@ -35,7 +35,7 @@ def bad_calls():
 
 @pytest.mark.parametrize("backend", ["auto", "triton"])
 @pytest.mark.parametrize("name, arguments", list(bad_calls()))
-def test_bad_arguments_raise_what_torch_raises(name, arguments, backend):
+def test_invalid_arguments_raise_what_torch_raises(name, arguments, backend):
     with pytest.raises(Exception) as theirs:
         F.batch_norm(*arguments)
     offsets = torch.zeros(arguments[0].shape, dtype=torch.uint8)
@@ -50,7 +50,7 @@ def test_bad_arguments_raise_what_torch_raises(name, arguments, backend):
                 call()
 
 
-def test_bad_arguments_of_our_own():
+def test_invalid_arguments_that_torch_does_not_have():
     x, v = torch.zeros(2, 4, 3, 3), torch.ones(4)
     with pytest.raises(TypeError, match="input must be a Tensor"):
         FS.batch_norm_relu([1.0], v, v)
@@ -67,7 +67,7 @@ def test_bad_arguments_of_our_own():
 
 
 @pytest.mark.parametrize("backend", ["auto", pytest.param("triton", marks=pytest.mark.interpreted)])
-def test_a_stray_offset_is_refused(backend):
+def test_an_offset_outside_its_window_raises(backend):
     x, v = torch.zeros(1, 2, 2, 2), torch.ones(2)
     with fastseg.backend(backend), pytest.raises(RuntimeError, match="invalid max offset: 4"):
         FS.batch_norm_relu_max_unpool2d(x, torch.full(x.shape, 4, dtype=torch.uint8), v, v)

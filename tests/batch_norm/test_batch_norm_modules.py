@@ -1,4 +1,4 @@
-"""The modules of batch norm: beside torch's through training, compiled, copied, synchronised between processes."""
+"""The batch-norm modules: training like torch's, compiling, copying, and synchronizing between processes."""
 
 import copy
 import inspect
@@ -9,53 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from support.batch_norm_common import DownAndUp, PlainDownAndUp
 from torch import nn
 
 import fastseg
 from fastseg import functional as FS
 from fastseg import nn as fused
-
-
-class Up(nn.Module):
-    """Down by a pooling and up by the unpooling, a convolution in front of each batch norm."""
-
-    def __init__(self, channels, **norm):
-        super().__init__()
-        self.convs = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(3))
-        self.norms = nn.ModuleList(
-            [
-                fused.BatchNormReLU2d(channels, **norm),
-                fused.BatchNormReLUMaxPool2d(channels, **norm, return_offsets=True),
-                fused.BatchNormReLUMaxUnpool2d(channels, **norm),
-            ]
-        )
-
-    def convolved(self, number, x):
-        return F.conv2d(x, self.convs[number].weight, None, padding=1)
-
-    def forward(self, x):
-        biases = [conv.bias for conv in self.convs]
-        x = self.norms[0](self.convolved(0, x), input_bias=biases[0])
-        size = x.shape[-2:]
-        x, offsets = self.norms[1](self.convolved(1, x), biases[1])
-        return self.norms[2](self.convolved(2, x), offsets, size, biases[2])
-
-
-class PlainUp(nn.Module):
-    """The same, of torch's layers."""
-
-    def __init__(self, channels, **norm):
-        super().__init__()
-        self.convs = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(3))
-        self.norms = nn.ModuleList(nn.BatchNorm2d(channels, **norm) for _ in range(3))
-
-    def forward(self, x):
-        first, second, third = (
-            lambda x, c=conv, n=norm: F.relu(n(c(x))) for conv, norm in zip(self.convs, self.norms, strict=True)
-        )
-        full = second(first(x))
-        x, indices = F.max_pool2d(full, 2, return_indices=True)
-        return F.max_unpool2d(third(x), indices, 2, output_size=full.shape[-2:])
 
 
 @pytest.mark.parametrize("backend", ["auto", "triton"])
@@ -66,8 +25,8 @@ class PlainUp(nn.Module):
 )
 def test_modules_follow_torch_through_training(norm, backend, device):
     """Two steps of SGD, then evaluation: outputs, parameters and buffers."""
-    plain = PlainUp(4, **norm).to(device, torch.float64)
-    ours = Up(4, **norm).to(device, torch.float64)
+    plain = PlainDownAndUp(4, **norm).to(device, torch.float64)
+    ours = DownAndUp(4, **norm).to(device, torch.float64)
     ours.load_state_dict(plain.state_dict())
     optimizers = [torch.optim.SGD(m.parameters(), 0.1, momentum=0.9, weight_decay=0.01) for m in (ours, plain)]
     with fastseg.backend(backend):
@@ -83,8 +42,8 @@ def test_modules_follow_torch_through_training(norm, backend, device):
 
 
 def test_modules_print_copy_and_pickle(tmp_path):
-    model = Up(4)
-    assert dict(inspect.getmembers(model.norms[0]))["num_features"] == 4  # which asks for every attribute
+    model = DownAndUp(4)
+    assert dict(inspect.getmembers(model.norms[0]))["num_features"] == 4  # reads every attribute
     assert "BatchNormReLUMaxPool2d(4, eps=1e-05" in repr(model) and "kernel_size=2" in repr(model)
     torch.save(model, tmp_path / "model.pt")
     x = torch.randn(2, 4, 6, 8)
@@ -94,8 +53,8 @@ def test_modules_print_copy_and_pickle(tmp_path):
 
 @pytest.mark.parametrize("backend", ["auto", "triton"])
 @pytest.mark.parametrize("training", [True, False])
-def test_compiles_in_one_graph(training, backend, device):
-    model = Up(4).to(device).train(training)
+def test_modules_compile_in_one_graph(training, backend, device):
+    model = DownAndUp(4).to(device).train(training)
     x = torch.randn(2, 4, 6, 8, device=device, requires_grad=True)
     state = copy.deepcopy(model.state_dict())
 
@@ -115,8 +74,8 @@ def test_compiles_in_one_graph(training, backend, device):
             torch.testing.assert_close(got, want)
 
 
-def test_a_training_step_between_evaluation_and_its_backward(device, triton_backend):
-    """Which normalises with the statistics that it saw."""
+def test_a_training_step_between_an_evaluation_and_its_backward(device, triton_backend):
+    """The backward uses the running statistics of its own forward."""
     norm = fused.BatchNormReLU2d(3, relu=False).to(device).eval()
     x = torch.randn(2, 3, 4, 4, device=device, requires_grad=True)
     y = norm(x)
@@ -125,7 +84,7 @@ def test_a_training_step_between_evaluation_and_its_backward(device, triton_back
     torch.testing.assert_close(grad, torch.full_like(x, (1 + norm.eps) ** -0.5))
 
 
-def test_autocast_leaves_it_in_its_own_dtype(device, triton_backend):
+def test_autocast_does_not_change_the_dtype(device, triton_backend):
     norm = fused.BatchNormReLU2d(4).to(device)
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.randn(2, 4, 4, 4, device=device, dtype=dtype, requires_grad=True)
@@ -136,7 +95,7 @@ def test_autocast_leaves_it_in_its_own_dtype(device, triton_backend):
 
 
 @pytest.mark.parametrize("backend", ["auto", "triton"])
-def test_one_kernel_size_is_too_large_for_offsets(backend, device):
+def test_windows_of_more_than_256_elements_have_no_offsets(backend, device):
     x = torch.randn(1, 2, 20, 20, device=device)
     pool = fused.BatchNormReLUMaxPool2d(2, kernel_size=17).to(device)
     with fastseg.backend(backend):
@@ -145,28 +104,28 @@ def test_one_kernel_size_is_too_large_for_offsets(backend, device):
             FS.batch_norm_relu_max_pool2d(x, None, None, training=True, kernel_size=17, return_offsets=True)
 
 
-# --- synchronised ----------------------------------------------------------------------------------------------------
+# --- synchronized ----------------------------------------------------------------------------------------------------
 
-SYNCHRONISED = """
+SYNCHRONIZED = """
 import sys, torch, torch.distributed as dist, fastseg
 from fastseg import nn as fused
 sys.path[:0] = {tests!r}
-from test_batch_norm_modules import Up
+from support.batch_norm_common import DownAndUp
 rank, path, *backends = int(sys.argv[1]), *sys.argv[2:]
 dist.init_process_group("gloo", init_method=f"file://{{path}}/rendezvous", rank=rank, world_size=2)
-given = torch.load(f"{{path}}/given.pt")
+inputs = torch.load(f"{{path}}/inputs.pt")
 lone = fused.convert_sync_batchnorm(fused.BatchNormReLU2d(2, relu=False))
-pixel = lone(torch.full((1, 2, 1, 1), float(rank)))  # one value a channel here, two in all
+pixel = lone(torch.full((1, 2, 1, 1), float(rank)))  # one value per channel here, two in both processes
 assert abs(pixel.abs().max().item() - 1) < 1e-3, pixel
 for backend in backends:
-    model = Up(4).double()
-    model.load_state_dict(given["state"])
+    model = DownAndUp(4).double()
+    model.load_state_dict(inputs["state"])
     fused.convert_sync_batchnorm(model)
     part = slice(0, 1) if rank == 0 else slice(1, 4)
-    x = given["x"][part].detach().requires_grad_()
+    x = inputs["x"][part].detach().requires_grad_()
     with fastseg.backend(backend):
         y = model(x)
-        y.backward(given["upstream"][part])
+        y.backward(inputs["upstream"][part])
     for p in model.parameters():
         dist.all_reduce(p.grad)
     if rank == 0:
@@ -177,12 +136,12 @@ dist.destroy_process_group()
 
 
 def test_two_processes_equal_one_with_the_whole_batch(tmp_path):
-    """One has one image and the other three; gradients of parameters are sums over both, as DDP makes them."""
+    """One has one image and the other three. The parameters' gradients are summed over both, as DDP does."""
     backends = ("auto",) if torch.cuda.is_available() else ("auto", "triton")  # interpreted
-    model = Up(4).double()
+    model = DownAndUp(4).double()
     x, upstream = (torch.randn(4, 4, 6, 8, dtype=torch.float64) for _ in range(2))
-    torch.save({"state": model.state_dict(), "x": x, "upstream": upstream}, tmp_path / "given.pt")
-    code = SYNCHRONISED.format(tests=[str(Path(__file__).parents[1]), str(Path(__file__).parent)])
+    torch.save({"state": model.state_dict(), "x": x, "upstream": upstream}, tmp_path / "inputs.pt")
+    code = SYNCHRONIZED.format(tests=[str(Path(__file__).parents[1])])
     runs = [
         subprocess.Popen(
             [sys.executable, "-c", code, str(rank), str(tmp_path), *backends], stderr=subprocess.PIPE, text=True
@@ -190,8 +149,8 @@ def test_two_processes_equal_one_with_the_whole_batch(tmp_path):
         for rank in range(2)
     ]
     for run in runs:
-        _, said = run.communicate(timeout=300)
-        assert run.returncode == 0, said
+        _, errors = run.communicate(timeout=300)
+        assert run.returncode == 0, errors
     y = model(x.requires_grad_())
     y.backward(upstream)
     for backend in backends:
@@ -206,8 +165,8 @@ def test_two_processes_equal_one_with_the_whole_batch(tmp_path):
                 torch.testing.assert_close(part[2][name], value, msg=name)
 
 
-def test_converting_to_synchronised():
-    model = nn.Sequential(Up(4), nn.BatchNorm2d(4), nn.Sequential(fused.BatchNormReLU2d(4)))
+def test_convert_sync_batchnorm():
+    model = nn.Sequential(DownAndUp(4), nn.BatchNorm2d(4), nn.Sequential(fused.BatchNormReLU2d(4)))
     with pytest.raises(RuntimeError, match=r"fastseg\.nn\.convert_sync_batchnorm"):
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
     keys = model.state_dict().keys()
@@ -216,4 +175,4 @@ def test_converting_to_synchronised():
     assert isinstance(model[1], nn.SyncBatchNorm)
     assert all(m.sync for m in model.modules() if isinstance(m, fused.BatchNormReLU2d)) and "sync=True" in repr(model)
     assert isinstance(fused.convert_sync_batchnorm(nn.BatchNorm2d(4)), nn.SyncBatchNorm)
-    model[0](torch.randn(2, 4, 6, 8))  # without a process group: its own batch
+    model[0](torch.randn(2, 4, 6, 8))  # without a process group the statistics are those of its own batch

@@ -1,4 +1,4 @@
-"""Batch norm as torch expects its operators: derivatives, opcheck, transforms."""
+"""The rules that torch has for operators: derivatives, opcheck, transforms."""
 
 import pytest
 import torch
@@ -11,8 +11,8 @@ from fastseg import functional as FS
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("tail", TAILS)
-def test_gradients(tail, training, backend, device):
-    """First derivatives of the operators and, of torch's own formulas, second ones."""
+def test_first_and_second_derivatives(tail, training, backend, device):
+    """The first come from the operators, the second from torch's own formulas."""
     problem = Problem(tail, (2, 1, 2, 4), torch.float64, LAYOUTS[0], device)
     leaves = [t.requires_grad_() for t in problem.inputs("weight", "bias")]
     call = lambda *a: problem.ours(*a, training=training)  # noqa: E731
@@ -21,8 +21,8 @@ def test_gradients(tail, training, backend, device):
         assert torch.autograd.gradgradcheck(call, leaves, fast_mode=backend == "triton")
 
 
-def test_inputs_that_are_made_of_one_another(device, triton_backend):
-    """Each path counts once, whether or not the gradient is to be differentiated."""
+def test_inputs_computed_from_one_another(device, triton_backend):
+    """Each path counts once, with and without create_graph."""
     problem = Problem("plain", (2, 3, 4, 4), torch.float64, LAYOUTS[0], device)
 
     def gradients(function, **options):
@@ -42,7 +42,7 @@ def test_opcheck(layout, backend, device):
     x, ops = problem.x, torch.ops.fastseg
     vector = lambda: torch.rand(4, device=device) + 0.5  # noqa: E731
     norm = (vector(), vector(), vector(), vector(), vector(), 1e-5, True)
-    windows = ([2, 2], [2, 2], [0, 0], [1, 1])
+    geometry = ([2, 2], [2, 2], [0, 0], [1, 1])
     grad = torch.randn_like(x)
     pooled, offsets = FS.max_pool2d_with_offsets(x, 2)
     small = torch.randn_like(pooled)
@@ -54,18 +54,18 @@ def test_opcheck(layout, backend, device):
             (ops.batch_norm_relu_sums, (grad, x, *norm)),
             (ops.batch_norm_relu_backward, (grad, x, torch.rand(2, 4, device=device), *norm)),
             (ops.batch_norm_relu_backward, (grad, x, None, *norm)),
-            (ops.batch_norm_relu_max_pool2d, (x, *windows, False, True, *norm)),
-            (ops.batch_norm_relu_max_pool2d, (x, *windows, True, False, *norm)),
-            (ops.batch_norm_relu_max_pool2d_sums, (small, offsets, x, *windows, *norm)),
-            (ops.batch_norm_relu_max_pool2d_backward, (small, offsets, x, None, *windows, *norm)),
-            (ops.batch_norm_relu_max_unpool2d, (small, offsets, *windows, [6, 8], *norm)),
-            (ops.batch_norm_relu_max_unpool2d_sums, (grad, offsets, small, *windows, *norm)),
+            (ops.batch_norm_relu_max_pool2d, (x, *geometry, False, True, *norm)),
+            (ops.batch_norm_relu_max_pool2d, (x, *geometry, True, False, *norm)),
+            (ops.batch_norm_relu_max_pool2d_sums, (small, offsets, x, *geometry, *norm)),
+            (ops.batch_norm_relu_max_pool2d_backward, (small, offsets, x, None, *geometry, *norm)),
+            (ops.batch_norm_relu_max_unpool2d, (small, offsets, *geometry, [6, 8], *norm)),
+            (ops.batch_norm_relu_max_unpool2d_sums, (grad, offsets, small, *geometry, *norm)),
         ]:
             torch.library.opcheck(op.default, arguments)
 
 
-def test_functional_transforms(device):
-    """grad of one image after another; a mapped batch dimension has no rule and says so."""
+def test_func_grad_works_and_vmap_raises(device):
+    """The kernels have no batching rule."""
     problem = Problem("plain", (2, 3, 4, 4), torch.float32, LAYOUTS[0], device)
     with fastseg.backend("triton"):
         for training in (True, False):

@@ -10,10 +10,10 @@ from fastseg import functional as FS
 from fastseg.verification.criterion import relative_error
 
 
-def shared(normalise):
+def shared(normalize):
     def run(x, weight, bias, mean, var):
         y = F.batch_norm(x, mean, var, weight, None, True)
-        return normalise(y * y, mean, var, weight, bias)
+        return normalize(y * y, mean, var, weight, bias)
 
     return run
 
@@ -25,7 +25,7 @@ theirs = shared(lambda y, mean, var, weight, bias: F.relu(
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("setting", ["torch", "triton"])
-def test_a_call_of_torchs_before(setting, compiled, device):
+def test_a_call_of_torch_with_the_same_buffers(setting, compiled, device):
     x, weight, bias, mean = (torch.randn(shape, device=device) for shape in ((2, 4, 3, 5), 4, 4, 4))
     found = []
     torch.compiler.reset()
@@ -39,7 +39,7 @@ def test_a_call_of_torchs_before(setting, compiled, device):
 
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("setting", ["torch", "triton"])
-def test_exported_in_training(setting, strict, device):
+def test_export_in_training(setting, strict, device):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).to(device)
     x = torch.randn(2, 3, 5, 5, device=device)
     fastseg.swap(model)
