@@ -304,8 +304,9 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Cho
 
     Example:
         >>> import torch, fastseg
-        >>> print(*fastseg.explain(fastseg.functional.max_pool2d, torch.zeros(1, 8, 16, 16), 2))
-        max_pool2d: torch (a CPU tensor)
+        >>> weight = torch.zeros(8, 4, 2, 2)
+        >>> print(*fastseg.explain(fastseg.functional.conv_transpose2d, torch.zeros(1, 8, 16, 16), weight))
+        conv_transpose2d: torch (a CPU tensor)
     """
     with torch_internals.FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fake_args, fake_kwargs = torch_internals.tree_map_only(Tensor, mode.from_tensor, (args, kwargs))

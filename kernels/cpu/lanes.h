@@ -17,9 +17,9 @@ constexpr int REGISTER = 16;
 #endif
 
 using T = DTYPE;
-using C = Computed<T>;                                                     // what values are computed in
-using I = std::conditional_t<std::is_same<T, double>::value, int64_t, int32_t>;  // as wide: comparisons give lanes of it
-using Stored = std::conditional_t<sizeof(T) == 2, uint16_t, T>;            // what vectors of T in memory are made of
+using C = Computed<T>;  // what values are computed in
+using I = std::conditional_t<std::is_same<T, double>::value, int64_t, int32_t>;  // as wide as C: comparisons give it
+using Stored = std::conditional_t<sizeof(T) == 2, uint16_t, T>;  // what vectors of T consist of in memory
 constexpr bool LAST = CHANNELS_LAST;
 constexpr int FULL = REGISTER / sizeof(C);  // lanes of a register
 
@@ -52,7 +52,7 @@ template <class E, int L, class V> INLINE Lanes<E, L> converted(V value) {
     else return __builtin_convertvector(value, Lanes<E, L>);
 }
 
-// --- conversions, as those of single numbers in common.h ---------------------------------------------------------------
+// --- conversions, as those of single numbers in common.h --------------------------------------------------------------
 
 template <int L> INLINE Lanes<float, L> widen(Lanes<float, L> x, float) { return x; }
 template <int L> INLINE Lanes<double, L> widen(Lanes<double, L> x, double) { return x; }
@@ -92,7 +92,7 @@ template <int L> INLINE Lanes<uint16_t, L> narrow(Lanes<float, L> x, float16) {
     return converted<uint16_t, L>(value | ((all >> 16) & 0x8000));
 }
 
-// --- memory -----------------------------------------------------------------------------------------------------------
+// --- memory ----------------------------------------------------------------------------------------------------------
 
 template <int L, class E> INLINE Lanes<E, L> raw(const E* address) {
     Lanes<E, L> value;
