@@ -128,9 +128,9 @@ EXPORT batch_norm_relu_sums(
                 map.sum(number, sums, [&](auto width, int64_t i, int64_t k) INLINED {
                     constexpr int L = decltype(width)::value;
                     const Affine<L> affine(norm, k);
-                    const auto centred = affine.centred(load<L>(x + i));
-                    const auto grad = affine.passed(centred, load<L>(grad_y + i));
-                    sums.add<L>(k, grad, grad * centred);
+                    const auto centered = affine.centered(load<L>(x + i));
+                    const auto grad = affine.passed(centered, load<L>(grad_y + i));
+                    sums.add<L>(k, grad, grad * centered);
                 });
             });
     });

@@ -3,7 +3,7 @@
 #include "cell_sums.h"
 
 // Writes y and, if not null, the offsets of the maxima. Values are compared as the map between would hold them.
-EXPORT bn_relu_max_pool2d_fwd(
+EXPORT batch_norm_relu_max_pool2d_fwd(
     const T* x, const C* mean, const C* shift, const C* var, const C* weight, const C* bias, double eps, int64_t relu,
     T* y, uint8_t* offsets, int64_t n, int64_t c, int64_t h, int64_t w, int64_t oh, int64_t ow) {
     const Windows g{n, c, h, w, oh, ow, 2, 2, 2, 2, 0, 0, 1, 1};
@@ -27,7 +27,7 @@ EXPORT bn_relu_max_pool2d_fwd(
 }
 
 // Writes sums (4, c), as batch_norm_relu_sums does, of the gradient that the maxima get.
-EXPORT bn_relu_max_pool2d_sums(
+EXPORT batch_norm_relu_max_pool2d_sums(
     const T* grad_y, const uint8_t* offsets, const T* x, const C* mean, const C* shift, const C* var, const C* weight,
     const C* bias, double eps, int64_t relu, C* sums, int64_t n, int64_t c, int64_t h, int64_t w, int64_t oh,
     int64_t ow) {
@@ -39,15 +39,15 @@ EXPORT bn_relu_max_pool2d_sums(
             constexpr int L = decltype(width)::value;
             const Affine<L> affine(norm, row.channel() + c);
             const auto value = chosen<L>(row.load_image<L>(x, ow, c), row.taps<L>(offsets, ow, c));
-            const auto centred = affine.centred(value);
-            const auto grad = affine.passed(centred, load<L>(grad_y + row.pooled(ow, c)));
-            sums.add<L>(c, grad, grad * centred);
+            const auto centered = affine.centered(value);
+            const auto grad = affine.passed(centered, load<L>(grad_y + row.pooled(ow, c)));
+            sums.add<L>(c, grad, grad * centered);
         });
     return 0;
 }
 
 // Writes grad_x, beside and below the cells too; means as in batch_norm_relu_bwd.
-EXPORT bn_relu_max_pool2d_bwd(
+EXPORT batch_norm_relu_max_pool2d_bwd(
     const T* grad_y, const uint8_t* offsets, const T* x, const C* mean, const C* shift, const C* var, const C* weight,
     const C* bias, double eps, int64_t relu, const C* means, T* grad_x, int64_t n, int64_t c, int64_t h, int64_t w,
     int64_t oh, int64_t ow) {

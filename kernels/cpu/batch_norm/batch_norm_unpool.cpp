@@ -4,7 +4,7 @@
 
 // Writes y, zeros and all, for windows that are cells of 2x2 pixels: Windows::cells. Returns 1 for an offset outside its
 // window; y is then of no use.
-EXPORT bn_relu_max_unpool2d_fwd(
+EXPORT batch_norm_relu_max_unpool2d_fwd(
     const T* x, const uint8_t* offsets, const C* mean, const C* shift, const C* var, const C* weight, const C* bias,
     double eps, int64_t relu, T* y, int64_t n, int64_t c, int64_t h, int64_t w, int64_t oh, int64_t ow) {
     const Windows g{n, c, h, w, oh, ow, 2, 2, 2, 2, 0, 0, 1, 1};
@@ -27,7 +27,7 @@ EXPORT bn_relu_max_unpool2d_fwd(
 }
 
 // Writes grads, like x, what reaches the batch norm before the ReLU, and sums (4, c), as batch_norm_relu_sums does.
-EXPORT bn_relu_max_unpool2d_sums(
+EXPORT batch_norm_relu_max_unpool2d_sums(
     const T* grad_y, const uint8_t* offsets, const T* x, const C* mean, const C* shift, const C* var, const C* weight,
     const C* bias, double eps, int64_t relu, T* grads, C* sums, int64_t n, int64_t c, int64_t h, int64_t w, int64_t oh,
     int64_t ow, int64_t kh, int64_t kw, int64_t sh, int64_t sw, int64_t ph, int64_t pw, int64_t dh, int64_t dw) {
@@ -45,10 +45,10 @@ EXPORT bn_relu_max_unpool2d_sums(
             constexpr int L = decltype(width)::value;
             const Affine<L> affine(norm, row.channel() + c);
             const int64_t at = row.pooled(ow, c);
-            const auto centred = affine.centred(load<L>(x + at));
-            const auto grad = affine.passed(centred, load<L>(grads + at));
+            const auto centered = affine.centered(load<L>(x + at));
+            const auto grad = affine.passed(centered, load<L>(grads + at));
             store<L>(grads + at, grad);
-            sums.add<L>(c, grad, grad * centred);
+            sums.add<L>(c, grad, grad * centered);
         });
     return 0;
 }

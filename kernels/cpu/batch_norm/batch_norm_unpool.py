@@ -1,4 +1,4 @@
-"""Launchers of batch_norm_unpool.cpp: batch norm, ReLU and max-unpooling from offsets."""
+"""Launchers of batch_norm_unpool.cpp: batch norm + ReLU + max-unpooling from offsets."""
 
 from __future__ import annotations
 
@@ -10,23 +10,24 @@ from torch import Tensor
 from ..launch import launch
 from ..pooling.arguments import are_cells, parameters, refuse_invalid, sizes
 from ..pooling.unpool import max_unpool2d_fwd
-from .batch_norm import Norm, batch_norm_relu_fwd
+from .batch_norm import batch_norm_relu_fwd, norm_arguments
 
 if TYPE_CHECKING:
+    from ...batch_norm.arguments import NormArguments
     from ...pooling.geometry import PoolGeometry
 
 
-def bn_relu_max_unpool2d_fwd(
-    x: Tensor, offsets: Tensor, norm: Norm, y: Tensor, geometry: PoolGeometry, channels_last: bool
+def batch_norm_relu_max_unpool2d_fwd(
+    x: Tensor, offsets: Tensor, norm: NormArguments, y: Tensor, geometry: PoolGeometry, channels_last: bool
 ) -> None:
-    """Write y (N, C, H, W) = max-unpool(relu(batch norm of x)), every element of it.
+    """Write y (N, C, H, W) = max-unpool(relu(batch norm of x)), each element once.
 
     Raises RuntimeError for an offset outside its window or the plane; it is never used as an address.
     """
     if are_cells(y, x, geometry):
         invalid = launch(
-            "batch_norm/batch_norm_unpool", "bn_relu_max_unpool2d_fwd", parameters(x, channels_last),
-            x, offsets, *norm.arguments(x), y, *y.shape, *x.shape[-2:],
+            "batch_norm/batch_norm_unpool", "batch_norm_relu_max_unpool2d_fwd", parameters(x, channels_last),
+            x, offsets, *norm_arguments(norm, x), y, *y.shape, *x.shape[-2:],
         )  # fmt: skip
         refuse_invalid(invalid, offsets, y)
         return
@@ -35,15 +36,15 @@ def bn_relu_max_unpool2d_fwd(
     max_unpool2d_fwd(between, offsets, y, geometry, channels_last, trusted=False)
 
 
-def bn_relu_max_unpool2d_sums(
-    grad_y: Tensor, offsets: Tensor, x: Tensor, norm: Norm, grads: Tensor, sums: Tensor, geometry: PoolGeometry,
+def batch_norm_relu_max_unpool2d_sums(
+    grad_y: Tensor, offsets: Tensor, x: Tensor, norm: NormArguments, grad_relu_input: Tensor, sums: Tensor, geometry: PoolGeometry,
     channels_last: bool,
 ) -> None:  # fmt: skip
-    """Write grads, like x, what reaches the batch norm before the ReLU, and sums (4, C), as batch_norm_relu_sums does.
+    """Write grad_relu_input, of x's shape, and its sums (4, C) as batch_norm_relu_sums does.
 
-    The gradient of x is then batch_norm_relu_bwd's of grads.
+    batch_norm_relu_bwd computes the gradient of x from it: applying the ReLU's mask again changes nothing.
     """
     launch(
-        "batch_norm/batch_norm_unpool", "bn_relu_max_unpool2d_sums", parameters(x, channels_last),
-        grad_y, offsets, x, *norm.arguments(x), grads, sums, *sizes(grad_y, x, geometry),
+        "batch_norm/batch_norm_unpool", "batch_norm_relu_max_unpool2d_sums", parameters(x, channels_last),
+        grad_y, offsets, x, *norm_arguments(norm, x), grad_relu_input, sums, *sizes(grad_y, x, geometry),
     )  # fmt: skip

@@ -1,7 +1,7 @@
 #pragma once
 // The arithmetic of batch norm + ReLU for one element, and sums over pixels.
 //
-//     centred = (x - mean) + shift,   y = relu(centred * scale + beta),   scale = weight / sqrt(var + eps)
+//     centered = (x - mean) + shift,   y = relu(centered * scale + beta),   scale = weight / sqrt(var + eps)
 //
 // Sums over pixels have one slot for each chunk of the map. Chunks follow from the shape alone, and slots are added in
 // double in one order, so that the number of threads changes no bit of a result.
@@ -62,15 +62,15 @@ template <int L> struct Affine {
           scale(at_channel<L>(norm.scale, channel)), beta(at_channel<L>(norm.beta, channel)),
           zero(norm.relu ? 0 : C(__builtin_nan(""))), dropped(norm.relu ? ROUNDS_TO_ZERO<T> : C(__builtin_nan(""))) {}
 
-    INLINE Lanes<C, L> centred(Lanes<C, L> x) const { return (x - mean) + shift; }
+    INLINE Lanes<C, L> centered(Lanes<C, L> x) const { return (x - mean) + shift; }
     // The output. NaN stays, as in torch's ReLU.
     INLINE Lanes<C, L> output(Lanes<C, L> x) const {
-        const Lanes<C, L> y = centred(x) * scale + beta;
+        const Lanes<C, L> y = centered(x) * scale + beta;
         return y <= zero ? Lanes<C, L>{} : y;
     }
     // The gradient before the ReLU, of one after it.
-    INLINE Lanes<C, L> passed(Lanes<C, L> centred, Lanes<C, L> grad) const {
-        return centred * scale + beta <= dropped ? Lanes<C, L>{} : grad;
+    INLINE Lanes<C, L> passed(Lanes<C, L> centered, Lanes<C, L> grad) const {
+        return centered * scale + beta <= dropped ? Lanes<C, L>{} : grad;
     }
 };
 
@@ -96,13 +96,14 @@ template <int L> struct GradientOf {
             constant = at_channel<L>(gradient.constant, channel), slope = at_channel<L>(gradient.slope, channel);
     }
     INLINE Lanes<C, L> operator()(Lanes<C, L> x, Lanes<C, L> grad) const {
-        const Lanes<C, L> centred = affine.centred(x);
-        return affine.scale * (affine.passed(centred, grad) - constant - centred * slope);
+        const Lanes<C, L> centered = affine.centered(x);
+        return affine.scale * (affine.passed(centered, grad) - constant - centered * slope);
     }
 };
 
-// Two sums over one chunk: of all its lanes in NCHW, which is of one channel, and of each channel in channels_last. They
-// are added up in two levels, since every addition to one number rounds: a run of at most RUN blocks, and the runs.
+// Two sums over one chunk: in NCHW of all its elements, which belong to one channel; in channels_last of each channel.
+// They are added up in two levels, because every addition to one number rounds: runs of at most RUN blocks, and the
+// runs.
 struct Sums {
     static constexpr int64_t RUN = 16;
 #if CHANNELS_LAST
