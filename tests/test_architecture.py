@@ -26,7 +26,8 @@ LAYERS = [  # imports go down, or stay in their own layer
     {"commands"},
 ]
 SHARED = {"arguments", "operator", "geometry", "positions", "checks", "reference", "chunked_reference", "functions",
-          "conv_transpose_norm", "common", "tiling", "gemm", "problem", "statistics", "gradient"}  # fmt: skip
+          "conv_transpose_norm", "common", "tiling", "gemm", "problem", "statistics", "gradient",
+          "row_chunks", "resizing"}  # fmt: skip
 
 
 def tracked(*patterns):

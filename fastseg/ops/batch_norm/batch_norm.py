@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ... import torch_internals
+from ... import dispatch, torch_internals
 from ...kernels import batch_norm as triton_kernels
+from ...kernels.cpu import batch_norm as cpu_kernels
 from ...kernels.cuda import batch_norm as cuda_kernels
 from ..arguments import FLOAT_AND_DOUBLE_DTYPES, accumulator
 from ..operator import Implementation, Operator, dense, empty, memory_format, placed
@@ -31,6 +32,11 @@ def unsupported_input(input: Tensor) -> str | None:
     if input.dim() != 4:
         return f"{input.dim()}-D input"
     return "an empty batch" if input.numel() == 0 else None
+
+
+def torch_on_cpu(*args: Any) -> dispatch.Preference:
+    """Under "auto" the CPU kernels do not run yet: nobody has measured for which sizes they are faster."""
+    return "torch", "the CPU kernels of batch norm are not measured against torch"
 
 
 def _unsupported(input: Tensor, *rest: Any) -> str | None:
@@ -110,6 +116,7 @@ BATCH_NORM_STATS = Operator(
     kernels={
         "triton": Implementation(partial(_stats_kernel, triton_kernels), _unsupported),
         "cuda": Implementation(partial(_stats_kernel, cuda_kernels), _unsupported),
+        "cpu": Implementation(partial(_stats_kernel, cpu_kernels), _unsupported, torch_on_cpu),
     },
     reference=_stats_reference,
     fake=_empty_stats,
@@ -153,6 +160,7 @@ BATCH_NORM_RELU = Operator(
     kernels={
         "triton": Implementation(partial(_batch_norm_relu_kernel, triton_kernels), _unsupported),
         "cuda": Implementation(partial(_batch_norm_relu_kernel, cuda_kernels), _unsupported),
+        "cpu": Implementation(partial(_batch_norm_relu_kernel, cpu_kernels), _unsupported, torch_on_cpu),
     },
     reference=_batch_norm_relu_reference,
     fake=empty_like_input,
@@ -203,6 +211,7 @@ BATCH_NORM_RELU_SUMS = Operator(
     kernels={
         "triton": Implementation(partial(_sums_kernel, triton_kernels), _unsupported_gradient),
         "cuda": Implementation(partial(_sums_kernel, cuda_kernels), _unsupported_gradient),
+        "cpu": Implementation(partial(_sums_kernel, cpu_kernels), _unsupported_gradient, torch_on_cpu),
     },
     reference=_sums_reference,
     fake=empty_sums,
@@ -251,6 +260,7 @@ BATCH_NORM_RELU_BACKWARD = Operator(
     kernels={
         "triton": Implementation(partial(_backward_kernel, triton_kernels), _unsupported_gradient),
         "cuda": Implementation(partial(_backward_kernel, cuda_kernels), _unsupported_gradient),
+        "cpu": Implementation(partial(_backward_kernel, cpu_kernels), _unsupported_gradient, torch_on_cpu),
     },
     reference=_backward_reference,
     fake=_empty_gradient,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ...kernels import batch_norm as triton_kernels
 from ...kernels.batch_norm.arguments import NormArguments
+from ...kernels.cpu import batch_norm as cpu_kernels
 from ...kernels.cuda import batch_norm as cuda_kernels
 from ...kernels.pooling.geometry import PoolGeometry
 from ..operator import Implementation, Operator, dense, empty, memory_format, placed
@@ -26,6 +27,7 @@ from .batch_norm import (
     input_gradient,
     normalized,
     sums_of,
+    torch_on_cpu,
     unsupported_input,
     x_hat_and_gradient,
 )
@@ -79,6 +81,7 @@ BATCH_NORM_RELU_MAX_POOL2D = Operator(
     kernels={
         "triton": Implementation(partial(_max_pool2d_kernel, triton_kernels), _unsupported),
         "cuda": Implementation(partial(_max_pool2d_kernel, cuda_kernels), _unsupported),
+        "cpu": Implementation(partial(_max_pool2d_kernel, cpu_kernels), _unsupported, torch_on_cpu),
     },
     reference=_max_pool2d_reference,
     fake=_empty_pooled,
@@ -131,6 +134,7 @@ BATCH_NORM_RELU_MAX_POOL2D_SUMS = Operator(
     kernels={
         "triton": Implementation(partial(_sums_kernel, triton_kernels), _unsupported_gradient),
         "cuda": Implementation(partial(_sums_kernel, cuda_kernels), _unsupported_gradient),
+        "cpu": Implementation(partial(_sums_kernel, cpu_kernels), _unsupported_gradient, torch_on_cpu),
     },
     reference=_sums_reference,
     fake=_empty_sums,
@@ -177,6 +181,7 @@ BATCH_NORM_RELU_MAX_POOL2D_BACKWARD = Operator(
     kernels={
         "triton": Implementation(partial(_backward_kernel, triton_kernels), _unsupported_gradient),
         "cuda": Implementation(partial(_backward_kernel, cuda_kernels), _unsupported_gradient),
+        "cpu": Implementation(partial(_backward_kernel, cpu_kernels), _unsupported_gradient, torch_on_cpu),
     },
     reference=_backward_reference,
     fake=_empty_gradient,

@@ -5,6 +5,8 @@ Positions are uint8 offsets, and the unpooling has cells (PoolGeometry.has_cells
 
 from __future__ import annotations
 
+from functools import partial
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -12,11 +14,20 @@ from torch import Tensor
 
 from ...kernels import batch_norm as triton_kernels
 from ...kernels.batch_norm.arguments import NormArguments
+from ...kernels.cpu import batch_norm as cpu_kernels
 from ...kernels.pooling.geometry import PoolGeometry
 from ..operator import Implementation, Operator, dense, empty, memory_format, placed
 from ..pooling.positions import to_indices
 from ..pooling.unpool import require_positions_inside
-from .batch_norm import empty_like_input, empty_sums, normalized, sums_of, unsupported_input, x_hat_and_gradient
+from .batch_norm import (
+    empty_like_input,
+    empty_sums,
+    normalized,
+    sums_of,
+    torch_on_cpu,
+    unsupported_input,
+    x_hat_and_gradient,
+)
 
 # --- forward ---------------------------------------------------------------------------------------------------------
 
@@ -26,12 +37,12 @@ def _empty_unpooled(input: Tensor, offsets: Tensor, geometry: PoolGeometry, size
 
 
 def _max_unpool2d_kernel(
-    input: Tensor, offsets: Tensor, geometry: PoolGeometry, size: list[int], norm: NormArguments
+    kernels: ModuleType, input: Tensor, offsets: Tensor, geometry: PoolGeometry, size: list[int], norm: NormArguments
 ) -> Tensor:
     require_positions_inside(offsets, geometry, size)
     layout = memory_format(input)
     output = _empty_unpooled(input, offsets, geometry, size)
-    triton_kernels.batch_norm_unpool.batch_norm_relu_max_unpool2d_fwd(
+    kernels.batch_norm_unpool.batch_norm_relu_max_unpool2d_fwd(
         dense(input, layout),
         dense(offsets, layout),
         norm.contiguous(),
@@ -58,7 +69,10 @@ def _unsupported(input: Tensor, *rest: Any) -> str | None:
 BATCH_NORM_RELU_MAX_UNPOOL2D = Operator(
     "batch_norm_relu_max_unpool2d(Tensor input, Tensor offsets, PoolGeometry geometry, SymInt[2] output_size, "
     "NormArguments norm) -> Tensor",
-    kernels={"triton": Implementation(_max_unpool2d_kernel, _unsupported)},
+    kernels={
+        "triton": Implementation(partial(_max_unpool2d_kernel, triton_kernels), _unsupported),
+        "cpu": Implementation(partial(_max_unpool2d_kernel, cpu_kernels), _unsupported, torch_on_cpu),
+    },
     reference=_max_unpool2d_reference,
     fake=_empty_unpooled,
 )
@@ -72,11 +86,11 @@ def _empty_gathered(grad: Tensor, offsets: Tensor, input: Tensor, *rest: Any) ->
 
 
 def _sums_kernel(
-    grad: Tensor, offsets: Tensor, input: Tensor, geometry: PoolGeometry, norm: NormArguments
+    kernels: ModuleType, grad: Tensor, offsets: Tensor, input: Tensor, geometry: PoolGeometry, norm: NormArguments
 ) -> tuple[Tensor, Tensor]:
     layout = memory_format(input)
     gathered, sums = _empty_gathered(grad, offsets, input)
-    triton_kernels.batch_norm_unpool.batch_norm_relu_max_unpool2d_sums(
+    kernels.batch_norm_unpool.batch_norm_relu_max_unpool2d_sums(
         dense(grad, layout),
         dense(offsets, layout),
         dense(input, layout),
@@ -105,7 +119,10 @@ def _unsupported_gradient(grad: Tensor, offsets: Tensor, input: Tensor, *rest: A
 BATCH_NORM_RELU_MAX_UNPOOL2D_SUMS = Operator(
     "batch_norm_relu_max_unpool2d_sums(Tensor grad_output, Tensor offsets, Tensor input, PoolGeometry geometry, "
     "NormArguments norm) -> (Tensor, Tensor)",
-    kernels={"triton": Implementation(_sums_kernel, _unsupported_gradient)},
+    kernels={
+        "triton": Implementation(partial(_sums_kernel, triton_kernels), _unsupported_gradient),
+        "cpu": Implementation(partial(_sums_kernel, cpu_kernels), _unsupported_gradient, torch_on_cpu),
+    },
     reference=_sums_reference,
     fake=_empty_gathered,
     gradient=True,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -157,16 +157,21 @@ def _empty_gradient(grad: Tensor, input: Tensor, *rest: Any) -> Tensor:
     return empty(input, input.shape, memory_format(input))
 
 
-def _backward_kernel(
-    kernels: ModuleType, grad: Tensor, input: Tensor, target: Tensor, weight: Tensor | None, lse: Tensor,
-    denominator: Tensor, resizing: Resizing, options: LossOptions,
-) -> Tensor:  # fmt: skip
-    grad_input = _empty_gradient(grad, input)
-    inputs = _inputs(input, target, weight)
-    kernels.upsample_cross_entropy.upsample_cross_entropy_bwd(
-        grad.contiguous(), inputs, lse.contiguous(), denominator, resizing, options, grad_input
-    )
-    return grad_input
+def _backward_with(kernels: ModuleType) -> Callable[..., Tensor]:
+    """The implementation by a package of launchers."""
+
+    def run(
+        grad: Tensor, input: Tensor, target: Tensor, weight: Tensor | None, lse: Tensor, denominator: Tensor,
+        resizing: Resizing, options: LossOptions,
+    ) -> Tensor:  # fmt: skip
+        grad_input = _empty_gradient(grad, input)
+        inputs = _inputs(input, target, weight)
+        kernels.upsample_cross_entropy.upsample_cross_entropy_bwd(
+            grad.contiguous(), inputs, lse.contiguous(), denominator, resizing, options, grad_input
+        )
+        return grad_input
+
+    return run
 
 
 def _backward_reference(
@@ -195,10 +200,10 @@ UPSAMPLE_CROSS_ENTROPY_BACKWARD = Operator(
     "Tensor denominator, Resizing resizing, LossOptions options) -> Tensor",
     kernels={
         "triton": Implementation(
-            partial(_backward_kernel, triton_kernels), lambda grad, input, target, *rest: _unsupported(input, target)
+            _backward_with(triton_kernels), lambda grad, input, target, *rest: _unsupported(input, target)
         ),
         "cpu": Implementation(
-            partial(_backward_kernel, cpu_kernels),
+            _backward_with(cpu_kernels),
             lambda grad, input, target, *rest: _unsupported_on_cpu(input, target),
         ),
     },

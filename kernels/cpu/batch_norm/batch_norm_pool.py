@@ -36,7 +36,13 @@ def batch_norm_relu_max_pool2d_fwd(
 
 
 def batch_norm_relu_max_pool2d_sums(
-    grad_y: Tensor, offsets: Tensor, x: Tensor, norm: NormArguments, sums: Tensor, geometry: PoolGeometry, channels_last: bool
+    grad_y: Tensor,
+    offsets: Tensor,
+    x: Tensor,
+    norm: NormArguments,
+    sums: Tensor,
+    geometry: PoolGeometry,
+    channels_last: bool,
 ) -> None:
     """Write sums (4, C) as batch_norm_relu_sums does, for the gradient of the pooling's input."""
     if are_cells(x, grad_y, geometry):

@@ -37,8 +37,8 @@ def batch_norm_relu_max_unpool2d_fwd(
 
 
 def batch_norm_relu_max_unpool2d_sums(
-    grad_y: Tensor, offsets: Tensor, x: Tensor, norm: NormArguments, grad_relu_input: Tensor, sums: Tensor, geometry: PoolGeometry,
-    channels_last: bool,
+    grad_y: Tensor, offsets: Tensor, x: Tensor, norm: NormArguments, grad_relu_input: Tensor, sums: Tensor,
+    geometry: PoolGeometry, channels_last: bool,
 ) -> None:  # fmt: skip
     """Write grad_relu_input, of x's shape, and its sums (4, C) as batch_norm_relu_sums does.
 
