@@ -244,6 +244,8 @@ def _decide_on_cpu(operator: str, unsupported: Unsupported, preferred: Preferenc
     missing = unsupported("cpu")
     if missing == NO_KERNELS:
         return Choice(operator, "torch", "a CPU tensor")
+    if torch_internals.exporting():
+        return Choice(operator, "torch", "a CPU tensor in an exported program, which must run without fastseg")
     if (no_cpu_kernels := without_cpu_kernels()) is not None:
         return Choice(operator, "torch", f"a CPU tensor, and {no_cpu_kernels}")
     if missing is not None:

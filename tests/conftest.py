@@ -54,6 +54,12 @@ def one_thread():
 
 
 @pytest.fixture
+def no_cpu_kernels(monkeypatch):
+    """As on a machine without a C++ compiler."""
+    monkeypatch.setattr(fastseg.dispatch, "without_cpu_kernels", lambda: "no C++ compiler was found")
+
+
+@pytest.fixture
 def triton_backend():
     with fastseg.backend("triton"):
         yield

@@ -71,7 +71,8 @@ def test_the_quick_run_writes_its_files(gpu, tmp_path, monkeypatch):
 
     monkeypatch.setattr(gpu, "plan", plan)
     assert gpu.main(["--out", str(tmp_path), "--quick", "--budget", "120"]) == 0
-    assert {path.name for path in tmp_path.iterdir()} == {"summary.json", "log.txt", "doctor.json", "verify.json"}
+    names = {path.name for path in tmp_path.iterdir()} - {"cpu"}  # the CPU kernels that were compiled
+    assert names == {"summary.json", "log.txt", "doctor.json", "verify.json"}
     assert json.loads((tmp_path / "verify.json").read_text())["passed"] is True
     assert json.loads((tmp_path / "doctor.json").read_text())["fastseg"]
 

@@ -183,7 +183,7 @@ FAMILIES = {
             f"convolution/{name}"
             for name in (
                 "conv_transpose", "conv_transpose_bwd", "conv_transpose_bwd_shuffle", "conv_transpose_depthwise",
-                "conv_transpose_tma", "gemm", "problem",
+                "conv_transpose_tma", "gemm",
             )
         ], convolutions,
     ),

@@ -56,7 +56,7 @@ def test_compiles_in_one_graph(backend, dynamic, device):
             torch.testing.assert_close(got, want)
 
 
-def test_explain():
+def test_explain(no_cpu_kernels):
     x, target = torch.zeros(1, 3, 4, 4), torch.zeros(1, 8, 8, dtype=torch.long)
     assert [str(choice) for choice in fastseg.explain(FS.upsample_cross_entropy, x, target)] == [
         "upsample_cross_entropy: torch (a CPU tensor)"

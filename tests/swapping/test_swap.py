@@ -97,7 +97,7 @@ def test_undo_leaves_no_attributes(device, triton_backend):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about CPU tensors")
-def test_on_a_cpu_the_forward_of_torch_runs(monkeypatch):
+def test_without_cpu_kernels_the_forward_of_torch_runs(monkeypatch, no_cpu_kernels):
     """fastseg only decides which backend runs."""
     model = nn.Sequential(nn.MaxPool2d(2), nn.ConvTranspose2d(3, 4, 2))
     plain, model, _ = twins(model)

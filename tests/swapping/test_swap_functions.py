@@ -113,6 +113,13 @@ def test_on_a_cpu_the_results_are_bitwise_those_of_torch(net, batch):
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
+def test_an_exception_of_a_hook_is_not_swallowed():
+    """Activation checkpointing ends a recomputation by an exception, which a shortcut of the pool once caught."""
+    x = torch.randn(1, 3, 8, 8, requires_grad=True)
+    for pool in (fastseg.functional.max_pool2d, fastseg.swap_functions()(F.max_pool2d)):
+        checkpoint(lambda x, pool=pool: pool(x.sin(), 2), x, use_reentrant=False).sum().backward()
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("setting", ["auto", "triton", "torch"])
@@ -124,7 +131,7 @@ def test_a_loss_has_torchs_dtype(dtype, autocast, setting, device):
         with fastseg.swap_functions() as swapped:
             got = F.cross_entropy(logits, target)
     assert got.dtype == want.dtype
-    if device == "cpu" and setting != "triton":
+    if device == "cpu" and setting == "torch":
         assert torch.equal(got, want)
     else:
         assert swapped.calls == {"cross_entropy": 1}

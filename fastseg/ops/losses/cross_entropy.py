@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ... import dispatch
 from ...kernels.losses.options import LossOptions
 from ..operator import dense, double_backward, known_signature, memory_format, vmap_loops, wants_graph
 from .checks import (
@@ -28,7 +25,6 @@ from .cross_entropy_operators import (
     CROSS_ENTROPY_ONE_PASS,
     CROSS_ENTROPY_ONE_PASS_BACKWARD,
     ONE_PASS_CLASSES,
-    few_logits,
     one_pass_labels,
 )
 from .reference import differentiable_loss, predict
@@ -181,22 +177,6 @@ def _loss_and_predictions(
         raise
 
 
-def _small_loss(input: Any, target: Any, ignore_index: int, reduction: str) -> Tensor | None:
-    """torch's own function for few float32 logits and int64 labels on a CPU: the checks alone would take as long.
-
-    None for other tensors, and if torch raises, so that the checks do.
-    """
-    if torch.compiler.is_compiling() or type(input) not in (Tensor, torch.nn.Parameter) or not input.is_cpu:
-        return None
-    if input.dtype != torch.float32 or type(target) is not Tensor or target.dtype != torch.int64:
-        return None
-    if dispatch.get_backend() != "auto" or dispatch.explaining() or not few_logits(input):
-        return None
-    with contextlib.suppress(Exception):
-        return F.cross_entropy(input, target, ignore_index=ignore_index, reduction=reduction)
-    return None
-
-
 def _takes_one_pass(input: Tensor, classes: int, options: LossOptions, one_pass: bool | None) -> bool:
     """Whether the forward makes the gradient, which pays if the gradient of the loss is going to be 1.
 
@@ -308,11 +288,6 @@ def cross_entropy(
     Source:
         torch.nn.functional.cross_entropy. z_loss: Chowdhery et al., "PaLM", 2022.
     """
-    plain = weight is None and size_average is None and reduce is None and one_pass is None
-    if plain and (label_smoothing, normalization, z_loss) == (0.0, "weights", 0.0):
-        small = _small_loss(input, target, ignore_index, reduction)
-        if small is not None:
-            return small
     reduction = checked_reduction("cross_entropy", size_average, reduce, reduction)
     arguments = LossArguments(reduction, ignore_index, label_smoothing, normalization, z_loss)
     loss, *_ = _loss_and_predictions("cross_entropy", input, target, weight, arguments, one_pass, None)

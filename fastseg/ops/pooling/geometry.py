@@ -63,16 +63,6 @@ def few_elements(x: Tensor, least: Mapping[torch.memory_format, int]) -> dispatc
     return ("torch", "torch is as fast for few elements") if few else None
 
 
-def is_plain(*tensors: Any) -> bool:
-    """Whether they are tensors on a CPU without a subclass, under "auto" and not inside `explain`.
-
-    A function whose call torch runs anyway may then leave the checks of the arguments to torch.
-    """
-    if torch.compiler.is_compiling() or dispatch.get_backend() != "auto" or dispatch.explaining():
-        return False
-    return all(type(x) in (Tensor, torch.nn.Parameter) and x.is_cpu for x in tensors)
-
-
 def as_batch(x: Tensor) -> Tensor:
     """(C, H, W) as a batch of one, without a copy."""
     return x if x.dim() == 4 else x.unsqueeze(0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -21,7 +20,6 @@ from .geometry import (
     PoolGeometry,
     as_batch,
     few_elements,
-    is_plain,
     map_over_batch,
     pool_geometry,
     pooled_size,
@@ -239,9 +237,6 @@ def max_pool2d(
     Source:
         torch.nn.functional.max_pool2d.
     """
-    if is_plain(input) and few_elements(input, FEW_ELEMENTS):
-        with contextlib.suppress(Exception):  # the checks below raise it again
-            return F.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
     geometry = pool_geometry("max_pool2d", kernel_size, stride, padding, dilation)
     checked_geometry("max_pool2d", input, geometry, ceil_mode)
     positions = INDICES if return_indices else _positions_to_save(input, geometry)

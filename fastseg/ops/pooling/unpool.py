@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from functools import partial
 from types import ModuleType
@@ -21,7 +20,6 @@ from .geometry import (
     PoolGeometry,
     as_batch,
     few_elements,
-    is_plain,
     map_over_batch,
     pool_geometry,
     unsupported_dtype,
@@ -307,9 +305,6 @@ def max_unpool2d(
         torch.nn.functional.max_unpool2d.
     """
     name = "max_unpool2d"
-    if is_plain(input, indices) and few_elements(input, FEW_ELEMENTS):
-        with contextlib.suppress(Exception):  # the checks below raise it again
-            return F.max_unpool2d(input, indices, kernel_size, stride, padding, output_size)
     check_unpool(name, input, indices, "indices", torch.int64)
     geometry = pool_geometry(name, kernel_size, stride, padding)
     size = unpooled_size(name, input.shape[-2:], geometry, output_size)
