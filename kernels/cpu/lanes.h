@@ -52,7 +52,7 @@ template <class E, int L, class V> INLINE Lanes<E, L> converted(V value) {
     else return __builtin_convertvector(value, Lanes<E, L>);
 }
 
-// --- conversions, as those of single numbers in common.h --------------------------------------------------------------
+// --- conversions, as those of single numbers in common.h -------------------------------------------------------------
 
 template <int L> INLINE Lanes<float, L> widen(Lanes<float, L> x, float) { return x; }
 template <int L> INLINE Lanes<double, L> widen(Lanes<double, L> x, double) { return x; }

@@ -42,8 +42,9 @@ struct Map {
     }
 };
 
-// Writes stats (3, c), mean, shift (the rounding of the mean) and biased variance, and moves the running ones. A chunk's
-// mean is taken first and its squares about that mean then, from the cache; chunks are combined by Chan's rule.
+// Writes stats (3, c), mean, shift (the rounding error of the mean) and biased variance, and updates the running
+// statistics. For each chunk it computes the mean first, and then the squared deviations from it, out of the cache;
+// chunks are merged by Chan's rule.
 EXPORT batch_norm_stats(
     const T* x, const C* input_bias, C* running_mean, C* running_var, double momentum, C* stats, int64_t n, int64_t c,
     int64_t size) {

@@ -2,8 +2,8 @@
 #include "../pooling/scatter.h"
 #include "cell_sums.h"
 
-// Writes y, zeros and all, for windows that are cells of 2x2 pixels: Windows::cells. Returns 1 for an offset outside its
-// window; y is then of no use.
+// Writes each element of y once, for windows that are cells of 2x2 pixels (Windows::cells). Returns 1 if an offset is
+// outside its window; y is then not valid.
 EXPORT batch_norm_relu_max_unpool2d_fwd(
     const T* x, const uint8_t* offsets, const C* mean, const C* shift, const C* var, const C* weight, const C* bias,
     double eps, int64_t relu, T* y, int64_t n, int64_t c, int64_t h, int64_t w, int64_t oh, int64_t ow) {

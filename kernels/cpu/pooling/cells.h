@@ -1,6 +1,6 @@
 #pragma once
-// Windows of 2x2 that are the cells of the image, one after the other: Windows::cells. L lanes are neighbouring cells of
-// a row in NCHW and channels of one cell in channels_last, so that one kernel serves both memory formats.
+// Windows of 2x2 that divide the image into cells (Windows::cells). L lanes are neighbouring cells of a row in NCHW and
+// neighbouring channels of one cell in channels_last, so that one kernel serves both memory formats.
 
 #include "windows.h"
 
@@ -84,8 +84,8 @@ template <int L> INLINE Lanes<C, L> chosen(const Four<L>& four, Lanes<I, L> tap)
     return value;
 }
 
-// The largest of four pixels and its tap. torch's rule: a strictly larger value wins, so that the first of equals stays,
-// and NaN always wins.
+// The largest of four pixels and its tap, by torch's rule: a strictly larger value wins, so the first of equal values
+// stays, and NaN always wins.
 template <int L> struct Largest {
     Lanes<C, L> value;
     Lanes<I, L> tap{};

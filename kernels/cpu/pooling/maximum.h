@@ -1,6 +1,6 @@
 #pragma once
-// Max-pooling of windows of any geometry, row by row of the pooled map, by torch's rule (see Largest). The first tap inside
-// the image stands where nothing is larger than -inf.
+// Max-pooling of windows of any geometry, row by row of the pooled map, by torch's rule (see Largest). If no value of a
+// window is larger than -inf, its position is the first tap inside the image.
 
 #include "cells.h"
 
@@ -16,7 +16,8 @@ struct MaxPool {
         return indices ? i * g.dh * g.w + j * g.dw : i * g.kw + j;
     }
 
-    // L windows from `ow` on (NCHW), or L channels from `c` on of window `ow`. STEP: how far lanes are apart, 0 for g.sw.
+    // L windows from `ow` on (NCHW), or L channels from `c` on of window `ow`. STEP: the distance of two lanes, 0 for
+    // g.sw.
     template <int L, int STEP>
     INLINE void block(int64_t row, int64_t ow, int64_t c, Range rows, Range columns) const {
         const int64_t h0 = row % g.oh * g.sh - g.ph, w0 = ow * g.sw - g.pw, pixel = g.pixel();

@@ -6,7 +6,8 @@
 // map and its positions (offsets, indices or neither) once.
 EXPORT max_pool2d_fwd(
     const T* x, T* y, uint8_t* offsets, int64_t* indices, int64_t n, int64_t c, int64_t h, int64_t w, int64_t oh,
-    int64_t ow, int64_t kh, int64_t kw, int64_t sh, int64_t sw, int64_t ph, int64_t pw, int64_t dh, int64_t dw) {
+    int64_t ow, int64_t kh, int64_t kw, int64_t sh, int64_t sw, int64_t ph, int64_t pw,
+    int64_t dh, int64_t dw) {
     const Windows g{n, c, h, w, oh, ow, kh, kw, sh, sw, ph, pw, dh, dw};
     const int64_t size = n * c * oh * ow;
     fresh(y, size * sizeof(T)), fresh(offsets, size), fresh(indices, size * sizeof(int64_t));
@@ -21,9 +22,9 @@ EXPORT max_pool2d_fwd(
 
 // Writes each element of grad_x once. Where windows overlap, a pixel adds up what they give it in row-major order.
 EXPORT max_pool2d_bwd(
-    const T* grad_y, const uint8_t* offsets, const int64_t* indices, T* grad_x, int64_t n, int64_t c, int64_t h, int64_t w,
-    int64_t oh, int64_t ow, int64_t kh, int64_t kw, int64_t sh, int64_t sw, int64_t ph, int64_t pw, int64_t dh,
-    int64_t dw) {
+    const T* grad_y, const uint8_t* offsets, const int64_t* indices, T* grad_x, int64_t n, int64_t c, int64_t h,
+    int64_t w, int64_t oh, int64_t ow, int64_t kh, int64_t kw, int64_t sh, int64_t sw, int64_t ph, int64_t pw,
+    int64_t dh, int64_t dw) {
     const Windows g{n, c, h, w, oh, ow, kh, kw, sh, sw, ph, pw, dh, dw};
     fresh(grad_x, n * c * h * w * sizeof(T));
     if (offsets && g.cells())

@@ -12,14 +12,16 @@ struct Flag {
     explicit operator bool() const { return __atomic_load_n(&up, __ATOMIC_RELAXED) != 0; }
 };
 
-// The place in its plane, h * W + w, that the position of window (oh, ow) names; -1 for one outside the window or plane.
+// The place h * W + w in its plane that the position of window (oh, ow) names, or -1 for a position outside the window
+// or the plane.
 struct Places {
     const Windows& g;
     const uint8_t* offsets;  // one of the two
     const int64_t* indices;
     int64_t down[256], across[256];  // of the taps
 
-    Places(const Windows& g, const uint8_t* offsets, const int64_t* indices) : g(g), offsets(offsets), indices(indices) {
+    Places(const Windows& g, const uint8_t* offsets, const int64_t* indices)
+        : g(g), offsets(offsets), indices(indices) {
         for (int64_t tap = 0; tap < 256; ++tap) {
             const bool exists = tap < g.kh * g.kw;
             down[tap] = exists ? tap / g.kw * g.dh : g.h + g.ph;  // a tap that does not exist is below every image
@@ -37,8 +39,8 @@ struct Places {
     }
 };
 
-// Rows of the image that are written by one thread, of a plane in NCHW and of all channels in channels_last. They stay in
-// the second-level cache meanwhile.
+// Rows of the image that one thread writes: of one plane in NCHW, of all channels in channels_last. They fit in the
+// second-level cache.
 struct Band {
     static constexpr int64_t ELEMENTS = 1 << 17;
     int64_t plane;
@@ -60,7 +62,8 @@ struct Band {
     }
 };
 
-// Scatters the windows of a band in row-major order: of several values for a pixel the last stays, or with ADD their sum.
+// Scatters the windows of a band in row-major order. If a pixel gets several values, the last one stays, or with ADD
+// their sum.
 // `to` is the band's first row. Returns whether every position was inside.
 template <bool ADD, class To>
 static inline bool scatter(const Places& places, const T* x, const Band& band, bool far, To* to) {
@@ -81,8 +84,8 @@ static inline bool scatter(const Places& places, const T* x, const Band& band, b
                 if (uint64_t(place - start) < uint64_t(size)) give(to + (place - start) * pixel + c, at);
             }
     };
-    // Windows whose columns are all inside need no check but that of the tap: where it is from the window's first column,
-    // or nowhere.
+    // Windows whose columns are all inside need only a check of the tap: its distance from the window's first column in
+    // the band's first row, or a negative number if it is not in the band.
     constexpr int64_t OUTSIDE = -1, IN_ANOTHER_BAND = -2;
     int64_t steps[256];
     for (int64_t& step : steps) step = OUTSIDE;
@@ -130,7 +133,8 @@ static inline bool scatter_all(const Places& places, const T* x, T* y) {
     return bool(inside);
 }
 
-// The gradient of a pool: each pixel adds up what its windows give it, in row-major order, in float32 for half precision.
+// The gradient of a pool: each pixel sums what its windows contribute in row-major order, in float32 for half
+// precision.
 static inline void add_all(const Places& places, const T* x, T* y) {
     const Windows& g = places.g;
     const int64_t bands = Band::per_plane(g, false), planes = LAST ? g.n : g.n * g.c;

@@ -5,8 +5,9 @@
 // Writes each element of the image once, zeros and all. Returns 1 where a position lies outside its window (an offset)
 // or outside the plane (an index); y is then of no use.
 EXPORT max_unpool2d_fwd(
-    const T* x, const uint8_t* offsets, const int64_t* indices, T* y, int64_t n, int64_t c, int64_t h, int64_t w, int64_t oh,
-    int64_t ow, int64_t kh, int64_t kw, int64_t sh, int64_t sw, int64_t ph, int64_t pw, int64_t dh, int64_t dw) {
+    const T* x, const uint8_t* offsets, const int64_t* indices, T* y, int64_t n, int64_t c, int64_t h, int64_t w,
+    int64_t oh, int64_t ow, int64_t kh, int64_t kw, int64_t sh, int64_t sw, int64_t ph, int64_t pw,
+    int64_t dh, int64_t dw) {
     const Windows g{n, c, h, w, oh, ow, kh, kw, sh, sw, ph, pw, dh, dw};
     fresh(y, n * c * h * w * sizeof(T));
     if (!offsets || !g.cells()) return !scatter_all({g, offsets, indices}, x, y);
@@ -23,9 +24,9 @@ EXPORT max_unpool2d_fwd(
 
 // Gathers the image's gradient at the positions.
 EXPORT max_unpool2d_bwd(
-    const T* grad_y, const uint8_t* offsets, const int64_t* indices, T* grad_x, int64_t n, int64_t c, int64_t h, int64_t w,
-    int64_t oh, int64_t ow, int64_t kh, int64_t kw, int64_t sh, int64_t sw, int64_t ph, int64_t pw, int64_t dh,
-    int64_t dw) {
+    const T* grad_y, const uint8_t* offsets, const int64_t* indices, T* grad_x, int64_t n, int64_t c, int64_t h,
+    int64_t w, int64_t oh, int64_t ow, int64_t kh, int64_t kw, int64_t sh, int64_t sw, int64_t ph, int64_t pw,
+    int64_t dh, int64_t dw) {
     const Windows g{n, c, h, w, oh, ow, kh, kw, sh, sw, ph, pw, dh, dw};
     const Places places{g, offsets, indices};
     fresh(grad_x, n * c * oh * ow * sizeof(T));
