@@ -53,7 +53,7 @@ def test_every_function_falls_back_on_a_device_that_fastseg_does_not_know():
 
 @pytest.mark.parametrize("key", ["CPU", "CUDA", "MPS", "XPU", "HPU", "PrivateUse1", "Meta"])
 def test_every_operator_has_an_implementation_for_every_device(key):
-    operators = [o for o in gc.get_objects() if isinstance(o, Operator)]
+    operators = [o for o in gc.get_objects() if type(o) is Operator]  # isinstance asks dead weak references too
     assert len(operators) > 25
     for operator in operators:
         assert torch_internals.has_kernel(f"fastseg::{operator.name}", key), operator.name

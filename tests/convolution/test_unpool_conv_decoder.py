@@ -12,6 +12,8 @@ from torch import nn
 import fastseg
 from fastseg import autotune, dispatch, models
 from fastseg.models import blocks, segnet_inference
+from fastseg.ops.batch_norm.batch_norm import BATCH_NORM_RELU
+from fastseg.ops.batch_norm.batch_norm_unpool import BATCH_NORM_RELU_MAX_UNPOOL2D
 from fastseg.ops.convolution import unpool_conv, unpool_conv_norm
 from fastseg.ops.convolution.unpool_conv_norm import MAX_UNPOOL2D_CONV2D_BATCH_NORM_RELU as OPERATOR
 
@@ -76,8 +78,10 @@ def on_a_gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     for cached in (autotune._known, autotune._recorded):
         cached.cache_clear()
-    # The operator asks the implementation of the tensor's device for its preference, and here that is "cpu".
-    monkeypatch.setitem(OPERATOR.kernels, "cpu", OPERATOR.kernels["triton"]._replace(preferred=OPERATOR.preferred))
+    # An operator asks the implementation of the tensor's device for its preference, and here that is "cpu".
+    for operator in (OPERATOR, BATCH_NORM_RELU, BATCH_NORM_RELU_MAX_UNPOOL2D):
+        as_triton = operator.kernels["triton"]._replace(preferred=operator.preferred)
+        monkeypatch.setitem(operator.kernels, "cpu", as_triton)
     with fastseg.backend("auto"):
         yield
     for cached in (autotune._known, autotune._recorded):
