@@ -52,7 +52,7 @@ def read_label(labels, o, live, C: tl.constexpr, IGNORE):
 
 @triton.jit
 def read_target(targets, o, live, C: tl.constexpr, IGNORE, PROBABILITIES: tl.constexpr):
-    """read_label. For class probabilities no pixel is ignored, and label 0 is a placeholder."""
+    """read_label. For class probabilities no pixel is ignored, and the label is always 0."""
     if PROBABILITIES:
         return tl.where(live, 0, -1).to(tl.int32), live != live
     else:

@@ -85,7 +85,7 @@ def norm_relu_obstacle(norm: Node, relu: Node) -> str | None:
     if any(vector is not None and vector.dtype not in (input.dtype, torch.float32) for vector in vectors.values()):
         return "its parameters or running statistics have neither its input's dtype nor float32"
     if not no_side_effect_between(norm, relu):
-        return "an in-place write or a change of mode stands between it and its ReLU"
+        return "an in-place write or a change of mode separates it from its ReLU"
     return availability.reason_off_kernels("batch_norm_relu", input, BATCH_NORM_RELU.unsupported("triton", input))
 
 

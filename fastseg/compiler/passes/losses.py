@@ -50,7 +50,7 @@ class FuseUpsampleCrossEntropy(Rule[ResizedLoss]):
         if input.dim() != 4:
             return f"{input.dim()}-D logits"
         if not no_side_effect_between(match.resize, match.loss):
-            return "an in-place write or a change of mode stands between it and the loss"
+            return "an in-place write or a change of mode separates it from the loss"
         if written_after(match.loss, resize["input"]):
             return WRITTEN_LATER
         unsupported = resizing.unsupported_resizing(input, example_value(match.resize).shape[-2:])
