@@ -30,8 +30,12 @@ PRIVATE_NAMES: dict[str, str] = {
     "triton.runtime.interpreter._get_np_dtype": _SPEED,
     "triton.runtime.interpreter._patch_attr": _SPEED,
     "triton.runtime.interpreter._patch_builtin": _SPEED,
+    "triton.runtime.interpreter._patch_lang": _SPEED,
     "triton.runtime.interpreter._patch_lang_tensor": _SPEED,
+    "triton.language.core.block_type.__init__": _SPEED,
+    "triton.language.core.tensor.__init__": _SPEED,
     "triton.runtime.interpreter.TritonSemantic.binary_op_sanitize_overflow_impl": _SPEED,
+    "triton.runtime.interpreter.TritonSemantic.broadcast_impl_value": _SPEED,
     **{
         f"triton.runtime.interpreter.InterpreterBuilder.create_{name}": _WATCHED
         for name in ("masked_load", "masked_store", "atomic_rmw", "atomic_cas", "dot", "barrier", "get_program_id")
@@ -95,6 +99,25 @@ def replace_overflow_check(wrap: Callable[[Callable[..., None]], Callable[..., N
 def replace_patch_tensor(wrap: Callable[[Callable[..., None]], Callable[..., None]]) -> None:
     """Wrap how the interpreter gives `tl.tensor` its Python operators."""
     interpreter()._patch_lang_tensor = wrap(interpreter()._patch_lang_tensor)
+
+
+def replace_constructors(wrap_block: Callable[..., Any], wrap_tensor: Callable[..., Any]) -> None:
+    """Wrap the constructors of `tl.block_type` and `tl.tensor`."""
+    from triton.language import core
+
+    core.block_type.__init__ = wrap_block(core.block_type.__init__)
+    core.tensor.__init__ = wrap_tensor(core.tensor.__init__)
+
+
+def replace_broadcast(wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Wrap how the interpreter brings two operands to one shape."""
+    semantic = interpreter().TritonSemantic
+    semantic.broadcast_impl_value = wrap(semantic.broadcast_impl_value)
+
+
+def replace_patch_language(wrap: Callable[[Callable[[Any], Any]], Callable[[Any], Any]]) -> None:
+    """Wrap how the interpreter patches triton.language in the globals of a kernel."""
+    interpreter()._patch_lang = wrap(interpreter()._patch_lang)
 
 
 # --- the compiler ----------------------------------------------------------------------------------------------------

@@ -72,10 +72,41 @@ def test_a_launch_leaves_the_language_unchanged(monkeypatch):
     assert called == [1] and triton_internals.is_builtin(tl.load) and vars(tl) | vars(tl.tensor) == before
 
 
+@triton.jit
+def table_kernel(out, SIZE: tl.constexpr):
+    """A column times a row, one shape from two; a block from a size that is given."""
+    at = tl.arange(0, 4)
+    tl.store(out + at[:, None] * 4 + at[None, :], (at + 1)[:, None] * (at + 1)[None, :] + tl.zeros([SIZE, 4], tl.int32))
+
+
+def test_shapes_that_differ_are_broadcast_and_wrong_ones_raise_each_time():
+    """Also after the same call was right: sizes and types of earlier blocks are remembered."""
+    numbers = torch.arange(1, 5, dtype=torch.int32)
+    for _ in range(2):
+        out = torch.zeros(4, 4, dtype=torch.int32)
+        table_kernel[(1,)](out, SIZE=4)
+        assert torch.equal(out, numbers[:, None] * numbers)
+        for wrong, message in ((3, "must be a power of 2"), (4.0, "must have type"), (2, "incompatible dimensions")):
+            with pytest.raises(InterpreterError, match=message):
+                table_kernel[(1,)](out, SIZE=wrong)
+
+
+def test_pointers_and_values_of_one_shape_keep_their_types():
+    scope = tl.block_type(tl.pointer_type(tl.int32), [4]), tl.block_type(tl.int32, [4]), tl.block_type(tl.int64, [4])
+    assert [kind.scalar.name for kind in scope] == ["pointer<int32>", "int32", "int64"]
+    shared = tl.block_type(tl.pointer_type(tl.int32, address_space=3), [4])
+    assert shared.element_ty.address_space == 3 and scope[0].element_ty.address_space == 1
+    with pytest.raises(TypeError, match="must have type"):
+        tl.block_type(tl.int32, [4.0])
+
+
 def test_triton_calls_everything_that_is_patched(monkeypatch):
     """Otherwise the patches would have no effect."""
     called, semantic = set(), tritons.TritonSemantic
-    names = {"_patch_builtin": tritons, "_get_np_dtype": tritons, "binary_op_sanitize_overflow_impl": semantic}
+    names = {
+        **dict.fromkeys(("_patch_builtin", "_patch_lang", "_get_np_dtype"), tritons),
+        **dict.fromkeys(("binary_op_sanitize_overflow_impl", "broadcast_impl_value"), semantic),
+    }
     for name, owner in names.items():
         ours = getattr(owner, name)
         assert ours.__module__ in ("fastseg.kernels.interpreter", "support.overflow")
