@@ -52,9 +52,9 @@ def batch_norm_stats_kernel(
     """
     # 1. Which channels, and their pivots
     tile, chunk = channel_tile_and_chunk(CHANNEL_TILES, WIDE)
-    c, live_c = channels_in(tile, C, LANES, CHANNELS_LAST)
+    c, m_c = channels_in(tile, C, LANES, CHANNELS_LAST)
     T: tl.constexpr = partials.dtype.element_ty
-    pivot = tl.load(x + c.to(tl.int64) * (1 if CHANNELS_LAST else RUNS * VEC), mask=live_c, other=0.0).to(T)
+    pivot = tl.load(x + c.to(tl.int64) * (1 if CHANNELS_LAST else RUNS * VEC), mask=m_c, other=0.0).to(T)
 
     # 2. Update the statistics of each lane with one element of each tile
     mean = tl.zeros((ROWS, LANES), T)
@@ -62,14 +62,14 @@ def batch_norm_stats_kernel(
     count = tl.zeros((ROWS,), T)
     for step in range(STEPS):
         o = (chunk * STEPS + step) * ROWS + tl.arange(0, ROWS)
-        live = o < M
-        count += live.to(T)
-        offset = flat_offset(o, tile, c, C, RUNS, LANES, VEC, CHANNELS_LAST)
-        value = tl.load(x + offset, mask=live[:, None] & live_c, other=0.0).to(T) - pivot
-        weight = tl.where(live, 1.0 / tl.maximum(count, 1.0), 0.0)[:, None]
+        m_live = o < M
+        count += m_live.to(T)
+        o_x = flat_offset(o, tile, c, C, RUNS, LANES, VEC, CHANNELS_LAST)
+        value = tl.load(x + o_x, mask=m_live[:, None] & m_c, other=0.0).to(T) - pivot
+        weight = tl.where(m_live, 1.0 / tl.maximum(count, 1.0), 0.0)[:, None]
         delta = value - mean
         mean += delta * weight
-        squares += tl.where(live[:, None], delta * (value - mean), 0.0)
+        squares += tl.where(m_live[:, None], delta * (value - mean), 0.0)
 
     # 3. Merge the lanes of a channel
     counts = count[:, None]
@@ -81,8 +81,8 @@ def batch_norm_stats_kernel(
         deviations = tl.sum(squares + counts * (mean - merged) * (mean - merged)) + tl.zeros_like(pivot)
 
     # 4. Store
-    tl.store(partials + chunk * C + c, merged, mask=live_c)
-    tl.store(partials + (CHUNKS + chunk) * C + c, deviations, mask=live_c)
+    tl.store(partials + chunk * C + c, merged, mask=m_c)
+    tl.store(partials + (CHUNKS + chunk) * C + c, deviations, mask=m_c)
 
 
 @triton.jit
@@ -96,50 +96,51 @@ def batch_norm_stats_merge_kernel(
     Writes stats (3, C): mean, shift and biased variance. TRACKED: updates the running statistics. Each chunk has CHUNK
     of a channel's COUNT elements, and the last one has the rest.
     """
+    # 1. Which channels
     c = tl.program_id(0) * LANES + tl.arange(0, LANES)
-    live_c = c < C
+    m_c = c < C
     T: tl.constexpr = partials.dtype.element_ty
 
-    # 1. The mean, relative to the pivot
+    # 2. The mean, relative to the pivot
     total = tl.zeros((LANES,), T) + COUNT
     center = tl.zeros((LANES,), T)
     for start in range(0, CHUNKS, ROWS):
         chunk = start + tl.arange(0, ROWS)
-        live = (chunk < CHUNKS)[:, None] & live_c[None, :]
+        m_live = (chunk < CHUNKS)[:, None] & m_c[None, :]
         size = tl.minimum(COUNT - chunk.to(tl.int64) * CHUNK, CHUNK).to(T)[:, None]
-        mean = tl.load(partials + chunk[:, None] * C + c[None, :], mask=live, other=0.0)
+        mean = tl.load(partials + chunk[:, None] * C + c[None, :], mask=m_live, other=0.0)
         center += tl.sum(size * mean, axis=0)
     center /= total
 
-    # 2. The squared deviations from it
+    # 3. The squared deviations from it
     deviations = tl.zeros((LANES,), T)
     for start in range(0, CHUNKS, ROWS):
         chunk = start + tl.arange(0, ROWS)
-        live = (chunk < CHUNKS)[:, None] & live_c[None, :]
+        m_live = (chunk < CHUNKS)[:, None] & m_c[None, :]
         size = tl.minimum(COUNT - chunk.to(tl.int64) * CHUNK, CHUNK).to(T)[:, None]
-        mean = tl.load(partials + chunk[:, None] * C + c[None, :], mask=live, other=0.0)
-        squares = tl.load(partials + (CHUNKS + chunk)[:, None] * C + c[None, :], mask=live, other=0.0)
+        mean = tl.load(partials + chunk[:, None] * C + c[None, :], mask=m_live, other=0.0)
+        squares = tl.load(partials + (CHUNKS + chunk)[:, None] * C + c[None, :], mask=m_live, other=0.0)
         delta = mean - center[None, :]
-        deviations += tl.sum(tl.where(live, squares + size * delta * delta, 0.0), axis=0)
+        deviations += tl.sum(tl.where(m_live, squares + size * delta * delta, 0.0), axis=0)
 
-    # 3. Store; shift is the rounding error of the mean
-    pivot = tl.load(x + c.to(tl.int64) * PIVOT_STRIDE, mask=live_c, other=0.0).to(T)
+    # 4. Store; shift is the rounding error of the mean
+    pivot = tl.load(x + c.to(tl.int64) * PIVOT_STRIDE, mask=m_c, other=0.0).to(T)
     batch_mean = pivot + center
-    tl.store(stats + c, batch_mean, mask=live_c)
-    tl.store(stats + C + c, (batch_mean - pivot) - center, mask=live_c)
-    tl.store(stats + 2 * C + c, deviations / total, mask=live_c)
+    tl.store(stats + c, batch_mean, mask=m_c)
+    tl.store(stats + C + c, (batch_mean - pivot) - center, mask=m_c)
+    tl.store(stats + 2 * C + c, deviations / total, mask=m_c)
 
-    # 4. Update the running statistics
+    # 5. Update the running statistics
     if TRACKED:
         if INPUT_BIASED:
-            batch_mean += tl.load(input_bias + c, mask=live_c, other=0.0).to(T)
-        old_mean = tl.load(running_mean + c, mask=live_c, other=0.0).to(T)
-        old_var = tl.load(running_var + c, mask=live_c, other=0.0).to(T)
+            batch_mean += tl.load(input_bias + c, mask=m_c, other=0.0).to(T)
+        old_mean = tl.load(running_mean + c, mask=m_c, other=0.0).to(T)
+        old_var = tl.load(running_var + c, mask=m_c, other=0.0).to(T)
         weight = tl.zeros((LANES,), T) + momentum + momentum_rest  # two terms: an argument is rounded to float32
         new_mean = (1 - weight) * old_mean + weight * batch_mean
         new_var = (1 - weight) * old_var + weight * (deviations / (total - 1))
-        tl.store(running_mean + c, new_mean.to(running_mean.dtype.element_ty), mask=live_c)
-        tl.store(running_var + c, new_var.to(running_var.dtype.element_ty), mask=live_c)
+        tl.store(running_mean + c, new_mean.to(running_mean.dtype.element_ty), mask=m_c)
+        tl.store(running_var + c, new_var.to(running_var.dtype.element_ty), mask=m_c)
 
 
 @triton.jit
@@ -152,18 +153,18 @@ def batch_norm_relu_fwd_kernel(
     """One program writes its chunk of y, STEPS tiles, for its channels. Reads x once."""
     # 1. Which channels, and their vectors
     tile, chunk = channel_tile_and_chunk(CHANNEL_TILES, WIDE)
-    c, live_c = channels_in(tile, C, LANES, CHANNELS_LAST)
-    mean_c, shift_c, rstd = load_statistics(mean, shift, var, c, live_c, EPS, SHIFTED)
-    scale, bias_c = load_affine(weight, bias, rstd, c, live_c, WEIGHTED, BIASED)
+    c, m_c = channels_in(tile, C, LANES, CHANNELS_LAST)
+    mean_c, shift_c, rstd = load_statistics(mean, shift, var, c, m_c, EPS, SHIFTED)
+    scale, bias_c = load_affine(weight, bias, rstd, c, m_c, WEIGHTED, BIASED)
 
     # 2. Load, normalize and store each tile
     for step in range(STEPS):
         o = (chunk * STEPS + step) * ROWS + tl.arange(0, ROWS)
-        live = (o < M)[:, None] & live_c
-        offset = flat_offset(o, tile, c, C, RUNS, LANES, VEC, CHANNELS_LAST)
-        value = tl.load(x + offset, mask=live, other=0.0).to(rstd.dtype)
+        m_live = (o < M)[:, None] & m_c
+        o_x = flat_offset(o, tile, c, C, RUNS, LANES, VEC, CHANNELS_LAST)
+        value = tl.load(x + o_x, mask=m_live, other=0.0).to(rstd.dtype)
         y_value = normalize((value - mean_c) + shift_c, scale, bias_c, RELU, y.dtype.element_ty)
-        tl.store(y + offset, y_value.to(y.dtype.element_ty), mask=live)
+        tl.store(y + o_x, y_value.to(y.dtype.element_ty), mask=m_live)
 
 
 @triton.jit
@@ -178,25 +179,25 @@ def batch_norm_relu_sums_kernel(
     """
     # 1. Which channels, and their vectors
     tile, chunk = channel_tile_and_chunk(CHANNEL_TILES, WIDE)
-    c, live_c = channels_in(tile, C, LANES, CHANNELS_LAST)
-    mean_c, shift_c, rstd = load_statistics(mean, shift, var, c, live_c, EPS, SHIFTED)
-    scale, bias_c = load_affine(weight, bias, rstd, c, live_c, WEIGHTED, BIASED)
+    c, m_c = channels_in(tile, C, LANES, CHANNELS_LAST)
+    mean_c, shift_c, rstd = load_statistics(mean, shift, var, c, m_c, EPS, SHIFTED)
+    scale, bias_c = load_affine(weight, bias, rstd, c, m_c, WEIGHTED, BIASED)
 
     # 2. Load each tile and add it up, lane by lane
     sum_grad = tl.zeros((ROWS, LANES), rstd.dtype)
     sum_grad_x = tl.zeros((ROWS, LANES), rstd.dtype)
     for step in range(STEPS):
         o = (chunk * STEPS + step) * ROWS + tl.arange(0, ROWS)
-        live = (o < M)[:, None] & live_c
-        offset = flat_offset(o, tile, c, C, RUNS, LANES, VEC, CHANNELS_LAST)
-        centered = (tl.load(x + offset, mask=live, other=0.0).to(rstd.dtype) - mean_c) + shift_c
-        grad = tl.load(grad_y + offset, mask=live, other=0.0).to(rstd.dtype)
+        m_live = (o < M)[:, None] & m_c
+        o_x = flat_offset(o, tile, c, C, RUNS, LANES, VEC, CHANNELS_LAST)
+        centered = (tl.load(x + o_x, mask=m_live, other=0.0).to(rstd.dtype) - mean_c) + shift_c
+        grad = tl.load(grad_y + o_x, mask=m_live, other=0.0).to(rstd.dtype)
         grad = relu_gradient(grad, centered, scale, bias_c, RELU, x.dtype.element_ty)
         sum_grad += grad
-        sum_grad_x += tl.where(live, grad * centered, 0.0)
+        sum_grad_x += tl.where(m_live, grad * centered, 0.0)
 
     # 3. Reduce the lanes and store
-    store_sums(partials, chunk, CHUNKS, c, live_c, C, sum_grad, sum_grad_x, CHANNELS_LAST)
+    store_sums(partials, chunk, CHUNKS, c, m_c, C, sum_grad, sum_grad_x, CHANNELS_LAST)
 
 
 @triton.jit
@@ -212,27 +213,27 @@ def batch_norm_relu_bwd_kernel(
     """
     # 1. Which channels, and their vectors
     tile, chunk = channel_tile_and_chunk(CHANNEL_TILES, WIDE)
-    c, live_c = channels_in(tile, C, LANES, CHANNELS_LAST)
-    mean_c, shift_c, rstd = load_statistics(mean, shift, var, c, live_c, EPS, SHIFTED)
-    scale, bias_c = load_affine(weight, bias, rstd, c, live_c, WEIGHTED, BIASED)
-    mean_grad, slope = load_gradient_means(means, c, live_c, C, rstd, BATCH_STATS)
+    c, m_c = channels_in(tile, C, LANES, CHANNELS_LAST)
+    mean_c, shift_c, rstd = load_statistics(mean, shift, var, c, m_c, EPS, SHIFTED)
+    scale, bias_c = load_affine(weight, bias, rstd, c, m_c, WEIGHTED, BIASED)
+    mean_grad, slope = load_gradient_means(means, c, m_c, C, rstd, BATCH_STATS)
 
     # 2. Load each tile, and store its gradient
     for step in range(STEPS):
         o = (chunk * STEPS + step) * ROWS + tl.arange(0, ROWS)
-        live = (o < M)[:, None] & live_c
-        offset = flat_offset(o, tile, c, C, RUNS, LANES, VEC, CHANNELS_LAST)
-        centered = (tl.load(x + offset, mask=live, other=0.0).to(rstd.dtype) - mean_c) + shift_c
-        grad = tl.load(grad_y + offset, mask=live, other=0.0).to(rstd.dtype)
+        m_live = (o < M)[:, None] & m_c
+        o_x = flat_offset(o, tile, c, C, RUNS, LANES, VEC, CHANNELS_LAST)
+        centered = (tl.load(x + o_x, mask=m_live, other=0.0).to(rstd.dtype) - mean_c) + shift_c
+        grad = tl.load(grad_y + o_x, mask=m_live, other=0.0).to(rstd.dtype)
         grad = relu_gradient(grad, centered, scale, bias_c, RELU, x.dtype.element_ty)
         grad = scale * (grad - mean_grad - centered * slope)
-        tl.store(grad_x + offset, grad.to(grad_x.dtype.element_ty), mask=live)
+        tl.store(grad_x + o_x, grad.to(grad_x.dtype.element_ty), mask=m_live)
 
 
 def batch_norm_stats(
     x: Tensor, input_bias: Tensor | None, running: RunningStatistics | None, stats: Tensor, channels_last: bool
 ) -> None:
-    """Write stats (3, C): mean, shift and biased variance of x. Update the running load_statistics.
+    """Write stats (3, C): mean, shift and biased variance of x. Update the running statistics.
 
     input_bias: the bias of the preceding convolution, if it has not been added to x; the running mean includes it.
     """
@@ -244,7 +245,7 @@ def batch_norm_stats(
         x, partials, *partition.sizes, partition.chunks, partition.steps, **partition.constants, num_warps=8,
     )  # fmt: skip
     pixels = partition.tile_rows * partition.steps * partition.pixels_per_row
-    running_mean, running_var, momentum = running or (stats, stats, 0.0)  # without running load_statistics never read
+    running_mean, running_var, momentum = running or (stats, stats, 0.0)  # without running statistics never read
     rounded = ctypes.c_float(momentum).value
     launch(
         batch_norm_stats_merge_kernel, triton.cdiv(c, MERGED_CHANNELS),
@@ -283,7 +284,7 @@ def batch_norm_relu_sums(grad_y: Tensor, x: Tensor, norm: NormArguments, sums: T
 def batch_norm_relu_bwd(
     grad_y: Tensor, x: Tensor, norm: NormArguments, means: Tensor | None, grad_x: Tensor, channels_last: bool
 ) -> None:
-    """Write grad_x; means (2, C): of grad and grad * x_hat, or None where the load_statistics are constants."""
+    """Write grad_x; means (2, C): of grad and grad * x_hat, or None where the statistics are constants."""
     partition = Partition.flat(x, channels_last, TILE)
     launch(
         batch_norm_relu_bwd_kernel, partition.programs,

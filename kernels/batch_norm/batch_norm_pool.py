@@ -54,16 +54,16 @@ def batch_norm_relu_max_pool2d_fwd_kernel(
     """
     # 1. Which channels, and their vectors
     tile, chunk = channel_tile_and_chunk(CHANNEL_TILES, WIDE)
-    c, live_c = channels_in(tile, C, LANES, CHANNELS_LAST)
-    mean_c, shift_c, rstd = load_statistics(mean, shift, var, c, live_c, EPS, SHIFTED)
-    scale, bias_c = load_affine(weight, bias, rstd, c, live_c, WEIGHTED, BIASED)
+    c, m_c = channels_in(tile, C, LANES, CHANNELS_LAST)
+    mean_c, shift_c, rstd = load_statistics(mean, shift, var, c, m_c, EPS, SHIFTED)
+    scale, bias_c = load_affine(weight, bias, rstd, c, m_c, WEIGHTED, BIASED)
     T: tl.constexpr = rstd.dtype
     D: tl.constexpr = y.dtype.element_ty
 
     for step in range(STEPS):
         # 2. Which windows; if no value is above -inf, the first element inside the image is the maximum
         o = (chunk * STEPS + step) * ROWS + tl.arange(0, ROWS)
-        live = (o < M)[:, None] & live_c
+        m_live = (o < M)[:, None] & m_c
         image, oh, ow, run = image_position(o, OH, OW, RUNS, LANES, CHANNELS_LAST)
         h0, w0 = oh * SH - PH, ow * SW - PW
         best = tl.full((ROWS, LANES), float("-inf"), T)
@@ -73,39 +73,39 @@ def batch_norm_relu_max_pool2d_fwd_kernel(
         for i in tl.static_range(KH):
             h = h0 + i
             if WHOLE_ROWS:
-                inside = live
+                m_inside = m_live
                 if PARTIAL:
-                    inside = live & (h >= 0) & (h < H)
-                offset = run_offset(image * C + tile, h, run, H, RUNS, LANES)
-                row = tl.load(x + offset, mask=inside, other=0.0).to(T)
+                    m_inside = m_live & (h >= 0) & (h < H)
+                o_x = run_offset(image * C + tile, h, run, H, RUNS, LANES)
+                row = tl.load(x + o_x, mask=m_inside, other=0.0).to(T)
                 left, right = tl.split(tl.reshape(row, (ROWS, LANES, 2)))
                 left = normalize((left - mean_c) + shift_c, scale, bias_c, RELU, D)
                 if PARTIAL:
-                    left = tl.where(inside, left, float("-inf"))
+                    left = tl.where(m_inside, left, float("-inf"))
                 best, at = keep_larger(best, at, left, i * KW)
                 if KW == 2:
                     right = normalize((right - mean_c) + shift_c, scale, bias_c, RELU, D)
                     if PARTIAL:
-                        right = tl.where(inside, right, float("-inf"))
+                        right = tl.where(m_inside, right, float("-inf"))
                     best, at = keep_larger(best, at, right, i * KW + 1)
             else:
                 for j in tl.static_range(KW):
                     w = w0 + j
-                    inside = live
+                    m_inside = m_live
                     if PARTIAL:
-                        inside = live & (h >= 0) & (h < H) & (w >= 0) & (w < W)
-                    offset = pixel_offset(image, h, w, run, tile, c, C, H, W, RUNS, VEC, CHANNELS_LAST, False)
-                    value = tl.load(x + offset, mask=inside, other=0.0).to(T)
+                        m_inside = m_live & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+                    o_x = pixel_offset(image, h, w, run, tile, c, C, H, W, RUNS, VEC, CHANNELS_LAST, False)
+                    value = tl.load(x + o_x, mask=m_inside, other=0.0).to(T)
                     value = normalize((value - mean_c) + shift_c, scale, bias_c, RELU, D)
                     if PARTIAL:
-                        value = tl.where(inside, value, float("-inf"))
+                        value = tl.where(m_inside, value, float("-inf"))
                     best, at = keep_larger(best, at, value, i * KW + j)
 
         # 4. Store
-        out = pixel_offset(image, oh, ow, run, tile, c, C, OH, OW, RUNS, VEC, CHANNELS_LAST, True)
-        tl.store(y + out, best.to(D), mask=live)
+        o_y = pixel_offset(image, oh, ow, run, tile, c, C, OH, OW, RUNS, VEC, CHANNELS_LAST, True)
+        tl.store(y + o_y, best.to(D), mask=m_live)
         if OFFSETS:
-            tl.store(offsets + out, at.to(tl.uint8), mask=live)
+            tl.store(offsets + o_y, at.to(tl.uint8), mask=m_live)
 
 
 @triton.jit
@@ -124,9 +124,9 @@ def batch_norm_relu_max_pool2d_sums_kernel(
     """
     # 1. Which channels, and their vectors
     tile, chunk = channel_tile_and_chunk(CHANNEL_TILES, WIDE)
-    c, live_c = channels_in(tile, C, LANES, CHANNELS_LAST)
-    mean_c, shift_c, rstd = load_statistics(mean, shift, var, c, live_c, EPS, SHIFTED)
-    scale, bias_c = load_affine(weight, bias, rstd, c, live_c, WEIGHTED, BIASED)
+    c, m_c = channels_in(tile, C, LANES, CHANNELS_LAST)
+    mean_c, shift_c, rstd = load_statistics(mean, shift, var, c, m_c, EPS, SHIFTED)
+    scale, bias_c = load_affine(weight, bias, rstd, c, m_c, WEIGHTED, BIASED)
     T: tl.constexpr = rstd.dtype
     sum_grad = tl.zeros((ROWS, LANES), T)
     sum_grad_x = tl.zeros((ROWS, LANES), T)
@@ -134,13 +134,13 @@ def batch_norm_relu_max_pool2d_sums_kernel(
     for step in range(STEPS):
         # 2. Load the gradients and offsets of the windows, and the maxima
         o = (chunk * STEPS + step) * ROWS + tl.arange(0, ROWS)
-        live = (o < M)[:, None] & live_c
+        m_live = (o < M)[:, None] & m_c
         image, oh, ow, run = image_position(o, OH, OW, RUNS, LANES, CHANNELS_LAST)
-        out = pixel_offset(image, oh, ow, run, tile, c, C, OH, OW, RUNS, VEC, CHANNELS_LAST, True)
-        grad = tl.load(grad_y + out, mask=live, other=0.0).to(T)
-        position = tl.load(offsets + out, mask=live, other=0).to(tl.int32)
+        o_grad_y = pixel_offset(image, oh, ow, run, tile, c, C, OH, OW, RUNS, VEC, CHANNELS_LAST, True)
+        grad = tl.load(grad_y + o_grad_y, mask=m_live, other=0.0).to(T)
+        position = tl.load(offsets + o_grad_y, mask=m_live, other=0).to(tl.int32)
         value = gather_from_windows(
-            x, position, live, image, oh * SH - PH, ow * SW - PW, run, tile, c, C, H, W, RUNS, T,
+            x, position, m_live, image, oh * SH - PH, ow * SW - PW, run, tile, c, C, H, W, RUNS, T,
             KH, KW, WHOLE_ROWS, CHANNELS_LAST, VEC, LANES, ROWS,
         )  # fmt: skip
 
@@ -148,10 +148,10 @@ def batch_norm_relu_max_pool2d_sums_kernel(
         centered = (value - mean_c) + shift_c
         grad = relu_gradient(grad, centered, scale, bias_c, RELU, x.dtype.element_ty)
         sum_grad += grad
-        sum_grad_x += tl.where(live, grad * centered, 0.0)
+        sum_grad_x += tl.where(m_live, grad * centered, 0.0)
 
     # 4. Reduce the lanes and store
-    store_sums(partials, chunk, CHUNKS, c, live_c, C, sum_grad, sum_grad_x, CHANNELS_LAST)
+    store_sums(partials, chunk, CHUNKS, c, m_c, C, sum_grad, sum_grad_x, CHANNELS_LAST)
 
 
 @triton.jit
@@ -171,32 +171,32 @@ def batch_norm_relu_max_pool2d_bwd_kernel(
     """
     # 1. Which channels, and their vectors
     tile, chunk = channel_tile_and_chunk(CHANNEL_TILES, WIDE)
-    c, live_c = channels_in(tile, C, LANES, CHANNELS_LAST)
-    mean_c, shift_c, rstd = load_statistics(mean, shift, var, c, live_c, EPS, SHIFTED)
-    scale, bias_c = load_affine(weight, bias, rstd, c, live_c, WEIGHTED, BIASED)
-    mean_grad, slope = load_gradient_means(means, c, live_c, C, rstd, BATCH_STATS)
+    c, m_c = channels_in(tile, C, LANES, CHANNELS_LAST)
+    mean_c, shift_c, rstd = load_statistics(mean, shift, var, c, m_c, EPS, SHIFTED)
+    scale, bias_c = load_affine(weight, bias, rstd, c, m_c, WEIGHTED, BIASED)
+    mean_grad, slope = load_gradient_means(means, c, m_c, C, rstd, BATCH_STATS)
     T: tl.constexpr = rstd.dtype
     D: tl.constexpr = x.dtype.element_ty
 
     for step in range(STEPS):
         # 2. Which cells, and the gradient and offset of each one's window; -1 if the cell has no window
         o = (chunk * STEPS + step) * ROWS + tl.arange(0, ROWS)
-        live = (o < M)[:, None] & live_c
+        m_live = (o < M)[:, None] & m_c
         image, ch, cw, run = image_position(o, CH, CW, RUNS, LANES, CHANNELS_LAST)
         h0, w0 = ch * SH - PH, cw * SW - PW
-        pooled = live & (ch < OH) & (cw < OW)
-        source = pixel_offset(image, ch, cw, run, tile, c, C, OH, OW, RUNS, VEC, CHANNELS_LAST, ALIGNED)
-        grad = tl.load(grad_y + source, mask=pooled, other=0.0).to(T)
-        position = tl.load(offsets + source, mask=pooled, other=255).to(tl.int32)
-        position = tl.where(pooled, position, -1)
+        m_pooled = m_live & (ch < OH) & (cw < OW)
+        o_grad_y = pixel_offset(image, ch, cw, run, tile, c, C, OH, OW, RUNS, VEC, CHANNELS_LAST, ALIGNED)
+        grad = tl.load(grad_y + o_grad_y, mask=m_pooled, other=0.0).to(T)
+        position = tl.load(offsets + o_grad_y, mask=m_pooled, other=255).to(tl.int32)
+        position = tl.where(m_pooled, position, -1)
 
         # 3. Load each pixel of the cells, and store its gradient
         for i in tl.static_range(SH):
             h = h0 + i
             if WHOLE_ROWS:
-                inside = live & (h >= 0) & (h < H)
-                offset = run_offset(image * C + tile, h, run, H, RUNS, LANES)
-                row = tl.load(x + offset, mask=inside, other=0.0).to(T)
+                m_inside = m_live & (h >= 0) & (h < H)
+                o_x = run_offset(image * C + tile, h, run, H, RUNS, LANES)
+                row = tl.load(x + o_x, mask=m_inside, other=0.0).to(T)
                 left, right = tl.split(tl.reshape(row, (ROWS, LANES, 2)))
                 left, right = (left - mean_c) + shift_c, (right - mean_c) + shift_c
                 hit = position == (i * KW if i < KH else -2)
@@ -206,17 +206,17 @@ def batch_norm_relu_max_pool2d_bwd_kernel(
                 pixel_grad = tl.where(hit, relu_gradient(grad, right, scale, bias_c, RELU, D), 0.0)
                 right = scale * (pixel_grad - mean_grad - right * slope)
                 row = tl.reshape(tl.join(left, right), (ROWS, 2 * LANES))
-                tl.store(grad_x + offset, row.to(grad_x.dtype.element_ty), mask=inside)
+                tl.store(grad_x + o_x, row.to(grad_x.dtype.element_ty), mask=m_inside)
             else:
                 for j in tl.static_range(SW):
                     w = w0 + j
-                    inside = live & (h >= 0) & (h < H) & (w >= 0) & (w < W)
-                    offset = pixel_offset(image, h, w, run, tile, c, C, H, W, RUNS, VEC, CHANNELS_LAST, False)
-                    centered = (tl.load(x + offset, mask=inside, other=0.0).to(T) - mean_c) + shift_c
+                    m_inside = m_live & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+                    o_x = pixel_offset(image, h, w, run, tile, c, C, H, W, RUNS, VEC, CHANNELS_LAST, False)
+                    centered = (tl.load(x + o_x, mask=m_inside, other=0.0).to(T) - mean_c) + shift_c
                     hit = position == (i * KW + j if (i < KH and j < KW) else -2)
                     pixel_grad = tl.where(hit, relu_gradient(grad, centered, scale, bias_c, RELU, D), 0.0)
                     pixel_grad = scale * (pixel_grad - mean_grad - centered * slope)
-                    tl.store(grad_x + offset, pixel_grad.to(grad_x.dtype.element_ty), mask=inside)
+                    tl.store(grad_x + o_x, pixel_grad.to(grad_x.dtype.element_ty), mask=m_inside)
 
 
 def batch_norm_relu_max_pool2d_fwd(

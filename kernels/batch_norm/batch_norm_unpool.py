@@ -52,49 +52,49 @@ def batch_norm_relu_max_unpool2d_fwd_kernel(
     """
     # 1. Which channels, and their vectors
     tile, chunk = channel_tile_and_chunk(CHANNEL_TILES, WIDE)
-    c, live_c = channels_in(tile, C, LANES, CHANNELS_LAST)
-    mean_c, shift_c, rstd = load_statistics(mean, shift, var, c, live_c, EPS, SHIFTED)
-    scale, bias_c = load_affine(weight, bias, rstd, c, live_c, WEIGHTED, BIASED)
+    c, m_c = channels_in(tile, C, LANES, CHANNELS_LAST)
+    mean_c, shift_c, rstd = load_statistics(mean, shift, var, c, m_c, EPS, SHIFTED)
+    scale, bias_c = load_affine(weight, bias, rstd, c, m_c, WEIGHTED, BIASED)
     T: tl.constexpr = rstd.dtype
     D: tl.constexpr = y.dtype.element_ty
 
     for step in range(STEPS):
         # 2. Which cells, and the value and offset of each one's window; -1 if the cell has no window
         o = (chunk * STEPS + step) * ROWS + tl.arange(0, ROWS)
-        live = (o < M)[:, None] & live_c
+        m_live = (o < M)[:, None] & m_c
         image, ch, cw, run = image_position(o, CH, CW, RUNS, LANES, CHANNELS_LAST)
         h0, w0 = ch * SH - PH, cw * SW - PW
-        pooled = live & (ch < OH) & (cw < OW)
-        source = pixel_offset(image, ch, cw, run, tile, c, C, OH, OW, RUNS, VEC, CHANNELS_LAST, ALIGNED)
-        value = tl.load(x + source, mask=pooled, other=0.0).to(T)
+        m_pooled = m_live & (ch < OH) & (cw < OW)
+        o_x = pixel_offset(image, ch, cw, run, tile, c, C, OH, OW, RUNS, VEC, CHANNELS_LAST, ALIGNED)
+        value = tl.load(x + o_x, mask=m_pooled, other=0.0).to(T)
         value = normalize((value - mean_c) + shift_c, scale, bias_c, RELU, D)
-        position = tl.load(offsets + source, mask=pooled, other=0).to(tl.int32)
-        position = tl.where(pooled, position, -1)
+        position = tl.load(offsets + o_x, mask=m_pooled, other=0).to(tl.int32)
+        position = tl.where(m_pooled, position, -1)
         hits = tl.zeros((ROWS, LANES), tl.int32)
 
         # 3. Store each pixel of the cells
         for i in tl.static_range(SH):
             h = h0 + i
             if WHOLE_ROWS:
-                inside = live & (h >= 0) & (h < H)
-                first = inside & (position == (i * KW if i < KH else -2))
-                second = inside & (position == (i * KW + 1 if (i < KH and KW == 2) else -2))
+                m_inside = m_live & (h >= 0) & (h < H)
+                first = m_inside & (position == (i * KW if i < KH else -2))
+                second = m_inside & (position == (i * KW + 1 if (i < KH and KW == 2) else -2))
                 hits += first.to(tl.int32) + second.to(tl.int32)
                 row = tl.join(tl.where(first, value, 0.0), tl.where(second, value, 0.0))
                 row = tl.reshape(row, (ROWS, 2 * LANES))
-                tl.store(y + run_offset(image * C + tile, h, run, H, RUNS, LANES), row.to(D), mask=inside)
+                tl.store(y + run_offset(image * C + tile, h, run, H, RUNS, LANES), row.to(D), mask=m_inside)
             else:
                 for j in tl.static_range(SW):
                     w = w0 + j
-                    inside = live & (h >= 0) & (h < H) & (w >= 0) & (w < W)
-                    hit = inside & (position == (i * KW + j if (i < KH and j < KW) else -2))
+                    m_inside = m_live & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+                    hit = m_inside & (position == (i * KW + j if (i < KH and j < KW) else -2))
                     hits += hit.to(tl.int32)
-                    offset = pixel_offset(image, h, w, run, tile, c, C, H, W, RUNS, VEC, CHANNELS_LAST, False)
-                    tl.store(y + offset, tl.where(hit, value, 0.0).to(D), mask=inside)
+                    o_y = pixel_offset(image, h, w, run, tile, c, C, H, W, RUNS, VEC, CHANNELS_LAST, False)
+                    tl.store(y + o_y, tl.where(hit, value, 0.0).to(D), mask=m_inside)
 
         # 4. Report offsets outside their windows
-        outside = pooled & (hits == 0)
-        tl.device_assert(outside == 0, "batch_norm_relu_max_unpool2d: found an offset outside its window")
+        m_outside = m_pooled & (hits == 0)
+        tl.device_assert(m_outside == 0, "batch_norm_relu_max_unpool2d: found an offset outside its window")
 
 
 @triton.jit
@@ -113,9 +113,9 @@ def batch_norm_relu_max_unpool2d_sums_kernel(
     """
     # 1. Which channels, and their vectors
     tile, chunk = channel_tile_and_chunk(CHANNEL_TILES, WIDE)
-    c, live_c = channels_in(tile, C, LANES, CHANNELS_LAST)
-    mean_c, shift_c, rstd = load_statistics(mean, shift, var, c, live_c, EPS, SHIFTED)
-    scale, bias_c = load_affine(weight, bias, rstd, c, live_c, WEIGHTED, BIASED)
+    c, m_c = channels_in(tile, C, LANES, CHANNELS_LAST)
+    mean_c, shift_c, rstd = load_statistics(mean, shift, var, c, m_c, EPS, SHIFTED)
+    scale, bias_c = load_affine(weight, bias, rstd, c, m_c, WEIGHTED, BIASED)
     T: tl.constexpr = rstd.dtype
     sum_grad = tl.zeros((ROWS, LANES), T)
     sum_grad_x = tl.zeros((ROWS, LANES), T)
@@ -123,24 +123,24 @@ def batch_norm_relu_max_unpool2d_sums_kernel(
     for step in range(STEPS):
         # 2. Load x and gather grad_y at the offsets
         o = (chunk * STEPS + step) * ROWS + tl.arange(0, ROWS)
-        live = (o < M)[:, None] & live_c
+        m_live = (o < M)[:, None] & m_c
         image, oh, ow, run = image_position(o, OH, OW, RUNS, LANES, CHANNELS_LAST)
-        out = pixel_offset(image, oh, ow, run, tile, c, C, OH, OW, RUNS, VEC, CHANNELS_LAST, True)
-        centered = (tl.load(x + out, mask=live, other=0.0).to(T) - mean_c) + shift_c
-        position = tl.load(offsets + out, mask=live, other=0).to(tl.int32)
+        o_x = pixel_offset(image, oh, ow, run, tile, c, C, OH, OW, RUNS, VEC, CHANNELS_LAST, True)
+        centered = (tl.load(x + o_x, mask=m_live, other=0.0).to(T) - mean_c) + shift_c
+        position = tl.load(offsets + o_x, mask=m_live, other=0).to(tl.int32)
         grad = gather_from_windows(
-            grad_y, position, live, image, oh * SH - PH, ow * SW - PW, run, tile, c, C, H, W, RUNS, T,
+            grad_y, position, m_live, image, oh * SH - PH, ow * SW - PW, run, tile, c, C, H, W, RUNS, T,
             KH, KW, WHOLE_ROWS, CHANNELS_LAST, VEC, LANES, ROWS,
         )  # fmt: skip
 
         # 3. Store the gradient, and add it up, lane by lane
         grad = relu_gradient(grad, centered, scale, bias_c, RELU, x.dtype.element_ty)
-        tl.store(grad_relu_input + out, grad.to(grad_relu_input.dtype.element_ty), mask=live)
+        tl.store(grad_relu_input + o_x, grad.to(grad_relu_input.dtype.element_ty), mask=m_live)
         sum_grad += grad
-        sum_grad_x += tl.where(live, grad * centered, 0.0)
+        sum_grad_x += tl.where(m_live, grad * centered, 0.0)
 
     # 4. Reduce the lanes and store the sums
-    store_sums(partials, chunk, CHUNKS, c, live_c, C, sum_grad, sum_grad_x, CHANNELS_LAST)
+    store_sums(partials, chunk, CHUNKS, c, m_c, C, sum_grad, sum_grad_x, CHANNELS_LAST)
 
 
 def batch_norm_relu_max_unpool2d_fwd(

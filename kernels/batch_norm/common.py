@@ -101,36 +101,36 @@ def inverse_root(x):
 
 
 @triton.jit
-def load_statistics(mean, shift, var, c, live_c, EPS: tl.constexpr, SHIFTED: tl.constexpr):
+def load_statistics(mean, shift, var, c, m_c, EPS: tl.constexpr, SHIFTED: tl.constexpr):
     """(mean, shift, 1 / sqrt(var + eps)) of channels. EPS is a constexpr: an argument is rounded to float32."""
-    mean_c = tl.load(mean + c, mask=live_c, other=0.0)
-    var_c = tl.load(var + c, mask=live_c, other=1.0)
+    mean_c = tl.load(mean + c, mask=m_c, other=0.0)
+    var_c = tl.load(var + c, mask=m_c, other=1.0)
     T: tl.constexpr = tl.float64 if var.dtype.element_ty == tl.float64 else tl.float32
-    shift_c = tl.load(shift + c, mask=live_c, other=0.0).to(T) if SHIFTED else tl.zeros_like(mean_c).to(T)
+    shift_c = tl.load(shift + c, mask=m_c, other=0.0).to(T) if SHIFTED else tl.zeros_like(mean_c).to(T)
     return mean_c.to(T), shift_c, inverse_root(var_c.to(T) + EPS)
 
 
 @triton.jit
-def load_affine(weight, bias, rstd, c, live_c, WEIGHTED: tl.constexpr, BIASED: tl.constexpr):
+def load_affine(weight, bias, rstd, c, m_c, WEIGHTED: tl.constexpr, BIASED: tl.constexpr):
     """(scale, bias) of channels: y = centered * scale + bias. rstd: 1 / sqrt(var + eps)."""
     scale = rstd
     if WEIGHTED:
-        scale = rstd * tl.load(weight + c, mask=live_c, other=0.0).to(rstd.dtype)
+        scale = rstd * tl.load(weight + c, mask=m_c, other=0.0).to(rstd.dtype)
     bias_c = tl.zeros_like(rstd)
     if BIASED:
-        bias_c = tl.load(bias + c, mask=live_c, other=0.0).to(rstd.dtype)
+        bias_c = tl.load(bias + c, mask=m_c, other=0.0).to(rstd.dtype)
     return scale, bias_c
 
 
 @triton.jit
-def load_gradient_means(means, c, live_c, C, rstd, BATCH_STATS: tl.constexpr):
+def load_gradient_means(means, c, m_c, C, rstd, BATCH_STATS: tl.constexpr):
     """(mean of grad, mean of grad * x_hat times rstd) of channels; zeros without BATCH_STATS.
 
     x also moves the batch statistics, so the gradient loses the first term, and centered times the second one.
     """
     if BATCH_STATS:
-        mean_grad = tl.load(means + c, mask=live_c, other=0.0)
-        return mean_grad, tl.load(means + C + c, mask=live_c, other=0.0) * rstd
+        mean_grad = tl.load(means + c, mask=m_c, other=0.0)
+        return mean_grad, tl.load(means + C + c, mask=m_c, other=0.0) * rstd
     else:
         return tl.zeros_like(rstd), tl.zeros_like(rstd)
 
@@ -158,7 +158,7 @@ def relu_gradient(grad, centered, scale, bias_c, RELU: tl.constexpr, DTYPE: tl.c
 
 @triton.jit
 def gather_from_windows(
-    plane, position, live, image, h0, w0, run, tile, c, C, H, W, RUNS, DTYPE: tl.constexpr,
+    x, position, m_live, image, h0, w0, run, tile, c, C, H, W, RUNS, DTYPE: tl.constexpr,
     KH: tl.constexpr, KW: tl.constexpr, WHOLE_ROWS: tl.constexpr, CHANNELS_LAST: tl.constexpr, VEC: tl.constexpr,
     LANES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -167,8 +167,8 @@ def gather_from_windows(
     for i in tl.static_range(KH):
         h = h0 + i
         if WHOLE_ROWS:
-            offset = run_offset(image * C + tile, h, run, H, RUNS, LANES)
-            row = tl.load(plane + offset, mask=live & (h >= 0) & (h < H), other=0.0).to(DTYPE)
+            o_x = run_offset(image * C + tile, h, run, H, RUNS, LANES)
+            row = tl.load(x + o_x, mask=m_live & (h >= 0) & (h < H), other=0.0).to(DTYPE)
             left, right = tl.split(tl.reshape(row, (ROWS, LANES, 2)))
             value = tl.where(position == i * KW, left, value)
             if KW == 2:
@@ -176,9 +176,9 @@ def gather_from_windows(
         else:
             for j in tl.static_range(KW):
                 w = w0 + j
-                inside = live & (h >= 0) & (h < H) & (w >= 0) & (w < W)
-                offset = pixel_offset(image, h, w, run, tile, c, C, H, W, RUNS, VEC, CHANNELS_LAST, False)
-                tap = tl.load(plane + offset, mask=inside, other=0.0).to(DTYPE)
+                m_inside = m_live & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+                o_x = pixel_offset(image, h, w, run, tile, c, C, H, W, RUNS, VEC, CHANNELS_LAST, False)
+                tap = tl.load(x + o_x, mask=m_inside, other=0.0).to(DTYPE)
                 value = tl.where(position == i * KW + j, tap, value)
     return value
 
@@ -187,14 +187,14 @@ def gather_from_windows(
 
 
 @triton.jit
-def store_sums(partials, chunk, CHUNKS, c, live_c, C, sum_grad, sum_grad_x, CHANNELS_LAST: tl.constexpr):
+def store_sums(partials, chunk, CHUNKS, c, m_c, C, sum_grad, sum_grad_x, CHANNELS_LAST: tl.constexpr):
     """Reduce a program's tile of sums to its channels and store them in partials (2, CHUNKS, C)."""
     if CHANNELS_LAST:
         first, second = tl.sum(sum_grad, axis=0)[None, :], tl.sum(sum_grad_x, axis=0)[None, :]
     else:
         first, second = tl.sum(sum_grad) + tl.zeros_like(c), tl.sum(sum_grad_x) + tl.zeros_like(c)
-    tl.store(partials + chunk * C + c, first, mask=live_c)
-    tl.store(partials + (CHUNKS + chunk) * C + c, second, mask=live_c)
+    tl.store(partials + chunk * C + c, first, mask=m_c)
+    tl.store(partials + (CHUNKS + chunk) * C + c, second, mask=m_c)
 
 
 @triton.jit
@@ -207,24 +207,24 @@ def batch_norm_relu_sums_merge_kernel(
     """
     # 1. Add up the chunks
     c = tl.program_id(0) * LANES + tl.arange(0, LANES)
-    live_c = c < C
+    m_c = c < C
     T: tl.constexpr = partials.dtype.element_ty
     sum_grad = tl.zeros((LANES,), T)
     sum_grad_x = tl.zeros((LANES,), T)
     for start in range(0, CHUNKS, ROWS):
         chunk = start + tl.arange(0, ROWS)
-        live = (chunk < CHUNKS)[:, None] & live_c[None, :]
-        sum_grad += tl.sum(tl.load(partials + chunk[:, None] * C + c[None, :], mask=live, other=0.0), axis=0)
+        m_live = (chunk < CHUNKS)[:, None] & m_c[None, :]
+        sum_grad += tl.sum(tl.load(partials + chunk[:, None] * C + c[None, :], mask=m_live, other=0.0), axis=0)
         sum_grad_x += tl.sum(
-            tl.load(partials + (CHUNKS + chunk)[:, None] * C + c[None, :], mask=live, other=0.0), axis=0
+            tl.load(partials + (CHUNKS + chunk)[:, None] * C + c[None, :], mask=m_live, other=0.0), axis=0
         )
 
     # 2. From grad * centered to grad * x_hat, and store
-    sum_grad_x *= inverse_root(tl.load(var + c, mask=live_c, other=1.0).to(T) + EPS)
-    tl.store(sums + c, sum_grad, mask=live_c)
-    tl.store(sums + C + c, sum_grad_x, mask=live_c)
-    tl.store(sums + 2 * C + c, sum_grad / COUNT, mask=live_c)
-    tl.store(sums + 3 * C + c, sum_grad_x / COUNT, mask=live_c)
+    sum_grad_x *= inverse_root(tl.load(var + c, mask=m_c, other=1.0).to(T) + EPS)
+    tl.store(sums + c, sum_grad, mask=m_c)
+    tl.store(sums + C + c, sum_grad_x, mask=m_c)
+    tl.store(sums + 2 * C + c, sum_grad / COUNT, mask=m_c)
+    tl.store(sums + 3 * C + c, sum_grad_x / COUNT, mask=m_c)
 
 
 # --- launching -------------------------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ from .problem import PLAIN_GEMM, ConvProblem, as_matrix, as_pixels, phase_rectan
 
 @triton.jit
 def correlate(
-    acc, x, w, live_m, o_x, h0, w0, o_w, live_n, H, W, C, K, taps_h, taps_w,
+    acc, x, w, m_m, o_x, h0, w0, o_w, m_n, H, W, C, K, taps_h, taps_w,
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
     GROUPS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -56,13 +56,13 @@ def correlate(
     a, b, c0 = 0, 0, 0
     for _ in range(taps_h * taps_w * tl.cdiv(C, BLOCK_R)):
         h, v = h0 - a * DH, w0 - b * DW
-        inside = live_m & (h >= 0) & (h < H) & (v >= 0) & (v < W)
-        live_r = r < C - c0
-        source = o_x + (c0 - (a * DH * W + b * DW) * (C * GROUPS))
-        pixels = tl.load(x + (source[:, None] + r[None, :]), mask=inside[:, None] & live_r[None, :], other=0.0)
-        source = o_w + (a * (SH * KW) + b * SW + c0 * (KH * KW)) * K
+        m_inside = m_m & (h >= 0) & (h < H) & (v >= 0) & (v < W)
+        m_r = r < C - c0
+        o_pixels = o_x + (c0 - (a * DH * W + b * DW) * (C * GROUPS))
+        pixels = tl.load(x + (o_pixels[:, None] + r[None, :]), mask=m_inside[:, None] & m_r[None, :], other=0.0)
+        o_weights = o_w + (a * (SH * KW) + b * SW + c0 * (KH * KW)) * K
         weights = tl.load(
-            w + (source[None, :] + (r * (KH * KW) * K)[:, None]), mask=live_r[:, None] & live_n[None, :], other=0.0
+            w + (o_weights[None, :] + (r * (KH * KW) * K)[:, None]), mask=m_r[:, None] & m_n[None, :], other=0.0
         )
         acc = dot(pixels, weights, acc, PRECISION, UPCAST)
         c0 += BLOCK_R
@@ -100,7 +100,7 @@ def conv_transpose2d_fwd_kernel(
     tile = (program % TILES).to(tl.int32)
     group = program // TILES % GROUPS
     first = program // TILES // GROUPS * BLOCK_M
-    live_m = first + tl.arange(0, BLOCK_M) < CELLS
+    m_m = first + tl.arange(0, BLOCK_M) < CELLS
     image, qh, qw = pixel_coordinates(first, QH, QW, BLOCK_M)
 
     # 2. Which phases and channels
@@ -109,39 +109,39 @@ def conv_transpose2d_fwd_kernel(
         first_tile, rh0, _, taps_h, rw0, phases_w, taps_w = phase_rectangle(tile, tiles_k, KH, KW, SH, SW, 1)
         phase, k = (tile - first_tile) // tiles_k, (tile - first_tile) % tiles_k * BLOCK_N + tl.arange(0, BLOCK_N)
         rh, rw = rh0 + phase // phases_w, rw0 + phase % phases_w
-        live_n = k < K
+        m_n = k < K
         qh, qw = qh + (PH - rh + SH - 1) // SH, qw + (PW - rw + SW - 1) // SW
     else:
         first_tile, rh0, phases_h, taps_h, rw0, phases_w, taps_w = phase_rectangle(
             tile, columns, KH, KW, SH, SW, BLOCK_N
         )
         rh, rw, k = pixel_coordinates((tile - first_tile) * BLOCK_N, phases_w, columns, BLOCK_N)
-        live_n = rh < phases_h
+        m_n = rh < phases_h
         rh, rw = rh0 + rh, rw0 + rw
         qh, qw = qh + PH // SH, qw + PW // SW
-    live_n = tl.max_constancy(live_n, ROW_VEC)
+    m_n = tl.max_constancy(m_n, ROW_VEC)
     o_w = (group * C * (KH * KW) + rh * KW + rw) * K + k
     o_w = tl.max_contiguous(tl.multiple_of(o_w, ROW_VEC), ROW_VEC)
 
     # 3. Sum over taps and input channels
     acc = correlate(
-        tl.zeros((BLOCK_M, BLOCK_N), tl.float32), x, w, live_m,
-        (((image * H + qh) * W + qw) * GROUPS + group) * C, qh, qw, o_w, live_n,
+        tl.zeros((BLOCK_M, BLOCK_N), tl.float32), x, w, m_m,
+        (((image * H + qh) * W + qw) * GROUPS + group) * C, qh, qw, o_w, m_n,
         H, W, C, K, taps_h, taps_w, KH, KW, SH, SW, DH, DW, GROUPS, PRECISION, UPCAST, BLOCK_R,
     )  # fmt: skip
-    acc = apply_epilogue(acc, scale, bias, (group * K + k) // SPREAD, live_n, SCALE, BIAS, RELU)
+    acc = apply_epilogue(acc, scale, bias, (group * K + k) // SPREAD, m_n, SCALE, BIAS, RELU)
 
     # 4. Store
     oh, ow = qh * SH - PH, qw * SW - PW
-    corner = tl.multiple_of(((image * OH + oh) * OW + ow) * (K * GROUPS), Y_VEC)
-    column = tl.max_contiguous(tl.multiple_of(((rh * OW + rw) * GROUPS + group) * K + k, Y_VEC), Y_VEC)
+    o_corner = tl.multiple_of(((image * OH + oh) * OW + ow) * (K * GROUPS), Y_VEC)
+    o_column = tl.max_contiguous(tl.multiple_of(((rh * OW + rw) * GROUPS + group) * K + k, Y_VEC), Y_VEC)
     if ALONE:
-        inside = (live_m & (oh + rh < OH) & (ow + rw < OW))[:, None] & live_n[None, :]
+        m_inside = (m_m & (oh + rh < OH) & (ow + rw < OW))[:, None] & m_n[None, :]
     else:
         rows, columns = oh[:, None] + rh[None, :], ow[:, None] + rw[None, :]
-        inside = (rows >= 0) & (rows < OH) & (columns >= 0) & (columns < OW) & live_m[:, None] & live_n[None, :]
-        inside = tl.max_constancy(inside, (1, Y_VEC))
-    tl.store(y + (corner[:, None] + column[None, :]), acc.to(y.dtype.element_ty), mask=inside)
+        m_inside = (rows >= 0) & (rows < OH) & (columns >= 0) & (columns < OW) & m_m[:, None] & m_n[None, :]
+        m_inside = tl.max_constancy(m_inside, (1, Y_VEC))
+    tl.store(y + (o_corner[:, None] + o_column[None, :]), acc.to(y.dtype.element_ty), mask=m_inside)
 
 
 @triton.jit
@@ -167,9 +167,9 @@ def conv_transpose2d_fwd_rows_kernel(
     group = program // tiles // SH % GROUPS
     taps_h = (KH - rh + SH - 1) // SH
     k = program % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    live_k = k < K
+    m_k = k < K
     first = program // tiles // SH // GROUPS * BLOCK_M
-    live_m = first + tl.arange(0, BLOCK_M) < CELLS
+    m_m = first + tl.arange(0, BLOCK_M) < CELLS
     image, qh, q = pixel_coordinates(first, QH, ROW // SW, BLOCK_M)
     from_h = (PH - rh + SH - 1) // SH
     qh += from_h
@@ -181,11 +181,11 @@ def conv_transpose2d_fwd_rows_kernel(
     shift: tl.constexpr = PW // SW
     phase: tl.constexpr = PW % SW
     acc = correlate(
-        tl.zeros((BLOCK_M, BLOCK_N), tl.float32), x, w, live_m, o_x + shift * (C * GROUPS), qh, q + shift,
-        (o_w + rh * KW + phase) * K + k, live_k, H, W, C, K, taps_h, (KW - phase + SW - 1) // SW,
+        tl.zeros((BLOCK_M, BLOCK_N), tl.float32), x, w, m_m, o_x + shift * (C * GROUPS), qh, q + shift,
+        (o_w + rh * KW + phase) * K + k, m_k, H, W, C, K, taps_h, (KW - phase + SW - 1) // SW,
         KH, KW, SH, SW, DH, DW, GROUPS, PRECISION, UPCAST, BLOCK_R,
     )  # fmt: skip
-    acc = apply_epilogue(acc, scale, bias, plane, live_k, SCALE, BIAS, RELU)
+    acc = apply_epilogue(acc, scale, bias, plane, m_k, SCALE, BIAS, RELU)
     rows = acc.to(y.dtype.element_ty)
 
     # 3. The phase of the odd columns, joined with the even ones
@@ -193,21 +193,21 @@ def conv_transpose2d_fwd_rows_kernel(
         next_shift: tl.constexpr = (PW + 1) // SW
         next_phase: tl.constexpr = (PW + 1) % SW
         acc = correlate(
-            tl.zeros((BLOCK_M, BLOCK_N), tl.float32), x, w, live_m, o_x + next_shift * (C * GROUPS), qh, q + next_shift,
-            (o_w + rh * KW + next_phase) * K + k, live_k, H, W, C, K, taps_h, (KW - next_phase + SW - 1) // SW,
+            tl.zeros((BLOCK_M, BLOCK_N), tl.float32), x, w, m_m, o_x + next_shift * (C * GROUPS), qh, q + next_shift,
+            (o_w + rh * KW + next_phase) * K + k, m_k, H, W, C, K, taps_h, (KW - next_phase + SW - 1) // SW,
             KH, KW, SH, SW, DH, DW, GROUPS, PRECISION, UPCAST, BLOCK_R,
         )  # fmt: skip
-        acc = apply_epilogue(acc, scale, bias, plane, live_k, SCALE, BIAS, RELU)
+        acc = apply_epilogue(acc, scale, bias, plane, m_k, SCALE, BIAS, RELU)
         both = tl.join(rows, acc.to(y.dtype.element_ty))
         rows = tl.reshape(tl.permute(both, (0, 2, 1)), (BLOCK_M * SW, BLOCK_N))
 
     # 4. Store whole rows
     image, qh, ow = pixel_coordinates(first * SW, QH, ROW, BLOCK_M * SW)
     oh = (qh + from_h) * SH + rh - PH
-    inside = (first * SW + tl.arange(0, BLOCK_M * SW) < CELLS * SW) & (oh < OH) & (ow < OW)
-    inside = tl.max_constancy(inside, ROW_VEC)
-    out = tl.max_contiguous(tl.multiple_of((image * (K * GROUPS) * OH + oh) * OW + ow, ROW_VEC), ROW_VEC)
-    tl.store(y + (out[:, None] + (plane * OH * OW)[None, :]), rows, mask=inside[:, None] & live_k[None, :])
+    m_inside = (first * SW + tl.arange(0, BLOCK_M * SW) < CELLS * SW) & (oh < OH) & (ow < OW)
+    m_inside = tl.max_constancy(m_inside, ROW_VEC)
+    o_row = tl.max_contiguous(tl.multiple_of((image * (K * GROUPS) * OH + oh) * OW + ow, ROW_VEC), ROW_VEC)
+    tl.store(y + (o_row[:, None] + (plane * OH * OW)[None, :]), rows, mask=m_inside[:, None] & m_k[None, :])
 
 
 @triton.jit
@@ -230,10 +230,10 @@ def conv_transpose2d_fwd_shuffle_kernel(
     tiles = tl.cdiv(COLUMNS, BLOCK_N)
     column = program % tiles * BLOCK_N
     n = column + tl.arange(0, BLOCK_N)
-    live_n = n < COLUMNS
+    m_n = n < COLUMNS
     group = program // tiles % GROUPS
     first = program // tiles // GROUPS * BLOCK_M
-    live_m = tl.max_constancy(first + tl.arange(0, BLOCK_M) < PIXELS, W_VEC)
+    m_m = tl.max_constancy(first + tl.arange(0, BLOCK_M) < PIXELS, W_VEC)
     image, h, v = pixel_coordinates(first, H, W, BLOCK_M)
     o_x = tl.max_contiguous(tl.multiple_of(((image * GROUPS + group) * C * H + h) * W + v, W_VEC), W_VEC)
 
@@ -242,23 +242,23 @@ def conv_transpose2d_fwd_shuffle_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for c0 in range(0, C, BLOCK_R):
         c = c0 + r
-        source = o_x[:, None] + (c * (H * W))[None, :]
-        pixels = tl.load(x + source, mask=live_m[:, None] & (c < C)[None, :], other=0.0)
-        source = ((group * C + c) * COLUMNS)[:, None] + n[None, :]
-        weights = tl.load(w + source, mask=(c < C)[:, None] & live_n[None, :], other=0.0)
+        o_pixels = o_x[:, None] + (c * (H * W))[None, :]
+        pixels = tl.load(x + o_pixels, mask=m_m[:, None] & (c < C)[None, :], other=0.0)
+        o_weights = ((group * C + c) * COLUMNS)[:, None] + n[None, :]
+        weights = tl.load(w + o_weights, mask=(c < C)[:, None] & m_n[None, :], other=0.0)
         acc = dot(pixels, weights, acc, PRECISION, UPCAST)
     K = COLUMNS // (SH * SW)
-    acc = apply_epilogue(acc, scale, bias, group * K + n // (SH * SW), live_n, SCALE, BIAS, RELU)
+    acc = apply_epilogue(acc, scale, bias, group * K + n // (SH * SW), m_n, SCALE, BIAS, RELU)
 
     # 3. Shuffle into rows of y, and store
     shuffled = tl.permute(tl.reshape(acc.to(y.dtype.element_ty), (BLOCK_M, BLOCK_N // SW, SW)), (0, 2, 1))
     rows = tl.reshape(shuffled, (BLOCK_M * SW, BLOCK_N // SW))
-    live_z = tl.max_constancy(first * SW + tl.arange(0, BLOCK_M * SW) < PIXELS * SW, W_VEC)
+    m_rows = tl.max_constancy(first * SW + tl.arange(0, BLOCK_M * SW) < PIXELS * SW, W_VEC)
     image, h, ow = pixel_coordinates(first * SW, H, W * SW, BLOCK_M * SW)
     u = column // SW + tl.arange(0, BLOCK_N // SW)
-    out = tl.max_contiguous(tl.multiple_of(((image * GROUPS + group) * K * H + h) * (SH * SW) * W + ow, W_VEC), W_VEC)
-    rows_of_u = (u // SH * H * SH + u % SH) * (SW * W)
-    tl.store(y + (out[:, None] + rows_of_u[None, :]), rows, mask=live_z[:, None] & (u * SW < COLUMNS)[None, :])
+    o_row = tl.max_contiguous(tl.multiple_of(((image * GROUPS + group) * K * H + h) * (SH * SW) * W + ow, W_VEC), W_VEC)
+    o_u = (u // SH * H * SH + u % SH) * (SW * W)
+    tl.store(y + (o_row[:, None] + o_u[None, :]), rows, mask=m_rows[:, None] & (u * SW < COLUMNS)[None, :])
 
 
 def conv_transpose2d_fwd(

@@ -72,14 +72,14 @@ def conv_transpose2d_bwd_input_kernel(
     first = block * BLOCK_M
     m = first + tl.arange(0, BLOCK_M)
     n = program % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    live_m, live_n = tl.max_constancy(m < PIXELS, W_VEC), n < C
+    m_m, m_n = tl.max_constancy(m < PIXELS, W_VEC), n < C
     image, h, v = pixel_coordinates(first, H, W, BLOCK_M)
 
     # 2. Where its runs begin
     JOINED: tl.constexpr = KW if GROUPS == 1 and DW == 1 else 1  # taps of a run
     run, row = JOINED * K, OW * (K * GROUPS)
-    oh, start = h * SH - PH, (v * SW - PW) * (K * GROUPS)
-    o_grad = (image * OH + oh) * row + group * K + start
+    oh, o_start = h * SH - PH, (v * SW - PW) * (K * GROUPS)
+    o_window = (image * OH + oh) * row + group * K + o_start
     o_w = (group * C + n) * (KH * KW * K)
     r = tl.arange(0, BLOCK_R)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -93,15 +93,15 @@ def conv_transpose2d_bwd_input_kernel(
 
     # 3. Sum over taps and output channels
     for _ in range(steps):
-        live_r = r < run - r0
-        inside = live_m[:, None] & live_r[None, :]
+        m_r = r < run - r0
+        m_inside = m_m[:, None] & m_r[None, :]
         if CUT:
-            along = (start + (j * DW * (K * GROUPS) + r0))[:, None] + r[None, :]
-            inside = inside & ((oh + i * DH >= 0) & (oh + i * DH < OH))[:, None] & (along >= 0) & (along < row)
-        source = tl.multiple_of(o_grad + (i * DH * row + j * DW * (K * GROUPS) + r0), Y_VEC)[:, None] + r[None, :]
-        grads = tl.load(grad_y + source, mask=tl.max_constancy(inside, (1, Y_VEC)), other=0.0)
-        source = (o_w + ((i * KW + j) * K + r0))[None, :] + r[:, None]
-        weights = tl.load(w + source, mask=live_r[:, None] & live_n[None, :], other=0.0)
+            o_along = (o_start + (j * DW * (K * GROUPS) + r0))[:, None] + r[None, :]
+            m_inside = m_inside & ((oh + i * DH >= 0) & (oh + i * DH < OH))[:, None] & (o_along >= 0) & (o_along < row)
+        o_grads = tl.multiple_of(o_window + (i * DH * row + j * DW * (K * GROUPS) + r0), Y_VEC)[:, None] + r[None, :]
+        grads = tl.load(grad_y + o_grads, mask=tl.max_constancy(m_inside, (1, Y_VEC)), other=0.0)
+        o_weights = (o_w + ((i * KW + j) * K + r0))[None, :] + r[:, None]
+        weights = tl.load(w + o_weights, mask=m_r[:, None] & m_n[None, :], other=0.0)
         acc = dot(grads, weights, acc, PRECISION, UPCAST)
         r0 += BLOCK_R
         j = tl.where(r0 < run, j, j + JOINED)
@@ -111,11 +111,11 @@ def conv_transpose2d_bwd_input_kernel(
 
     # 4. Store
     if CHANNELS_LAST:
-        to = (((split * PIXELS + m) * GROUPS + group) * C)[:, None] + n[None, :]
+        o_out = (((split * PIXELS + m) * GROUPS + group) * C)[:, None] + n[None, :]
     else:
-        pixel = tl.max_contiguous(tl.multiple_of(((image * GROUPS + group) * C * H + h) * W + v, W_VEC), W_VEC)
-        to = pixel[:, None] + (n * (H * W))[None, :]
-    tl.store(out + to, acc.to(out.dtype.element_ty), mask=live_m[:, None] & live_n[None, :])
+        o_pixel = tl.max_contiguous(tl.multiple_of(((image * GROUPS + group) * C * H + h) * W + v, W_VEC), W_VEC)
+        o_out = o_pixel[:, None] + (n * (H * W))[None, :]
+    tl.store(out + o_out, acc.to(out.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])
 
 
 @triton.jit
@@ -145,7 +145,7 @@ def conv_transpose2d_bwd_weight_kernel(
     tile = program % (tiles_m * tiles_n)
     c = tile // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tile % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    live_c, live_n = c < C, n < columns
+    m_c, m_n = c < C, n < columns
     tap, k = n // K, n % K
     i, j = tap // KW * DH, tap % KW * DW
     o_tap = i * row + (n % (KW * K) if GROUPS == 1 and DW == 1 else j * pixel + k)  # one run, if taps are joined
@@ -159,19 +159,19 @@ def conv_transpose2d_bwd_weight_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for _ in range(tl.minimum(STEPS, ALL_STEPS - step)):
         h, v = tile_h * (BLOCK_R // BLOCK_W) + r // BLOCK_W, tile_w * BLOCK_W + r % BLOCK_W
-        live_r = (h < H) & (v < W)
+        m_r = (h < H) & (v < W)
         if CHANNELS_LAST:
-            source = ((((image * H + h) * W + v) * GROUPS + group) * C)[:, None] + c[None, :]
+            o_pixels = ((((image * H + h) * W + v) * GROUPS + group) * C)[:, None] + c[None, :]
         else:
-            source = ((image * GROUPS + group) * C * (H * W) + h * W + v)[:, None] + (c * (H * W))[None, :]
-        pixels = tl.load(x + source, mask=live_r[:, None] & live_c[None, :], other=0.0)
+            o_pixels = ((image * GROUPS + group) * C * (H * W) + h * W + v)[:, None] + (c * (H * W))[None, :]
+        pixels = tl.load(x + o_pixels, mask=m_r[:, None] & m_c[None, :], other=0.0)
         oh, ow = h * SH - PH, v * SW - PW
-        inside = live_r[:, None] & live_n[None, :]
+        m_inside = m_r[:, None] & m_n[None, :]
         if CUT:
             y_h, y_w = oh[:, None] + i[None, :], ow[:, None] + j[None, :]
-            inside = inside & (y_h >= 0) & (y_h < OH) & (y_w >= 0) & (y_w < OW)
-        source = tl.multiple_of((image * OH + oh) * row + ow * pixel + group * K, Y_VEC)[:, None] + o_tap[None, :]
-        grads = tl.load(grad_y + source, mask=tl.max_constancy(inside, (1, Y_VEC)), other=0.0)
+            m_inside = m_inside & (y_h >= 0) & (y_h < OH) & (y_w >= 0) & (y_w < OW)
+        o_grads = tl.multiple_of((image * OH + oh) * row + ow * pixel + group * K, Y_VEC)[:, None] + o_tap[None, :]
+        grads = tl.load(grad_y + o_grads, mask=tl.max_constancy(m_inside, (1, Y_VEC)), other=0.0)
         acc = dot(tl.trans(pixels), grads, acc, PRECISION, UPCAST)
         tile_w += 1
         tile_h = tl.where(tile_w < TILES_W, tile_h, tile_h + 1)
@@ -180,8 +180,8 @@ def conv_transpose2d_bwd_weight_kernel(
         tile_h = tl.where(tile_h < TILES_H, tile_h, 0)
 
     # 3. Store the partial
-    out = (((split * GROUPS + group) * C + c) * columns)[:, None] + n[None, :]
-    tl.store(partials + out, acc.to(partials.dtype.element_ty), mask=live_c[:, None] & live_n[None, :])
+    o_partials = (((split * GROUPS + group) * C + c) * columns)[:, None] + n[None, :]
+    tl.store(partials + o_partials, acc.to(partials.dtype.element_ty), mask=m_c[:, None] & m_n[None, :])
 
 
 @triton.jit
@@ -209,19 +209,20 @@ def conv_transpose2d_bwd_epilogue_kernel(
         # 2. Load, and apply the mask
         p = (step + s) * BLOCK_P + tl.arange(0, BLOCK_P)
         if CHANNELS_LAST:
-            source = (p * K)[:, None] + k[None, :]
+            o_grads = (p * K)[:, None] + k[None, :]
         else:
-            source = (p // PLANE * K * PLANE + p % PLANE)[:, None] + (k * PLANE)[None, :]
-        live = (p < PIXELS)[:, None] & (k < K)[None, :]
-        grads = tl.load(grad_y + source, mask=live, other=0.0)
+            o_grads = (p // PLANE * K * PLANE + p % PLANE)[:, None] + (k * PLANE)[None, :]
+        m_live = (p < PIXELS)[:, None] & (k < K)[None, :]
+        grads = tl.load(grad_y + o_grads, mask=m_live, other=0.0)
         if RELU:
-            grads = tl.where(tl.load(y + source, mask=live, other=0.0).to(tl.float32) <= 0, 0.0, grads.to(tl.float32))
+            y_value = tl.load(y + o_grads, mask=m_live, other=0.0).to(tl.float32)
+            grads = tl.where(y_value <= 0, 0.0, grads.to(tl.float32))
 
         # 3. Add to the sums, and store
         if SUM:
             sums += grads.to(tl.float32)
         if WRITE:
-            tl.store(masked + ((p * K)[:, None] + k[None, :]), grads.to(masked.dtype.element_ty), mask=live)
+            tl.store(masked + ((p * K)[:, None] + k[None, :]), grads.to(masked.dtype.element_ty), mask=m_live)
     if SUM:
         tl.store(partials + split * K + k, tl.sum(sums, axis=0), mask=k < K)
 

@@ -56,20 +56,20 @@ def load_rectangles(
         image, h, v = pixel_coordinates(first, H, W, BLOCK_M)
         n = column + tl.arange(0, BLOCK_N)
         run = COLUMNS // SH  # columns of a row: contiguous in memory
-        rows = ((image * H + h) * (SH * W) + v) * run
-        source = rows[:, None] + (n // run * (W * run) + n % run)[None, :]
-        live = (first + tl.arange(0, BLOCK_M) < PIXELS)[:, None] & (n < COLUMNS)[None, :]
+        o_rows = ((image * H + h) * (SH * W) + v) * run
+        o_grads = o_rows[:, None] + (n // run * (W * run) + n % run)[None, :]
+        m_live = (first + tl.arange(0, BLOCK_M) < PIXELS)[:, None] & (n < COLUMNS)[None, :]
     else:
         image, h, ow = pixel_coordinates(first * SW, H, W * SW, BLOCK_M * SW)
         u = column // SW + tl.arange(0, BLOCK_N // SW)
-        rows = (image * (COLUMNS // SW) * H + h * SH) * (SW * W) + ow
-        rows = tl.max_contiguous(tl.multiple_of(rows, W_VEC), W_VEC)
-        source = rows[:, None] + ((u // SH * H * SH + u % SH) * (SW * W))[None, :]
-        live = tl.max_constancy(first * SW + tl.arange(0, BLOCK_M * SW) < PIXELS * SW, W_VEC)
-        live = live[:, None] & (u * SW < COLUMNS)[None, :]
-    grads = tl.load(grad_y + source, mask=live, other=0.0)
+        o_rows = (image * (COLUMNS // SW) * H + h * SH) * (SW * W) + ow
+        o_rows = tl.max_contiguous(tl.multiple_of(o_rows, W_VEC), W_VEC)
+        o_grads = o_rows[:, None] + ((u // SH * H * SH + u % SH) * (SW * W))[None, :]
+        m_live = tl.max_constancy(first * SW + tl.arange(0, BLOCK_M * SW) < PIXELS * SW, W_VEC)
+        m_live = m_live[:, None] & (u * SW < COLUMNS)[None, :]
+    grads = tl.load(grad_y + o_grads, mask=m_live, other=0.0)
     if RELU:
-        grads = tl.where(tl.load(y + source, mask=live, other=0.0).to(tl.float32) <= 0, 0.0, grads.to(tl.float32))
+        grads = tl.where(tl.load(y + o_grads, mask=m_live, other=0.0).to(tl.float32) <= 0, 0.0, grads.to(tl.float32))
         grads = grads.to(grad_y.dtype.element_ty)
     if not CHANNELS_LAST and SW > 1:
         grads = tl.permute(tl.reshape(grads, (BLOCK_M, SW, BLOCK_N // SW)), (0, 2, 1))
@@ -82,8 +82,8 @@ def image_offsets(m, image, h, v, c, C, H, W, W_VEC: tl.constexpr, CHANNELS_LAST
     """The memory offsets in x and grad_x of pixels m, which are (image, h, v), and channels c."""
     if CHANNELS_LAST:
         return (m * C)[:, None] + c[None, :]
-    pixel = tl.max_contiguous(tl.multiple_of((image * C * H + h) * W + v, W_VEC), W_VEC)
-    return pixel[:, None] + (c * (H * W))[None, :]
+    o_pixel = tl.max_contiguous(tl.multiple_of((image * C * H + h) * W + v, W_VEC), W_VEC)
+    return o_pixel[:, None] + (c * (H * W))[None, :]
 
 
 @triton.jit
@@ -113,16 +113,16 @@ def conv_transpose2d_bwd_input_shuffle_kernel(
         grads = load_rectangles(
             grad_y, y, first, n, PIXELS, H, W, COLUMNS, SH, SW, W_VEC, RELU, CHANNELS_LAST, BLOCK_M, BLOCK_R
         )
-        live = (c < C)[None, :] & (n + r < COLUMNS)[:, None]
-        weights = tl.load(w + ((c * COLUMNS)[None, :] + (n + r)[:, None]), mask=live, other=0.0)
+        m_w = (c < C)[None, :] & (n + r < COLUMNS)[:, None]
+        weights = tl.load(w + ((c * COLUMNS)[None, :] + (n + r)[:, None]), mask=m_w, other=0.0)
         acc = dot(grads, weights, acc, PRECISION, UPCAST)
 
     # 3. Store
     m = first + tl.arange(0, BLOCK_M)
-    live = tl.max_constancy(m < PIXELS, W_VEC)[:, None] & (c < C)[None, :]
+    m_x = tl.max_constancy(m < PIXELS, W_VEC)[:, None] & (c < C)[None, :]
     image, h, v = pixel_coordinates(first, H, W, BLOCK_M)
-    out = image_offsets(m, image, h, v, c, C, H, W, W_VEC, CHANNELS_LAST)
-    tl.store(grad_x + out, acc.to(grad_x.dtype.element_ty), mask=live)
+    o_x = image_offsets(m, image, h, v, c, C, H, W, W_VEC, CHANNELS_LAST)
+    tl.store(grad_x + o_x, acc.to(grad_x.dtype.element_ty), mask=m_x)
 
 
 @triton.jit
@@ -149,7 +149,7 @@ def conv_transpose2d_bwd_shuffle_kernel(
     tile = program % (tiles_m * tiles_n)
     column = tile % tiles_n * BLOCK_N
     c, n = tile // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_N)
-    live_w = (c < C)[:, None] & (n < COLUMNS)[None, :]
+    m_w = (c < C)[:, None] & (n < COLUMNS)[None, :]
     o_w = (c * COLUMNS)[:, None] + n[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     sums = tl.zeros((BLOCK_N,), tl.float32)
@@ -158,10 +158,10 @@ def conv_transpose2d_bwd_shuffle_kernel(
         # 2. Load x and grad_y, and add to grad_weight and the bias's sums
         first = (step + s) * BLOCK_R
         m = first + tl.arange(0, BLOCK_R)
-        live = tl.max_constancy(m < PIXELS, W_VEC)[:, None] & tl.max_constancy(c < C, C_VEC)[None, :]
+        m_x = tl.max_constancy(m < PIXELS, W_VEC)[:, None] & tl.max_constancy(c < C, C_VEC)[None, :]
         image, h, v = pixel_coordinates(first, H, W, BLOCK_R)
-        source = image_offsets(m, image, h, v, c, C, H, W, W_VEC, CHANNELS_LAST)
-        pixels = tl.load(x + source, mask=live, other=0.0)
+        o_x = image_offsets(m, image, h, v, c, C, H, W, W_VEC, CHANNELS_LAST)
+        pixels = tl.load(x + o_x, mask=m_x, other=0.0)
         grads = load_rectangles(
             grad_y, y, first, column, PIXELS, H, W, COLUMNS, SH, SW, W_VEC, RELU, CHANNELS_LAST, BLOCK_R, BLOCK_N
         )
@@ -171,12 +171,12 @@ def conv_transpose2d_bwd_shuffle_kernel(
 
         # 3. Compute and store grad_x
         if INPUT:
-            weights = tl.load(w + o_w, mask=live_w, other=0.0)
+            weights = tl.load(w + o_w, mask=m_w, other=0.0)
             grad = dot(weights, tl.trans(grads), tl.zeros((BLOCK_M, BLOCK_R), tl.float32), PRECISION, UPCAST)
-            tl.store(grad_x + source, tl.trans(grad.to(grad_x.dtype.element_ty)), mask=live)
+            tl.store(grad_x + o_x, tl.trans(grad.to(grad_x.dtype.element_ty)), mask=m_x)
 
     # 4. Store the partials
-    tl.store(partials + (split * C * COLUMNS + o_w), acc, mask=live_w)
+    tl.store(partials + (split * C * COLUMNS + o_w), acc, mask=m_w)
     if BIAS and tile < tiles_n:
         area: tl.constexpr = 1 if CHANNELS_LAST else SH * SW  # neighbouring columns of one k
         k = column // area + tl.arange(0, BLOCK_N // area)

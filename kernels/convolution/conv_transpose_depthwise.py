@@ -41,7 +41,7 @@ def conv_transpose2d_depthwise_kernel(
     if WIDE:
         program = program.to(tl.int64)
     o = program * BLOCK + tl.arange(0, BLOCK)
-    live = (o < GROUPS)[:, None]
+    m_live = (o < GROUPS)[:, None]
     plane, oh, ow, run = group(o, OH, RUNS, OW, VEC, CHANNELS_LAST)
     lane = tl.arange(0, VEC)[None, :]
     c = run * VEC + lane if CHANNELS_LAST else plane % C
@@ -54,23 +54,23 @@ def conv_transpose2d_depthwise_kernel(
         a, b = tap // taps_w, tap % taps_w
         if GRADIENT:
             i, j, h, v = a, b, oh * SH - PH + a * DH, ow * SW - PW + b * DW
-            inside = live & (h >= 0) & (h < H) & (v >= 0) & (v < W)
+            m_inside = m_live & (h >= 0) & (h < H) & (v >= 0) & (v < W)
         else:
             i, j = (oh + PH) % SH + a * SH, (ow + PW) % SW + b * SW
             h, v = (oh + PH) // SH - a * DH, (ow + PW) // SW - b * DW
-            inside = live & (h >= 0) & (h < H) & (v >= 0) & (v < W) & (i < KH) & (j < KW)
-        pixel = tl.load(x + image_offset(plane, h, v, run, H, W, X_RUNS, VEC, CHANNELS_LAST), mask=inside, other=0.0)
-        at = (i * KW + j) * C + c if CHANNELS_LAST else c * (KH * KW) + i * KW + j
-        acc += pixel.to(tl.float32) * tl.load(w + at, mask=inside & (c < C), other=0.0).to(tl.float32)
+            m_inside = m_live & (h >= 0) & (h < H) & (v >= 0) & (v < W) & (i < KH) & (j < KW)
+        pixel = tl.load(x + image_offset(plane, h, v, run, H, W, X_RUNS, VEC, CHANNELS_LAST), mask=m_inside, other=0.0)
+        o_w = (i * KW + j) * C + c if CHANNELS_LAST else c * (KH * KW) + i * KW + j
+        acc += pixel.to(tl.float32) * tl.load(w + o_w, mask=m_inside & (c < C), other=0.0).to(tl.float32)
 
     # 3. Apply the epilogue, and store
     if SCALE:
-        acc *= tl.load(scale + c, mask=live & (c < C), other=0.0).to(tl.float32)
+        acc *= tl.load(scale + c, mask=m_live & (c < C), other=0.0).to(tl.float32)
     if BIAS:
-        acc += tl.load(bias + c, mask=live & (c < C), other=0.0).to(tl.float32)
+        acc += tl.load(bias + c, mask=m_live & (c < C), other=0.0).to(tl.float32)
     if RELU:
         acc = tl.where(acc <= 0, 0.0, acc)
-    tl.store(y + (o[:, None] * VEC + lane), acc.to(y.dtype.element_ty), mask=live)
+    tl.store(y + (o[:, None] * VEC + lane), acc.to(y.dtype.element_ty), mask=m_live)
 
 
 @triton.jit
@@ -101,11 +101,11 @@ def conv_transpose2d_depthwise_bwd_weight_kernel(
     for s in range(0, tl.minimum(STEPS, ALL_STEPS - step)):
         p = (step + s) * BLOCK_P + tl.arange(0, BLOCK_P)
         oh, ow = p // W % H * SH - PH + i * DH, p % W * SW - PW + j * DW
-        live = (p < PIXELS) & (oh >= 0) & (oh < OH) & (ow >= 0) & (ow < OW)
-        live = live[:, None] & (c < C)[None, :]
-        pixels = tl.load(x + ((p * C)[:, None] + c[None, :]), mask=live, other=0.0)
-        source = ((p // (H * W) * OH + oh) * OW + ow) * C
-        grads = tl.load(grad_y + (source[:, None] + c[None, :]), mask=live, other=0.0)
+        m_live = (p < PIXELS) & (oh >= 0) & (oh < OH) & (ow >= 0) & (ow < OW)
+        m_live = m_live[:, None] & (c < C)[None, :]
+        pixels = tl.load(x + ((p * C)[:, None] + c[None, :]), mask=m_live, other=0.0)
+        o_grads = ((p // (H * W) * OH + oh) * OW + ow) * C
+        grads = tl.load(grad_y + (o_grads[:, None] + c[None, :]), mask=m_live, other=0.0)
         sums += pixels.to(tl.float32) * grads.to(tl.float32)
 
     # 3. Store the partial

@@ -96,14 +96,14 @@ def conv_transpose2d_fwd_tma_kernel(
 
     # 3. Apply the epilogue, and store
     k = k0 + tl.arange(0, BLOCK_N)
-    live_n = tl.max_constancy(k < K, K_VEC)
-    acc = apply_epilogue(acc, scale, bias, k % (K // FOLD) // SPREAD, live_n, SCALE, BIAS, RELU)
+    m_n = tl.max_constancy(k < K, K_VEC)
+    acc = apply_epilogue(acc, scale, bias, k % (K // FOLD) // SPREAD, m_n, SCALE, BIAS, RELU)
     oh, ow = qh * SH + oh0, qw * SW + ow0
-    live_m = (image < N) & (oh < OH) & (ow < OW)
+    m_m = (image < N) & (oh < OH) & (ow < OW)
     if WIDE:
         image, K = image.to(tl.int64), tl.cast(K, tl.int64)
-    out = ((image * OH + oh) * OW + ow) * K
-    tl.store(y + (out[:, None] + k[None, :]), acc.to(y.dtype.element_ty), mask=live_m[:, None] & live_n[None, :])
+    o_y = ((image * OH + oh) * OW + ow) * K
+    tl.store(y + (o_y[:, None] + k[None, :]), acc.to(y.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])
 
 
 @triton.jit
@@ -154,16 +154,16 @@ def conv_transpose2d_bwd_input_tma_kernel(
 
     # 3. Store
     n = n0 + tl.arange(0, BLOCK_N)
-    live_m = tl.max_constancy((image < N) & (h < H) & (v < W), W_VEC)
-    live_n = tl.max_constancy(n < C, C_VEC)
+    m_m = tl.max_constancy((image < N) & (h < H) & (v < W), W_VEC)
+    m_n = tl.max_constancy(n < C, C_VEC)
     if WIDE:
         image, C = image.to(tl.int64), tl.cast(C, tl.int64)
     if CHANNELS_LAST:
-        to = ((((split * N + image) * H + h) * W + v) * C)[:, None] + n[None, :]
+        o_out = ((((split * N + image) * H + h) * W + v) * C)[:, None] + n[None, :]
     else:
-        pixel = tl.max_contiguous(tl.multiple_of((image * C * H + h) * W + v, W_VEC), W_VEC)
-        to = pixel[:, None] + (n * (H * W))[None, :]
-    tl.store(out + to, acc.to(out.dtype.element_ty), mask=live_m[:, None] & live_n[None, :])
+        o_pixel = tl.max_contiguous(tl.multiple_of((image * C * H + h) * W + v, W_VEC), W_VEC)
+        o_out = o_pixel[:, None] + (n * (H * W))[None, :]
+    tl.store(out + o_out, acc.to(out.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])
 
 
 @triton.jit
@@ -203,11 +203,11 @@ def conv_transpose2d_bwd_weight_tma_kernel(
 
     # 3. Store the partial
     c, k = c0 + tl.arange(0, BLOCK_M), k0 + tl.arange(0, BLOCK_N)
-    live_k = tl.max_constancy(k < K, K_VEC)
+    m_k = tl.max_constancy(k < K, K_VEC)
     if WIDE:
         split = split.to(tl.int64)
-    out = (((split * C + c) * (KH * KW) + tap) * K)[:, None] + k[None, :]
-    tl.store(partials + out, acc.to(partials.dtype.element_ty), mask=(c < C)[:, None] & live_k[None, :])
+    o_partials = (((split * C + c) * (KH * KW) + tap) * K)[:, None] + k[None, :]
+    tl.store(partials + o_partials, acc.to(partials.dtype.element_ty), mask=(c < C)[:, None] & m_k[None, :])
 
 
 class PixelBox(NamedTuple):

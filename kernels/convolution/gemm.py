@@ -47,15 +47,15 @@ def pixel_coordinates(first, ROWS, COLUMNS, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def apply_epilogue(acc, scale, bias, k, live_k, SCALE: tl.constexpr, BIAS: tl.constexpr, RELU: tl.constexpr):
+def apply_epilogue(acc, scale, bias, k, m_k, SCALE: tl.constexpr, BIAS: tl.constexpr, RELU: tl.constexpr):
     """relu(acc * scale[k] + bias[k]) in float32, where k is the channel of each column of acc.
 
     SCALE, BIAS, RELU: which of the three there are.
     """
     if SCALE:
-        acc *= tl.load(scale + k, mask=live_k, other=0.0).to(tl.float32)[None, :]
+        acc *= tl.load(scale + k, mask=m_k, other=0.0).to(tl.float32)[None, :]
     if BIAS:
-        acc += tl.load(bias + k, mask=live_k, other=0.0).to(tl.float32)[None, :]
+        acc += tl.load(bias + k, mask=m_k, other=0.0).to(tl.float32)[None, :]
     if RELU:
         acc = tl.where(acc <= 0, 0.0, acc)  # keeps NaN
     return acc
@@ -79,10 +79,10 @@ def transpose_kernel(
     s = tile % tiles_s * BLOCK_S + tl.arange(0, BLOCK_S)
 
     # 2. Load and store
-    live = (r < R)[:, None] & (s < S)[None, :]
-    matrix = batch * S * R
-    value = tl.load(source + (matrix + (r * S)[:, None] + s[None, :]), mask=live, other=0.0)
-    tl.store(target + (matrix + r[:, None] + (s * R)[None, :]), value, mask=live)
+    m_live = (r < R)[:, None] & (s < S)[None, :]
+    o_matrix = batch * S * R
+    value = tl.load(source + (o_matrix + (r * S)[:, None] + s[None, :]), mask=m_live, other=0.0)
+    tl.store(target + (o_matrix + r[:, None] + (s * R)[None, :]), value, mask=m_live)
 
 
 @triton.jit
@@ -96,10 +96,10 @@ def sum_partials_kernel(
     """
     # 1. Which elements
     o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    live = o < SIZE
-    to = o
+    m_live = o < SIZE
+    o_out = o
     if PERMUTED:
-        to = (o // (TAPS * K) * K + o % K) * TAPS + o // K % TAPS
+        o_out = (o // (TAPS * K) * K + o % K) * TAPS + o // K % TAPS
     if WIDE:
         SIZE = tl.cast(SIZE, tl.int64)
 
@@ -107,12 +107,12 @@ def sum_partials_kernel(
     total = tl.zeros((BLOCK,), tl.float32)
     for first in range(0, SPLITS, BLOCK_S):
         split = first + tl.arange(0, BLOCK_S)
-        source = (split * SIZE)[:, None] + o[None, :]
-        values = tl.load(partials + source, mask=(split < SPLITS)[:, None] & live[None, :], other=0.0)
+        o_partials = (split * SIZE)[:, None] + o[None, :]
+        values = tl.load(partials + o_partials, mask=(split < SPLITS)[:, None] & m_live[None, :], other=0.0)
         total += tl.sum(values, axis=0)
 
     # 3. Store
-    tl.store(out + to, total.to(out.dtype.element_ty), mask=live)
+    tl.store(out + o_out, total.to(out.dtype.element_ty), mask=m_live)
 
 
 def needs_int64_offsets(*tensors: Tensor) -> bool:

@@ -39,10 +39,10 @@ def window_of(
     Returns (row and column of the window, the pixel's offset inside it, whether there is such a window).
     """
     row, column = h + i - 1, v + j - 1
-    inside = (row >= 0) & (row < H) & (column >= 0) & (column < W)
-    row, column = tl.where(inside, row, 0) + PH, tl.where(inside, column, 0) + PW
+    m_inside = (row >= 0) & (row < H) & (column >= 0) & (column < W)
+    row, column = tl.where(m_inside, row, 0) + PH, tl.where(m_inside, column, 0) + PW
     oh, ow, r, s = row // SH, column // SW, row % SH, column % SW
-    return oh, ow, r * KW + s, inside & (oh < OH) & (ow < OW) & (r < KH) & (s < KW)
+    return oh, ow, r * KW + s, m_inside & (oh < OH) & (ow < OW) & (r < KH) & (s < KW)
 
 
 @triton.jit
@@ -68,44 +68,44 @@ def max_unpool2d_conv2d_fwd_kernel(
     first = program // tiles * BLOCK_M
     n = program % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     m = first + tl.arange(0, BLOCK_M)
-    live_m, live_n = m < PIXELS, n < K
+    m_m, m_n = m < PIXELS, n < K
     image, h, v = pixel_coordinates(first, H, W, BLOCK_M)
     r = tl.arange(0, BLOCK_R)
 
     # 2. Check the offsets of the windows that its own pixels are in: that is every window
     if program % tiles == 0:
-        oh, ow, _, there = window_of(h, v, 1, 1, H, W, OH, OW, KH, KW, SH, SW, PH, PW)
-        source = ((image * OH + oh) * OW + ow) * C
+        oh, ow, _, m_window = window_of(h, v, 1, 1, H, W, OH, OW, KH, KW, SH, SW, PH, PW)
+        o_offsets = ((image * OH + oh) * OW + ow) * C
         for c0 in range(0, C, BLOCK_R):
-            some = (live_m & there)[:, None] & (r < C - c0)[None, :]
-            offset = tl.load(offsets + ((source + c0)[:, None] + r[None, :]), mask=some, other=0).to(tl.int32)
+            m_pixels = (m_m & m_window)[:, None] & (r < C - c0)[None, :]
+            offset = tl.load(offsets + ((o_offsets + c0)[:, None] + r[None, :]), mask=m_pixels, other=0).to(tl.int32)
             row, column = (oh * SH - PH)[:, None] + offset // KW, (ow * SW - PW)[:, None] + offset % KW
             right = (offset < KH * KW) & (row >= 0) & (row < H) & (column >= 0) & (column < W)
-            tl.device_assert(right | ~some, "max_unpool2d_conv2d: found an offset outside its window")
+            tl.device_assert(right | ~m_pixels, "max_unpool2d_conv2d: found an offset outside its window")
 
     # 3. Sum over taps and input channels
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     tap, c0 = 0, 0
     for _ in range(9 * tl.cdiv(C, BLOCK_R)):
-        oh, ow, wanted, there = window_of(h, v, tap // 3, tap % 3, H, W, OH, OW, KH, KW, SH, SW, PH, PW)
-        live_r = r < C - c0
-        some = (live_m & there)[:, None] & live_r[None, :]
-        source = (((image * OH + oh) * OW + ow) * C + c0)[:, None] + r[None, :]
-        offset = tl.load(offsets + source, mask=some, other=0).to(tl.int32)
-        pixels = tl.load(x + source, mask=some, other=0.0)
+        oh, ow, wanted, m_window = window_of(h, v, tap // 3, tap % 3, H, W, OH, OW, KH, KW, SH, SW, PH, PW)
+        m_r = r < C - c0
+        m_pixels = (m_m & m_window)[:, None] & m_r[None, :]
+        o_pixels = (((image * OH + oh) * OW + ow) * C + c0)[:, None] + r[None, :]
+        offset = tl.load(offsets + o_pixels, mask=m_pixels, other=0).to(tl.int32)
+        pixels = tl.load(x + o_pixels, mask=m_pixels, other=0.0)
         if UPCAST:
             pixels = pixels.to(tl.float32)
         pixels = tl.where(offset == wanted[:, None], pixels, 0.0)
-        source = (n * (9 * C) + (tap * C + c0))[None, :] + r[:, None]
-        weights = tl.load(w + source, mask=live_r[:, None] & live_n[None, :], other=0.0)
+        o_weights = (n * (9 * C) + (tap * C + c0))[None, :] + r[:, None]
+        weights = tl.load(w + o_weights, mask=m_r[:, None] & m_n[None, :], other=0.0)
         acc = dot(pixels, weights, acc, PRECISION, UPCAST)
         c0 += BLOCK_R
         tap = tl.where(c0 < C, tap, tap + 1)
         c0 = tl.where(c0 < C, c0, 0)
 
     # 4. Apply the epilogue, and store
-    acc = apply_epilogue(acc, scale, bias, n, live_n, SCALE, BIAS, RELU)
-    tl.store(y + ((m * K)[:, None] + n[None, :]), acc.to(y.dtype.element_ty), mask=live_m[:, None] & live_n[None, :])
+    acc = apply_epilogue(acc, scale, bias, n, m_n, SCALE, BIAS, RELU)
+    tl.store(y + ((m * K)[:, None] + n[None, :]), acc.to(y.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])
 
 
 def max_unpool2d_conv2d_fwd(

@@ -42,21 +42,21 @@ def exponential(x):
 
 
 @triton.jit
-def read_label(labels, o, live, C: tl.constexpr, IGNORE):
+def read_label(labels, pixel, m_live, C: tl.constexpr, IGNORE):
     """(the class, or -1 for an ignored or out-of-range label; whether the label is out of range)."""
-    label = tl.load(labels + o, mask=live, other=0).to(tl.int64)
-    kept = live & (label != IGNORE)
-    inside = (label >= 0) & (label < C)
-    return tl.where(kept & inside, label, -1).to(tl.int32), kept & (inside == 0)
+    label = tl.load(labels + pixel, mask=m_live, other=0).to(tl.int64)
+    m_kept = m_live & (label != IGNORE)
+    in_range = (label >= 0) & (label < C)
+    return tl.where(m_kept & in_range, label, -1).to(tl.int32), m_kept & (in_range == 0)
 
 
 @triton.jit
-def read_target(targets, o, live, C: tl.constexpr, IGNORE, PROBABILITIES: tl.constexpr):
+def read_target(targets, pixel, m_live, C: tl.constexpr, IGNORE, PROBABILITIES: tl.constexpr):
     """read_label. For class probabilities no pixel is ignored, and the label is always 0."""
     if PROBABILITIES:
-        return tl.where(live, 0, -1).to(tl.int32), live != live
+        return tl.where(m_live, 0, -1).to(tl.int32), m_live != m_live
     else:
-        return read_label(targets, o, live, C, IGNORE)
+        return read_label(targets, pixel, m_live, C, IGNORE)
 
 
 @triton.jit
@@ -70,53 +70,53 @@ def label_weight(weight, label, DTYPE: tl.constexpr, WEIGHTED: tl.constexpr):
 
 @triton.jit
 def class_shares(
-    targets, weight, o, c, inside, whole, rest, DTYPE: tl.constexpr, C: tl.constexpr, PROBABILITIES: tl.constexpr,
-    WEIGHTED: tl.constexpr, SMOOTHING: tl.constexpr, RAGGED: tl.constexpr,
+    targets, weight, o_tile, c, m_inside, m_whole, m_rest, DTYPE: tl.constexpr, C: tl.constexpr,
+    PROBABILITIES: tl.constexpr, WEIGHTED: tl.constexpr, SMOOTHING: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     """q of a tile, without the label's own part; 0 outside. `c` may be one row of classes for all pixels."""
     if PROBABILITIES:
-        target = read_tile(targets, o, whole, rest, RAGGED, 0.0).to(DTYPE)
+        target = read_tile(targets, o_tile, m_whole, m_rest, RAGGED, 0.0).to(DTYPE)
         share = target * (1.0 - SMOOTHING) + SMOOTHING / C
     else:
-        share = tl.zeros(inside.shape, DTYPE) + SMOOTHING / C
+        share = tl.zeros(m_inside.shape, DTYPE) + SMOOTHING / C
     if WEIGHTED:
         share = share * tl.load(weight + c, mask=(c >= 0) & (c < C), other=0.0).to(DTYPE)
-    return tl.where(inside, share, 0.0)
+    return tl.where(m_inside, share, 0.0)
 
 
 @triton.jit
-def read_tile(tensor, o, whole, rest, RAGGED: tl.constexpr, OTHER: tl.constexpr):
-    """Elements at o. whole: load them in whole groups; rest: those of the group that the tensor ends in (RAGGED)."""
-    value = tl.load(tensor + o, mask=whole, other=OTHER)
+def read_tile(tensor, o_tile, m_whole, m_rest, RAGGED: tl.constexpr, OTHER: tl.constexpr):
+    """Elements at o_tile: m_whole in whole groups, m_rest in the group that the tensor ends in (RAGGED)."""
+    value = tl.load(tensor + o_tile, mask=m_whole, other=OTHER)
     if RAGGED:
-        value = tl.where(rest, tl.load(tensor + o, mask=rest, other=OTHER), value)
+        value = tl.where(m_rest, tl.load(tensor + o_tile, mask=m_rest, other=OTHER), value)
     return value
 
 
 @triton.jit
 def row_tile(
-    pixel, live, step, ELEMENTS, C: tl.constexpr, RAGGED: tl.constexpr, VEC: tl.constexpr, WIDTH: tl.constexpr
+    pixel, m_live, step, ELEMENTS, C: tl.constexpr, RAGGED: tl.constexpr, VEC: tl.constexpr, WIDTH: tl.constexpr
 ):
     """channels_last: WIDTH elements of each pixel's row, which is read from the start of its first group of VEC.
 
     Returns (offsets, classes, whether they belong to the row, masks for read_tile: whole groups and single elements).
     """
     lane = tl.arange(0, WIDTH)[None, :]
-    start = (pixel * C)[:, None]
-    skipped = start % VEC  # elements of earlier pixels in the row's first group
-    group = (start // VEC + step * (WIDTH // VEC)) * VEC + lane // VEC * VEC
-    o = (start // VEC + step * (WIDTH // VEC)) * VEC + lane
-    whole = live[:, None] & (step * WIDTH + lane // VEC * VEC < skipped + C)
-    rest = whole
+    o_start = (pixel * C)[:, None]
+    skipped = o_start % VEC  # elements of earlier pixels in the row's first group
+    o_group = (o_start // VEC + step * (WIDTH // VEC)) * VEC + lane // VEC * VEC
+    o_tile = (o_start // VEC + step * (WIDTH // VEC)) * VEC + lane
+    m_whole = m_live[:, None] & (step * WIDTH + lane // VEC * VEC < skipped + C)
+    m_rest = m_whole
     if RAGGED:
-        rest = whole & (group + VEC > ELEMENTS) & (o < ELEMENTS)
-        whole = whole & (group + VEC <= ELEMENTS)
+        m_rest = m_whole & (o_group + VEC > ELEMENTS) & (o_tile < ELEMENTS)
+        m_whole = m_whole & (o_group + VEC <= ELEMENTS)
     c = step * WIDTH + lane - skipped
-    return o, c, live[:, None] & (c >= 0) & (c < C), whole, rest
+    return o_tile, c, m_live[:, None] & (c >= 0) & (c < C), m_whole, m_rest
 
 
 @triton.jit
-def accumulate(value, share, inside, highest, total, mass, distance, SHARED: tl.constexpr):
+def accumulate(value, share, m_inside, highest, total, mass, distance, SHARED: tl.constexpr):
     """One step of the softmax sums over the classes. value: logits, -inf outside the tile.
 
     highest: the maximum so far. It starts at -inf, which is below every finite logit; while it is -inf, 0 takes its
@@ -129,19 +129,19 @@ def accumulate(value, share, inside, highest, total, mass, distance, SHARED: tl.
     if SHARED:
         before = tl.where(highest == float("-inf"), 0.0, highest)
         distance += mass * (shift - before)
-        distance += tl.sum(tl.where(inside, share * (shift[:, None] - value), 0.0), axis=1)
+        distance += tl.sum(tl.where(m_inside, share * (shift[:, None] - value), 0.0), axis=1)
         mass += tl.sum(share, axis=1)
     return peak, total, mass, distance
 
 
 @triton.jit
-def first_maximum(value, c, inside, best, best_score, first_nan, C: tl.constexpr):
+def first_maximum(value, c, m_inside, best, best_score, first_nan, C: tl.constexpr):
     """One step of the argmax: the first of equal maxima, and NaN before any number, as in torch.argmax."""
-    score = tl.where(inside & (value == value), value, float("-inf"))
+    score = tl.where(m_inside & (value == value), value, float("-inf"))
     peak = tl.max(score, axis=1)
-    place = tl.min(tl.where(inside & (score == peak[:, None]), c, C), axis=1)
+    place = tl.min(tl.where(m_inside & (score == peak[:, None]), c, C), axis=1)
     best = tl.where(peak > best_score, place, best)
-    first_nan = tl.minimum(first_nan, tl.min(tl.where(inside & (value != value), c, C), axis=1))
+    first_nan = tl.minimum(first_nan, tl.min(tl.where(m_inside & (value != value), c, C), axis=1))
     return best, tl.maximum(best_score, peak), first_nan
 
 

@@ -43,20 +43,20 @@ def confusion_matrix_kernel(
     count = tl.zeros((CLASSES, CLASSES), tl.float32)
     for step in range(0, SPAN, BLOCK):
         o = begin + step + tl.arange(0, BLOCK)
-        live = o < PIXELS
-        truth = tl.load(target + o, mask=live, other=0).to(tl.int64)
-        guess = tl.load(pred + o, mask=live, other=0).to(tl.int64)
+        m_live = o < PIXELS
+        truth = tl.load(target + o, mask=m_live, other=0).to(tl.int64)
+        guess = tl.load(pred + o, mask=m_live, other=0).to(tl.int64)
         if IGNORES:
-            live = live & (truth != IGNORE)
-        outside = live & ((truth < 0) | (truth >= C) | (guess < 0) | (guess >= C))
-        tl.device_assert(outside == 0, "confusion_matrix: pred or target holds a label outside the classes")
-        rows = (truth[None, :] == true[:, None]) & live[None, :]
+            m_live = m_live & (truth != IGNORE)
+        m_outside = m_live & ((truth < 0) | (truth >= C) | (guess < 0) | (guess >= C))
+        tl.device_assert(m_outside == 0, "confusion_matrix: pred or target holds a label outside the classes")
+        rows = (truth[None, :] == true[:, None]) & m_live[None, :]
         columns = guess[:, None] == predicted[None, :]
         count = tl.dot(rows.to(tl.float16), columns.to(tl.float16), count)
 
     # 3. Store
-    o = (part * C + true[:, None]) * C + predicted[None, :]
-    tl.store(counts + o, count.to(tl.int32), mask=(true < C)[:, None] & (predicted < C)[None, :])
+    o_counts = (part * C + true[:, None]) * C + predicted[None, :]
+    tl.store(counts + o_counts, count.to(tl.int32), mask=(true < C)[:, None] & (predicted < C)[None, :])
 
 
 def confusion_matrix(pred: Tensor, target: Tensor, classes: int, ignore_index: int | None) -> Tensor:

@@ -69,12 +69,12 @@ def cross_entropy_fwd_kernel(
     SHARED: tl.constexpr = PROBABILITIES or SMOOTHING != 0
     SIZE = PIXELS if CHANNELS_LAST else tl.cast(RUNS, program.dtype) * VEC
     p = (program % TILES) * BLOCK + tl.arange(0, BLOCK)
-    live = p < SIZE
+    m_live = p < SIZE
     image = program // TILES
     pixel = image * SIZE + p
 
     # 2. Load the targets
-    label, out_of_range = read_target(targets, pixel, live, C, IGNORE, PROBABILITIES)
+    label, out_of_range = read_target(targets, pixel, m_live, C, IGNORE, PROBABILITIES)
     tl.device_assert(out_of_range == 0, "cross_entropy: a target is neither a class nor ignore_index")
 
     # 3. Load the logits, and accumulate the softmax sums and the argmax over the classes
@@ -89,45 +89,46 @@ def cross_entropy_fwd_kernel(
     lane = tl.arange(0, WIDTH)[None, :]
     for step in tl.range(0, STEPS, loop_unroll_factor=UNROLL):
         if CHANNELS_LAST:
-            o, c, inside, whole, rest = row_tile(pixel, live, step, ELEMENTS, C, RAGGED, VEC, WIDTH)
-            value = read_tile(logits, o, whole, rest, RAGGED, 0.0).to(DTYPE)
-            value = tl.where(inside, value, float("-inf"))
+            o_logits, c, m_inside, m_whole, m_rest = row_tile(pixel, m_live, step, ELEMENTS, C, RAGGED, VEC, WIDTH)
+            value = read_tile(logits, o_logits, m_whole, m_rest, RAGGED, 0.0).to(DTYPE)
+            value = tl.where(m_inside, value, float("-inf"))
         else:
             c = step * WIDTH + lane
-            o = (image * C + c) * SIZE + p[:, None]
-            inside = live[:, None] & (c < C)
-            whole = inside
-            rest = inside
-            value = tl.load(logits + o, mask=inside, other=float("-inf")).to(DTYPE)
+            o_logits = (image * C + c) * SIZE + p[:, None]
+            m_inside = m_live[:, None] & (c < C)
+            m_whole = m_inside
+            m_rest = m_inside
+            value = tl.load(logits + o_logits, mask=m_inside, other=float("-inf")).to(DTYPE)
             if not PROBABILITIES:  # loading these at the end would read a sector for each pixel
                 picked += tl.sum(tl.where(lane == (label - step * WIDTH)[:, None], value, 0.0), axis=1)
         share = value
         if SHARED:
             share = class_shares(
-                targets, weight, o, c, inside, whole, rest, DTYPE, C, PROBABILITIES, WEIGHTED, SMOOTHING, RAGGED
-            )
-        highest, total, mass, distance = accumulate(value, share, inside, highest, total, mass, distance, SHARED)
+                targets, weight, o_logits, c, m_inside, m_whole, m_rest,
+                DTYPE, C, PROBABILITIES, WEIGHTED, SMOOTHING, RAGGED,
+            )  # fmt: skip
+        highest, total, mass, distance = accumulate(value, share, m_inside, highest, total, mass, distance, SHARED)
         if PREDICT:
-            best, best_score, first_nan = first_maximum(value, c, inside, best, best_score, first_nan, C)
+            best, best_score, first_nan = first_maximum(value, c, m_inside, best, best_score, first_nan, C)
     if CHANNELS_LAST and not PROBABILITIES:
         picked = tl.load(logits + pixel * C + label, mask=label >= 0, other=0.0).to(DTYPE)
 
     # 4. Store lse
     above = tl.log(total)
     if SPLIT:
-        tl.store(lse + pixel, highest, mask=live)
-        tl.store(lse + PIXELS + pixel, above, mask=live)
+        tl.store(lse + pixel, highest, mask=m_live)
+        tl.store(lse + PIXELS + pixel, above, mask=m_live)
     else:
-        tl.store(lse + pixel, highest + above, mask=live)
+        tl.store(lse + pixel, highest + above, mask=m_live)
     if PROBABILITIES:
         masses = lse + PIXELS + PIXELS if SPLIT else lse + PIXELS  # 2 * PIXELS can pass int32
-        tl.store(masses + pixel, mass, mask=live)
+        tl.store(masses + pixel, mass, mask=m_live)
 
     # 5. The losses, and their sum
     factor = label_weight(weight, label, DTYPE, WEIGHTED and not PROBABILITIES)
     value = pixel_loss(label, factor, picked, highest, total, mass, distance, PROBABILITIES, SMOOTHING, Z_LOSS)
     if REDUCTION == "none":
-        tl.store(loss + pixel, value, mask=live)
+        tl.store(loss + pixel, value, mask=m_live)
     else:
         tl.store(partials + program, tl.sum(value, axis=0))
         if REDUCTION == "weights":
@@ -137,15 +138,15 @@ def cross_entropy_fwd_kernel(
 
     # 6. Store the predictions
     if PREDICT:
-        store_predictions(prediction, counts, pixel, live, label, best, first_nan, program, PROGRAMS, C)
+        store_predictions(prediction, counts, pixel, m_live, label, best, first_nan, program, PROGRAMS, C)
 
 
 @triton.jit
-def store_predictions(prediction, counts, pixel, live, label, best, first_nan, program, PROGRAMS, C: tl.constexpr):
+def store_predictions(prediction, counts, pixel, m_live, label, best, first_nan, program, PROGRAMS, C: tl.constexpr):
     """Write the predicted classes, and the program's numbers of pixels predicted right and not ignored."""
     best = tl.where(first_nan < C, first_nan, best)
-    tl.store(prediction + pixel, best.to(prediction.dtype.element_ty), mask=live)
-    tl.store(counts + program, tl.sum(((label == best) & live).to(tl.int32), axis=0))
+    tl.store(prediction + pixel, best.to(prediction.dtype.element_ty), mask=m_live)
+    tl.store(counts + program, tl.sum(((label == best) & m_live).to(tl.int32), axis=0))
     tl.store(counts + PROGRAMS + program, tl.sum((label >= 0).to(tl.int32), axis=0))
 
 
@@ -158,6 +159,7 @@ def cross_entropy_total_kernel(
     SUMMED: the denominator is a sum of partial sums too, and is written; else it is read. If all pixels are ignored,
     the mean is 0 / 0 = NaN and the sum 0, as in torch.
     """
+    # 1. Add up the partial sums
     losses = tl.zeros((BLOCK,), partials.dtype.element_ty)
     divisors = tl.zeros((BLOCK,), partials.dtype.element_ty)
     for start in range(0, PARTIALS, BLOCK):
@@ -165,6 +167,8 @@ def cross_entropy_total_kernel(
         losses += tl.load(partials + o, mask=o < PARTIALS, other=0.0)
         if SUMMED:
             divisors += tl.load(partials + PARTIALS + o, mask=o < PARTIALS, other=0.0)
+
+    # 2. Divide, and store
     total = tl.sum(losses, axis=0)
     if SUMMED:
         divisor = tl.sum(divisors, axis=0)
@@ -178,12 +182,15 @@ def cross_entropy_total_kernel(
 @triton.jit
 def cross_entropy_counts_kernel(partials, counts, PARTIALS, BLOCK: tl.constexpr):
     """One program adds up the programs' numbers of pixels predicted right and not ignored."""
+    # 1. Add up the partial sums
     right = tl.zeros((BLOCK,), tl.int64)
     valid = tl.zeros((BLOCK,), tl.int64)
     for start in range(0, PARTIALS, BLOCK):
         o = start + tl.arange(0, BLOCK)
         right += tl.load(partials + o, mask=o < PARTIALS, other=0)
         valid += tl.load(partials + PARTIALS + o, mask=o < PARTIALS, other=0)
+
+    # 2. Store
     tl.store(counts, tl.sum(right, axis=0))
     tl.store(counts + 1, tl.sum(valid, axis=0))
 

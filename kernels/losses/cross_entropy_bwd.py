@@ -22,10 +22,10 @@ GROUPS = 256  # of a program in channels_last
 
 
 @triton.jit
-def read_scale(grad_loss, denominator, o, label, REDUCTION: tl.constexpr):
+def read_scale(grad_loss, denominator, pixel, label, REDUCTION: tl.constexpr):
     """The gradient of each pixel's loss."""
     if REDUCTION == "none":
-        return tl.load(grad_loss + o, mask=label >= 0, other=0.0)
+        return tl.load(grad_loss + pixel, mask=label >= 0, other=0.0)
     elif REDUCTION == "sum":
         return tl.load(grad_loss)
     else:
@@ -33,10 +33,10 @@ def read_scale(grad_loss, denominator, o, label, REDUCTION: tl.constexpr):
 
 
 @triton.jit
-def read_lse(lse, PIXELS, o, live, SPLIT: tl.constexpr):
+def read_lse(lse, PIXELS, pixel, m_live, SPLIT: tl.constexpr):
     """The two terms of lse; the second is 0 if lse is stored in one."""
-    first = tl.load(lse + o, mask=live, other=0.0)
-    second = tl.load(lse + PIXELS + o, mask=live, other=0.0) if SPLIT else tl.zeros_like(first)
+    first = tl.load(lse + pixel, mask=m_live, other=0.0)
+    second = tl.load(lse + PIXELS + pixel, mask=m_live, other=0.0) if SPLIT else tl.zeros_like(first)
     return first, second
 
 
@@ -56,18 +56,18 @@ def pixel_factors(
 
 @triton.jit
 def read_pixels(
-    grad_loss, targets, weight, lse, denominator, o, live, PIXELS, IGNORE, smoothed, C: tl.constexpr,
+    grad_loss, targets, weight, lse, denominator, pixel, m_live, PIXELS, IGNORE, smoothed, C: tl.constexpr,
     REDUCTION: tl.constexpr, PROBABILITIES: tl.constexpr, WEIGHTED: tl.constexpr, SMOOTHING: tl.constexpr,
     Z_LOSS: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """What the gradient of a pixel depends on, apart from its logits and shares."""
-    label, _ = read_target(targets, o, live, C, IGNORE, PROBABILITIES)
-    scale = read_scale(grad_loss, denominator, o, label, REDUCTION) + tl.zeros(label.shape, lse.dtype.element_ty)
-    highest, above = read_lse(lse, PIXELS, o, live, SPLIT)
+    label, _ = read_target(targets, pixel, m_live, C, IGNORE, PROBABILITIES)
+    scale = read_scale(grad_loss, denominator, pixel, label, REDUCTION) + tl.zeros(label.shape, lse.dtype.element_ty)
+    highest, above = read_lse(lse, PIXELS, pixel, m_live, SPLIT)
     mass = smoothed + tl.zeros_like(highest)
     if PROBABILITIES:
         masses = lse + PIXELS + PIXELS if SPLIT else lse + PIXELS  # 2 * PIXELS can pass int32
-        mass = tl.load(masses + o, mask=live, other=0.0)
+        mass = tl.load(masses + pixel, mask=m_live, other=0.0)
     factor = label_weight(weight, label, lse.dtype.element_ty, WEIGHTED and not PROBABILITIES)
     gain, spread = pixel_factors(scale, label, factor, highest, above, mass, PROBABILITIES, SMOOTHING, Z_LOSS)
     return label, scale, highest, above, gain, spread
@@ -93,14 +93,14 @@ def cross_entropy_bwd_kernel(
     SHARED: tl.constexpr = PROBABILITIES or SMOOTHING != 0
     SIZE = tl.cast(RUNS, program.dtype) * VEC
     p = (program % TILES) * BLOCK + tl.arange(0, BLOCK)
-    live = p < SIZE
+    m_live = p < SIZE
     image = program // TILES
     pixel = image * SIZE + p
 
     # 2. Load targets and lse
     smoothed = smoothed_mass(weight, DTYPE, C, WEIGHTED, SMOOTHING, PADDED)
     label, scale, highest, above, gain, spread = read_pixels(
-        grad_loss, targets, weight, lse, denominator, pixel, live, PIXELS, IGNORE, smoothed,
+        grad_loss, targets, weight, lse, denominator, pixel, m_live, PIXELS, IGNORE, smoothed,
         C, REDUCTION, PROBABILITIES, WEIGHTED, SMOOTHING, Z_LOSS, SPLIT,
     )  # fmt: skip
 
@@ -108,20 +108,21 @@ def cross_entropy_bwd_kernel(
     lane = tl.arange(0, WIDTH)[None, :]
     for step in range(STEPS):
         c = step * WIDTH + lane
-        o = (image * C + c) * SIZE + p[:, None]
-        inside = live[:, None] & (c < C)
-        value = tl.load(logits + o, mask=inside, other=0.0).to(DTYPE)
+        o_logits = (image * C + c) * SIZE + p[:, None]
+        m_inside = m_live[:, None] & (c < C)
+        value = tl.load(logits + o_logits, mask=m_inside, other=0.0).to(DTYPE)
         share = value
         if SHARED:
             share = class_shares(
-                targets, weight, o, c, inside, inside, inside, DTYPE, C, PROBABILITIES, WEIGHTED, SMOOTHING, False
-            )
+                targets, weight, o_logits, c, m_inside, m_inside, m_inside,
+                DTYPE, C, PROBABILITIES, WEIGHTED, SMOOTHING, False,
+            )  # fmt: skip
         grad = gradient(
             exponential((value - highest[:, None]) - above[:, None]), share, lane == (label - step * WIDTH)[:, None],
             label[:, None], gain[:, None], spread[:, None], scale[:, None],
             PROBABILITIES, SHARED, SHARED or Z_LOSS != 0,
         )  # fmt: skip
-        tl.store(grad_logits + o, grad.to(grad_logits.dtype.element_ty), mask=inside)
+        tl.store(grad_logits + o_logits, grad.to(grad_logits.dtype.element_ty), mask=m_inside)
 
 
 @triton.jit
@@ -141,27 +142,27 @@ def cross_entropy_bwd_rows_kernel(
     if WIDE:
         program = program.to(tl.int64)
     DTYPE: tl.constexpr = lse.dtype.element_ty
-    first = (program * BLOCK + tl.arange(0, BLOCK)) * VEC
-    pixel = first // C
-    live = pixel < PIXELS
+    o_first = (program * BLOCK + tl.arange(0, BLOCK)) * VEC
+    pixel = o_first // C
+    m_live = pixel < PIXELS
 
     # 2. Load targets and lse of these pixels
     smoothed = smoothed_mass(weight, DTYPE, C, WEIGHTED, SMOOTHING, PADDED)
     label, scale, highest, above, gain, spread = read_pixels(
-        grad_loss, targets, weight, lse, denominator, pixel, live, PIXELS, IGNORE, smoothed,
+        grad_loss, targets, weight, lse, denominator, pixel, m_live, PIXELS, IGNORE, smoothed,
         C, REDUCTION, PROBABILITIES, WEIGHTED, SMOOTHING, Z_LOSS, SPLIT,
     )  # fmt: skip
     label, scale, highest = label[:, None], scale[:, None], highest[:, None]
     above, gain, spread = above[:, None], gain[:, None], spread[:, None]
     lane = tl.arange(0, VEC)[None, :]
-    c = lane + (first - pixel * C)[:, None]
+    c = lane + (o_first - pixel * C)[:, None]
 
     # 3. The same of the next pixels, for the elements that belong to them
     if C % VEC != 0:
-        split = (pixel + 1) * C - first
-        straddles = (split < VEC) & (pixel + 1 < PIXELS)
+        split = (pixel + 1) * C - o_first
+        m_straddles = (split < VEC) & (pixel + 1 < PIXELS)
         label_2, scale_2, highest_2, above_2, gain_2, spread_2 = read_pixels(
-            grad_loss, targets, weight, lse, denominator, pixel + 1, straddles, PIXELS, IGNORE, smoothed,
+            grad_loss, targets, weight, lse, denominator, pixel + 1, m_straddles, PIXELS, IGNORE, smoothed,
             C, REDUCTION, PROBABILITIES, WEIGHTED, SMOOTHING, Z_LOSS, SPLIT,
         )  # fmt: skip
         later = lane >= split[:, None]
@@ -175,38 +176,38 @@ def cross_entropy_bwd_rows_kernel(
 
     # 4. Load the logits, compute the gradient, and store it
     write_groups(
-        logits, targets, weight, grad_logits, first, live, c, label, scale, highest, above, gain, spread, ELEMENTS,
+        logits, targets, weight, grad_logits, o_first, m_live, c, label, scale, highest, above, gain, spread, ELEMENTS,
         DTYPE, C, PROBABILITIES, WEIGHTED, SMOOTHING, Z_LOSS, VEC, RAGGED,
     )  # fmt: skip
 
 
 @triton.jit
 def write_groups(
-    logits, targets, weight, grad_logits, first, live, c, label, scale, highest, above, gain, spread, ELEMENTS,
+    logits, targets, weight, grad_logits, o_first, m_live, c, label, scale, highest, above, gain, spread, ELEMENTS,
     DTYPE: tl.constexpr, C: tl.constexpr, PROBABILITIES: tl.constexpr, WEIGHTED: tl.constexpr,
     SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr, VEC: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradient of the groups that begin at `first`. c: each element's class; label to spread: its pixel's."""
+    """Write the gradient of the groups that begin at o_first. c: each element's class; label to spread: its pixel's."""
     SHARED: tl.constexpr = PROBABILITIES or SMOOTHING != 0
-    o = first[:, None] + tl.arange(0, VEC)[None, :]
-    whole = live[:, None]
-    rest = whole
+    o_logits = o_first[:, None] + tl.arange(0, VEC)[None, :]
+    m_whole = m_live[:, None]
+    m_rest = m_whole
     if RAGGED:
-        rest = whole & (first[:, None] + VEC > ELEMENTS) & (o < ELEMENTS)
-        whole = whole & (first[:, None] + VEC <= ELEMENTS)
-    value = read_tile(logits, o, whole, rest, RAGGED, 0.0).to(DTYPE)
+        m_rest = m_whole & (o_first[:, None] + VEC > ELEMENTS) & (o_logits < ELEMENTS)
+        m_whole = m_whole & (o_first[:, None] + VEC <= ELEMENTS)
+    value = read_tile(logits, o_logits, m_whole, m_rest, RAGGED, 0.0).to(DTYPE)
     share = value
     if SHARED:
         share = class_shares(
-            targets, weight, o, c, c >= 0, whole, rest, DTYPE, C, PROBABILITIES, WEIGHTED, SMOOTHING, RAGGED
+            targets, weight, o_logits, c, c >= 0, m_whole, m_rest, DTYPE, C, PROBABILITIES, WEIGHTED, SMOOTHING, RAGGED
         )
     grad = gradient(
         exponential((value - highest) - above), share, c == label, label, gain, spread, scale,
         PROBABILITIES, SHARED, SHARED or Z_LOSS != 0,
     ).to(grad_logits.dtype.element_ty)  # fmt: skip
-    tl.store(grad_logits + o, grad, mask=whole)
+    tl.store(grad_logits + o_logits, grad, mask=m_whole)
     if RAGGED:
-        tl.store(grad_logits + o, grad, mask=rest)
+        tl.store(grad_logits + o_logits, grad, mask=m_rest)
 
 
 def group_width(logits: Tensor) -> int:

@@ -63,12 +63,12 @@ def cross_entropy_labels_kernel(
     if WIDE:
         program = program.to(tl.int64)
     p = program * BLOCK + tl.arange(0, BLOCK)
-    live = p < PIXELS
-    label, out_of_range = read_label(labels, p, live, C, IGNORE)
+    m_live = p < PIXELS
+    label, out_of_range = read_label(labels, p, m_live, C, IGNORE)
     tl.device_assert(out_of_range == 0, "cross_entropy: a target is neither a class nor ignore_index")
 
     # 2. Store them packed, and the program's part of the denominator
-    tl.store(packed + p, tl.where(label < 0, NONE, label).to(packed.dtype.element_ty), mask=live)
+    tl.store(packed + p, tl.where(label < 0, NONE, label).to(packed.dtype.element_ty), mask=m_live)
     DTYPE: tl.constexpr = partials.dtype.element_ty
     counted = label_weight(weight, label, DTYPE, WEIGHTED and REDUCTION == "weights")
     tl.store(partials + program, tl.sum(counted, axis=0))
@@ -106,27 +106,28 @@ def cross_entropy_one_pass_kernel(
         program = program.to(tl.int64)
     SIZE = tl.cast(RUNS, program.dtype) * VEC
     p = (program % TILES) * BLOCK + tl.arange(0, BLOCK)
-    live = p < SIZE
+    m_live = p < SIZE
     image = program // TILES
     pixel = image * SIZE + p
-    label, out_of_range = read_target(targets, pixel, live, C, IGNORE, PROBABILITIES)
+    label, out_of_range = read_target(targets, pixel, m_live, C, IGNORE, PROBABILITIES)
     if not AGAIN:
         tl.device_assert(out_of_range == 0, "cross_entropy: a target is neither a class nor ignore_index")
 
     # 3. Load the logits, and compute the softmax sums
     c = tl.arange(0, WIDTH)[None, :]
-    o = (image * C + c) * SIZE + p[:, None]
-    inside = live[:, None] & (c < C)
+    o_logits = (image * C + c) * SIZE + p[:, None]
+    m_inside = m_live[:, None] & (c < C)
     hit = c == label[:, None]
-    value = tl.load(logits + o, mask=inside, other=float("-inf")).to(DTYPE)
+    value = tl.load(logits + o_logits, mask=m_inside, other=float("-inf")).to(DTYPE)
     share = value
     if SHARED:
         share = class_shares(
-            targets, weight, o, c, inside, inside, inside, DTYPE, C, PROBABILITIES, WEIGHTED, SMOOTHING, False
-        )
+            targets, weight, o_logits, c, m_inside, m_inside, m_inside,
+            DTYPE, C, PROBABILITIES, WEIGHTED, SMOOTHING, False,
+        )  # fmt: skip
     zeros = tl.zeros((BLOCK,), DTYPE)
     highest, total, mass, distance = accumulate(
-        value, share, inside, tl.full((BLOCK,), float("-inf"), DTYPE), zeros, zeros, zeros, SHARED
+        value, share, m_inside, tl.full((BLOCK,), float("-inf"), DTYPE), zeros, zeros, zeros, SHARED
     )
 
     # 4. The losses and predictions
@@ -139,10 +140,10 @@ def cross_entropy_one_pass_kernel(
         tl.store(partials + program, tl.sum(loss, axis=0))
         if PREDICT:
             best, _, first_nan = first_maximum(
-                value, c, inside, tl.zeros((BLOCK,), tl.int32), tl.full((BLOCK,), float("-inf"), DTYPE),
+                value, c, m_inside, tl.zeros((BLOCK,), tl.int32), tl.full((BLOCK,), float("-inf"), DTYPE),
                 tl.full((BLOCK,), C, tl.int32), C,
             )  # fmt: skip
-            store_predictions(prediction, counts, pixel, live, label, best, first_nan, program, PROGRAMS, C)
+            store_predictions(prediction, counts, pixel, m_live, label, best, first_nan, program, PROGRAMS, C)
 
     # 5. Compute the gradient, and store it
     gain, spread = pixel_factors(scale, label, factor, highest, tl.log(total), mass, PROBABILITIES, SMOOTHING, Z_LOSS)
@@ -151,7 +152,7 @@ def cross_entropy_one_pass_kernel(
         exponential(value - shift[:, None]) * (1.0 / total)[:, None], share, hit, label[:, None], gain[:, None],
         spread[:, None], scale[:, None], PROBABILITIES, SHARED, SHARED or Z_LOSS != 0,
     )  # fmt: skip
-    tl.store(grad_logits + o, grad.to(grad_logits.dtype.element_ty), mask=inside)
+    tl.store(grad_logits + o_logits, grad.to(grad_logits.dtype.element_ty), mask=m_inside)
 
 
 @triton.jit
@@ -187,8 +188,8 @@ def cross_entropy_one_pass_rows_kernel(
         program = program.to(tl.int64)
     start = program * BLOCK
     pixel = start + tl.arange(0, BLOCK)
-    live = pixel < PIXELS
-    label, out_of_range = read_target(targets, pixel, live, C, IGNORE, PROBABILITIES)
+    m_live = pixel < PIXELS
+    label, out_of_range = read_target(targets, pixel, m_live, C, IGNORE, PROBABILITIES)
     if not AGAIN:
         tl.device_assert(out_of_range == 0, "cross_entropy: a target is neither a class nor ignore_index")
 
@@ -201,17 +202,18 @@ def cross_entropy_one_pass_rows_kernel(
     best_score = tl.full((BLOCK,), float("-inf"), DTYPE)
     first_nan = tl.full((BLOCK,), C, tl.int32)
     for step in tl.range(0, STEPS, loop_unroll_factor=UNROLL):
-        o, c, inside, whole, rest = row_tile(pixel, live, step, ELEMENTS, C, ROW_RAGGED, ROW_VEC, WIDTH)
-        value = read_tile(logits, o, whole, rest, ROW_RAGGED, 0.0).to(DTYPE)
-        value = tl.where(inside, value, float("-inf"))
+        o_logits, c, m_inside, m_whole, m_rest = row_tile(pixel, m_live, step, ELEMENTS, C, ROW_RAGGED, ROW_VEC, WIDTH)
+        value = read_tile(logits, o_logits, m_whole, m_rest, ROW_RAGGED, 0.0).to(DTYPE)
+        value = tl.where(m_inside, value, float("-inf"))
         share = value
         if SHARED:
             share = class_shares(
-                targets, weight, o, c, inside, whole, rest, DTYPE, C, PROBABILITIES, WEIGHTED, SMOOTHING, ROW_RAGGED
-            )
-        highest, total, mass, distance = accumulate(value, share, inside, highest, total, mass, distance, SHARED)
+                targets, weight, o_logits, c, m_inside, m_whole, m_rest,
+                DTYPE, C, PROBABILITIES, WEIGHTED, SMOOTHING, ROW_RAGGED,
+            )  # fmt: skip
+        highest, total, mass, distance = accumulate(value, share, m_inside, highest, total, mass, distance, SHARED)
         if PREDICT and not AGAIN:
-            best, best_score, first_nan = first_maximum(value, c, inside, best, best_score, first_nan, C)
+            best, best_score, first_nan = first_maximum(value, c, m_inside, best, best_score, first_nan, C)
 
     # 4. The losses and predictions
     factor = label_weight(weight, label, DTYPE, WEIGHTED and not PROBABILITIES)
@@ -223,22 +225,22 @@ def cross_entropy_one_pass_rows_kernel(
         loss = pixel_loss(label, factor, picked, highest, total, mass, distance, PROBABILITIES, SMOOTHING, Z_LOSS)
         tl.store(partials + program, tl.sum(loss, axis=0))
         if PREDICT:
-            store_predictions(prediction, counts, pixel, live, label, best, first_nan, program, PROGRAMS, C)
+            store_predictions(prediction, counts, pixel, m_live, label, best, first_nan, program, PROGRAMS, C)
 
     # 5. For each group: load the logits again, compute the gradient, and store it
     gain, spread = pixel_factors(scale, label, factor, highest, above, mass, PROBABILITIES, SMOOTHING, Z_LOSS)
     if not SPLIT:
         highest = highest + above
     for step in range(0, (BLOCK * C) // (VEC * GROUPS) + ((BLOCK * C) % (VEC * GROUPS) != 0)):
-        first = (step * GROUPS + tl.arange(0, GROUPS)) * VEC  # element in the program's rows
-        row = first // C
-        within = (row < BLOCK) & (start + row < PIXELS)
+        o_first = (step * GROUPS + tl.arange(0, GROUPS)) * VEC  # element in the program's rows
+        row = o_first // C
+        m_within = (row < BLOCK) & (start + row < PIXELS)
         row = tl.minimum(row, BLOCK - 1)
         label_1, highest_1, above_1, gain_1, spread_1 = pick(
             row, label, highest, above, gain, spread, PROBABILITIES, SPLIT, SHARED or Z_LOSS != 0
         )
         lane = tl.arange(0, VEC)[None, :]
-        c = lane + (first - row * C)[:, None]
+        c = lane + (o_first - row * C)[:, None]
         if C % VEC != 0:
             label_2, highest_2, above_2, gain_2, spread_2 = pick(
                 tl.minimum(row + 1, BLOCK - 1), label, highest, above, gain, spread, PROBABILITIES, SPLIT,
@@ -252,7 +254,7 @@ def cross_entropy_one_pass_rows_kernel(
             gain_1 = tl.where(later, gain_2, gain_1)
             spread_1 = tl.where(later, spread_2, spread_1)
         write_groups(
-            logits, targets, weight, grad_logits, start * C + first, within, c, label_1, scale[:, None], highest_1,
+            logits, targets, weight, grad_logits, start * C + o_first, m_within, c, label_1, scale[:, None], highest_1,
             above_1, gain_1, spread_1, ELEMENTS,
             DTYPE, C, PROBABILITIES, WEIGHTED, SMOOTHING, Z_LOSS, VEC, RAGGED,
         )  # fmt: skip

@@ -41,19 +41,20 @@ def read_softmax(
 
     Returns (offsets, mask, label, whether it is out of range, softmax, loss, whether a class is the label).
     """
-    live = p < SIZE
-    label, out_of_range = read_label(labels, image * SIZE + p, live, C, IGNORE)
+    m_live = p < SIZE
+    label, out_of_range = read_label(labels, image * SIZE + p, m_live, C, IGNORE)
     c = tl.arange(0, WIDTH)[None, :]
-    o = image * SIZE * C + (p[:, None] * C + c if CHANNELS_LAST else c.to(p.dtype) * SIZE + p[:, None])
-    inside = live[:, None] & (c < C)
-    value = tl.load(logits + o, mask=inside, other=float("-inf")).to(DTYPE)
+    o_logits = image * SIZE * C + (p[:, None] * C + c if CHANNELS_LAST else c.to(p.dtype) * SIZE + p[:, None])
+    m_inside = m_live[:, None] & (c < C)
+    value = tl.load(logits + o_logits, mask=m_inside, other=float("-inf")).to(DTYPE)
     highest = tl.max(value, axis=1)
     shift = tl.where(highest == float("-inf"), 0.0, highest)
     power = exponential(value - shift[:, None])
     total = tl.sum(power, axis=1)
     hit = c == label[:, None]
     picked = tl.sum(tl.where(hit, value, 0.0), axis=1)
-    return o, inside, label, out_of_range, power * (1.0 / total)[:, None], (highest - picked) + tl.log(total), hit
+    softmax, loss = power * (1.0 / total)[:, None], (highest - picked) + tl.log(total)
+    return o_logits, m_inside, label, out_of_range, softmax, loss, hit
 
 
 @triton.jit
@@ -96,10 +97,10 @@ def dice_cross_entropy_fwd_kernel(
 
     # 3. Store the sums
     c = tl.arange(0, WIDTH)
-    o = program * 3 * C + c
-    tl.store(sums + o, overlap, mask=c < C)
-    tl.store(sums + C + o, predicted, mask=c < C)
-    tl.store(sums + 2 * C + o, labelled, mask=c < C)
+    o_sums = program * 3 * C + c
+    tl.store(sums + o_sums, overlap, mask=c < C)
+    tl.store(sums + C + o_sums, predicted, mask=c < C)
+    tl.store(sums + 2 * C + o_sums, labelled, mask=c < C)
     tl.store(totals + program, tl.sum(losses, axis=0))
     tl.store(totals + PROGRAMS + program, tl.sum(weights, axis=0))
 
@@ -123,7 +124,7 @@ def dice_cross_entropy_bwd_kernel(
     p = program % PARTS * BLOCK + tl.arange(0, BLOCK)
 
     # 2. Load, and compute the softmax
-    o, inside, label, _, softmax, _, hit = read_softmax(
+    o_logits, m_inside, label, _, softmax, _, hit = read_softmax(
         logits, labels, image, p, SIZE, IGNORE, DTYPE, C, CHANNELS_LAST, WIDTH
     )
 
@@ -138,7 +139,7 @@ def dice_cross_entropy_bwd_kernel(
     grad = tl.where(label[:, None] >= 0, grad, 0.0)
 
     # 4. Store
-    tl.store(grad_logits + o, grad.to(grad_logits.dtype.element_ty), mask=inside)
+    tl.store(grad_logits + o_logits, grad.to(grad_logits.dtype.element_ty), mask=m_inside)
 
 
 def _tile_sizes(logits: Tensor) -> tuple[int, dict[str, int]]:

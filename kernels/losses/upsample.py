@@ -31,13 +31,13 @@ COLUMNS = 32  # of a tile: the lanes of its one warp
 
 
 @triton.jit
-def _source(o, STEP, IN, NEAREST: tl.constexpr, CORNERS: tl.constexpr):
+def _source(position, STEP, IN, NEAREST: tl.constexpr, CORNERS: tl.constexpr):
     """(first tap, weight of the second tap) of output positions; at the far edge the weight is 0."""
     if NEAREST:
-        tap = tl.minimum((o.to(tl.float32) * STEP).to(tl.int32), IN - 1)
+        tap = tl.minimum((position.to(tl.float32) * STEP).to(tl.int32), IN - 1)
         return tap, tap.to(tl.float32) * 0
     else:
-        at = o.to(tl.int64) * STEP
+        at = position.to(tl.int64) * STEP
         if not CORNERS:  # pixel centres are at halves
             at = tl.maximum(at + (STEP >> 1) - HALF, 0)
         tap = tl.minimum(at >> POINT, IN - 1).to(tl.int32)
@@ -49,29 +49,30 @@ def _source(o, STEP, IN, NEAREST: tl.constexpr, CORNERS: tl.constexpr):
 def _first(tap, STEP, IN, OUT, NEAREST: tl.constexpr, CORNERS: tl.constexpr):
     """The first output position whose first tap is `tap` or a later one; OUT if there is none."""
     if NEAREST:
-        o = tl.maximum((tap.to(tl.float32) / STEP).to(tl.int64) - 2, 0)
+        position = tl.maximum((tap.to(tl.float32) / STEP).to(tl.int64) - 2, 0)
         for _ in tl.static_range(4):
-            o += ((o.to(tl.float32) * STEP).to(tl.int32) < tap).to(tl.int64)
+            position += ((position.to(tl.float32) * STEP).to(tl.int32) < tap).to(tl.int64)
     else:
         at = tap.to(tl.int64) << POINT
         if not CORNERS:
             at = at - (STEP >> 1) + HALF
         step = tl.maximum(STEP, 1).to(tl.int64)
-        o = tl.maximum(at + step - 1, 0) // step
-    return tl.where(tap <= 0, 0, tl.where(tap >= IN, OUT, tl.minimum(o, OUT))).to(tl.int32)
+        position = tl.maximum(at + step - 1, 0) // step
+    return tl.where(tap <= 0, 0, tl.where(tap >= IN, OUT, tl.minimum(position, OUT))).to(tl.int32)
 
 
 @triton.jit
-def _row(low, o, left, right, x_weight, inside, NEAREST: tl.constexpr):
-    """A row of the small map at offset o, interpolated along x between the columns at offsets `left` and `right`.
+def _row(low, o_row, o_left, o_right, x_weight, m_inside, NEAREST: tl.constexpr):
+    """A row of the small map at o_row, interpolated along x between the columns at the offsets o_left and o_right.
 
     x_weight: that of the right column.
     """
-    value = tl.load(low + o + left, mask=inside, other=0.0).to(tl.float32)
+    value = tl.load(low + o_row + o_left, mask=m_inside, other=0.0).to(tl.float32)
     if NEAREST:
         return value
     else:
-        return (1 - x_weight) * value + x_weight * tl.load(low + o + right, mask=inside, other=0.0).to(tl.float32)
+        left = (1 - x_weight) * value
+        return left + x_weight * tl.load(low + o_row + o_right, mask=m_inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -91,7 +92,7 @@ def _tile(
     above = program // TILES_X % TILES_Y * ROWS
     y = above + tl.arange(0, ROWS)
     x = program % TILES_X * COLUMNS + tl.arange(0, COLUMNS)
-    live = (y < OUT_H)[:, None] & (x < OUT_W)[None, :]
+    m_live = (y < OUT_H)[:, None] & (x < OUT_W)[None, :]
     pixel = (image * OUT_H + y[:, None]) * OUT_W + x[None, :]
     top, _ = _source(above, STEP_H, IN_H, NEAREST, CORNERS)
     y_tap, y_weight = _source(y, STEP_H, IN_H, NEAREST, CORNERS)
@@ -100,16 +101,16 @@ def _tile(
     if WIDE:  # inside one image, too, the offset of a row or column may not fit in int32
         top = top.to(tl.int64)
         x_tap = x_tap.to(tl.int64)
-    right = tl.minimum(x_tap + 1, IN_W - 1) * STRIDE_W
+    o_right = tl.minimum(x_tap + 1, IN_W - 1) * STRIDE_W
     return (
         image,
         pixel,
-        live,
+        m_live,
         top,
         tap,
         y_weight[:, None],
         x_tap * STRIDE_W,
-        right,
+        o_right,
         x_weight,
         (x < OUT_W),
     )
@@ -117,15 +118,16 @@ def _tile(
 
 @triton.jit
 def _class(
-    low, o, c, top, tap, y_weight, left, right, x_weight, inside, IN_H, STRIDE_C, STRIDE_H,
+    low, o_low, c, top, tap, y_weight, o_left, o_right, x_weight, m_inside, IN_H, STRIDE_C, STRIDE_H,
     C: tl.constexpr, NEAREST: tl.constexpr, TAPS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """The values [ROWS, COLUMNS] of a class in a tile whose image begins at o; -inf for a class past the last."""
-    o += (c.to(tl.int64) if WIDE else c) * STRIDE_C
+    """The values [ROWS, COLUMNS] of a class in a tile whose image begins at o_low; -inf for a class past the last."""
+    o_low += (c.to(tl.int64) if WIDE else c) * STRIDE_C
     # Not `&`: Triton 3.9's interpreter broadcasts a comparison of scalars as int32, which is no mask.
-    inside = tl.where(c < C, inside, False)
+    m_inside = tl.where(c < C, m_inside, False)
     for k in tl.static_range(TAPS):
-        row = _row(low, o + tl.minimum(top + k, IN_H - 1) * STRIDE_H, left, right, x_weight, inside, NEAREST)[None, :]
+        o_row = o_low + tl.minimum(top + k, IN_H - 1) * STRIDE_H
+        row = _row(low, o_row, o_left, o_right, x_weight, m_inside, NEAREST)[None, :]
         # Selected, not multiplied by a weight of 0: infinite and NaN logits must not reach other pixels.
         if k == 0:
             above = row + tl.zeros_like(y_weight)
@@ -156,7 +158,7 @@ def upsample_argmax_kernel(
     one byte for uint8, and with PROBABILITY its softmax probability, 4 bytes.
     """
     # 1. Which pixels
-    image, pixel, live, top, tap, y_weight, left, right, x_weight, inside = _tile(
+    image, pixel, m_live, top, tap, y_weight, o_left, o_right, x_weight, m_inside = _tile(
         tl.program_id(0), TILES_X, TILES_Y, STEP_H, STEP_W, IN_H, IN_W, OUT_H, OUT_W, STRIDE_W,
         NEAREST, CORNERS, ROWS, COLUMNS, WIDE,
     )  # fmt: skip
@@ -168,7 +170,7 @@ def upsample_argmax_kernel(
     for step in range(0, C):
         c = step + image * 0  # a tensor, in the interpreter too
         values = _class(
-            low, image * STRIDE_N, c, top, tap, y_weight, left, right, x_weight, inside, IN_H, STRIDE_C, STRIDE_H,
+            low, image * STRIDE_N, c, top, tap, y_weight, o_left, o_right, x_weight, m_inside, IN_H, STRIDE_C, STRIDE_H,
             C, NEAREST, TAPS, WIDE,
         )  # fmt: skip
         higher = _wins(values, highest)
@@ -180,9 +182,9 @@ def upsample_argmax_kernel(
         highest = peak
 
     # 3. Store
-    tl.store(labels + pixel, best.to(labels.dtype.element_ty), mask=live)
+    tl.store(labels + pixel, best.to(labels.dtype.element_ty), mask=m_live)
     if PROBABILITY:
-        tl.store(probability + pixel, tl.where(highest == float("-inf"), float("nan"), 1 / total), mask=live)
+        tl.store(probability + pixel, tl.where(highest == float("-inf"), float("nan"), 1 / total), mask=m_live)
 
 
 def _float32(number: float) -> float:

@@ -52,11 +52,11 @@ def upsample_cross_entropy_fwd_kernel(
     """
     # 1. Which pixels; load their labels
     program = tl.program_id(0)
-    image, pixel, live, top, tap, y_weight, left, right, x_weight, inside = _tile(
+    image, pixel, m_live, top, tap, y_weight, o_left, o_right, x_weight, m_inside = _tile(
         program, TILES_X, TILES_Y, STEP_H, STEP_W, IN_H, IN_W, OUT_H, OUT_W, STRIDE_W,
         NEAREST, CORNERS, ROWS, COLUMNS, WIDE,
     )  # fmt: skip
-    label, out_of_range = read_label(target, pixel, live, C, IGNORE)
+    label, out_of_range = read_label(target, pixel, m_live, C, IGNORE)
     tl.device_assert(out_of_range == 0, "upsample_cross_entropy: a target is neither a class nor ignore_index")
 
     # 2. For each pair of classes: load, resize, and accumulate the softmax sums and the argmax
@@ -71,12 +71,12 @@ def upsample_cross_entropy_fwd_kernel(
     for step in range(0, C, 2):
         c = step + image * 0  # a tensor, in the interpreter too
         one = _class(
-            low, image * STRIDE_N, c, top, tap, y_weight, left, right, x_weight, inside, IN_H, STRIDE_C, STRIDE_H,
+            low, image * STRIDE_N, c, top, tap, y_weight, o_left, o_right, x_weight, m_inside, IN_H, STRIDE_C, STRIDE_H,
             C, NEAREST, TAPS, WIDE,
         )  # fmt: skip
         two = _class(
-            low, image * STRIDE_N, c + 1, top, tap, y_weight, left, right, x_weight, inside, IN_H, STRIDE_C, STRIDE_H,
-            C, NEAREST, TAPS, WIDE,
+            low, image * STRIDE_N, c + 1, top, tap, y_weight, o_left, o_right, x_weight, m_inside, IN_H,
+            STRIDE_C, STRIDE_H, C, NEAREST, TAPS, WIDE,
         )  # fmt: skip
         picked = tl.where(label == c, one, tl.where(label == c + 1, two, picked))
         peak = tl.maximum(highest, tl.maximum(one, two))
@@ -103,16 +103,16 @@ def upsample_cross_entropy_fwd_kernel(
     # 3. Store lse
     above = tl.log(total)
     if SPLIT:
-        tl.store(lse + pixel, highest, mask=live)
-        tl.store(lse + PIXELS + pixel, above, mask=live)
+        tl.store(lse + pixel, highest, mask=m_live)
+        tl.store(lse + PIXELS + pixel, above, mask=m_live)
     else:
-        tl.store(lse + pixel, highest + above, mask=live)
+        tl.store(lse + pixel, highest + above, mask=m_live)
 
     # 4. The losses, and their sum
     factor = label_weight(weight, label, tl.float32, WEIGHTED)
     value = pixel_loss(label, factor, picked, highest, total, mass, distance, False, SMOOTHING, Z_LOSS)
     if REDUCTION == "none":
-        tl.store(loss + pixel, value, mask=live)
+        tl.store(loss + pixel, value, mask=m_live)
     else:
         tl.store(partials + program, tl.sum(tl.sum(value, axis=1), axis=0))
         if REDUCTION == "valid":
@@ -122,7 +122,7 @@ def upsample_cross_entropy_fwd_kernel(
 
     # 5. Store the predictions
     if PREDICT:
-        tl.store(prediction + pixel, best.to(prediction.dtype.element_ty), mask=live)
+        tl.store(prediction + pixel, best.to(prediction.dtype.element_ty), mask=m_live)
         tl.store(counts + program, tl.sum(tl.sum((label == best).to(tl.int32), axis=1), axis=0))
         tl.store(counts + PROGRAMS + program, tl.sum(tl.sum((label >= 0).to(tl.int32), axis=1), axis=0))
 
@@ -153,7 +153,7 @@ def upsample_cross_entropy_bwd_kernel(
         c = c.to(tl.int64)
         left = left.to(tl.int64)
         top = top.to(tl.int64)
-    o = image * STRIDE_N + c * STRIDE_C
+    o_low = image * STRIDE_N + c * STRIDE_C
 
     # 2. The output columns with a tap in the patch, and the part of the gradient that all pixels share
     x_start = _first(left - 1, STEP_W, IN_W, OUT_W, NEAREST, CORNERS)
@@ -173,24 +173,24 @@ def upsample_cross_entropy_bwd_kernel(
         grad = carried
         carried = tl.zeros((CLASSES, LOW_COLUMNS), tl.float32)
         for start in range(x_start, x_end, COLUMNS):
-            # a. Load this row and the next, interpolated along x
+            # 4. Load this row and the next, interpolated along x
             x = start + tl.arange(0, COLUMNS)
-            live = x < x_end
+            m_live = x < x_end
             x_tap, x_weight = _source(x, STEP_W, IN_W, NEAREST, CORNERS)
             if WIDE:
                 x_tap = x_tap.to(tl.int64)
-            inside = live[None, :] & (c < C)
-            first = (x_tap * STRIDE_W)[None, :]
-            second = (tl.minimum(x_tap + 1, IN_W - 1) * STRIDE_W)[None, :]
+            m_inside = m_live[None, :] & (c < C)
+            o_first = (x_tap * STRIDE_W)[None, :]
+            o_second = (tl.minimum(x_tap + 1, IN_W - 1) * STRIDE_W)[None, :]
             second_weight = x_weight[None, :]
-            o_above = o + tl.minimum(tl.maximum(row, 0), IN_H - 1) * STRIDE_H
-            above = _row(low, o_above, first, second, second_weight, inside, NEAREST)
+            o_above = o_low + tl.minimum(tl.maximum(row, 0), IN_H - 1) * STRIDE_H
+            above = _row(low, o_above, o_first, o_second, second_weight, m_inside, NEAREST)
             below = above
             if not NEAREST:
-                o_below = o + tl.minimum(row + 1, IN_H - 1) * STRIDE_H
-                below = _row(low, o_below, first, second, second_weight, inside, NEAREST)
+                o_below = o_low + tl.minimum(row + 1, IN_H - 1) * STRIDE_H
+                below = _row(low, o_below, o_first, o_second, second_weight, m_inside, NEAREST)
 
-            # b. Sum the gradients of the output rows between the two, for the upper and for the lower one
+            # 5. Sum the gradients of the output rows between the two, for the upper and for the lower one
             for_above = tl.zeros((CLASSES, COLUMNS), tl.float32)
             for_below = tl.zeros((CLASSES, COLUMNS), tl.float32)
             for down in range(0, y_end - y_start):
@@ -198,7 +198,7 @@ def upsample_cross_entropy_bwd_kernel(
                 _, y_weight = _source(y, STEP_H, IN_H, NEAREST, CORNERS)
                 pixel = (image * OUT_H + y) * OUT_W + x
                 label, scale, highest, rest, gain, spread = read_pixels(
-                    grad_loss, target, weight, lse, denominator, pixel, live, PIXELS, IGNORE, smoothed,
+                    grad_loss, target, weight, lse, denominator, pixel, m_live, PIXELS, IGNORE, smoothed,
                     C, REDUCTION, False, WEIGHTED, SMOOTHING, Z_LOSS, SPLIT,
                 )  # fmt: skip
                 values = above if NEAREST else (1 - y_weight) * above + y_weight * below
@@ -213,8 +213,8 @@ def upsample_cross_entropy_bwd_kernel(
                     for_above += (1 - y_weight) * change
                     for_below += y_weight * change
 
-            # c. Interpolate the sums back along x: matrix products with the weights of each column's two taps
-            tap = tl.where(live, x_tap - left, -2)[:, None]
+            # 6. Interpolate the sums back along x: matrix products with the weights of each column's two taps
+            tap = tl.where(m_live, x_tap - left, -2)[:, None]
             matrix = tl.where(tap == low_column, (1 - x_weight)[:, None], 0.0)
             if not NEAREST:
                 matrix += tl.where(tap + 1 == low_column, x_weight[:, None], 0.0)
@@ -222,11 +222,11 @@ def upsample_cross_entropy_bwd_kernel(
             if not NEAREST:
                 carried += tl.dot(for_below, matrix, input_precision=PRECISION)
 
-        # d. Store the row
+        # 7. Store the row
         rows = row + tl.zeros_like(low_column)  # a block, so that Triton 3.9's interpreter finds a mask of booleans
-        written = (low_column < PATCH) & (left + low_column < IN_W) & (c < C) & (rows >= top) & (rows < IN_H)
-        at = image * GRAD_N + c * GRAD_C + row * GRAD_H + (left + low_column) * GRAD_W
-        tl.store(grad_low + at, grad.to(grad_low.dtype.element_ty), mask=written)
+        m_written = (low_column < PATCH) & (left + low_column < IN_W) & (c < C) & (rows >= top) & (rows < IN_H)
+        o_grad = image * GRAD_N + c * GRAD_C + row * GRAD_H + (left + low_column) * GRAD_W
+        tl.store(grad_low + o_grad, grad.to(grad_low.dtype.element_ty), mask=m_written)
 
 
 def _constants(inputs: LossInputs, options: LossOptions, geometry: ResizeGeometry, *maps: Tensor) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from .tiling import BLOCK, UNROLLED, Tiling, group, image_offset, needs_int64, p
 
 @triton.jit
 def _see_window(
-    found, x, positions, step, plane, h, w, run, live, W, OH, OW, RUNS,
+    found, x, positions, step, plane, h, w, run, m_live, W, OH, OW, RUNS,
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
     DH: tl.constexpr, DW: tl.constexpr, DOWN: tl.constexpr, ACROSS: tl.constexpr, POSITIONS: tl.constexpr,
     ADD: tl.constexpr, CHANNELS_LAST: tl.constexpr, VEC: tl.constexpr,
@@ -21,18 +21,18 @@ def _see_window(
     oh = (h + PH) // SH - (DOWN - 1) + step // ACROSS
     ow = (w + PW) // SW - (ACROSS - 1) + step % ACROSS
     i, j = h + PH - oh * SH, w + PW - ow * SW  # the pixel's place in the window, never negative
-    held = live & (oh >= 0) & (oh < OH) & (ow >= 0) & (ow < OW) & (i < KH * DH) & (j < KW * DW)
+    m_held = m_live & (oh >= 0) & (oh < OH) & (ow >= 0) & (ow < OW) & (i < KH * DH) & (j < KW * DW)
     if DH > 1:
-        held &= i % DH == 0
+        m_held &= i % DH == 0
     if DW > 1:
-        held &= j % DW == 0
-    source = image_offset(plane, oh, ow, run, OH, OW, RUNS, VEC, CHANNELS_LAST)
-    position = tl.load(positions + source, mask=held, other=0)
-    value = tl.load(x + source, mask=held, other=0.0).to(found.dtype)
+        m_held &= j % DW == 0
+    o_pooled = image_offset(plane, oh, ow, run, OH, OW, RUNS, VEC, CHANNELS_LAST)
+    position = tl.load(positions + o_pooled, mask=m_held, other=0)
+    value = tl.load(x + o_pooled, mask=m_held, other=0.0).to(found.dtype)
     if POSITIONS == "offsets":
-        hit = held & (position.to(tl.int32) == i // DH * KW + j // DW)
+        hit = m_held & (position.to(tl.int32) == i // DH * KW + j // DW)
     else:
-        hit = held & (position == h.to(tl.int64) * W + w)
+        hit = m_held & (position == h.to(tl.int64) * W + w)
     if ADD:
         return tl.where(hit, found + value, found)
     else:
@@ -41,52 +41,52 @@ def _see_window(
 
 @triton.jit
 def _see_run(
-    left, right, x, positions, plane, h, run, oh, live, W, OH, OW, RUNS, q: tl.constexpr,
+    left, right, x, positions, plane, h, run, oh, m_live, W, OH, OW, RUNS, q: tl.constexpr,
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
     POSITIONS: tl.constexpr, ADD: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     """Take window column / 2 + q of row `oh`, for VEC even columns (left) and the odd ones after them (right)."""
     pair = run * VEC + tl.arange(0, VEC)[None, :]
     ow, i = pair + q, h + PH - oh * SH
-    held = live & (oh >= 0) & (oh < OH) & (i < KH)
+    m_held = m_live & (oh >= 0) & (oh < OH) & (i < KH)
     if q != 0:
-        held = held & (ow >= 0) & (ow < OW)
+        m_held = m_held & (ow >= 0) & (ow < OW)
     # OW is RUNS * VEC: written so, the compiler sees that the loads are aligned if q is 0.
-    source = ((plane * OH + oh) * RUNS + run) * VEC + tl.arange(0, VEC)[None, :] + q
-    position = tl.load(positions + source, mask=held, other=0)
-    value = tl.load(x + source, mask=held, other=0.0).to(left.dtype)
+    o_pooled = ((plane * OH + oh) * RUNS + run) * VEC + tl.arange(0, VEC)[None, :] + q
+    position = tl.load(positions + o_pooled, mask=m_held, other=0)
+    value = tl.load(x + o_pooled, mask=m_held, other=0.0).to(left.dtype)
     tap: tl.constexpr = PW - 2 * q  # the window element in the even column; the odd column has the next
     if POSITIONS == "offsets":
         ahead = position.to(tl.int32) - (i * KW + tap)
     else:
         ahead = position - (h.to(tl.int64) * W + 2 * pair)
     if tap >= 0 and tap < KW:
-        left = tl.where(held & (ahead == 0), left + value if ADD else value, left)
+        left = tl.where(m_held & (ahead == 0), left + value if ADD else value, left)
     if tap + 1 >= 0 and tap + 1 < KW:
-        right = tl.where(held & (ahead == 1), right + value if ADD else value, right)
+        right = tl.where(m_held & (ahead == 1), right + value if ADD else value, right)
     return left, right
 
 
 @triton.jit
 def _report_out_of_window(
-    positions, out_of_window, o, POOLED, RUNS, H, W, OH, OW,
+    positions, out_of_window, o_positions, POOLED, RUNS, H, W, OH, OW,
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
     POSITIONS: tl.constexpr, CHANNELS_LAST: tl.constexpr,
 ):  # fmt: skip
     """An offset outside its own window or the plane is an error; an index outside sets *out_of_window to 1."""
-    live = (o < POOLED)[:, None]
-    _, oh, ow, _ = group(o, OH, RUNS, OW, 1, CHANNELS_LAST)
-    position = tl.load(positions + o[:, None], mask=live, other=0)
+    m_live = (o_positions < POOLED)[:, None]
+    _, oh, ow, _ = group(o_positions, OH, RUNS, OW, 1, CHANNELS_LAST)
+    position = tl.load(positions + o_positions[:, None], mask=m_live, other=0)
     h0, w0 = oh * SH - PH, ow * SW - PW
     if POSITIONS == "offsets":
         tap = position.to(tl.int32)
         h, w = h0 + tap // KW, w0 + tap % KW
-        outside = (tap >= KH * KW) | (h < 0) | (h >= H) | (w < 0) | (w >= W)
-        tl.device_assert((outside & live) == 0, "max_unpool2d_with_offsets: found an offset outside its window")
+        m_outside = (tap >= KH * KW) | (h < 0) | (h >= H) | (w < 0) | (w >= W)
+        tl.device_assert((m_outside & m_live) == 0, "max_unpool2d_with_offsets: found an offset outside its window")
     else:
         h, w = position // W, position % W
-        outside = (position < 0) | (h >= H) | (h < h0) | (h >= h0 + KH) | (w < w0) | (w >= w0 + KW)
-        tl.store(out_of_window + tl.zeros_like(h), 1, mask=outside & live)
+        m_outside = (position < 0) | (h >= H) | (h < h0) | (h >= h0 + KH) | (w < w0) | (w >= w0 + KW)
+        tl.store(out_of_window + tl.zeros_like(h), 1, mask=m_outside & m_live)
 
 
 @triton.jit
@@ -109,7 +109,7 @@ def window_gather_kernel(
     if WIDE:
         program = program.to(tl.int64)
     o = program * BLOCK + tl.arange(0, BLOCK)
-    live = (o < GROUPS)[:, None]
+    m_live = (o < GROUPS)[:, None]
     plane, h, w, run = group(o, H, RUNS, W, VEC, CHANNELS_LAST)
 
     # 2. Gather from their windows, and store
@@ -120,32 +120,32 @@ def window_gather_kernel(
             oh = (h + PH) // SH - (DOWN - 1) + step
             for q in tl.static_range(-((KW - 1 - PW) // 2), (PW + 1) // 2 + 1):
                 found, right = _see_run(
-                    found, right, x, positions, plane, h, run, oh, live, W, OH, OW, RUNS, q,
+                    found, right, x, positions, plane, h, run, oh, m_live, W, OH, OW, RUNS, q,
                     KH, KW, SH, PH, PW, POSITIONS, ADD, VEC,
                 )  # fmt: skip
         row = tl.reshape(tl.join(found, right), (BLOCK, 2 * VEC)).to(y.dtype.element_ty)
-        tl.store(y + o[:, None] * (2 * VEC) + tl.arange(0, 2 * VEC)[None, :], row, mask=live)
+        tl.store(y + o[:, None] * (2 * VEC) + tl.arange(0, 2 * VEC)[None, :], row, mask=m_live)
     else:
         if DOWN * ACROSS <= UNROLLED:
             for step in tl.static_range(DOWN * ACROSS):
                 found = _see_window(
-                    found, x, positions, step, plane, h, w, run, live, W, OH, OW, RUNS,
+                    found, x, positions, step, plane, h, w, run, m_live, W, OH, OW, RUNS,
                     KH, KW, SH, SW, PH, PW, DH, DW, DOWN, ACROSS, POSITIONS, ADD, CHANNELS_LAST, VEC,
                 )  # fmt: skip
         else:
             for step in range(DOWN * ACROSS):
                 found = _see_window(
-                    found, x, positions, step, plane, h, w, run, live, W, OH, OW, RUNS,
+                    found, x, positions, step, plane, h, w, run, m_live, W, OH, OW, RUNS,
                     KH, KW, SH, SW, PH, PW, DH, DW, DOWN, ACROSS, POSITIONS, ADD, CHANNELS_LAST, VEC,
                 )  # fmt: skip
-        out = o[:, None] * VEC + tl.arange(0, VEC)[None, :]
-        tl.store(y + out, found.to(y.dtype.element_ty), mask=live)
+        o_y = o[:, None] * VEC + tl.arange(0, VEC)[None, :]
+        tl.store(y + o_y, found.to(y.dtype.element_ty), mask=m_live)
 
     # 3. Check the positions
     if REPORT:
-        pooled = program * (BLOCK * VEC) + tl.arange(0, BLOCK * VEC)
+        o_positions = program * (BLOCK * VEC) + tl.arange(0, BLOCK * VEC)
         _report_out_of_window(
-            positions, out_of_window, pooled, POOLED, POOLED_RUNS, H, W, OH, OW,
+            positions, out_of_window, o_positions, POOLED, POOLED_RUNS, H, W, OH, OW,
             KH, KW, SH, SW, PH, PW, POSITIONS, CHANNELS_LAST,
         )  # fmt: skip
 

@@ -25,17 +25,17 @@ def keep_larger(best, at, value, tap):
 
 @triton.jit
 def _see_tap(
-    best, at, x, tap, plane, h0, w0, run, live, H, W, RUNS,
+    best, at, x, tap, plane, h0, w0, run, m_live, H, W, RUNS,
     KW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr, PARTIAL: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     VEC: tl.constexpr,
 ):  # fmt: skip
     """Compare one element (tap) of each window with the best so far. Overlapping windows reread it from the cache."""
     h, w = h0 + tap // KW * DH, w0 + tap % KW * DW
-    inside = live
+    m_inside = m_live
     if PARTIAL:
-        inside = live & (h >= 0) & (h < H) & (w >= 0) & (w < W)
-    offset = image_offset(plane, h, w, run, H, W, RUNS, VEC, CHANNELS_LAST)
-    value = tl.load(x + offset, mask=inside, other=float("-inf")).to(best.dtype)
+        m_inside = m_live & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+    o_x = image_offset(plane, h, w, run, H, W, RUNS, VEC, CHANNELS_LAST)
+    value = tl.load(x + o_x, mask=m_inside, other=float("-inf")).to(best.dtype)
     return keep_larger(best, at, value, tap)
 
 
@@ -55,7 +55,7 @@ def max_pool2d_fwd_kernel(
     if WIDE:
         program = program.to(tl.int64)
     o = program * BLOCK + tl.arange(0, BLOCK)
-    live = (o < GROUPS)[:, None]
+    m_live = (o < GROUPS)[:, None]
     plane, oh, ow, run = group(o, OH, RUNS, OW, VEC, CHANNELS_LAST)
     h0, w0 = oh * SH - PH, ow * SW - PW
 
@@ -67,13 +67,13 @@ def max_pool2d_fwd_kernel(
         for i in tl.static_range(KH):
             h = h0 + i * DH
             for q in tl.static_range(-((PW + 1) // 2), (KW - 1 - PW) // 2 + 1):  # window columns 2q + PW and the next
-                inside = live
+                m_inside = m_live
                 if PARTIAL:
-                    inside = live & (h >= 0) & (h < H)
+                    m_inside = m_live & (h >= 0) & (h < H)
                 if q != 0:
                     w = run * (2 * VEC) + 2 * q + tl.arange(0, 2 * VEC)[None, :]
-                    inside = inside & (w >= 0) & (w < W)
-                row = tl.load(x + run_offset(plane, h, run, H, RUNS, VEC) + 2 * q, mask=inside, other=float("-inf"))
+                    m_inside = m_inside & (w >= 0) & (w < W)
+                row = tl.load(x + run_offset(plane, h, run, H, RUNS, VEC) + 2 * q, mask=m_inside, other=float("-inf"))
                 left, right = tl.split(tl.reshape(row.to(best.dtype), (BLOCK, VEC, 2)))
                 if 2 * q + PW >= 0:
                     best, at = keep_larger(best, at, left, i * KW + 2 * q + PW)
@@ -82,22 +82,22 @@ def max_pool2d_fwd_kernel(
     elif KH * KW <= UNROLLED:
         for tap in tl.static_range(KH * KW):
             best, at = _see_tap(
-                best, at, x, tap, plane, h0, w0, run, live, H, W, RUNS, KW, DH, DW, PARTIAL, CHANNELS_LAST, VEC
+                best, at, x, tap, plane, h0, w0, run, m_live, H, W, RUNS, KW, DH, DW, PARTIAL, CHANNELS_LAST, VEC
             )
     else:
         for tap in range(KH * KW):
             best, at = _see_tap(
-                best, at, x, tap, plane, h0, w0, run, live, H, W, RUNS, KW, DH, DW, PARTIAL, CHANNELS_LAST, VEC
+                best, at, x, tap, plane, h0, w0, run, m_live, H, W, RUNS, KW, DH, DW, PARTIAL, CHANNELS_LAST, VEC
             )
 
     # 3. Store
-    out = o[:, None] * VEC + tl.arange(0, VEC)[None, :]
-    tl.store(y + out, best.to(y.dtype.element_ty), mask=live)
+    o_y = o[:, None] * VEC + tl.arange(0, VEC)[None, :]
+    tl.store(y + o_y, best.to(y.dtype.element_ty), mask=m_live)
     if POSITIONS == "offsets":
-        tl.store(positions + out, at.to(tl.uint8), mask=live)
+        tl.store(positions + o_y, at.to(tl.uint8), mask=m_live)
     if POSITIONS == "indices":
         index = (h0 + at // KW * DH).to(tl.int64) * W + (w0 + at % KW * DW)
-        tl.store(positions + out, index, mask=live)
+        tl.store(positions + o_y, index, mask=m_live)
 
 
 def max_pool2d_fwd(x: Tensor, y: Tensor, positions: Tensor | None, geometry: PoolGeometry, channels_last: bool) -> None:

@@ -35,20 +35,20 @@ def max_unpool2d_fwd_kernel(
     if WIDE:
         program = program.to(tl.int64)
     o = program * BLOCK + tl.arange(0, BLOCK)
-    live = (o < CELLS)[:, None]
+    m_live = (o < CELLS)[:, None]
     plane, ch, cw, run = group(o, CH, RUNS, CW, VEC, CHANNELS_LAST)
     h0, w0 = ch * SH - PH, cw * SW - PW
-    pooled = live
+    m_pooled = m_live
     if PARTIAL:
-        pooled = live & (ch < OH) & (cw < OW)
-        source = image_offset(plane, ch, cw, run, OH, OW, RUNS, VEC, CHANNELS_LAST)
+        m_pooled = m_live & (ch < OH) & (cw < OW)
+        o_x = image_offset(plane, ch, cw, run, OH, OW, RUNS, VEC, CHANNELS_LAST)
     else:
-        source = o[:, None] * VEC + tl.arange(0, VEC)[None, :]
+        o_x = o[:, None] * VEC + tl.arange(0, VEC)[None, :]
 
     # 2. Load the value and position of each window
-    value = tl.load(x + source, mask=pooled, other=0.0)
+    value = tl.load(x + o_x, mask=m_pooled, other=0.0)
     value = value.to(tl.float64 if value.dtype == tl.float64 else tl.float32)
-    position = tl.load(positions + source, mask=pooled, other=0).to(tl.int32 if POSITIONS == "offsets" else tl.int64)
+    position = tl.load(positions + o_x, mask=m_pooled, other=0).to(tl.int32 if POSITIONS == "offsets" else tl.int64)
     hits = tl.zeros((BLOCK, VEC), tl.int32)
 
     # 3. Store the pixels of each cell
@@ -57,40 +57,42 @@ def max_unpool2d_fwd_kernel(
         if WHOLE_ROWS:
             left = tl.zeros((BLOCK, VEC), value.dtype)
             right = tl.zeros((BLOCK, VEC), value.dtype)
-            inside = live
+            m_inside = m_live
             if PARTIAL:
-                inside = live & (h >= 0) & (h < H)
+                m_inside = m_live & (h >= 0) & (h < H)
             if i < KH:
-                hit = inside & (position == (i * KW if POSITIONS == "offsets" else h.to(tl.int64) * W + w0))
+                hit = m_inside & (position == (i * KW if POSITIONS == "offsets" else h.to(tl.int64) * W + w0))
                 left = tl.where(hit, value, 0.0)
                 hits += hit.to(tl.int32)
                 if KW == 2:
-                    hit = inside & (position == (i * KW + 1 if POSITIONS == "offsets" else h.to(tl.int64) * W + w0 + 1))
+                    hit = m_inside & (
+                        position == (i * KW + 1 if POSITIONS == "offsets" else h.to(tl.int64) * W + w0 + 1)
+                    )
                     right = tl.where(hit, value, 0.0)
                     hits += hit.to(tl.int32)
             row = tl.reshape(tl.join(left, right), (BLOCK, 2 * VEC)).to(y.dtype.element_ty)
-            tl.store(y + run_offset(plane, h, run, H, RUNS, VEC), row, mask=inside)
+            tl.store(y + run_offset(plane, h, run, H, RUNS, VEC), row, mask=m_inside)
         else:
             for j in tl.static_range(SW):
                 w = w0 + j
-                inside = live
+                m_inside = m_live
                 if PARTIAL:
-                    inside = live & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+                    m_inside = m_live & (h >= 0) & (h < H) & (w >= 0) & (w < W)
                 tap = tl.zeros((BLOCK, VEC), value.dtype)
                 if i < KH and j < KW:
-                    hit = inside & (position == (i * KW + j if POSITIONS == "offsets" else h.to(tl.int64) * W + w))
+                    hit = m_inside & (position == (i * KW + j if POSITIONS == "offsets" else h.to(tl.int64) * W + w))
                     tap = tl.where(hit, value, 0.0)
                     hits += hit.to(tl.int32)
-                offset = image_offset(plane, h, w, run, H, W, RUNS, VEC, CHANNELS_LAST)
-                tl.store(y + offset, tap.to(y.dtype.element_ty), mask=inside)
+                o_y = image_offset(plane, h, w, run, H, W, RUNS, VEC, CHANNELS_LAST)
+                tl.store(y + o_y, tap.to(y.dtype.element_ty), mask=m_inside)
 
     # 4. Report windows whose position is none of their pixels
     if REPORT:
-        outside = pooled & (hits == 0)
+        m_outside = m_pooled & (hits == 0)
         if POSITIONS == "offsets":
-            tl.device_assert(outside == 0, "max_unpool2d_with_offsets: found an offset outside its window")
+            tl.device_assert(m_outside == 0, "max_unpool2d_with_offsets: found an offset outside its window")
         else:
-            tl.store(out_of_window + tl.zeros((BLOCK, VEC), tl.int32), 1, mask=outside)
+            tl.store(out_of_window + tl.zeros((BLOCK, VEC), tl.int32), 1, mask=m_outside)
 
 
 @triton.jit
@@ -104,20 +106,24 @@ def max_unpool2d_scatter_kernel(
     indices at a time: slow, but free of races.
     """
     if tl.load(out_of_window) != 0:
+        # 1. Which planes
         plane = tl.program_id(0).to(tl.int64)
         while plane < PLANES:
             step = C if CHANNELS_LAST else 1
-            to = y + (plane // C * C * HW + plane % C if CHANNELS_LAST else plane * HW)
-            source = plane // C * C * OHW + plane % C if CHANNELS_LAST else plane * OHW
+            y_plane = y + (plane // C * C * HW + plane % C if CHANNELS_LAST else plane * HW)
+            o_x = plane // C * C * OHW + plane % C if CHANNELS_LAST else plane * OHW
             for start in range(0, OHW, BLOCK):
+                # 2. Load the indices and values of a block
                 o = start + tl.arange(0, BLOCK).to(tl.int64)
-                index = tl.load(indices + source + o * step, mask=o < OHW, other=-1)
-                value = tl.load(x + source + o * step, mask=o < OHW, other=0.0)
-                valid = (index >= 0) & (index < HW)
-                tl.device_assert(valid | (o >= OHW), "max_unpool2d: found an invalid max index")
+                index = tl.load(indices + o_x + o * step, mask=o < OHW, other=-1)
+                value = tl.load(x + o_x + o * step, mask=o < OHW, other=0.0)
+                m_valid = (index >= 0) & (index < HW)
+                tl.device_assert(m_valid | (o >= OHW), "max_unpool2d: found an invalid max index")
+
+                # 3. Store the last value of each index
                 same = (index[:, None] == index[None, :]) & (o[None, :] > o[:, None])
-                last = tl.sum(same.to(tl.int32), axis=1) == 0
-                tl.store(to + index * step, value, mask=valid & last)
+                m_last = tl.sum(same.to(tl.int32), axis=1) == 0
+                tl.store(y_plane + index * step, value, mask=m_valid & m_last)
                 tl.debug_barrier()
             plane += PROGRAMS
 
@@ -139,11 +145,11 @@ def max_unpool2d_bwd_kernel(
     if WIDE:
         program = program.to(tl.int64)
     o = program * BLOCK + tl.arange(0, BLOCK)
-    live = (o < GROUPS)[:, None]
+    m_live = (o < GROUPS)[:, None]
     plane, oh, ow, run = group(o, OH, RUNS, OW, VEC, CHANNELS_LAST)
     h0, w0 = oh * SH - PH, ow * SW - PW
-    out = o[:, None] * VEC + tl.arange(0, VEC)[None, :]
-    position = tl.load(positions + out, mask=live, other=0).to(tl.int32 if POSITIONS == "offsets" else tl.int64)
+    o_grad_x = o[:, None] * VEC + tl.arange(0, VEC)[None, :]
+    position = tl.load(positions + o_grad_x, mask=m_live, other=0).to(tl.int32 if POSITIONS == "offsets" else tl.int64)
 
     # 2. Pick from the whole windows
     grad = tl.zeros((BLOCK, VEC), tl.float64 if grad_y.dtype.element_ty == tl.float64 else tl.float32)
@@ -151,27 +157,27 @@ def max_unpool2d_bwd_kernel(
     for i in tl.static_range(KH if WHOLE_WINDOWS else 0):
         h = h0 + i
         if WHOLE_ROWS:
-            inside = live
+            m_inside = m_live
             if PARTIAL:
-                inside = live & (h >= 0) & (h < H)
-            row = tl.load(grad_y + run_offset(plane, h, run, H, RUNS, VEC), mask=inside, other=0.0)
+                m_inside = m_live & (h >= 0) & (h < H)
+            row = tl.load(grad_y + run_offset(plane, h, run, H, RUNS, VEC), mask=m_inside, other=0.0)
             left, right = tl.split(tl.reshape(row.to(grad.dtype), (BLOCK, VEC, 2)))
-            hit = inside & (position == (i * KW if POSITIONS == "offsets" else h.to(tl.int64) * W + w0))
+            hit = m_inside & (position == (i * KW if POSITIONS == "offsets" else h.to(tl.int64) * W + w0))
             grad = tl.where(hit, left, grad)
             hits += hit.to(tl.int32)
             if KW == 2:
-                hit = inside & (position == (i * KW + 1 if POSITIONS == "offsets" else h.to(tl.int64) * W + w0 + 1))
+                hit = m_inside & (position == (i * KW + 1 if POSITIONS == "offsets" else h.to(tl.int64) * W + w0 + 1))
                 grad = tl.where(hit, right, grad)
                 hits += hit.to(tl.int32)
         else:
             for j in tl.static_range(KW):
                 w = w0 + j
-                inside = live
+                m_inside = m_live
                 if PARTIAL:
-                    inside = live & (h >= 0) & (h < H) & (w >= 0) & (w < W)
-                offset = image_offset(plane, h, w, run, H, W, RUNS, VEC, CHANNELS_LAST)
-                value = tl.load(grad_y + offset, mask=inside, other=0.0).to(grad.dtype)
-                hit = inside & (position == (i * KW + j if POSITIONS == "offsets" else h.to(tl.int64) * W + w))
+                    m_inside = m_live & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+                o_grad_y = image_offset(plane, h, w, run, H, W, RUNS, VEC, CHANNELS_LAST)
+                value = tl.load(grad_y + o_grad_y, mask=m_inside, other=0.0).to(grad.dtype)
+                hit = m_inside & (position == (i * KW + j if POSITIONS == "offsets" else h.to(tl.int64) * W + w))
                 grad = tl.where(hit, value, grad)
                 hits += hit.to(tl.int32)
 
@@ -179,15 +185,15 @@ def max_unpool2d_bwd_kernel(
     if POSITIONS == "indices" or not WHOLE_WINDOWS:
         if POSITIONS == "indices":
             h, w = position // W, position % W
-            lost = live & (hits == 0) & (position >= 0) & (position < HW)
+            m_lost = m_live & (hits == 0) & (position >= 0) & (position < HW)
         else:
             h, w = h0 + position // KW, w0 + position % KW
-            lost = live & (position < KH * KW) & (h >= 0) & (h < H) & (w >= 0) & (w < W)
-        offset = image_offset(plane, h, w, run, H, W, RUNS, VEC, CHANNELS_LAST)
-        grad = tl.where(lost, tl.load(grad_y + offset, mask=lost, other=0.0).to(grad.dtype), grad)
+            m_lost = m_live & (position < KH * KW) & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+        o_grad_y = image_offset(plane, h, w, run, H, W, RUNS, VEC, CHANNELS_LAST)
+        grad = tl.where(m_lost, tl.load(grad_y + o_grad_y, mask=m_lost, other=0.0).to(grad.dtype), grad)
 
     # 4. Store
-    tl.store(grad_x + out, grad.to(grad_x.dtype.element_ty), mask=live)
+    tl.store(grad_x + o_grad_x, grad.to(grad_x.dtype.element_ty), mask=m_live)
 
 
 def max_unpool2d_fwd(
