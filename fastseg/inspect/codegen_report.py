@@ -212,7 +212,7 @@ def table(rows: list[dict[str, Any]], dtype: str) -> Any:
         made.add_column(column)
     columns = ("registers", "spills", "shared", "occupancy", "loads", "stores", "tensor core", "copy engine", "atomics")
     for column in columns:
-        made.add_column(column, justify="right")
+        made.add_column({"copy engine": "TMA"}.get(column, column), justify="right")
     made.add_column("gfx942")
     for row in rows:
         cells = {**row, "occupancy": f"{row['occupancy']:.0%}"}

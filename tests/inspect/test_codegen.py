@@ -7,6 +7,7 @@ import torch
 from support.machine_code import compiled
 
 from fastseg.commands import cli
+from fastseg.inspect import codegen_report
 from fastseg.verification import cases
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled here, not interpreted")
@@ -152,6 +153,15 @@ def test_the_gates_see_bad_kernels():
     widths, spills, atomics, wgmma, copies, same = json.loads(compiled("-c", BAD))
     assert list(widths) == ["2"] and spills > 0 and atomics > 0 and wgmma == copies == 0
     assert same, "kernels disassembled together have other instructions than one by one"
+
+
+def test_the_table_uses_the_name_of_the_hardware():
+    """The key of --json stays as it is: other programs read it."""
+    row = {"kernel": "k", "layout": "nchw", "sm": 90, "gfx942": "compiles"}
+    row |= {"occupancy": 0.5, "loads": {"16": 2}, "stores": {}}
+    row |= dict.fromkeys(("registers", "spills", "shared", "tensor core", "atomics"), 0) | {"copy engine": 7}
+    columns = {str(column.header): list(column.cells) for column in codegen_report.table([row], "bfloat16").columns}
+    assert columns["TMA"] == ["7"] and columns["loads"] == ["16Bx2"] and "copy engine" not in columns
 
 
 def test_codegen_says_what_it_needs(capsys):

@@ -1,6 +1,7 @@
 """The instrument that counts traffic, and gates on the bytes that every kernel moves."""
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -220,6 +221,26 @@ def test_the_traffic_command(tmp_path, capsys):
     assert "max_unpool2d_with_offsets" in capsys.readouterr().out
     assert cli.main(["inspect", "traffic", "--op", "nothing"]) == 2
     assert cli.main(["inspect", "traffic", "--bandwidth", "0"]) == 2
+
+
+def test_a_row_is_the_same_in_every_run_and_selection(monkeypatch):
+    """Which sectors are touched depends on positions and labels, which are drawn at random."""
+
+    def few_cases(at):
+        yield from cases.cross_entropy(at, (1, 40, 5, 9), cases.LossSpec(one_pass=False))
+        yield from cases.max_unpool2d(at, (1, 8, 10, 12), traffic_report.RESNET_STEM)
+
+    monkeypatch.setattr(traffic_report, "sized_cases", few_cases)
+    both = traffic_report.Selection(layouts=("channels_last",))
+    torch.manual_seed(1)
+    first = traffic_report.rows(both, 1.0)
+    drawn = torch.rand(1)
+    torch.manual_seed(2)
+    assert traffic_report.rows(both, 1.0) == first
+    unpooling = traffic_report.rows(replace(both, operators=("max_unpool2d",)), 1.0)
+    assert unpooling == [row for row in first if row["operator"].startswith("max_unpool2d")] != []
+    torch.manual_seed(1)
+    assert torch.rand(1) == drawn  # the caller's own random numbers go on as if nothing had been drawn
 
 
 @pytest.mark.parametrize(
