@@ -6,6 +6,8 @@ import contextlib
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -82,6 +84,18 @@ class Implementation(NamedTuple):
     run: Callable[..., Any]
     unsupported: Callable[..., str | None]
     preferred: Callable[..., dispatch.Preference | None] = lambda *args: None
+
+
+def for_backends(
+    run: Callable[..., Any],
+    unsupported: Callable[..., str | None],
+    preferred: Callable[..., dispatch.Preference | None] = lambda *args: None,
+    **kernels: ModuleType,
+) -> dict[str, Implementation]:
+    """The implementations of backends that support the same calls: `run` gets the backend's kernels first."""
+    return {
+        backend: Implementation(partial(run, module), unsupported, preferred) for backend, module in kernels.items()
+    }
 
 
 class Operator:
@@ -234,6 +248,11 @@ def dense(x: Tensor, layout: torch.memory_format) -> Tensor:
 def empty(like: Tensor, shape: Sequence[int], layout: torch.memory_format, dtype: torch.dtype | None = None) -> Tensor:
     """An uninitialized tensor on the device of `like`: the one allocation rule that kernels and fakes share."""
     return torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=layout)
+
+
+def empty_like(input: Tensor) -> Tensor:
+    """An uninitialized tensor of the input's shape, dtype and memory format."""
+    return empty(input, input.shape, memory_format(input))
 
 
 def placed(result: Tensor, layout: torch.memory_format) -> Tensor:

@@ -8,7 +8,6 @@ terms the mean is passed.
 
 from __future__ import annotations
 
-from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -21,11 +20,11 @@ from ...kernels import batch_norm as triton_kernels
 from ...kernels.cpu import batch_norm as cpu_kernels
 from ...kernels.cuda import batch_norm as cuda_kernels
 from ..arguments import FLOAT_AND_DOUBLE_DTYPES, accumulator
-from ..operator import Implementation, Operator, dense, empty, memory_format, placed
+from ..operator import Operator, dense, empty_like, for_backends, memory_format, placed
 from .arguments import NormArguments, RunningStatistics
 
 
-def unsupported_input(input: Tensor) -> str | None:
+def unsupported_input(input: Tensor, *rest: Any) -> str | None:
     """What of a call on `input` the kernels do not support, in words, or None."""
     if input.dtype not in FLOAT_AND_DOUBLE_DTYPES:
         return f"dtype {input.dtype}"
@@ -37,10 +36,6 @@ def unsupported_input(input: Tensor) -> str | None:
 def torch_on_cpu(*args: Any) -> dispatch.Preference:
     """Under "auto" the CPU kernels do not run yet: nobody has measured for which sizes they are faster."""
     return "torch", "the CPU kernels of batch norm are not measured against torch"
-
-
-def _unsupported(input: Tensor, *rest: Any) -> str | None:
-    return unsupported_input(input)
 
 
 def _unsupported_gradient(grad: Tensor, input: Tensor, *rest: Any) -> str | None:
@@ -113,11 +108,9 @@ def writable(running: Tensor) -> Tensor:
 
 BATCH_NORM_STATS = Operator(
     "batch_norm_stats(Tensor input, Tensor? input_bias, RunningStatistics? running) -> Tensor",
-    kernels={
-        "triton": Implementation(partial(_stats_kernel, triton_kernels), _unsupported),
-        "cuda": Implementation(partial(_stats_kernel, cuda_kernels), _unsupported),
-        "cpu": Implementation(partial(_stats_kernel, cpu_kernels), _unsupported, torch_on_cpu),
-    },
+    kernels=for_backends(
+        _stats_kernel, unsupported_input, torch_on_cpu, triton=triton_kernels, cuda=cuda_kernels, cpu=cpu_kernels
+    ),
     reference=_stats_reference,
     fake=_empty_stats,
 )
@@ -126,9 +119,8 @@ BATCH_NORM_STATS = Operator(
 # --- forward ---------------------------------------------------------------------------------------------------------
 
 
-def empty_like_input(input: Tensor, *rest: Any) -> Tensor:
-    """An uninitialized tensor of the input's shape, dtype and memory format."""
-    return empty(input, input.shape, memory_format(input))
+def _empty_output(input: Tensor, *rest: Any) -> Tensor:
+    return empty_like(input)
 
 
 def normalized(input: Tensor, norm: NormArguments) -> Tensor:
@@ -144,7 +136,7 @@ def normalized(input: Tensor, norm: NormArguments) -> Tensor:
 
 def _batch_norm_relu_kernel(kernels: ModuleType, input: Tensor, norm: NormArguments) -> Tensor:
     layout = memory_format(input)
-    output = empty_like_input(input)
+    output = empty_like(input)
     kernels.batch_norm.batch_norm_relu_fwd(
         dense(input, layout), norm.contiguous(), output, layout == torch.channels_last
     )
@@ -157,13 +149,16 @@ def _batch_norm_relu_reference(input: Tensor, norm: NormArguments) -> Tensor:
 
 BATCH_NORM_RELU = Operator(
     "batch_norm_relu(Tensor input, NormArguments norm) -> Tensor",
-    kernels={
-        "triton": Implementation(partial(_batch_norm_relu_kernel, triton_kernels), _unsupported),
-        "cuda": Implementation(partial(_batch_norm_relu_kernel, cuda_kernels), _unsupported),
-        "cpu": Implementation(partial(_batch_norm_relu_kernel, cpu_kernels), _unsupported, torch_on_cpu),
-    },
+    kernels=for_backends(
+        _batch_norm_relu_kernel,
+        unsupported_input,
+        torch_on_cpu,
+        triton=triton_kernels,
+        cuda=cuda_kernels,
+        cpu=cpu_kernels,
+    ),
     reference=_batch_norm_relu_reference,
-    fake=empty_like_input,
+    fake=_empty_output,
 )
 
 
@@ -208,11 +203,9 @@ def _sums_reference(grad: Tensor, input: Tensor, norm: NormArguments) -> Tensor:
 
 BATCH_NORM_RELU_SUMS = Operator(
     "batch_norm_relu_sums(Tensor grad_output, Tensor input, NormArguments norm) -> Tensor",
-    kernels={
-        "triton": Implementation(partial(_sums_kernel, triton_kernels), _unsupported_gradient),
-        "cuda": Implementation(partial(_sums_kernel, cuda_kernels), _unsupported_gradient),
-        "cpu": Implementation(partial(_sums_kernel, cpu_kernels), _unsupported_gradient, torch_on_cpu),
-    },
+    kernels=for_backends(
+        _sums_kernel, _unsupported_gradient, torch_on_cpu, triton=triton_kernels, cuda=cuda_kernels, cpu=cpu_kernels
+    ),
     reference=_sums_reference,
     fake=empty_sums,
     gradient=True,
@@ -232,14 +225,14 @@ def input_gradient(x_hat: Tensor, grad: Tensor, means: Tensor | None, input: Ten
 
 
 def _empty_gradient(grad: Tensor, input: Tensor, *rest: Any) -> Tensor:
-    return empty_like_input(input)
+    return empty_like(input)
 
 
 def _backward_kernel(
     kernels: ModuleType, grad: Tensor, input: Tensor, means: Tensor | None, norm: NormArguments
 ) -> Tensor:
     layout = memory_format(input)
-    grad_input = empty_like_input(input)
+    grad_input = empty_like(input)
     kernels.batch_norm.batch_norm_relu_bwd(
         dense(grad, layout),
         dense(input, layout),
@@ -257,11 +250,9 @@ def _backward_reference(grad: Tensor, input: Tensor, means: Tensor | None, norm:
 
 BATCH_NORM_RELU_BACKWARD = Operator(
     "batch_norm_relu_backward(Tensor grad_output, Tensor input, Tensor? means, NormArguments norm) -> Tensor",
-    kernels={
-        "triton": Implementation(partial(_backward_kernel, triton_kernels), _unsupported_gradient),
-        "cuda": Implementation(partial(_backward_kernel, cuda_kernels), _unsupported_gradient),
-        "cpu": Implementation(partial(_backward_kernel, cpu_kernels), _unsupported_gradient, torch_on_cpu),
-    },
+    kernels=for_backends(
+        _backward_kernel, _unsupported_gradient, torch_on_cpu, triton=triton_kernels, cuda=cuda_kernels, cpu=cpu_kernels
+    ),
     reference=_backward_reference,
     fake=_empty_gradient,
     gradient=True,

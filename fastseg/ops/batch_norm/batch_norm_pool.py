@@ -5,7 +5,6 @@ Positions are uint8 offsets, and the pooling has cells (PoolGeometry.has_cells).
 
 from __future__ import annotations
 
-from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -18,11 +17,10 @@ from ...kernels.batch_norm.arguments import NormArguments
 from ...kernels.cpu import batch_norm as cpu_kernels
 from ...kernels.cuda import batch_norm as cuda_kernels
 from ...kernels.pooling.geometry import PoolGeometry
-from ..operator import Implementation, Operator, dense, empty, memory_format, placed
+from ..operator import Operator, dense, empty, empty_like, for_backends, memory_format, placed
 from ..pooling.geometry import pooled_size
 from ..pooling.positions import to_indices, to_offsets
 from .batch_norm import (
-    empty_like_input,
     empty_sums,
     input_gradient,
     normalized,
@@ -71,18 +69,12 @@ def _max_pool2d_reference(
     return placed(output, layout), placed(to_offsets(indices, geometry, input.shape[-1]), layout)
 
 
-def _unsupported(input: Tensor, *rest: Any) -> str | None:
-    return unsupported_input(input)
-
-
 BATCH_NORM_RELU_MAX_POOL2D = Operator(
     "batch_norm_relu_max_pool2d(Tensor input, PoolGeometry geometry, bool ceil_mode, bool keep_offsets, "
     "NormArguments norm) -> (Tensor, Tensor)",
-    kernels={
-        "triton": Implementation(partial(_max_pool2d_kernel, triton_kernels), _unsupported),
-        "cuda": Implementation(partial(_max_pool2d_kernel, cuda_kernels), _unsupported),
-        "cpu": Implementation(partial(_max_pool2d_kernel, cpu_kernels), _unsupported, torch_on_cpu),
-    },
+    kernels=for_backends(
+        _max_pool2d_kernel, unsupported_input, torch_on_cpu, triton=triton_kernels, cuda=cuda_kernels, cpu=cpu_kernels
+    ),
     reference=_max_pool2d_reference,
     fake=_empty_pooled,
 )
@@ -97,7 +89,8 @@ def _unpooled(grad: Tensor, offsets: Tensor, geometry: PoolGeometry, like: Tenso
     return grad.new_zeros(like.shape).flatten(-2).scatter(-1, indices, grad.flatten(-2)).view(like.shape)
 
 
-def _unsupported_gradient(grad: Tensor, offsets: Tensor, input: Tensor, *rest: Any) -> str | None:
+def unsupported_gradient(grad: Tensor, offsets: Tensor, input: Tensor, *rest: Any) -> str | None:
+    """What of a gradient with offsets the kernels do not support."""
     return unsupported_input(input)
 
 
@@ -131,11 +124,9 @@ def _sums_reference(
 BATCH_NORM_RELU_MAX_POOL2D_SUMS = Operator(
     "batch_norm_relu_max_pool2d_sums(Tensor grad_output, Tensor offsets, Tensor input, PoolGeometry geometry, "
     "NormArguments norm) -> Tensor",
-    kernels={
-        "triton": Implementation(partial(_sums_kernel, triton_kernels), _unsupported_gradient),
-        "cuda": Implementation(partial(_sums_kernel, cuda_kernels), _unsupported_gradient),
-        "cpu": Implementation(partial(_sums_kernel, cpu_kernels), _unsupported_gradient, torch_on_cpu),
-    },
+    kernels=for_backends(
+        _sums_kernel, unsupported_gradient, torch_on_cpu, triton=triton_kernels, cuda=cuda_kernels, cpu=cpu_kernels
+    ),
     reference=_sums_reference,
     fake=_empty_sums,
     gradient=True,
@@ -146,7 +137,7 @@ BATCH_NORM_RELU_MAX_POOL2D_SUMS = Operator(
 
 
 def _empty_gradient(grad: Tensor, offsets: Tensor, input: Tensor, *rest: Any) -> Tensor:
-    return empty_like_input(input)
+    return empty_like(input)
 
 
 def _backward_kernel(
@@ -154,7 +145,7 @@ def _backward_kernel(
     norm: NormArguments,
 ) -> Tensor:  # fmt: skip
     layout = memory_format(input)
-    grad_input = empty_like_input(input)
+    grad_input = empty_like(input)
     kernels.batch_norm_pool.batch_norm_relu_max_pool2d_bwd(
         dense(grad, layout),
         dense(offsets, layout),
@@ -178,11 +169,9 @@ def _backward_reference(
 BATCH_NORM_RELU_MAX_POOL2D_BACKWARD = Operator(
     "batch_norm_relu_max_pool2d_backward(Tensor grad_output, Tensor offsets, Tensor input, Tensor? means, "
     "PoolGeometry geometry, NormArguments norm) -> Tensor",
-    kernels={
-        "triton": Implementation(partial(_backward_kernel, triton_kernels), _unsupported_gradient),
-        "cuda": Implementation(partial(_backward_kernel, cuda_kernels), _unsupported_gradient),
-        "cpu": Implementation(partial(_backward_kernel, cpu_kernels), _unsupported_gradient, torch_on_cpu),
-    },
+    kernels=for_backends(
+        _backward_kernel, unsupported_gradient, torch_on_cpu, triton=triton_kernels, cuda=cuda_kernels, cpu=cpu_kernels
+    ),
     reference=_backward_reference,
     fake=_empty_gradient,
     gradient=True,

@@ -5,7 +5,6 @@ Positions are uint8 offsets, and the unpooling has cells (PoolGeometry.has_cells
 
 from __future__ import annotations
 
-from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -16,11 +15,10 @@ from ...kernels import batch_norm as triton_kernels
 from ...kernels.batch_norm.arguments import NormArguments
 from ...kernels.cpu import batch_norm as cpu_kernels
 from ...kernels.pooling.geometry import PoolGeometry
-from ..operator import Implementation, Operator, dense, empty, memory_format, placed
+from ..operator import Operator, dense, empty, empty_like, for_backends, memory_format, placed
 from ..pooling.positions import to_indices
 from ..pooling.unpool import require_positions_inside
 from .batch_norm import (
-    empty_like_input,
     empty_sums,
     normalized,
     sums_of,
@@ -28,6 +26,7 @@ from .batch_norm import (
     unsupported_input,
     x_hat_and_gradient,
 )
+from .batch_norm_pool import unsupported_gradient
 
 # --- forward ---------------------------------------------------------------------------------------------------------
 
@@ -62,17 +61,10 @@ def _max_unpool2d_reference(
     return placed(torch.ops.aten.max_unpool2d(activations, indices, size), memory_format(input))
 
 
-def _unsupported(input: Tensor, *rest: Any) -> str | None:
-    return unsupported_input(input)
-
-
 BATCH_NORM_RELU_MAX_UNPOOL2D = Operator(
     "batch_norm_relu_max_unpool2d(Tensor input, Tensor offsets, PoolGeometry geometry, SymInt[2] output_size, "
     "NormArguments norm) -> Tensor",
-    kernels={
-        "triton": Implementation(partial(_max_unpool2d_kernel, triton_kernels), _unsupported),
-        "cpu": Implementation(partial(_max_unpool2d_kernel, cpu_kernels), _unsupported, torch_on_cpu),
-    },
+    kernels=for_backends(_max_unpool2d_kernel, unsupported_input, torch_on_cpu, triton=triton_kernels, cpu=cpu_kernels),
     reference=_max_unpool2d_reference,
     fake=_empty_unpooled,
 )
@@ -82,7 +74,7 @@ BATCH_NORM_RELU_MAX_UNPOOL2D = Operator(
 
 
 def _empty_gathered(grad: Tensor, offsets: Tensor, input: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return empty_like_input(input), empty_sums(grad, input)
+    return empty_like(input), empty_sums(grad, input)
 
 
 def _sums_kernel(
@@ -112,17 +104,10 @@ def _sums_reference(
     return placed(gathered.to(input.dtype), memory_format(input)), sums_of(x_hat, gathered)
 
 
-def _unsupported_gradient(grad: Tensor, offsets: Tensor, input: Tensor, *rest: Any) -> str | None:
-    return unsupported_input(input)
-
-
 BATCH_NORM_RELU_MAX_UNPOOL2D_SUMS = Operator(
     "batch_norm_relu_max_unpool2d_sums(Tensor grad_output, Tensor offsets, Tensor input, PoolGeometry geometry, "
     "NormArguments norm) -> (Tensor, Tensor)",
-    kernels={
-        "triton": Implementation(partial(_sums_kernel, triton_kernels), _unsupported_gradient),
-        "cpu": Implementation(partial(_sums_kernel, cpu_kernels), _unsupported_gradient, torch_on_cpu),
-    },
+    kernels=for_backends(_sums_kernel, unsupported_gradient, torch_on_cpu, triton=triton_kernels, cpu=cpu_kernels),
     reference=_sums_reference,
     fake=_empty_gathered,
     gradient=True,

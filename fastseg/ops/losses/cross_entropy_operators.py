@@ -15,7 +15,7 @@ from ...kernels.cpu import losses as cpu_kernels
 from ...kernels.cuda import losses as cuda_kernels
 from ...kernels.losses.options import LossInputs, LossOptions, LossResults, OnePassResults
 from ..arguments import FLOAT_AND_DOUBLE_DTYPES, HALF_DTYPES, accumulator
-from ..operator import Implementation, Operator, dense, empty, memory_format
+from ..operator import Implementation, Operator, dense, empty, empty_like, for_backends, memory_format
 from .checks import LABEL_DTYPES, number_of_classes, pixels_shape, require_labels_in_range
 from .reference import differentiable_loss, gradient, mean_denominator, predict, target_distribution
 
@@ -96,6 +96,14 @@ def _dense_inputs(input: Tensor, target: Tensor, weight: Tensor | None) -> tuple
     return LossInputs(dense(input, layout), targets, weight), layout == torch.channels_last
 
 
+def _prepare(kernels: ModuleType, input: Tensor, target: Tensor, options: LossOptions, denominator: Tensor) -> None:
+    """Before a forward on the kernels: fill a denominator that is known, and check the labels."""
+    if options.reduction == "count":
+        denominator.fill_(options.count)
+    if kernels is not cpu_kernels:  # which raise IndexError themselves
+        require_labels_in_range("cross_entropy", input.shape[1], target, options.ignore_index)
+
+
 # --- two passes ------------------------------------------------------------------------------------------------------
 
 
@@ -111,10 +119,7 @@ def _cross_entropy_kernel(
     predicted: torch.dtype | None,
 ) -> LossResults:  # fmt: skip
     results = _empty_results(input, target, weight, options, predicted)
-    if options.reduction == "count":
-        results.denominator.fill_(options.count)
-    if kernels is not cpu_kernels:  # which raise IndexError themselves
-        require_labels_in_range("cross_entropy", input.shape[1], target, options.ignore_index)
+    _prepare(kernels, input, target, options, results.denominator)
     inputs, channels_last = _dense_inputs(input, target, weight)
     kernels.cross_entropy.cross_entropy_fwd(inputs, options, channels_last, results)
     return results
@@ -166,7 +171,7 @@ CROSS_ENTROPY = Operator(
 
 
 def _empty_gradient(grad: Tensor, input: Tensor, *rest: Any) -> Tensor:
-    return empty(input, input.shape, memory_format(input))
+    return empty_like(input)
 
 
 def _cross_entropy_backward_kernel(
@@ -218,7 +223,7 @@ def _empty_one_pass(
     input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, predicted: torch.dtype | None
 ) -> OnePassResults:
     loss, denominator = empty_loss(input, options)
-    grad_input = empty(input, input.shape, memory_format(input))
+    grad_input = empty_like(input)
     packed = empty(
         input, target.shape if options.sums_denominator else (0,), torch.contiguous_format,
         torch.uint8 if input.shape[1] < 256 else torch.int16,
@@ -231,10 +236,7 @@ def _one_pass_kernel(
     predicted: torch.dtype | None,
 ) -> OnePassResults:  # fmt: skip
     results = _empty_one_pass(input, target, weight, options, predicted)
-    if options.reduction == "count":
-        results.denominator.fill_(options.count)
-    if kernels is not cpu_kernels:  # which raise IndexError themselves
-        require_labels_in_range("cross_entropy", input.shape[1], target, options.ignore_index)
+    _prepare(kernels, input, target, options, results.denominator)
     inputs, channels_last = _dense_inputs(input, target, weight)
     kernels.cross_entropy_one_pass.cross_entropy_one_pass(inputs, options, channels_last, results)
     return results
@@ -254,12 +256,12 @@ def _one_pass_reference(
 CROSS_ENTROPY_ONE_PASS = Operator(
     "cross_entropy_one_pass(Tensor input, Tensor target, Tensor? weight, LossOptions options, ScalarType? predicted) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    kernels={
-        name: Implementation(
-            partial(_one_pass_kernel, kernels), lambda input, target, weight, *rest: unsupported(input, target, weight)
-        )
-        for name, kernels in (("triton", triton_kernels), ("cpu", cpu_kernels))
-    },
+    kernels=for_backends(
+        _one_pass_kernel,
+        lambda input, target, weight, *rest: unsupported(input, target, weight),
+        triton=triton_kernels,
+        cpu=cpu_kernels,
+    ),
     reference=_one_pass_reference,
     fake=_empty_one_pass,
 )
@@ -286,13 +288,12 @@ def _one_pass_backward_reference(
 CROSS_ENTROPY_ONE_PASS_BACKWARD = Operator(
     "cross_entropy_one_pass_backward_(Tensor(a!) grad_input, Tensor grad_output, Tensor input, Tensor target, "
     "Tensor? weight, Tensor denominator, LossOptions options) -> ()",
-    kernels={
-        name: Implementation(
-            partial(_one_pass_backward_kernel, kernels),
-            lambda grad_input, grad, input, target, *rest: unsupported(input, target),
-        )
-        for name, kernels in (("triton", triton_kernels), ("cpu", cpu_kernels))
-    },
+    kernels=for_backends(
+        _one_pass_backward_kernel,
+        lambda grad_input, grad, input, target, *rest: unsupported(input, target),
+        triton=triton_kernels,
+        cpu=cpu_kernels,
+    ),
     reference=_one_pass_backward_reference,
     fake=lambda *args: None,
     gradient=True,

@@ -24,6 +24,7 @@ from ..operator import (
     Operator,
     dense,
     empty,
+    empty_like,
     known_signature,
     memory_format,
     placed,
@@ -133,7 +134,7 @@ DICE_CROSS_ENTROPY = Operator(
 
 
 def _empty_gradient(grad_loss: Tensor, grad_sums: Tensor, input: Tensor, *rest: Any) -> Tensor:
-    return empty(input, input.shape, memory_format(input))
+    return empty_like(input)
 
 
 def _backward_kernel(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...kernels.losses.options import LossOptions
 from ..arguments import FLOAT_AND_DOUBLE_DTYPES, accumulator
-from ..operator import Implementation, Operator, empty, memory_format, register_options
+from ..operator import Implementation, Operator, empty_like, memory_format, register_options
 from .checks import require_labels_in_range
 from .chunked_reference import chunk_gradient, chunk_losses, elements, reduce_chunks, smoothed_shares
 from .cross_entropy_operators import CROSS_ENTROPY, CROSS_ENTROPY_BACKWARD, empty_loss, empty_lse
@@ -225,7 +225,7 @@ def empty_gradients(inputs: LinearInputs, needed: Sequence[bool]) -> tuple[Tenso
     input, linear_weight = inputs.input, inputs.linear_weight
     input_needed, weight_needed, bias_needed = needed
     return (
-        empty(input, input.shape, memory_format(input)) if input_needed else input.new_empty(0),
+        empty_like(input) if input_needed else input.new_empty(0),
         linear_weight.new_empty(linear_weight.shape) if weight_needed else linear_weight.new_empty(0),
         linear_weight.new_empty(linear_weight.shape[0] if bias_needed else 0),
     )

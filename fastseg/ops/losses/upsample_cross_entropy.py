@@ -82,9 +82,10 @@ def _differentiable_gradient(
     grad: Tensor, input: Tensor, target: Tensor, weight: Tensor | None, resizing: Resizing, options: LossOptions
 ) -> Tensor | None:
     """The gradient of the logits by torch's formulas, which can be differentiated again."""
-    return double_backward(lambda x: _differentiable_loss(x, target, weight, resizing, options), [input], [True], grad)[
-        0
-    ]
+    gradients = double_backward(
+        lambda x: _differentiable_loss(x, target, weight, resizing, options), [input], [True], grad
+    )
+    return gradients[0]
 
 
 class UpsampleCrossEntropyFunction(torch.autograd.Function):
@@ -101,10 +102,10 @@ class UpsampleCrossEntropyFunction(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         input, target, weight, ctx.resizing, ctx.options, _ = inputs
-        _, lse, denominator, *predictions = output
-        ctx.mark_non_differentiable(lse, denominator, *predictions)
+        _, made, denominator, *predictions = output  # made: lse; in one pass the gradient
+        ctx.mark_non_differentiable(made, denominator, *predictions)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(input, target, weight, lse, denominator)
+        ctx.save_for_backward(input, target, weight, made, denominator)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
@@ -118,7 +119,7 @@ class UpsampleCrossEntropyFunction(torch.autograd.Function):
         return found, None, None, None, None, None
 
 
-class UpsampleCrossEntropyOnePassFunction(torch.autograd.Function):
+class UpsampleCrossEntropyOnePassFunction(UpsampleCrossEntropyFunction):
     """UpsampleCrossEntropyFunction on a CPU, for a mean or a sum: the forward makes the gradient, up to a factor."""
 
     @staticmethod
@@ -128,14 +129,6 @@ class UpsampleCrossEntropyOnePassFunction(torch.autograd.Function):
         predicted: torch.dtype | None,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         return UPSAMPLE_CROSS_ENTROPY_ONE_PASS(input, target, weight, resizing, options, predicted)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        input, target, weight, ctx.resizing, ctx.options, _ = inputs
-        _, gradient, denominator, *predictions = output
-        ctx.mark_non_differentiable(gradient, denominator, *predictions)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(input, target, weight, gradient, denominator)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:

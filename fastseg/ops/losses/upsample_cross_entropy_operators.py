@@ -15,7 +15,7 @@ from ...kernels import losses as triton_kernels
 from ...kernels.cpu import losses as cpu_kernels
 from ...kernels.losses.options import LossInputs, LossOptions, LossResults, Resizing
 from ..arguments import FLOAT_AND_DOUBLE_DTYPES, accumulator
-from ..operator import Implementation, Operator, empty, memory_format
+from ..operator import Implementation, Operator, empty, empty_like, memory_format
 from .checks import require_labels_in_range
 from .chunked_reference import (
     chunk_gradient,
@@ -154,7 +154,7 @@ UPSAMPLE_CROSS_ENTROPY = Operator(
 
 
 def _empty_gradient(grad: Tensor, input: Tensor, *rest: Any) -> Tensor:
-    return empty(input, input.shape, memory_format(input))
+    return empty_like(input)
 
 
 def _backward_with(kernels: ModuleType) -> Callable[..., Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -15,7 +14,7 @@ from ...kernels import pooling as triton_kernels
 from ...kernels.cpu import pooling as cpu_kernels
 from ...kernels.cuda import pooling as cuda_kernels
 from ..arguments import IntOrPair, accumulator, require_tensor
-from ..operator import Implementation, Operator, dense, empty, known_signature, memory_format, placed, wants_graph
+from ..operator import Operator, dense, empty, for_backends, known_signature, memory_format, placed, wants_graph
 from .geometry import (
     PoolGeometry,
     as_batch,
@@ -94,11 +93,7 @@ def _unsupported(input: Tensor, *rest: Any) -> str | None:
 
 MAX_POOL2D = Operator(
     "max_pool2d(Tensor input, PoolGeometry geometry, bool ceil_mode, str positions) -> (Tensor, Tensor)",
-    kernels={
-        "triton": Implementation(partial(_max_pool2d_kernel, triton_kernels), _unsupported),
-        "cuda": Implementation(partial(_max_pool2d_kernel, cuda_kernels), _unsupported),
-        "cpu": Implementation(partial(_max_pool2d_kernel, cpu_kernels), _unsupported),
-    },
+    kernels=for_backends(_max_pool2d_kernel, _unsupported, triton=triton_kernels, cuda=cuda_kernels, cpu=cpu_kernels),
     reference=_max_pool2d_reference,
     fake=_empty_pooled,
 )
@@ -142,11 +137,9 @@ def _max_pool2d_backward_reference(grad: Tensor, positions: Tensor, geometry: Po
 
 MAX_POOL2D_BACKWARD = Operator(
     "max_pool2d_backward(Tensor grad_output, Tensor positions, PoolGeometry geometry, SymInt[2] input_size) -> Tensor",
-    kernels={
-        "triton": Implementation(partial(_max_pool2d_backward_kernel, triton_kernels), _unsupported),
-        "cuda": Implementation(partial(_max_pool2d_backward_kernel, cuda_kernels), _unsupported),
-        "cpu": Implementation(partial(_max_pool2d_backward_kernel, cpu_kernels), _unsupported),
-    },
+    kernels=for_backends(
+        _max_pool2d_backward_kernel, _unsupported, triton=triton_kernels, cuda=cuda_kernels, cpu=cpu_kernels
+    ),
     reference=_max_pool2d_backward_reference,
     fake=_empty_gradient,
     gradient=True,

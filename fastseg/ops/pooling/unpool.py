@@ -15,7 +15,17 @@ from ...kernels import pooling as triton_kernels
 from ...kernels.cpu import pooling as cpu_kernels
 from ...kernels.cuda import pooling as cuda_kernels
 from ..arguments import IntOrPair, require_tensor
-from ..operator import Implementation, Operator, dense, empty, known_signature, memory_format, placed, wants_graph
+from ..operator import (
+    Implementation,
+    Operator,
+    dense,
+    empty,
+    for_backends,
+    known_signature,
+    memory_format,
+    placed,
+    wants_graph,
+)
 from .geometry import (
     PoolGeometry,
     as_batch,
@@ -225,11 +235,9 @@ def _max_unpool2d_backward_reference(grad: Tensor, positions: Tensor, geometry: 
 
 MAX_UNPOOL2D_BACKWARD = Operator(
     "max_unpool2d_backward(Tensor grad_output, Tensor positions, PoolGeometry geometry) -> Tensor",
-    kernels={
-        "triton": Implementation(partial(_max_unpool2d_backward_kernel, triton_kernels), _unsupported),
-        "cuda": Implementation(partial(_max_unpool2d_backward_kernel, cuda_kernels), _unsupported),
-        "cpu": Implementation(partial(_max_unpool2d_backward_kernel, cpu_kernels), _unsupported),
-    },
+    kernels=for_backends(
+        _max_unpool2d_backward_kernel, _unsupported, triton=triton_kernels, cuda=cuda_kernels, cpu=cpu_kernels
+    ),
     reference=_max_unpool2d_backward_reference,
     fake=_empty_gradient,
     gradient=True,
