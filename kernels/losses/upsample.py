@@ -31,7 +31,7 @@ COLUMNS = 32  # of a tile: the lanes of its one warp
 
 
 @triton.jit
-def _source(position, STEP, IN, NEAREST: tl.constexpr, CORNERS: tl.constexpr):
+def source_taps(position, STEP, IN, NEAREST: tl.constexpr, CORNERS: tl.constexpr):
     """(first tap, weight of the second tap) of output positions; at the far edge the weight is 0."""
     if NEAREST:
         tap = tl.minimum((position.to(tl.float32) * STEP).to(tl.int32), IN - 1)
@@ -46,7 +46,7 @@ def _source(position, STEP, IN, NEAREST: tl.constexpr, CORNERS: tl.constexpr):
 
 
 @triton.jit
-def _first(tap, STEP, IN, OUT, NEAREST: tl.constexpr, CORNERS: tl.constexpr):
+def first_position(tap, STEP, IN, OUT, NEAREST: tl.constexpr, CORNERS: tl.constexpr):
     """The first output position whose first tap is `tap` or a later one; OUT if there is none."""
     if NEAREST:
         position = tl.maximum((tap.to(tl.float32) / STEP).to(tl.int64) - 2, 0)
@@ -62,7 +62,7 @@ def _first(tap, STEP, IN, OUT, NEAREST: tl.constexpr, CORNERS: tl.constexpr):
 
 
 @triton.jit
-def _row(low, o_row, o_left, o_right, x_weight, m_inside, NEAREST: tl.constexpr):
+def interpolated_row(low, o_row, o_left, o_right, x_weight, m_inside, NEAREST: tl.constexpr):
     """A row of the small map at o_row, interpolated along x between the columns at the offsets o_left and o_right.
 
     x_weight: that of the right column.
@@ -76,7 +76,7 @@ def _row(low, o_row, o_left, o_right, x_weight, m_inside, NEAREST: tl.constexpr)
 
 
 @triton.jit
-def _tile(
+def resized_tile(
     program, TILES_X, TILES_Y, STEP_H, STEP_W, IN_H, IN_W, OUT_H, OUT_W, STRIDE_W,
     NEAREST: tl.constexpr, CORNERS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -94,9 +94,9 @@ def _tile(
     x = program % TILES_X * COLUMNS + tl.arange(0, COLUMNS)
     m_live = (y < OUT_H)[:, None] & (x < OUT_W)[None, :]
     pixel = (image * OUT_H + y[:, None]) * OUT_W + x[None, :]
-    top, _ = _source(above, STEP_H, IN_H, NEAREST, CORNERS)
-    y_tap, y_weight = _source(y, STEP_H, IN_H, NEAREST, CORNERS)
-    x_tap, x_weight = _source(x, STEP_W, IN_W, NEAREST, CORNERS)
+    top, _ = source_taps(above, STEP_H, IN_H, NEAREST, CORNERS)
+    y_tap, y_weight = source_taps(y, STEP_H, IN_H, NEAREST, CORNERS)
+    x_tap, x_weight = source_taps(x, STEP_W, IN_W, NEAREST, CORNERS)
     tap = (y_tap - top)[:, None]
     if WIDE:  # inside one image, too, the offset of a row or column may not fit in int32
         top = top.to(tl.int64)
@@ -117,7 +117,7 @@ def _tile(
 
 
 @triton.jit
-def _class(
+def resized_class(
     low, o_low, c, top, tap, y_weight, o_left, o_right, x_weight, m_inside, IN_H, STRIDE_C, STRIDE_H,
     C: tl.constexpr, NEAREST: tl.constexpr, TAPS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -127,7 +127,7 @@ def _class(
     m_inside = tl.where(c < C, m_inside, False)
     for k in tl.static_range(TAPS):
         o_row = o_low + tl.minimum(top + k, IN_H - 1) * STRIDE_H
-        row = _row(low, o_row, o_left, o_right, x_weight, m_inside, NEAREST)[None, :]
+        row = interpolated_row(low, o_row, o_left, o_right, x_weight, m_inside, NEAREST)[None, :]
         # Selected, not multiplied by a weight of 0: infinite and NaN logits must not reach other pixels.
         if k == 0:
             above = row + tl.zeros_like(y_weight)
@@ -140,7 +140,7 @@ def _class(
 
 
 @triton.jit
-def _wins(values, highest):
+def wins(values, highest):
     """Whether a class replaces the best so far: the first of equal values stays, and NaN wins over any number."""
     return (values > highest) | ((values != values) & (highest == highest))
 
@@ -158,7 +158,7 @@ def upsample_argmax_kernel(
     one byte for uint8, and with PROBABILITY its softmax probability, 4 bytes.
     """
     # 1. Which pixels
-    image, pixel, m_live, top, tap, y_weight, o_left, o_right, x_weight, m_inside = _tile(
+    image, pixel, m_live, top, tap, y_weight, o_left, o_right, x_weight, m_inside = resized_tile(
         tl.program_id(0), TILES_X, TILES_Y, STEP_H, STEP_W, IN_H, IN_W, OUT_H, OUT_W, STRIDE_W,
         NEAREST, CORNERS, ROWS, COLUMNS, WIDE,
     )  # fmt: skip
@@ -169,11 +169,11 @@ def upsample_argmax_kernel(
     best = tl.zeros((ROWS, COLUMNS), tl.int32)
     for step in range(0, C):
         c = step + image * 0  # a tensor, in the interpreter too
-        values = _class(
+        values = resized_class(
             low, image * STRIDE_N, c, top, tap, y_weight, o_left, o_right, x_weight, m_inside, IN_H, STRIDE_C, STRIDE_H,
             C, NEAREST, TAPS, WIDE,
         )  # fmt: skip
-        higher = _wins(values, highest)
+        higher = wins(values, highest)
         best = tl.where(higher, c.to(tl.int32), best)
         peak = tl.where(higher, values, highest)
         if PROBABILITY:

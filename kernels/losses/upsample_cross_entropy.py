@@ -26,7 +26,16 @@ from .common import constants, exponential, gradient, label_weight, pixel_loss, 
 from .cross_entropy import Predictions, add_up_losses
 from .cross_entropy_bwd import read_pixels
 from .options import LossInputs, LossOptions, LossResults, Resizing
-from .upsample import ResizeGeometry, _class, _first, _row, _source, _tile, _wins, is_wide
+from .upsample import (
+    ResizeGeometry,
+    first_position,
+    interpolated_row,
+    is_wide,
+    resized_class,
+    resized_tile,
+    source_taps,
+    wins,
+)
 
 BACKWARD_CLASSES = 16  # of a program: the fewest that tl.dot takes
 BACKWARD_COLUMNS = 32  # output columns that a program holds at a time
@@ -52,7 +61,7 @@ def upsample_cross_entropy_fwd_kernel(
     """
     # 1. Which pixels; load their labels
     program = tl.program_id(0)
-    image, pixel, m_live, top, tap, y_weight, o_left, o_right, x_weight, m_inside = _tile(
+    image, pixel, m_live, top, tap, y_weight, o_left, o_right, x_weight, m_inside = resized_tile(
         program, TILES_X, TILES_Y, STEP_H, STEP_W, IN_H, IN_W, OUT_H, OUT_W, STRIDE_W,
         NEAREST, CORNERS, ROWS, COLUMNS, WIDE,
     )  # fmt: skip
@@ -70,11 +79,11 @@ def upsample_cross_entropy_fwd_kernel(
         winner = tl.full((ROWS, COLUMNS), float("-inf"), tl.float32)  # `highest` ignores NaN
     for step in range(0, C, 2):
         c = step + image * 0  # a tensor, in the interpreter too
-        one = _class(
+        one = resized_class(
             low, image * STRIDE_N, c, top, tap, y_weight, o_left, o_right, x_weight, m_inside, IN_H, STRIDE_C, STRIDE_H,
             C, NEAREST, TAPS, WIDE,
         )  # fmt: skip
-        two = _class(
+        two = resized_class(
             low, image * STRIDE_N, c + 1, top, tap, y_weight, o_left, o_right, x_weight, m_inside, IN_H,
             STRIDE_C, STRIDE_H, C, NEAREST, TAPS, WIDE,
         )  # fmt: skip
@@ -93,10 +102,10 @@ def upsample_cross_entropy_fwd_kernel(
             mass += first + second
         highest = peak
         if PREDICT:
-            higher = _wins(one, winner)
+            higher = wins(one, winner)
             best = tl.where(higher, c.to(tl.int32), best)
             winner = tl.where(higher, one, winner)
-            higher = _wins(two, winner)
+            higher = wins(two, winner)
             best = tl.where(higher, (c + 1).to(tl.int32), best)
             winner = tl.where(higher, two, winner)
 
@@ -156,8 +165,8 @@ def upsample_cross_entropy_bwd_kernel(
     o_low = image * STRIDE_N + c * STRIDE_C
 
     # 2. The output columns with a tap in the patch, and the part of the gradient that all pixels share
-    x_start = _first(left - 1, STEP_W, IN_W, OUT_W, NEAREST, CORNERS)
-    x_end = _first(left + PATCH, STEP_W, IN_W, OUT_W, NEAREST, CORNERS)
+    x_start = first_position(left - 1, STEP_W, IN_W, OUT_W, NEAREST, CORNERS)
+    x_end = first_position(left + PATCH, STEP_W, IN_W, OUT_W, NEAREST, CORNERS)
     low_column = tl.arange(0, LOW_COLUMNS)[None, :]
     smoothed = smoothed_mass(weight, tl.float32, C, WEIGHTED, SMOOTHING, PADDED)
     share = tl.zeros((CLASSES, 1), tl.float32) + SMOOTHING / C
@@ -168,15 +177,15 @@ def upsample_cross_entropy_bwd_kernel(
     carried = tl.zeros((CLASSES, LOW_COLUMNS), tl.float32)
     for step in range(0, ROWS + 1):
         row = top - 1 + step
-        y_start = _first(row, STEP_H, IN_H, OUT_H, NEAREST, CORNERS)
-        y_end = _first(row + 1, STEP_H, IN_H, OUT_H, NEAREST, CORNERS)
+        y_start = first_position(row, STEP_H, IN_H, OUT_H, NEAREST, CORNERS)
+        y_end = first_position(row + 1, STEP_H, IN_H, OUT_H, NEAREST, CORNERS)
         grad = carried
         carried = tl.zeros((CLASSES, LOW_COLUMNS), tl.float32)
         for start in range(x_start, x_end, COLUMNS):
             # 4. Load this row and the next, interpolated along x
             x = start + tl.arange(0, COLUMNS)
             m_live = x < x_end
-            x_tap, x_weight = _source(x, STEP_W, IN_W, NEAREST, CORNERS)
+            x_tap, x_weight = source_taps(x, STEP_W, IN_W, NEAREST, CORNERS)
             if WIDE:
                 x_tap = x_tap.to(tl.int64)
             m_inside = m_live[None, :] & (c < C)
@@ -184,18 +193,18 @@ def upsample_cross_entropy_bwd_kernel(
             o_second = (tl.minimum(x_tap + 1, IN_W - 1) * STRIDE_W)[None, :]
             second_weight = x_weight[None, :]
             o_above = o_low + tl.minimum(tl.maximum(row, 0), IN_H - 1) * STRIDE_H
-            above = _row(low, o_above, o_first, o_second, second_weight, m_inside, NEAREST)
+            above = interpolated_row(low, o_above, o_first, o_second, second_weight, m_inside, NEAREST)
             below = above
             if not NEAREST:
                 o_below = o_low + tl.minimum(row + 1, IN_H - 1) * STRIDE_H
-                below = _row(low, o_below, o_first, o_second, second_weight, m_inside, NEAREST)
+                below = interpolated_row(low, o_below, o_first, o_second, second_weight, m_inside, NEAREST)
 
             # 5. Sum the gradients of the output rows between the two, for the upper and for the lower one
             for_above = tl.zeros((CLASSES, COLUMNS), tl.float32)
             for_below = tl.zeros((CLASSES, COLUMNS), tl.float32)
             for down in range(0, y_end - y_start):
                 y = y_start + down
-                _, y_weight = _source(y, STEP_H, IN_H, NEAREST, CORNERS)
+                _, y_weight = source_taps(y, STEP_H, IN_H, NEAREST, CORNERS)
                 pixel = (image * OUT_H + y) * OUT_W + x
                 label, scale, highest, rest, gain, spread = read_pixels(
                     grad_loss, target, weight, lse, denominator, pixel, m_live, PIXELS, IGNORE, smoothed,
