@@ -17,7 +17,7 @@ import pytest
 from support import machine_code
 
 import fastseg
-from fastseg.verification import criterion
+from fastseg.verification import criterion, precision
 
 SKIPPED = {  # by whether there is a GPU: the marker and the reason
     True: ("interpreted", "runs kernels on CPU tensors"),
@@ -85,10 +85,9 @@ def assert_right():
 
 @pytest.fixture
 def exact():
-    """cuDNN multiplies float32 in full precision."""
-    before, torch.backends.cudnn.conv.fp32_precision = torch.backends.cudnn.conv.fp32_precision, "ieee"
-    yield
-    torch.backends.cudnn.conv.fp32_precision = before
+    """Convolutions multiply float32 in full precision."""
+    with precision.convolving("ieee"):
+        yield
 
 
 @pytest.fixture(scope="session")
