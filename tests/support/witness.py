@@ -46,6 +46,14 @@ class Witnessed:
     unchecked: int = 0
 
 
+_opened = False
+
+
+def opened() -> bool:
+    """Whether this process runs in a session."""
+    return _opened
+
+
 def missing() -> str | None:
     """Why no session can be opened here, or None."""
     for line in REQUIREMENTS.read_text().splitlines():
@@ -89,9 +97,12 @@ def session(capability: int) -> Iterator[Witnessed]:
         patches.enter_context(_tiles_of_descriptors())
         patches.enter_context(_everywhere(_get_current_function_mode_stack()[-1]))
         patches.enter_context(mock.patch.object(torch, "mm", _mm(torch.mm)))
+        global _opened
+        _opened = True
         try:
             yield seen
         finally:
+            _opened = False
             seen.unchecked = state.races_unchecked
 
 
