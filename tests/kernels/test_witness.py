@@ -8,7 +8,7 @@ import pytest
 import torch
 from support import witness
 
-from fastseg import kernels
+from fastseg import functional, kernels
 from fastseg.verification import cases, criterion
 
 pytestmark = pytest.mark.skipif(not witness.opened(), reason="needs ttsem and its own environment: run `make witness`")
@@ -80,3 +80,30 @@ def test_a_fault_stops_the_launch(fault, tmp_path, pooled):
 def test_a_store_that_skips_elements_fails(tmp_path, pooled):
     output, *_ = pooled(changed(tmp_path, STORE, SKIPPED))
     assert not output.passed and output.error == float("inf")  # what nobody wrote is NaN
+
+
+def out_of_range_label(loss, *logits):
+    target = torch.zeros(1, 8, 8, dtype=torch.long, device="cuda")
+    target[0, 3, 3] = 7
+    loss(torch.randn(1, 5, *logits, device="cuda"), target)
+
+
+def invalid_index(index):
+    x = torch.ones(1, 1, 4, 4, device="cuda")
+    functional.max_unpool2d(x, torch.full((1, 1, 4, 4), index, device="cuda"), 2)
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda: out_of_range_label(functional.cross_entropy, 8, 8), "neither a class nor ignore_index"),
+        (lambda: out_of_range_label(functional.upsample_cross_entropy, 4, 4), "neither a class nor ignore_index"),
+        *((lambda i=i: invalid_index(i), "found an invalid max index") for i in (-1, 64, 2**32 + 3)),
+    ],
+)
+def test_a_device_assertion_stops_the_launch(call, said):
+    """As on a GPU, where the tests marked `gpu` see it end the process."""
+    from ttsem.sanitize import Unjudged
+
+    with pytest.raises(Unjudged, match=said):
+        call()

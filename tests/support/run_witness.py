@@ -65,9 +65,14 @@ def run_tests(sm: int, arguments: list[str]) -> int:
         code = int(pytest.main(arguments))
     print(f"{seen.launches.total()} launches of {len(seen.launches)} kernels, {len(seen.faults)} stopped, "
           f"{seen.unchecked} too large to look for races in")  # fmt: skip
-    for fault in dict.fromkeys(seen.faults):
+    for fault in dict.fromkeys(map(_first_line, seen.faults)):
         print(f"STOPPED {fault}")
     return code
+
+
+def _first_line(fault: str) -> str:
+    """The first line of a message, without most of the IR that ttsem quotes."""
+    return fault.splitlines()[0][:300]
 
 
 def _job(*words: str) -> subprocess.CompletedProcess[str]:
@@ -82,7 +87,7 @@ def problems(rows: list[dict[str, Any]]) -> list[str]:
     for row in rows:
         name = f"compute capability {row['sm'] / 10}, {', '.join(row['dtypes'])}"
         found += [f"{name}: WRONG {wrong}" for wrong in row["wrong"]]
-        found += [f"{name}: STOPPED {fault}" for fault in row["faults"]]
+        found += [f"{name}: STOPPED {_first_line(fault)}" for fault in row["faults"]]
         if not row["launches"]:
             found.append(f"{name}: nothing was launched")
     reached = set().union(*(row["launches"] for row in rows))
