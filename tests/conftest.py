@@ -83,9 +83,9 @@ def assert_right():
     return check
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def exact():
-    """Convolutions multiply float32 in full precision."""
+    """Convolutions multiply float32 in full precision; on a GPU torch's default is TF32."""
     with precision.convolving("ieee"):
         yield
 

@@ -13,11 +13,12 @@ SHAPE = (2, 16, 6, 8)
 
 
 @pytest.fixture(autouse=True)
-def torchs_defaults():
-    """torch's settings before and after each test: TF32 for convolutions and recurrent networks."""
-    yield
+def torchs_default(exact):
+    """TF32 for convolutions and recurrent networks, before each test and after it."""
     torch.backends.cudnn.allow_tf32 = True
     assert precision.in_force() == "tf32"
+    yield
+    torch.backends.cudnn.allow_tf32 = True
 
 
 def as_tf32(x):
