@@ -106,7 +106,18 @@ def report(rows: list[dict[str, Any]], seconds: float) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    columns = "capability,dtype,cases,results,wrong,launches,kernels,stopped,no race check,CPU s".split(",")
+    columns = [
+        "capability",
+        "dtype",
+        "cases",
+        "results",
+        "wrong",
+        "launches",
+        "kernels",
+        "stopped",
+        "unchecked",
+        "CPU s",
+    ]
     table = Table(*columns, title="fastseg verify on compiled IR")
     for row in rows:
         table.add_row(
