@@ -152,11 +152,14 @@ def everything() -> int:
         ]
         rows, failed = [], []
         for sm, dtype, job in jobs:
-            done = job.result()
+            done, name = job.result(), f"compute capability {sm / 10}, {dtype}"
             if done.returncode == 0:
-                rows.append(json.loads(done.stdout.splitlines()[-1]))
+                row = json.loads(done.stdout.splitlines()[-1])
+                rows.append(row)
+                print(f"{name}: {row['cases']} cases, {len(row['wrong'])} wrong results, {len(row['faults'])} stopped "
+                      f"launches, {row['seconds']:.0f} s", flush=True)  # fmt: skip
             else:
-                failed.append(f"compute capability {sm / 10}, {dtype}: the verification ended with\n{done.stderr}")
+                failed.append(f"{name}: the verification ended with\n{done.stderr}")
         tested = tests.result()
     print(tested.stdout + tested.stderr)
     if tested.returncode:
