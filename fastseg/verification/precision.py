@@ -3,6 +3,9 @@
 This module is the one place that changes the setting. torch has one for convolutions and one for recurrent networks,
 both "tf32" by default, and an older switch for both, `torch.backends.cudnn.allow_tf32`, that raises when it is read
 while the three disagree. So all three are set together.
+
+What was set is restored by its value. torch's first setting also follows a later `torch.backends.fp32_precision`, which
+no setting does that was ever set; the same is true after torch's own `torch.backends.cudnn.flags`.
 """
 
 from __future__ import annotations
