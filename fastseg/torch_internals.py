@@ -43,6 +43,10 @@ PRIVATE_NAMES: dict[str, str] = {
     "torch.compiler._is_exporting_flag": "detects torch.export; without it torch.compiler.is_exporting() is called",
     "torch.compiler._is_compiling_flag": "says that the compile backend is tracing",
     "torch._C.__file__": "finds torch's thread pool for the CPU kernels (kernels/cpu/build.py)",
+    **{
+        f"torch._C.{name}_tls": "gives autograd's threads what a with block has set (kernels/shared.py)"
+        for name in ("_is_key_in", "_get_obj_in", "_stash_obj_in")
+    },
     "torch._C.DisableTorchFunction": "keeps swap_functions from replacing the calls that fastseg makes itself",
     "torch._subclasses.fake_tensor.FakeTensor": "recognizes tensors without data",
     "torch._subclasses.fake_tensor.FakeTensorMode": "runs fastseg.explain without data",

@@ -25,7 +25,17 @@ SKIPPED = {  # by whether there is a GPU: the marker and the reason
 }
 
 
-def pytest_collection_modifyitems(items):
+def pytest_addoption(parser):
+    parser.addoption("--quick", action="store_true", help="of each parametrized test the first set of arguments only")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("quick"):
+        first: dict[str, pytest.Item] = {}
+        for item in items:
+            first.setdefault(item.nodeid.partition("[")[0], item)
+        config.hook.pytest_deselected(items=[item for item in items if item not in first.values()])
+        items[:] = first.values()
     mark, reason = SKIPPED[torch.cuda.is_available()]
     for item in items:
         if item.get_closest_marker(mark) is not None:
