@@ -2,13 +2,15 @@
 # make test   the whole test suite
 # make gpu    on a machine with a GPU: its tests, verify, benchmarks and machine code, into build/gpu (under 9 minutes);
 #             with that machine's own torch and triton: python3 benchmarks/gpu.py --out build/gpu
+# make versions  with each supported pair of torch and triton: quick tests, machine code, the wheel; downloads gigabytes
+#             unless environments are given: make versions ARGS="--environment 2.15.0=/path/to/python"
 # make docs   the documentation with the API reference, into build/site
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo test gpu docs clean
+.PHONY: demo test gpu versions docs clean
 
 demo: $(INSTALLED)
 	$(BIN)/fastseg demo
@@ -20,6 +22,9 @@ test: $(INSTALLED)
 
 gpu: $(INSTALLED)
 	$(BIN)/python benchmarks/gpu.py --out build/gpu
+
+versions:
+	$(PYTHON) tests/versions.py $(ARGS)
 
 docs: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"

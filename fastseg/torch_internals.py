@@ -84,6 +84,7 @@ PRIVATE_NAMES: dict[str, str] = {
     "torch._C._conv_determine_backend_memory_format": _INDUCTOR,
     "torch._C._dynamo.guards._empty_strided_cpu": _INDUCTOR,
     "torch._C._dynamo.guards._empty_strided_cuda": _INDUCTOR,
+    "torch._decomp.decompositions._max_unpoolnd": _INDUCTOR,
     "torch._decomp.decompositions._upsample_linear": _INDUCTOR,
     "torch._decomp.decompositions.utils.suggest_memory_format": _INDUCTOR,
     "torch._dynamo.device_interface.CudaInterface": _INDUCTOR,
@@ -303,5 +304,5 @@ def inductor() -> SimpleNamespace:
         CachingAutotuner=CachingAutotuner, triton_utilities=torch.utils._triton, C=torch._C,
         guards=torch._C._dynamo.guards, empty_strided_cpu=torch._C._dynamo.guards._empty_strided_cpu,
         suggest_memory_format=torch._prims_common.suggest_memory_format,
-        upsample_linear=decompositions._upsample_linear,
+        upsample_linear=decompositions._upsample_linear, max_unpool=decompositions._max_unpoolnd,
     )  # fmt: skip

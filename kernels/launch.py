@@ -38,6 +38,8 @@ def launch(kernel: Any, programs: int, *args: Any, **meta: Any) -> None:
     if _recorder.value is not None:
         _recorder.value(kernel, programs, args, meta)
         return
+    if torch.version.hip is not None:
+        meta.pop("maxnreg", None)  # an option of NVIDIA's alone: AMD's backend raises KeyError
     tensor = next(a for a in args if isinstance(a, Tensor))
     with on_device_of(tensor):
         kernel[(programs,)](*args, **meta)
