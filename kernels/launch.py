@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .shared import INT32_MAX as INT32_MAX  # kernels import it from here
 from .shared import Setting
-from .triton_internals import INTERPRETED
+from .triton_internals import INTERPRETED, VERSION
 
 if INTERPRETED:
     from . import interpreter
@@ -80,6 +80,16 @@ def roomy(tensor: Tensor) -> bool:
 def targeting(sm: int) -> contextlib.AbstractContextManager[Any]:
     """Launch as on a GPU of this compute capability; for launches that are recorded or interpreted."""
     return _target.replaced(sm)
+
+
+def registers(tensor: Tensor, most: dict[tuple[int, ...], int]) -> dict[str, int]:
+    """The option that limits the registers of a thread, by (version of Triton, compute capability); else none.
+
+    For kernels in half precision of which one version's assembler spills a value, so that one more program fits. With
+    a limit of our own it does not.
+    """
+    here = (*VERSION, capability(tensor))
+    return {"maxnreg": most[here]} if here in most and tensor.element_size() == 2 else {}
 
 
 def vector_width(element_size: int, *lengths: int) -> int:

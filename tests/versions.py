@@ -70,20 +70,29 @@ def last_line(text: str) -> str:
     return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
 
 
-def make_wheel(python: Path, folder: Path) -> Path:
-    """The wheel of a copy of this checkout, since setuptools builds beside setup.py."""
+def make_wheel(python: Path, folder: Path) -> tuple[Path, Path]:
+    """(sdist, wheel) of this checkout, the wheel built from the sdist, as `python -m build` does it.
+
+    They are made from a copy, since setuptools builds beside setup.py.
+    """
     source = folder / "source"
     source.mkdir(parents=True)
     for part in ("fastseg", "kernels"):
         shutil.copytree(ROOT / part, source / part, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
-    for part in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+    for part in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / part, source / part)
-    command = [python, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", folder, source]
-    built = run(command)
-    if built.returncode:
-        raise SystemExit(built.stderr)
+    build_sdist = f"from setuptools.build_meta import build_sdist; build_sdist({str(folder)!r})"
+    _succeed(run([python, "-c", build_sdist], source))
+    (sdist,) = folder.glob("fastseg_kernels-*.tar.gz")
+    command = [python, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", folder, sdist]
+    _succeed(run(command))
     (wheel,) = folder.glob("fastseg_kernels-*.whl")
-    return wheel
+    return sdist, wheel
+
+
+def _succeed(ran: subprocess.CompletedProcess[str]) -> None:
+    if ran.returncode:
+        raise SystemExit(ran.stdout + ran.stderr)
 
 
 def environment(pair: Pair) -> Path:
@@ -159,7 +168,8 @@ def check_wheel(python: Path, wheel: Path, folder: Path) -> dict[str, Any]:
     site = "import site; print(site.getsitepackages()[0])"
     theirs, ours = (Path(run([p, "-c", site]).stdout.strip()) for p in (python, own))
     (ours / "beside.pth").write_text(f"{theirs}\n")
-    installed = run([own, "-m", "pip", "install", "--no-input", wheel])
+    # The user's own configuration may limit versions, and pip would then replace a newer torch.
+    installed = run([own, "-m", "pip", "install", "--no-input", wheel], PIP_CONFIG_FILE=os.devnull)
     if installed.returncode:
         return {"error": last_line(installed.stderr)}
     prefix = "Successfully installed "
@@ -194,7 +204,8 @@ def check(pair: Pair, given: Path | None) -> dict[str, Any]:
         row["tests"] = run_tests(python, folder)
         shutil.copy(folder / "tests.log", BUILT / f"{pair.torch}.log")
         row["codegen"] = compile_kernels(python)
-        row["wheel"] = check_wheel(python, make_wheel(python, folder / "wheel"), folder)
+        _, wheel = make_wheel(python, folder / "built")
+        row["wheel"] = check_wheel(python, wheel, folder)
         return row
 
 
