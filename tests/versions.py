@@ -2,8 +2,8 @@
 
 For each pair it makes an environment in build/versions, unless one is given, and in it runs
 
-- tests: the first set of arguments of each test in TESTS (pytest --quick);
-- codegen: every kernel compiled for sm_90 and sm_100 as it is first launched, and which of them spill registers;
+- tests: the first set of arguments of each test in TESTS (pytest --quick). They also compile kernels, those among them
+  that spilled registers with some version of triton (tests/inspect/test_spills.py);
 - wheel: the wheel, installed into a new environment beside that torch. pip must install nothing else, and there
   `fastseg doctor` and `fastseg verify --quick` must run without the checkout.
 
@@ -31,10 +31,11 @@ RESULTS = ROOT / "benchmarks" / "results" / "versions.json"
 BUILT = ROOT / "build" / "versions"
 TESTS = (
     "pooling", "batch_norm", "convolution", "losses", "nn", "compiler", "verification",
-    "kernels/test_interpreter.py", "kernels/test_launch.py", "inspect/test_inductor.py", "swapping/test_swap.py",
-    "swapping/test_swap_functions.py", "swapping/test_swap_compatibility.py", "cuda/test_cuda_sanitized.py",
-    "test_devices.py", "test_dispatch.py", "test_internals.py", "test_threads.py", "test_version.py",
+    "kernels/test_interpreter.py", "kernels/test_launch.py", "inspect/test_inductor.py", "inspect/test_spills.py",
+    "swapping/test_swap.py", "swapping/test_swap_functions.py", "swapping/test_swap_compatibility.py",
+    "cuda/test_cuda_sanitized.py", "test_devices.py", "test_dispatch.py", "test_internals.py", "test_threads.py",
 )  # fmt: skip
+PARTS = ("tests", "wheel")
 LIMIT = 3600  # seconds that one part may take
 
 
@@ -149,17 +150,6 @@ def counts(report: ElementTree.Element) -> dict[str, Any]:
     return {"passed": len(cases) - len(failed) - skipped, "skipped": skipped, "failed": sorted(set(failed))}
 
 
-def compile_kernels(python: Path) -> dict[str, Any]:
-    """How many kernels were compiled, and those that spill."""
-    command = [python, "-m", "fastseg.commands.cli", "inspect", "codegen", "--json", "--first", "--sm", 90, "--sm", 100]
-    compiled = run(command, PYTHONPATH=str(ROOT))
-    if compiled.returncode:
-        return {"error": last_line(compiled.stderr)}
-    rows = json.loads(compiled.stdout)["rows"]
-    spilling = [f"{row['kernel']} {row['layout']} sm_{row['sm']}" for row in rows if row["spills"]]
-    return {"compiled": len(rows), "spilling": spilling}
-
-
 def check_wheel(python: Path, wheel: Path, folder: Path) -> dict[str, Any]:
     """What pip installs with the wheel beside the environment's packages, and what fastseg then says there."""
     beside = folder / "beside"
@@ -187,8 +177,8 @@ def check_wheel(python: Path, wheel: Path, folder: Path) -> dict[str, Any]:
     return found | {"verified": len(report["cases"]), "wrong": failed}
 
 
-def check(pair: Pair, given: Path | None) -> dict[str, Any]:
-    """The results of one pair."""
+def check(pair: Pair, given: Path | None, parts: Sequence[str]) -> dict[str, Any]:
+    """The results of one pair. Those of parts that do not run are the earlier ones."""
     BUILT.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=BUILT) as name:
         folder = Path(name)
@@ -201,26 +191,28 @@ def check(pair: Pair, given: Path | None) -> dict[str, Any]:
             return row | {"not run": str(error)}
         if (row["torch"].partition("+")[0], row["triton"]) != (pair.torch, pair.triton):
             return row | {"not run": f"this environment should have torch {pair.torch} and triton {pair.triton}"}
-        row["tests"] = run_tests(python, folder)
-        shutil.copy(folder / "tests.log", BUILT / f"{pair.torch}.log")
-        row["codegen"] = compile_kernels(python)
-        _, wheel = make_wheel(python, folder / "built")
-        row["wheel"] = check_wheel(python, wheel, folder)
+        row = {part: old[part] for old in earlier() if _key(old) == _key(row) for part in PARTS if part in old} | row
+        if "tests" in parts:
+            row["tests"] = run_tests(python, folder)
+            shutil.copy(folder / "tests.log", BUILT / f"{pair.torch}.log")
+        if "wheel" in parts:
+            _, wheel = make_wheel(python, folder / "built")
+            row["wheel"] = check_wheel(python, wheel, folder)
         return row
 
 
 def passed(row: dict[str, Any]) -> bool:
     """Whether everything ran and nothing failed."""
-    if "not run" in row or "error" in row["codegen"] or "error" in row["wheel"]:
+    if "not run" in row or any(part not in row or "error" in row[part] for part in PARTS):
         return False
     only_fastseg = [name.rpartition("-")[0] for name in row["wheel"]["installed"]] == ["fastseg-kernels"]
-    return only_fastseg and not (row["tests"]["failed"] or row["codegen"]["spilling"] or row["wheel"]["wrong"])
+    return only_fastseg and not (row["tests"]["failed"] or row["wheel"]["wrong"])
 
 
 HEADER = (
-    "| torch | triton | Python | numpy | tests: passed, skipped, failed | kernels compiled, spilling | "
+    "| torch | triton | Python | numpy | tests: passed, skipped, failed | "
     "`verify --quick` from the wheel: cases, failed | date |",
-    "|---|---|---|---|---|---|---|---|",
+    "|---|---|---|---|---|---|---|",
 )
 
 
@@ -232,20 +224,23 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 def _table_row(row: dict[str, Any]) -> str:
     versions = [row["torch"], row["triton"], row["python"], row.get("numpy", "")]
     if "not run" in row:
-        return f"| {' | '.join(versions)} | not run: {row['not run']} | | | {row['date']} |"
-    tests, codegen, wheel = row["tests"], row["codegen"], row["wheel"]
+        return f"| {' | '.join(versions)} | not run: {row['not run']} | | {row['date']} |"
+    tests, wheel = (row.get(part, {"error": "not run"}) for part in PARTS)
     cells = [
-        f"{tests['passed']}, {tests['skipped']}, {len(tests['failed'])}",
-        codegen.get("error") or f"{codegen['compiled']}, {len(codegen['spilling'])}",
+        tests.get("error") or f"{tests['passed']}, {tests['skipped']}, {len(tests['failed'])}",
         wheel.get("error") or f"{wheel['verified']}, {len(wheel['wrong'])}",
     ]
     return f"| {' | '.join([*versions, *cells, row['date']])} |"
 
 
+def earlier() -> list[dict[str, Any]]:
+    """The rows of the result file."""
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+
+
 def write(row: dict[str, Any]) -> None:
     """Put a pair's results in the place of its earlier ones; the other pairs' stay."""
-    earlier = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
-    rows = {_key(old): old for old in earlier} | {_key(row): row}
+    rows = {_key(old): old for old in earlier()} | {_key(row): row}
     temporary = RESULTS.with_suffix(".tmp")
     temporary.write_text(json.dumps([rows[key] for key in sorted(rows)], indent=1) + "\n")
     os.replace(temporary, RESULTS)
@@ -258,6 +253,7 @@ def _key(row: dict[str, Any]) -> tuple[int, ...]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--part", choices=PARTS, action="append", help="run this alone, and keep the other's results")
     parser.add_argument("--only", action="append", help="the version of torch of a pair (may be repeated)")
     parser.add_argument(
         "--environment", action="append", default=[], metavar="TORCH=PYTHON",
@@ -271,11 +267,11 @@ def main() -> int:
         parser.error(f"no pair has torch {', '.join(sorted(unknown))}")
     good = True
     for pair in chosen:
-        row = check(pair, Path(given[pair.torch]).absolute() if pair.torch in given else None)
+        row = check(pair, Path(given[pair.torch]).absolute() if pair.torch in given else None, args.part or PARTS)
         write(row)
         good = good and passed(row)
         print(json.dumps(row, indent=1), flush=True)
-    print(table(json.loads(RESULTS.read_text())))
+    print(table(earlier()))
     return 0 if good else 1
 
 
