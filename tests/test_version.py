@@ -90,7 +90,7 @@ GOOD = {
         ({"wheel": {"error": "no pip"}}, "7, 2, 0 | no pip"),
         ({"wheel": GOOD["wheel"] | {"wrong": ["a case"]}}, "7, 2, 0 | 3, 1"),
         ({"wheel": GOOD["wheel"] | {"installed": ["fastseg-kernels-0.1.0", "torch-2.13.0"]}}, "7, 2, 0 | 3, 0"),
-        ({"not run": "there is no python3.14"}, "not run: there is no python3.14 | "),
+        ({"not run": "there is no python3.14"}, "not run: there is no python3.14 |"),
     ],
 )
 def test_a_pair_passes_only_if_everything_does(changed, cells):
