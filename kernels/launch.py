@@ -77,8 +77,13 @@ def roomy(tensor: Tensor) -> bool:
     return 90 <= capability(tensor) < 120
 
 
+def has_tf32(tensor: Tensor) -> bool:
+    """Whether the tensor's GPU may multiply float32 as TF32: NVIDIA's. Triton refuses it for most of AMD's."""
+    return capability(tensor) > 0
+
+
 def targeting(sm: int) -> contextlib.AbstractContextManager[Any]:
-    """Launch as on a GPU of this compute capability; for launches that are recorded or interpreted."""
+    """Launch as on a GPU of this compute capability, 0 for AMD's; for launches that are recorded or interpreted."""
     return _target.replaced(sm)
 
 

@@ -195,11 +195,14 @@ made = (
     cases.upsample_cross_entropy(at, (8, 19, 128, 256), cases.ResizeSpec((512, 1024))),
 )
 found = {}
-for case in map(next, made):
+torch.backends.cudnn.conv.fp32_precision = "tf32"  # which these GPUs do not have
+exact = cases.Placement(torch.float32, torch.contiguous_format, "meta")
+products = cases.conv_transpose2d(exact, (8, 128, 90, 120), cases.ConvTransposeSpec(64, kernel=3, stride=2))
+for case in (*map(next, made), next(products)):
     with dispatch.backend("triton"), targeting(0), observing(lambda operator, call: None):
         for launch in record(lambda: case.step(case.ours, backward=True)()):
-            if launch.name not in found:
-                found[launch.name] = compile_for_amd(launch, "gfx1100")
+            if (name := f"{launch.name} {sorted(set(launch.signature.values()))}") not in found:
+                found[name] = compile_for_amd(launch, "gfx1100")
 print(json.dumps(found))
 """
 
