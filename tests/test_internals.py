@@ -41,6 +41,7 @@ def exists(path):
     return True
 
 
+@pytest.mark.every
 @pytest.mark.parametrize("package, path, purpose", NAMES)
 def test_the_private_name_exists(package, path, purpose):
     module = MODULES[package]

@@ -29,11 +29,17 @@ from xml.etree import ElementTree
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "versions.json"
 BUILT = ROOT / "build" / "versions"
-TESTS = (
-    "pooling", "batch_norm", "convolution", "losses", "nn", "compiler", "verification",
-    "kernels/test_interpreter.py", "kernels/test_launch.py", "inspect/test_inductor.py", "inspect/test_spills.py",
-    "swapping/test_swap.py", "swapping/test_swap_functions.py", "swapping/test_swap_compatibility.py",
-    "cuda/test_cuda_sanitized.py", "test_devices.py", "test_dispatch.py", "test_internals.py", "test_threads.py",
+TESTS = (  # each family against torch, opcheck, torch.compile, and what reaches into torch or triton
+    "pooling/test_pool.py", "pooling/test_unpool.py", "batch_norm/test_batch_norm.py",
+    "batch_norm/test_batch_norm_operators.py", "convolution/test_conv_transpose.py",
+    "convolution/test_conv_transpose_operators.py", "convolution/test_unpool_conv.py", "losses/test_cross_entropy.py",
+    "losses/test_cross_entropy_operators.py", "losses/test_cross_entropy_one_pass.py",
+    "losses/test_dice_cross_entropy.py", "losses/test_linear_cross_entropy.py", "losses/test_upsample.py",
+    "losses/test_upsample_cross_entropy.py", "losses/test_upsample_cross_entropy_memory.py",
+    "losses/test_upsample_cross_entropy_predictions.py", "losses/test_confusion.py",
+    "compiler/test_compile_backend.py", "swapping/test_swap.py", "kernels/test_interpreter.py",
+    "kernels/test_launch.py", "inspect/test_spills.py", "inspect/test_inductor.py", "cuda/test_cuda_sanitized.py",
+    "test_devices.py", "test_internals.py", "test_threads.py",
 )  # fmt: skip
 PARTS = ("tests", "wheel")
 LIMIT = 3600  # seconds that one part may take
