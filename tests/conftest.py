@@ -26,7 +26,7 @@ SKIPPED = {  # by whether there is a GPU: the marker and the reason
 
 
 def pytest_addoption(parser):
-    parser.addoption("--quick", action="store_true", help="of a test with several sets of arguments run the first alone")
+    parser.addoption("--quick", action="store_true", help="run each test with its first set of arguments alone")
 
 
 def pytest_collection_modifyitems(config, items):
