@@ -74,12 +74,13 @@ def get_backend() -> str:
 def set_backend(name: str) -> None:
     """Set the backend of the process: "auto", "triton", "cuda", "cpu" or "torch".
 
-    All threads read it, except inside a ``with fastseg.backend(...)``, whose backend stays until its end.
+    All threads read it, outside of ``with fastseg.backend(...)``. Called inside such a block, it sets the backend of
+    the block in place of that of the process.
 
     Raises:
         ValueError: for another name.
     """
-    _setting.default = _checked(name, "backend")
+    _setting.set(_checked(name, "backend"))
 
 
 @contextlib.contextmanager

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import functools
+import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -45,16 +48,34 @@ def _carried(key: str) -> Any:
 _carried._dynamo_marked_constant = True  # as torch.compiler.assume_constant_result does, which imports torch._dynamo
 
 
+def _carry(key: str, value: Any) -> None:
+    """Give a value to the threads in which autograd runs a backward for the current thread."""
+    if _releases_too_often():
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(value))
+    torch._C._stash_obj_in_tls(key, value)
+
+
+@functools.cache
+def _releases_too_often() -> bool:
+    """Whether torch releases a reference to a value that it keeps without having taken one, as torch 2.11 does."""
+    value = object()
+    before = sys.getrefcount(value)
+    torch._C._stash_obj_in_tls("fastseg.setting", value)
+    released = sys.getrefcount(value) == before
+    if released:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(value))
+    return released
+
+
 @contextlib.contextmanager
 def _carrying(key: str, value: Any) -> Iterator[None]:
-    """Give a value to autograd's threads while they run a backward for the current thread."""
-    carry: Callable[[str, Any], None] = torch._C._stash_obj_in_tls
+    """Carry a value for the duration of a block."""
     before = torch._C._get_obj_in_tls(key) if torch._C._is_key_in_tls(key) else None
-    carry(key, value)
+    _carry(key, value)
     try:
         yield
     finally:
-        carry(key, before)
+        _carry(key, before)
 
 
 class Setting(Generic[T]):
@@ -76,6 +97,15 @@ class Setting(Generic[T]):
         if value is None:
             value = _carried(self._key)
         return self.default if value is None else value
+
+    def set(self, value: T) -> None:
+        """Set the value of the innermost block of this thread until it ends; outside of blocks, that of the process."""
+        if self._scope.value is None:
+            self.default = value
+            return
+        self._scope.value = value
+        if not torch.compiler.is_compiling():
+            _carry(self._key, value)
 
     @contextlib.contextmanager
     def replaced(self, value: T) -> Iterator[T]:

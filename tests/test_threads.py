@@ -1,5 +1,6 @@
 """Backends and recorders that ``with`` blocks set belong to the thread of the block, and to its backward."""
 
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,6 +11,7 @@ import fastseg
 import fastseg.functional as FS
 from fastseg import dispatch
 from fastseg.kernels import launch
+from fastseg.kernels.shared import Setting
 from fastseg.ops.operator import observing
 
 WAIT = 60  # seconds; a thread that fails breaks the barrier before
@@ -49,9 +51,10 @@ def test_the_backend_of_the_process_is_read_by_every_thread_outside_of_blocks():
     try:
         assert at_once(fastseg.get_backend, fastseg.get_backend) == ["torch", "torch"]
         with fastseg.backend("auto"):
-            fastseg.set_backend("cuda")
-            assert fastseg.get_backend() == "auto" and at_once(fastseg.get_backend) == ["cuda"]
-        assert fastseg.get_backend() == "cuda"
+            assert fastseg.get_backend() == "auto" and at_once(fastseg.get_backend) == ["torch"]
+            fastseg.set_backend("cuda")  # of the block
+            assert fastseg.get_backend() == "cuda" and at_once(fastseg.get_backend) == ["torch"]
+        assert fastseg.get_backend() == "torch"
     finally:
         fastseg.set_backend("auto")
 
@@ -81,6 +84,16 @@ def nested_backward():
     threads, backends = zip(*seen, strict=True)
     assert len(set(threads)) == 2, "every backward ran in the thread that called it"
     return set(backends)
+
+
+def test_values_of_blocks_are_not_released_too_often():
+    """torch 2.11 does so with what it carries to autograd's threads; the process crashed."""
+    value = object()
+    setting, before = Setting(None), sys.getrefcount(value)
+    for _ in range(5):
+        with setting.replaced(value):
+            assert setting.value is value
+    assert sys.getrefcount(value) == before
 
 
 def nested_backward_in_a_block(name, barrier):
