@@ -109,8 +109,18 @@ def test_results_of_a_pair_replace_its_earlier_ones(tmp_path, monkeypatch):
 
 def test_counts_are_read_from_pytests_report():
     report = ElementTree.fromstring(
-        '<testsuites><testsuite><testcase classname="a" name="good"/><testcase classname="a" name="bad"><failure/>'
-        '</testcase><testcase classname="a" name="broken"><error/></testcase><testcase classname="a" name="left">'
+        '<testsuites><testsuite><testcase classname="a.b" name="good"/><testcase classname="a.b" name="bad"><failure/>'
+        '</testcase><testcase classname="a" name="broken[1]"><error/></testcase><testcase classname="a" name="left">'
         "<skipped/></testcase></testsuite></testsuites>"
     )
-    assert versions.counts(report) == {"passed": 1, "skipped": 1, "failed": ["a.bad", "a.broken"]}
+    assert versions.counts(report) == {"passed": 1, "skipped": 1, "failed": ["a.py::broken[1]", "a/b.py::bad"]}
+
+
+def test_failed_tests_run_again_and_are_named(monkeypatch):
+    before = {"passed": 5, "skipped": 1, "failed": ["a.py::one", "b.py::two"]}
+    monkeypatch.setattr(versions, "run_tests", lambda *arguments: {"passed": 1, "skipped": 0, "failed": ["b.py::two"]})
+    after = {"passed": 6, "skipped": 1, "failed": ["b.py::two"], "again": ["a.py::one", "b.py::two"]}
+    assert versions.run_failed_tests("python", "folder", before) == after
+    monkeypatch.setattr(versions, "run_tests", lambda *arguments: {"passed": 1, "skipped": 0, "failed": []})
+    assert versions.run_failed_tests("python", "folder", after) == after | {"passed": 7, "failed": []}
+    assert versions.run_failed_tests("python", "folder", {"failed": []}) == {"failed": []}

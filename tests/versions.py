@@ -133,22 +133,31 @@ def installed_versions(python: Path) -> dict[str, str]:
     return json.loads(found.stdout)
 
 
-def run_tests(python: Path, folder: Path) -> dict[str, Any]:
-    """How many tests passed, were skipped and failed, and the names of those that failed."""
+def run_tests(python: Path, folder: Path, chosen: Sequence[str]) -> dict[str, Any]:
+    """How many of the chosen tests passed, were skipped and failed, and the names of those that failed."""
     report = folder / "tests.xml"
     command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--quick", f"--junitxml={report}"]
-    ran = run([*command, *(f"tests/{part}" for part in TESTS)], PYTHONPATH=str(ROOT))
+    ran = run([*command, *chosen], PYTHONPATH=str(ROOT))
     if not report.exists():
         raise SystemExit(ran.stdout[-3000:] + ran.stderr[-3000:])
     (folder / "tests.log").write_text(ran.stdout + ran.stderr)
     return counts(ElementTree.parse(report).getroot())
 
 
+def run_failed_tests(python: Path, folder: Path, before: dict[str, Any]) -> dict[str, Any]:
+    """The results with those of the failed tests replaced, which alone run again; `again` names them."""
+    if not before["failed"]:
+        return before
+    found = run_tests(python, folder, before["failed"])
+    summed = {word: before[word] + found[word] for word in ("passed", "skipped")}
+    return summed | {"failed": found["failed"], "again": sorted({*before.get("again", ()), *before["failed"]})}
+
+
 def counts(report: ElementTree.Element) -> dict[str, Any]:
-    """The numbers of a JUnit report."""
+    """The numbers of a JUnit report, and pytest's names of the failed tests."""
     cases = list(report.iter("testcase"))
     failed = [
-        f"{case.get('classname')}.{case.get('name')}"
+        f"{case.get('classname').replace('.', '/')}.py::{case.get('name')}"
         for case in cases
         if case.find("failure") is not None or case.find("error") is not None
     ]
@@ -183,8 +192,10 @@ def check_wheel(python: Path, wheel: Path, folder: Path) -> dict[str, Any]:
     return found | {"verified": len(report["cases"]), "wrong": failed}
 
 
-def check(pair: Pair, given: Path | None, parts: Sequence[str]) -> dict[str, Any]:
-    """The results of one pair. Those of parts that do not run are the earlier ones."""
+def check(pair: Pair, given: Path | None, parts: Sequence[str], failed: bool) -> dict[str, Any]:
+    """The results of one pair. Those of parts that do not run are the earlier ones, as with `failed` those of the tests
+    that passed.
+    """
     BUILT.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=BUILT) as name:
         folder = Path(name)
@@ -199,7 +210,10 @@ def check(pair: Pair, given: Path | None, parts: Sequence[str]) -> dict[str, Any
             return row | {"not run": f"this environment should have torch {pair.torch} and triton {pair.triton}"}
         row = {part: old[part] for old in earlier() if _key(old) == _key(row) for part in PARTS if part in old} | row
         if "tests" in parts:
-            row["tests"] = run_tests(python, folder)
+            if failed:
+                row["tests"] = run_failed_tests(python, folder, row["tests"])
+            else:
+                row["tests"] = run_tests(python, folder, [f"tests/{part}" for part in TESTS])
             shutil.copy(folder / "tests.log", BUILT / f"{pair.torch}.log")
         if "wheel" in parts:
             _, wheel = make_wheel(python, folder / "built")
@@ -260,6 +274,7 @@ def _key(row: dict[str, Any]) -> tuple[int, ...]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--part", choices=PARTS, action="append", help="run this alone, and keep the other's results")
+    parser.add_argument("--failed", action="store_true", help="of the tests run those again that failed")
     parser.add_argument("--only", action="append", help="the version of torch of a pair (may be repeated)")
     parser.add_argument(
         "--environment", action="append", default=[], metavar="TORCH=PYTHON",
@@ -273,7 +288,9 @@ def main() -> int:
         parser.error(f"no pair has torch {', '.join(sorted(unknown))}")
     good = True
     for pair in chosen:
-        row = check(pair, Path(given[pair.torch]).absolute() if pair.torch in given else None, args.part or PARTS)
+        row = check(
+            pair, Path(given[pair.torch]).absolute() if pair.torch in given else None, args.part or PARTS, args.failed
+        )
         write(row)
         good = good and passed(row)
         print(json.dumps(row, indent=1), flush=True)
