@@ -168,7 +168,7 @@ def counts(report: ElementTree.Element) -> dict[str, Any]:
 def check_wheel(python: Path, wheel: Path, folder: Path) -> dict[str, Any]:
     """What pip installs with the wheel beside the environment's packages, and what fastseg then says there."""
     beside = folder / "beside"
-    run([python, "-m", "venv", beside])
+    run([python, "-m", "venv", "--without-pip", beside])  # nor setuptools, which may be older than torch's
     own = beside / "bin" / "python"
     site = "import site; print(site.getsitepackages()[0])"
     theirs, ours = (Path(run([p, "-c", site]).stdout.strip()) for p in (python, own))
