@@ -90,7 +90,7 @@ def make_wheel(python: Path, folder: Path) -> tuple[Path, Path]:
         shutil.copy(ROOT / part, source / part)
     build_sdist = f"from setuptools.build_meta import build_sdist; build_sdist({str(folder)!r})"
     _succeed(run([python, "-c", build_sdist], source))
-    (sdist,) = folder.glob("fastseg_kernels-*.tar.gz")
+    (sdist,) = folder.glob("fastseg?kernels-*.tar.gz")  # older setuptools write it with a hyphen
     command = [python, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", folder, sdist]
     _succeed(run(command))
     (wheel,) = folder.glob("fastseg_kernels-*.whl")
