@@ -1,10 +1,12 @@
-# make demo   fused layers swapped into a plain SegNet, trained on pictures, checked against torch
-# make test   the whole test suite
-# make gpu    on a machine with a GPU: its tests, verify, benchmarks and machine code, into build/gpu (under 9 minutes);
-#             with that machine's own torch and triton: python3 benchmarks/gpu.py --out build/gpu
-# make witness   without a GPU: fastseg verify on the IR that Triton compiles, for compute capability 8.0 and 9.0 (under
-#             10 minutes; needs Python 3.12 or 3.13, and 6 GB for an environment of its own)
-# make docs   the documentation with the API reference, into build/site
+# make demo      fused layers swapped into a plain SegNet, trained on pictures, checked against torch
+# make test      the whole test suite
+# make gpu       on a machine with a GPU: its tests, verify, benchmarks and machine code, into build/gpu (under 9 minutes);
+#                with that machine's own torch and triton: python3 benchmarks/gpu.py --out build/gpu
+# make witness   without a GPU: fastseg verify on the IR that Triton compiles, for compute capability 8.0 and 9.0 (needs
+#                Python 3.12 or 3.13, and 6 GB for an environment of its own)
+# make versions  with each supported pair of torch and triton: quick tests, machine code, the wheel; downloads gigabytes
+#                unless environments are given: make versions ARGS="--environment 2.15.0=/path/to/python"
+# make docs      the documentation with the API reference, into build/site
 PYTHON ?= python3
 WITNESS_PYTHON ?= python3.12
 VENV := .venv
@@ -13,7 +15,7 @@ INSTALLED := $(VENV)/installed
 WITNESS := .venv-witness
 WITNESS_PINS := tests/support/witness-requirements.txt
 
-.PHONY: demo test gpu witness docs clean
+.PHONY: demo test gpu witness versions docs clean
 
 demo: $(INSTALLED)
 	$(BIN)/fastseg demo
@@ -28,6 +30,9 @@ gpu: $(INSTALLED)
 
 witness: $(WITNESS)/installed
 	$(WITNESS)/bin/python tests/support/run_witness.py
+
+versions:
+	$(PYTHON) tests/versions.py $(ARGS)
 
 docs: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"

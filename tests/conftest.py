@@ -25,7 +25,18 @@ SKIPPED = {  # by whether there is a GPU: the marker and the reason
 }
 
 
-def pytest_collection_modifyitems(items):
+def pytest_addoption(parser):
+    parser.addoption("--quick", action="store_true", help="run each test with its first set of arguments alone")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("quick"):
+        first: dict[str, pytest.Item] = {}
+        for item in items:
+            every = item.get_closest_marker("every") is not None
+            first.setdefault(item.nodeid if every else item.nodeid.partition("[")[0], item)
+        config.hook.pytest_deselected(items=[item for item in items if item not in first.values()])
+        items[:] = first.values()
     mark, reason = SKIPPED[torch.cuda.is_available()]
     for item in items:
         if item.get_closest_marker(mark) is not None:
