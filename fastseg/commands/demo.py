@@ -14,7 +14,6 @@ from ..training import comparison
 from ..training.device import pick_device
 from ..training.drawing import draw_history, draw_scenes, require_matplotlib, write_png
 from ..training.runs import make_folder
-from ..training.trainer import METRICS_FILE
 from . import terminal
 from .options import add_device, add_json
 
@@ -51,7 +50,7 @@ def main(args: argparse.Namespace) -> int:
     torch.set_num_threads(max(1, torch.get_num_threads() - 1))
     pair = comparison.make_pair(config, out / "segnet.pt")
     make_folder(out)  # after what may raise, so that an error leaves no folder
-    (out / METRICS_FILE).unlink(missing_ok=True)
+    pair.swapped.log.clear()
 
     console.print(pair.report)
     difference = comparison.loss_difference(pair)

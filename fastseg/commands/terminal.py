@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn, track
 
 if TYPE_CHECKING:
-    from ..training.trainer import Record
+    from ..training.logs import Record
 
 PIPED_WIDTH = 200
 LINES = 20
@@ -26,6 +27,12 @@ def console(stderr: bool = False) -> Console:
 def text_console(stderr: bool = False) -> Console:
     """A console for sentences with file names: no markup, no line breaks."""
     return Console(stderr=stderr, markup=False, emoji=False, highlight=False, soft_wrap=True)
+
+
+def bar(items: Iterable[Any], total: int, what: str) -> Iterable[Any]:
+    """Yield the items, with a progress bar on stderr if that is a terminal. `what`: what is done, in a word or two."""
+    shown = console(stderr=True)
+    return track(items, what, total, console=shown, transient=True, disable=not shown.is_terminal)
 
 
 class TrainingProgress:
@@ -52,7 +59,8 @@ class TrainingProgress:
         """Show a record of the run."""
         if "miou" in record:
             self.miou = f"  mIoU {record['miou']:.3f}"
-        text = f"loss {record['loss']:.4f}  lr {record['lr']:.2e}{self.miou}"
+        loss = "-" if record["loss"] is None else f"{record['loss']:.4f}"
+        text = f"loss {loss}  lr {record['lr']:.2e}{self.miou}"
         self.progress.update(self.task, completed=record["step"], description=text)
         due = record["step"] - self.printed >= self.steps / LINES or "miou" in record or record["step"] == self.steps
         if due and not self.console.is_terminal:

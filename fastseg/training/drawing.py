@@ -10,25 +10,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from ..atomic_write import atomic_write
-from .data import CAMVID_CLASSES
+from .class_names import COLOURS
 
 if TYPE_CHECKING:
-    from .trainer import Record
+    from .logs import Record
 
-CAMVID_COLOURS = (
-    (128, 128, 128),
-    (128, 0, 0),
-    (192, 192, 128),
-    (128, 64, 128),
-    (0, 0, 192),
-    (128, 128, 0),
-    (192, 128, 128),
-    (64, 64, 128),
-    (64, 0, 128),
-    (64, 64, 0),
-    (0, 128, 192),
-)
-"""The colours in CamVid's own label file, in the order of CAMVID_CLASSES."""
 VOID_COLOUR = (0, 0, 0)
 
 
@@ -55,13 +41,13 @@ def require_matplotlib() -> None:
 
 
 def palette(classes: Sequence[str]) -> np.ndarray:
-    """Return a colour for each class: CamVid's own colours for its classes, else colours that are easy to tell apart.
+    """Return a colour for each class: the authors' for the classes of a known data set, else ones easy to tell apart.
 
     Shape:
         - output: uint8 [K, 3] for K classes.
     """
-    if tuple(classes) == CAMVID_CLASSES:
-        return np.array(CAMVID_COLOURS, np.uint8)
+    if tuple(classes) in COLOURS:
+        return np.array(COLOURS[tuple(classes)], np.uint8)
     if len(classes) <= 11:
         from matplotlib import colormaps
 

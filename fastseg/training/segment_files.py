@@ -12,11 +12,12 @@ import torch
 
 from ..dispatch import backend
 from ..functional import confusion_matrix
-from .data import check_same_size, read_image, read_mask
 from .drawing import Scene, draw_scenes, write_png
 from .instance_wise import PROPOSAL_SIZE, Box, InstanceOptions, read_boxes, select_boxes, sliding_windows
+from .masks import read_pair
 from .metrics import Scores, scores
 from .networks import check_image_size
+from .pictures import read_image
 from .segmenter import Segmenter
 
 if TYPE_CHECKING:
@@ -102,15 +103,13 @@ def read_inputs(files: ImageFiles, segmenter: Segmenter, options: SegmentOptions
         OSError: a file cannot be read.
         ValueError: a file is invalid or does not fit the image, or the image is too small for the network.
     """
-    image = read_image(files.image)
+    if files.truth is None:
+        image, truth = read_image(files.image), None
+    else:
+        image, truth, *_ = read_pair(files.image, files.truth, segmenter.masks)
     boxes = None if options.instances is None else _read_boxes(files, image, options.instances)
     own_size = (image.height, image.width) if boxes is None else PROPOSAL_SIZE
     check_image_size(segmenter.model, *(options.size or segmenter.size or own_size))
-    truth = None
-    if files.truth is not None:
-        mask = read_mask(files.truth, len(segmenter.classes), segmenter.ignore_index)
-        check_same_size(mask, files.truth, image)
-        truth = np.asarray(mask).astype(np.int64)
     return Inputs(image, truth, boxes)
 
 

@@ -13,10 +13,13 @@ from torch import Tensor, nn
 
 from ..functional import upsample_argmax
 from .checkpoint import load_checkpoint
-from .data import normalise, resize, to_tensor
+from .data import LabelOptions, mask_format, normalise
 from .device import pick_device
 from .instance_wise import DEFAULT_OPTIONS, PROPOSAL_SIZE, Box, InstanceOptions, instance_scores
+from .layouts import AUTO, LAYOUTS
+from .masks import ColourTable
 from .networks import build_model, load_weights
+from .pictures import resize, to_tensor
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -32,6 +35,7 @@ class Segmenter:
     Attributes:
         classes: names of the classes.
         ignore_index: label of pixels without a class in the training data.
+        masks: how masks are read that look like those of the training data.
         model: the network, in evaluation mode.
         size: (height, width) that the network was trained at, or None if it was trained at the size of each image.
 
@@ -42,7 +46,7 @@ class Segmenter:
     Example (not executed)::
 
         segmenter = Segmenter("runs/train/checkpoint.pt")
-        labels = segmenter(read_image("street.jpg"))  # fastseg.training.data.read_image
+        labels = segmenter(read_image("street.jpg"))  # fastseg.training.pictures.read_image
     """
 
     def __init__(self, path: str | Path, device: str | None = None) -> None:
@@ -52,7 +56,13 @@ class Segmenter:
         self.mean, self.std, self.size = state["mean"], state["std"], config["size"]
         self.device = pick_device(device)
         self.model: nn.Module = build_model(config["model"], len(self.classes), config["width"])
-        load_weights(self.model, state, path)
+        load_weights(self.model, state, path, averaged=True)
+        colours = {row[:3]: row[3] for row in state["colours"]}
+        labels = LabelOptions(num_classes=len(self.classes), ignore_index=self.ignore_index, exif=config["exif"])
+        table = ColourTable(self.classes, colours) if colours else None
+        # Digit scenes, and checkpoints of earlier versions, have masks with the numbers of their classes.
+        layout = LAYOUTS["camvid" if config["layout"] == AUTO else config["layout"]]
+        self.masks = replace(mask_format(layout, labels, table), classes=self.classes)
         self.model.to(self.device).eval()
 
     @torch.no_grad()

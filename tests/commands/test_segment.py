@@ -4,7 +4,7 @@ import torch
 from support.train_common import trained_checkpoint
 
 from fastseg.commands import cli
-from fastseg.training import checkpoint, data, drawing, networks
+from fastseg.training import checkpoint, class_names, data, drawing, networks, pictures
 from fastseg.training.config import TrainConfig
 from fastseg.training.instance_wise import InstanceOptions, read_boxes, sliding_windows
 from fastseg.training.segmenter import Segmenter
@@ -43,10 +43,10 @@ def test_an_image_is_segmented_drawn_and_scored(weights, scene, tmp_path, capsys
     assert f"{image} -> {out / 'scene-segmented.png'}  accuracy 0." in printed and "mIoU" in printed
     assert sorted(file.name for file in out.iterdir()) == ["scene-labels.png", "scene-segmented.png"]
     labels = np.asarray(Image.open(out / "scene-labels.png"))
-    assert np.array_equal(labels, Segmenter(weights)(data.read_image(image)))
+    assert np.array_equal(labels, Segmenter(weights)(pictures.read_image(image)))
     truth = np.asarray(Image.open(mask))
     assert f"accuracy {(labels == truth).mean():.3f}" in printed
-    palette = drawing.palette(data.DIGIT_CLASSES)
+    palette = drawing.palette(class_names.DIGIT_CLASSES)
     shown = colours_in(out / "scene-segmented.png")
     assert {tuple(palette[k]) for k in np.unique(truth)} <= shown
     file = tmp_path / "one.png"
@@ -125,7 +125,7 @@ def test_proposals_come_from_a_file_or_from_sliding_windows(weights, given, tmp_
     assert capsys.readouterr().err == ""  # no progress bar outside a terminal
     boxes = read_boxes(file) if given else sliding_windows(60, 80, 20)
     options = InstanceOptions(min_side=20, combine="mean")
-    want = Segmenter(weights).instance_wise(data.read_image(image), boxes, options)
+    want = Segmenter(weights).instance_wise(pictures.read_image(image), boxes, options)
     assert np.array_equal(np.asarray(Image.open(out / "scene-labels.png")), want)
 
 
