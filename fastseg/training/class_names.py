@@ -77,3 +77,9 @@ COLOURS = {
     VOC_CLASSES: voc_colours(len(VOC_CLASSES)),
 }
 """The colours of the data sets that have some of their own, by their classes."""
+
+DISTINCT_COLOURS = (
+    (31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 103, 189), (140, 86, 75), (227, 119, 194),
+    (127, 127, 127), (188, 189, 34), (23, 190, 207), (43, 43, 43),
+)  # fmt: skip
+"""Colours for a few classes that are easy to tell apart: matplotlib's, and a dark grey."""

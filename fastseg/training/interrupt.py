@@ -20,6 +20,9 @@ class GracefulInterrupt:
     returns whether a stop was requested: the `stop` argument of :meth:`fastseg.training.trainer.Trainer.run`. On exit
     the previous handlers are restored. It works in the main thread only, where Python handles signals.
 
+    Args:
+        unit: what is finished first, for the message.
+
     Attributes:
         number: the signal that requested the stop, or None.
 
@@ -31,7 +34,8 @@ class GracefulInterrupt:
         False
     """
 
-    def __init__(self) -> None:
+    def __init__(self, unit: str = "step") -> None:
+        self._message = f"\nstopping after this {unit}; Ctrl-C again stops at once\n".encode()
         self.number: int | None = None
         self._previous: dict[int, Any] = {}
 
@@ -61,4 +65,4 @@ class GracefulInterrupt:
         # os.write instead of print, because the signal may have interrupted a print. A closed terminal cannot be
         # written to.
         with contextlib.suppress(OSError):
-            os.write(2, b"\nstopping after this step; Ctrl-C again stops at once\n")
+            os.write(2, self._message)

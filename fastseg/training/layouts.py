@@ -237,33 +237,50 @@ def _by_stem(files: Sequence[Path]) -> dict[str, Path]:
     return {path.stem: path for path in files}
 
 
+def masks_by_name(
+    names: Sequence[Path], mask_folder: Path, endings: Sequence[str] = CamVidLayout.ENDINGS
+) -> list[tuple[Path, str]]:
+    """Return the mask of each picture, and the rule by which it was found.
+
+    Args:
+        names: the pictures, relative to their folder.
+        mask_folder: the folder with the masks, in the same subfolders.
+        endings: what a mask may have after the stem of its picture.
+
+    Raises:
+        FileNotFoundError: a picture has no mask.
+        ValueError: it has two.
+    """
+    masks: dict[Path, list[Path]] = defaultdict(list)
+    for mask in find_files(mask_folder, MASK_SUFFIXES):
+        masks[mask.relative_to(mask_folder).with_suffix("")].append(mask)
+    result = []
+    for name in names:
+        rules = {name.with_name(f"{name.stem}{ending}"): f"STEM{ending}" for ending in endings}
+        rules[name] = "NAME"  # street.jpg.png, as some tools write
+        found = [(mask, rule) for wanted, rule in rules.items() for mask in masks.get(wanted, ())]
+        if not found:
+            raise FileNotFoundError(
+                f"{name} has no mask: {mask_folder / name.with_suffix('.png')} must exist"
+                + (f", or with {', '.join(endings[1:])} after the name" if len(endings) > 1 else "")
+            )
+        if len(found) > 1:
+            raise ValueError(f"{name} must have one mask, but has {' and '.join(str(mask) for mask, _ in found)}")
+        result.append(found[0])
+    return result
+
+
 def _match_names(
     frame_folder: Path, frames: Sequence[Path], mask_folder: Path, root: Path, endings: Sequence[str]
 ) -> Pairing:
     """Match pictures with the masks of the same names and an ending, in the same subfolders."""
-    masks: dict[Path, list[Path]] = defaultdict(list)
-    for mask in find_files(mask_folder, MASK_SUFFIXES):
-        masks[mask.relative_to(mask_folder).with_suffix("")].append(mask)
-    files, used = [], Counter[str]()
-    for frame in frames:
-        relative = frame.relative_to(frame_folder)
-        names = {relative.with_name(f"{relative.stem}{ending}"): f"STEM{ending}" for ending in endings}
-        names[relative] = "NAME"  # street.jpg.png, as some tools write
-        found = [(mask, rule) for name, rule in names.items() for mask in masks.get(name, ())]
-        if not found:
-            raise FileNotFoundError(
-                f"{frame} has no mask: {mask_folder / relative.with_suffix('.png')} must exist"
-                + (f", or with {', '.join(endings[1:])} after the name" if len(endings) > 1 else "")
-            )
-        if len(found) > 1:
-            raise ValueError(f"{frame} must have one mask, but has {' and '.join(str(mask) for mask, _ in found)}")
-        mask, rule = found[0]
-        files.append((frame, mask))
-        used[f"{rule}{mask.suffix}"] += 1
+    found = masks_by_name([frame.relative_to(frame_folder) for frame in frames], mask_folder, endings)
+    files = [(frame, mask) for frame, (mask, _) in zip(frames, found, strict=True)]
+    used = Counter(f"{rule}{mask.suffix}" for mask, rule in found)
     here, there = (folder.relative_to(root).as_posix() for folder in (frame_folder, mask_folder))
     ways = ", ".join(f"{rule} ({count})" if len(used) > 1 else rule for rule, count in used.most_common())
     matched = {mask for _, mask in files}
-    left = [mask.name for several in masks.values() for mask in several if mask not in matched]
+    left = [mask.name for mask in find_files(mask_folder, MASK_SUFFIXES) if mask not in matched]
     notes = (f"{len(left)} masks in {there}/ have no picture: {listed(left)}",) if left else ()
     return Pairing(files, f"{len(files)} pictures in {here}/, with masks in {there}/ called {ways}", notes)
 

@@ -233,14 +233,14 @@ class Pair(NamedTuple):
     mask_turned: bool
 
 
-def read_pair(image_path: Path, mask_path: Path, masks: MaskFormat) -> Pair:
-    """Read a picture and its mask.
+def read_pair(image_path: Path, mask_path: Path, masks: MaskFormat, huge: bool = False) -> Pair:
+    """Read a picture and its mask; `huge`: also those with more pixels than Pillow takes for safe.
 
     Raises:
         FileNotFoundError: a file is missing.
         ValueError: a file is invalid, or their sizes differ.
     """
-    image, mask = open_picture(image_path), open_picture(mask_path)
+    image, mask = open_picture(image_path, huge), open_picture(mask_path, huge)
     turned, mask_turned = is_turned(image), is_turned(mask)
     image, labels = as_rgb(image, image_path, masks.exif), masks.decode(mask, mask_path)
     check_same_size(labels, mask_path, image, turned and masks.exif == "upright")

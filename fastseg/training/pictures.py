@@ -60,7 +60,11 @@ def open_picture(path: Path, huge: bool = False) -> Image:
             image.load()
             return image
     # Pillow raises any of these for a damaged file.
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError as error:
+        raise ValueError(
+            f"{path} has more pixels than Pillow reads by itself; fastseg segment --tile reads it all the same: {error}"
+        ) from error
+    except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"{path} must be a PNG or JPEG image, but cannot be read: {error}") from error
     finally:
         Image.MAX_IMAGE_PIXELS = limit
