@@ -7,7 +7,6 @@ from fastseg.training import tiles
 from fastseg.training.pictures import to_tensor
 from fastseg.training.tiles import TileOptions
 
-
 SHAPES = [((50, 70), (16, 24)), ((16, 30), (16, 16)), ((9, 7), (16, 16)), ((33, 40), (33, 11))]
 """(height, width) of pictures and of tiles."""
 
