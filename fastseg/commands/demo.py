@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
 
@@ -95,5 +94,5 @@ def main(args: argparse.Namespace) -> int:
     if args.json:
         result = {"seed": args.seed, "steps": trainer.step, "miou": scores.miou, "loss_difference": difference}
         result |= {"interpreted": interpreted and interpreted._asdict(), "gpu": costs}
-        print(json.dumps(result | {"seconds": seconds, "files": files, "failures": failures}))
+        terminal.print_json(result | {"seconds": seconds, "files": files, "failures": failures})
     return 1 if failures else 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +144,7 @@ def main(args: argparse.Namespace) -> int:
         )
     if args.json:
         whole = None if total is None else scores(total).as_dict(segmenter.classes)
-        print(json.dumps({"images": results, "scores": whole, "interrupted": stop()}))
+        terminal.print_json({"images": results, "scores": whole, "interrupted": stop()})
     return stop.exit_code if stop() else 0
 
 

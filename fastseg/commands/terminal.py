@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
+import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +20,35 @@ LINES = 20
 """About how many lines a training run prints if the output is not a terminal."""
 
 
+class PipeConsole(Console):
+    """A console that goes on silently when its reader has seen enough, as `head` has.
+
+    rich would end the program with the exit code 1, which says that a check failed.
+    """
+
+    def on_broken_pipe(self) -> None:
+        """Print nothing more."""
+        self.quiet = True
+        silence()
+
+
+def silence() -> None:
+    """Send what is still to be printed nowhere, because nobody reads standard output any more."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def print_json(result: Any) -> None:
+    """Print a result as one line of JSON on standard output."""
+    try:
+        print(json.dumps(result), flush=True)
+    except BrokenPipeError:
+        silence()
+
+
 def console(stderr: bool = False) -> Console:
     """A console for tables, as wide as the terminal; wide enough for every table if the output is not a terminal."""
-    made = Console(stderr=stderr, highlight=False)
+    made = PipeConsole(stderr=stderr, highlight=False)
     if not made.is_terminal:
         made.width = PIPED_WIDTH
     return made
@@ -26,7 +56,7 @@ def console(stderr: bool = False) -> Console:
 
 def text_console(stderr: bool = False) -> Console:
     """A console for sentences with file names: no markup, no line breaks."""
-    return Console(stderr=stderr, markup=False, emoji=False, highlight=False, soft_wrap=True)
+    return PipeConsole(stderr=stderr, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 def bar(items: Iterable[Any], total: int, what: str) -> Iterable[Any]:
@@ -42,7 +72,7 @@ class TrainingProgress:
     """
 
     def __init__(self, steps: int, step: int) -> None:
-        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.console = PipeConsole(stderr=True, highlight=False, soft_wrap=True)
         self.steps, self.printed, self.miou = steps, step, ""
         columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
         self.progress = Progress(*columns, console=self.console, disable=not self.console.is_terminal)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from dataclasses import fields
 from pathlib import Path
@@ -121,7 +120,7 @@ def main(args: argparse.Namespace) -> int:
         "checkpoint": str(trainer.path),
     }
     if args.json:
-        print(json.dumps(result))
+        terminal.print_json(result)
     else:
         print_result(result)
     return 0
