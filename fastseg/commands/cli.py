@@ -49,7 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the words after `fastseg`. Default: those of the process.
 
     Returns:
-        int: the exit code: 0 for success, 1 if a check failed or for a bug, 2 for bad input, 130 after Ctrl-C.
+        int: the exit code: 0 for success, 1 if a check failed or for a bug, 2 for bad input, 130 after Ctrl-C,
+        143 and 129 after the signals SIGTERM and SIGHUP, 141 if the reader of the output was gone before the result.
     """
     top = parser()
     args = top.parse_args(arguments)
