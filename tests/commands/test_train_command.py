@@ -90,7 +90,7 @@ def test_what_was_matched_is_said_and_more_steps_too(tmp_path, capsys):
     assert "train: no mask has a pixel of 6 classes, which cannot be learned: Tree, SignSymbol, Fence and 3" in printed
     assert sorted(path.name for path in out.iterdir()) == ["checkpoint.pt", "metrics.csv", "metrics.jsonl"]
     assert cli.main(["train", "--resume", str(out / "checkpoint.pt"), "--steps", "8"]) == 0
-    assert "the learning rate was 3.81e-05 in step 4 and goes on with" in capsys.readouterr().err
+    assert "the learning rate was 2.22e-04 in step 4 and goes on with" in capsys.readouterr().err
 
 
 def test_an_error_says_where_to_continue(tmp_path, capsys, monkeypatch):
