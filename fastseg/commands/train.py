@@ -13,7 +13,7 @@ from rich.table import Table
 from ..models import MODELS
 from ..training.config import CHOICES, TrainConfig
 from ..training.interrupt import GracefulInterrupt
-from ..training.runs import resume_run, schedule_notes, start_run
+from ..training.runs import resume_run, start_run
 from . import terminal
 from .options import add_json, parse_size
 
@@ -87,7 +87,6 @@ def main(args: argparse.Namespace) -> int:
     console = terminal.text_console(stderr=True)
     if args.resume:
         trainer = resume_run(Path(args.resume), given, terminal.bar)
-        trainer.notes += schedule_notes(trainer, Path(args.resume))
     else:
         trainer = start_run(TrainConfig(**given), terminal.bar)
     for note in trainer.notes:

@@ -95,9 +95,12 @@ def check_files(
             there are.
     """
     cache = _Cache(files, masks)
-    with ThreadPoolExecutor(CHECKERS) as pool:
+    pool = ThreadPoolExecutor(CHECKERS)
+    try:
         found = list(progress(pool.map(lambda pair: _check_pair(pair, masks, cache), files), len(files), what))
-    cache.save()
+    finally:
+        pool.shutdown(cancel_futures=True)  # so that Ctrl-C does not wait for all files
+        cache.save()
     broken = [message for message in found if isinstance(message, str)]
     if broken:
         more = f" (and {len(broken) - 1} more files are broken)" if len(broken) > 1 else ""

@@ -72,18 +72,18 @@ def resume_run(path: Path, overrides: dict[str, Any], progress: Progress = no_pr
     trainer = _make_trainer(config, progress)
     make_folder(Path(config.out))
     trainer.restore(state, path)
+    trainer.notes += schedule_notes(TrainConfig(**state["config"]), trainer)
     return trainer
 
 
-def schedule_notes(trainer: Trainer, path: Path) -> list[str]:
+def schedule_notes(before: TrainConfig, trainer: Trainer) -> list[str]:
     """Return a sentence if the learning rate jumps at the step from which a run goes on, because its steps changed.
 
     Args:
+        before: the configuration in its checkpoint.
         trainer: the run that goes on.
-        path: its checkpoint.
     """
-    before, now = TrainConfig(**load_checkpoint(path)["config"]), trainer.config
-    step = trainer.step
+    now, step = trainer.config, trainer.step
     if (before.steps, before.schedule_start) == (now.steps, now.schedule_start) or step == 0 or step == now.steps:
         return []
     old, new = learning_rate(before, step - 1), learning_rate(now, step)

@@ -57,7 +57,7 @@ class Trainer:
         history: the records so far.
         criterion: the loss, :class:`fastseg.nn.CrossEntropyLoss`.
         averaged: the network that is scored: `model`, or with `config.ema` one with its averaged weights.
-        notes: sentences about the data that a user should read.
+        notes: sentences about the data and the schedule that a user should read.
         rescued: whether an error in :meth:`run` was followed by a checkpoint of the last complete step.
 
     Raises:

@@ -1,5 +1,8 @@
 """All files are read once before training; what was found is remembered."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 from support.folders import write_folder
@@ -86,3 +89,31 @@ def test_progress_is_shown_while_files_are_read(folder):
 
     data.FolderDataset(folder, "train").check(progress)
     assert seen == [(6, "checking train")] * 6
+
+
+def test_an_interrupted_check_stops_and_keeps_what_it_found(folder, read_masks, monkeypatch):
+    """Masks are not decoded before the interrupt is handled."""
+    handled, decode = threading.Event(), data_check.MaskFormat.decode
+
+    class Pool(ThreadPoolExecutor):
+        def shutdown(self, wait=True, *, cancel_futures=False):
+            super().shutdown(wait=False, cancel_futures=cancel_futures)
+            handled.set()
+            super().shutdown(wait=wait)
+
+    def waiting(form, image, path):
+        assert handled.wait(60)
+        return decode(form, image, path)
+
+    def interrupted(items, total, what):
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr(data_check, "ThreadPoolExecutor", Pool)
+    monkeypatch.setattr(data_check.MaskFormat, "decode", waiting)
+    write_folder(folder / "many", [np.zeros((1, 1), int)] * 50)
+    with pytest.raises(KeyboardInterrupt):
+        data.FolderDataset(folder / "many", "train").check(interrupted)
+    assert len(read_masks) <= data_check.CHECKERS
+    data.FolderDataset(folder / "many", "train").check()
+    assert sorted(read_masks) == sorted(f"f{n}.png" for n in range(50))

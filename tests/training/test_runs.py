@@ -8,7 +8,7 @@ from support.train_common import run, start
 
 from fastseg.training import checkpoint, data
 from fastseg.training.config import LATER_FIELDS, TrainConfig
-from fastseg.training.runs import resume_run, schedule_notes
+from fastseg.training.runs import resume_run
 
 pytest.importorskip("sklearn")
 
@@ -206,16 +206,16 @@ def test_a_palette_gives_the_classes_and_is_kept_in_the_checkpoint(tmp_path):
 def test_more_steps_change_the_learning_rate_only_with_a_word(tmp_path):
     path = run(4, steps=10, schedule="one-cycle", out=str(tmp_path)).path
     same = resume_run(path, {})
-    assert schedule_notes(same, path) == []
+    assert same.notes == []
     stretched = resume_run(path, {"steps": 100})
-    (note,) = schedule_notes(stretched, path)
+    (note,) = stretched.notes
     assert note.startswith("the learning rate was 9.62e-04 in step 4 and goes on with 2.32e-04: the schedule one-cycle")
     assert "over 100 steps is stretched from the first step, where it was planned for 10" in note
     again = resume_run(path, {"steps": 100, "schedule_start": 4})
-    (note,) = schedule_notes(again, path)
+    (note,) = again.notes
     assert "goes on with 4.00e-05" in note and "begins again at step 4" in note
     constant = run(4, steps=10, schedule="constant", out=str(tmp_path / "constant"))
-    assert schedule_notes(resume_run(constant.path, {"steps": 20}), constant.path) == []
+    assert resume_run(constant.path, {"steps": 20}).notes == []
 
 
 def test_a_checkpoint_of_an_earlier_version_goes_on(tmp_path):
