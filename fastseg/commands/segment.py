@@ -107,6 +107,8 @@ def parse_files(args: argparse.Namespace) -> list[ImageFiles]:
     wanted = [name for name in Outputs._fields if (not args.no_figure if name == "figure" else getattr(args, name))]
     if not (wanted or args.truth):
         raise ValueError("--no-figure needs --labels, --overlay or --truth: there would be no result")
+    if args.skip_existing and not wanted:
+        raise ValueError("--skip-existing needs an output to look for: --labels, --overlay or the figure")
     images = find_images(args.images)
     truths, boxes = find_truths(images, args.truth), file_for_each("--boxes", args.boxes, len(images))
     outputs = output_files(images, Path(args.out), wanted)

@@ -115,6 +115,9 @@ def test_folders_and_patterns_are_inputs_and_outputs_are_not(weights, scene, tmp
         assert f"{nothing} has no pictures" in capsys.readouterr().err
     assert cli.main([*words[:-2], "--no-figure"]) == 2
     assert "--no-figure needs --labels, --overlay or --truth" in capsys.readouterr().err
+    truth = [str(scene[1])]
+    assert cli.main([words[0], str(scene[0]), *words[2:-2], "--no-figure", "--skip-existing", "--truth", *truth]) == 2
+    assert "--skip-existing needs an output to look for" in capsys.readouterr().err
 
 
 def test_a_folder_is_scored_as_a_whole_and_printed_as_json(weights, tmp_path, capsys):
