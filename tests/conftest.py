@@ -17,6 +17,7 @@ import pytest
 from support import machine_code
 
 import fastseg
+from fastseg.training import data_check
 from fastseg.verification import criterion, precision
 
 SKIPPED = {  # by whether there is a GPU: the marker and the reason
@@ -62,6 +63,12 @@ def seed(request):
 def one_thread():
     """One thread per process, since the suite runs one process per core."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def own_cache_of_data_checks(monkeypatch, tmp_path_factory):
+    """Checks of data sets are remembered in a folder of the test run."""
+    monkeypatch.setattr(data_check, "cache_folder", lambda: tmp_path_factory.getbasetemp() / "data_checks")
 
 
 @pytest.fixture

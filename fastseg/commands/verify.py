@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from typing import Any
@@ -68,8 +67,8 @@ def main(args: argparse.Namespace) -> int:
     code = 130 if interrupted else 1 if failed else 0
     if args.json:
         found = [{**case, "results": [c.as_dict() for c in comparisons]} for case, comparisons in rows]
-        print(json.dumps({"device": where, "seed": seed, "passed": code == 0, "interrupted": interrupted,
-                          "cases": found, "backend": args.backend, "uncovered": unsupported}))  # fmt: skip
+        terminal.print_json({"device": where, "seed": seed, "passed": code == 0, "interrupted": interrupted,
+                             "cases": found, "backend": args.backend, "uncovered": unsupported})  # fmt: skip
         return code
     console.print(error_table(rows, f"largest error against float64, on {where}, seed {seed}"))
     for case, c in failed:
