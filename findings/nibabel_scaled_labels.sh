@@ -42,8 +42,8 @@ integers, integers_itk = stored(labels.astype(np.uint8), "integers")
 few = np.zeros((4, 4, 2))
 few[1, 1, 0], few[2, 2, 1] = 1, 2
 cast = stored(few, "few")[0].get_fdata().astype(np.uint8)
-print("from float64:", np.unique(floats.get_fdata()), "slope", floats.dataobj.slope, "SimpleITK", floats_itk.dtype)
-print("from uint8:  ", np.unique(integers.get_fdata()), "slope", integers.dataobj.slope, "SimpleITK", integers_itk.dtype)
+print("from float64:", np.unique(floats.get_fdata()), "slope", floats.dataobj.slope, floats_itk.dtype)
+print("from uint8:  ", np.unique(integers.get_fdata()), "slope", integers.dataobj.slope, integers_itk.dtype)
 print("labels 0 1 2 after astype(np.uint8):", np.unique(cast))
 
 # The control: an integer array is stored as it is.

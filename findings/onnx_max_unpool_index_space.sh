@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # MaxUnpool with output_shape: ONNX's own reference and ONNX Runtime read the same indices in different pictures.
 #
-# Expected: a flat index of MaxUnpool means row * width + column in the picture that the operator returns, whose size the
-#           input output_shape gives (as in torch.nn.functional.max_unpool2d with output_size).
-# Happens:  so it is in ONNX Runtime. ONNX's reference evaluator reads it in the picture of the size that MaxUnpool would
-#           have *without* output_shape, here 4x4, and pads the result with zeros at the right and below to 5x5.
+# Expected: a flat index of MaxUnpool means row * width + column in the picture that the operator returns, whose size
+#           the input output_shape gives (as in torch.nn.functional.max_unpool2d with output_size).
+# Happens:  so it is in ONNX Runtime. ONNX's reference evaluator reads it in the picture of the size that MaxUnpool
+#           would have *without* output_shape, here 4x4, and pads the result with zeros at the right and below to 5x5.
 #           Index 5 is pixel (1, 0) for the one and (1, 1) for the other; index 18, which a pooling of a 5x5 picture
 #           does return, is an IndexError in the reference.
 # Versions: onnx 1.23.2, onnxruntime 1.32.0.

@@ -3,11 +3,11 @@
 #
 # Expected: the output "Y" of MaxPool does not depend on whether the model also asks for the optional output "Indices".
 # Happens:  where the input has NaN, it does. Without indices one window of this picture keeps its NaN and another
-#           drops it; with indices it is the other way round. The ONNX reference and PyTorch keep neither rule.
+#           drops it; with indices it is the other way round. PyTorch keeps both.
 # Versions: onnxruntime 1.32.0 (CPU), onnx 1.23.2.
-# Source:   Without indices MaxPool runs in the vectorized library MLAS; with them in the loops of
-#           onnxruntime/core/providers/cpu/nn/pool_functors.h, which keep the first element unless a later one is
-#           larger. ONNX's text of MaxPool says nothing about NaN, torch.nn.functional.max_pool2d propagates it.
+# Source:   onnxruntime/core/providers/cpu/nn/pool.cc ("Use MLAS pooling if the index output tensor is not used"): one
+#           of two implementations runs, a vectorized one or loops that compare with ">". ONNX's text of MaxPool says
+#           nothing about NaN.
 # Means:    a NaN that PyTorch would carry to the loss may vanish inside an exported encoder, and a SegNet (pooling with
 #           indices) hides other NaNs than a plain encoder. Look for NaN before the export, not in its output.
 set -euo pipefail

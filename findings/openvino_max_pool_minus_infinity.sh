@@ -6,12 +6,11 @@
 # Happens:  OpenVINO returns -3.4028235e+38, the most negative finite float32, and index 0 for all windows, wherever
 #           they are. Windows with a finite maximum are right.
 # Versions: openvino 2026.4.1 (CPU, INFERENCE_PRECISION_HINT f32), onnxruntime 1.32.0 as the control, onnx 1.23.2.
-# Source:   OpenVINO's reference of MaxPool starts the search at std::numeric_limits<T>::lowest() and replaces it only by
-#           a strictly larger value (openvino/reference/max_pool.hpp). The operation's specification (MaxPool-8) does not
-#           mention infinities.
+# Source:   observed: this is what a search gives that starts at std::numeric_limits<float>::lowest() and index 0, and
+#           takes only what is strictly larger. The specification of the operation, MaxPool-8, does not say so.
 # Means:    networks that set pixels to -inf to keep them out of a pooling get finite values back: a later
-#           isinf() or "-inf + inf = NaN" test fails, a softmax over such scores is uniform instead of NaN, and an unpooling with
-#           the indices writes all masked windows to the top left pixel. Use a finite mask value such as -1e4.
+#           isinf() test fails, a softmax over such scores is uniform instead of NaN, and an unpooling with the indices
+#           writes all masked windows to the top left pixel. Use a finite mask value such as -1e4.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
