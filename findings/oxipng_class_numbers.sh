@@ -4,8 +4,8 @@
 # Expected: "lossless" means that a mask reads back as the same array.
 # Happens:  oxipng keeps the colours, not the palette indices, and in a palette mask the indices *are* the classes:
 #           unused entries are dropped and the rest is reordered, so classes 1, 4, 7 become 1, 2, 0. A greyscale mask
-#           with few labels becomes a palette image, whose indices are not its grey values either. Nothing warns, and the new
-#           numbers are valid classes.
+#           with few labels becomes a palette image, whose indices are not its grey values either. Nothing warns, and the
+#           new numbers are valid classes.
 # Versions: pyoxipng 9.1.1 (oxipng 9, level 2, defaults), Pillow 12.0.0, numpy 2.4.6.
 # Source:   oxipng's options color_type_reduction, palette_reduction and grayscale_reduction, all on by default. The PNG
 #           specification counts the choice of a palette as encoding, not as content.
