@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -34,6 +35,7 @@ class Operand:
         return following(self.name, 1)
 
 
+@functools.cache
 def following(name: str, by: int) -> str:
     """The register `by` numbers after this one."""
     prefix, number = re.fullmatch(r"(U?R)(\d+|Z)", name).groups()
@@ -74,9 +76,31 @@ class Instruction:
         """The name's parts: IMAD, WIDE, U32."""
         return tuple(self.name.split("."))
 
-    @property
+    @cached_property
     def opcode(self) -> str:
         return self.parts[0]
+
+    @cached_property
+    def reads(self) -> frozenset[str]:
+        """The registers that it reads, but for those of the uniform datapath."""
+        stores = self.opcode.startswith(("ST", "RED", "ATOM"))
+        read = [op for op in self.operands if op.kind in ("register", "memory")]
+        if not stores and self.operands and self.operands[0].kind == "register":
+            read = read[1:]
+        names = set()
+        for op in read:
+            wide = 2 if op.kind == "memory" or self.opcode.startswith("D") else self.registers if stores else 1
+            names.update(following(op.name, k) for k in range(wide))
+        return frozenset(name for name in names if name != "RZ" and not name.startswith("U"))
+
+    @cached_property
+    def written(self) -> tuple[str, ...]:
+        """The registers and predicates that it writes, if the emulator does not know better."""
+        first = self.operands[0]
+        predicates = [op.name for op in leading_predicates(self.operands[first.kind == "register" :])]
+        if first.kind == "predicate":
+            return tuple(predicates[:2])
+        return (*(following(first.name, k) for k in range(self.registers)), *predicates)
 
     @cached_property
     def target(self) -> int | None:
@@ -101,6 +125,16 @@ class Instruction:
         if "WIDE" in self.parts or (self.opcode in ("DADD", "DMUL", "DFMA", "CS2R") and "32" not in self.parts):
             return 2
         return 4 if self.opcode in ("LDSM", "HMMA", "LDTM", "HGMMA") else 2 if self.name.startswith("F2F.F64") else 1
+
+
+def leading_predicates(operands: tuple[Operand, ...]) -> list[Operand]:
+    """The predicates that begin a list of operands: results, unless one is negated."""
+    found = []
+    for op in operands:
+        if op.kind != "predicate" or op.negative:
+            break
+        found.append(op)
+    return found
 
 
 def access_bytes(name: str) -> int:

@@ -55,7 +55,8 @@ BLOCKS = {
     "losses.confusion": {"LEAST_PIXELS": 128},
     "losses.cross_entropy": {"ROWS": 32, "LONG_ROWS": 16, "TOTAL_BLOCK": 4},
     "losses.cross_entropy_bwd": {"GROUPS": 32},
-    "losses.cross_entropy_one_pass": {"TILE": 64, "ROWS": 32, "LONG_ROWS": 16, "GROUPS": 16, "LABELS": 32},
+    "losses.cross_entropy_planes": {"HELD": 2, "WARPS": 1},
+    "losses.cross_entropy_one_pass": {"ROWS": 32, "LONG_ROWS": 16, "GROUPS": 16, "LABELS": 32},
     "losses.dice_cross_entropy": {"TILE": 64, "FEW_PROGRAMS": 3},
     "losses.upsample_cross_entropy": {"PATCH_ROWS": 2},
     "pooling.overlapping": {"BLOCK": 128},
@@ -189,7 +190,8 @@ FAMILIES = {
     ),
     "unpool_conv": Family(["max_unpool2d_conv2d"], ["convolution/unpool_conv"], unpooled_convolutions),
     "cross_entropy": Family(["cross_entropy", "linear_cross_entropy"], [
-        "losses/cross_entropy", "losses/cross_entropy_bwd", "losses/cross_entropy_one_pass", "losses/common"], losses),
+        "losses/cross_entropy", "losses/cross_entropy_bwd", "losses/cross_entropy_one_pass",
+        "losses/cross_entropy_planes", "losses/common"], losses),
     "dice": Family(["dice_cross_entropy"], ["losses/dice_cross_entropy"], dice),
     "upsample": Family(
         ["upsample_argmax", "upsample_cross_entropy"],
