@@ -2,8 +2,8 @@
 
 The emulator knows what a launch knows: the arguments, the number of the program and of the thread. From these it
 computes loop counters, branch conditions and addresses exactly (effects.py). What a kernel loads from memory is
-unknown, and so is all that is computed from it, with one exception: the elements of tensors of one element are 1, such
-as the gradient of a loss.
+unknown, and so is all that is computed from it, with one exception: a tensor of one element holds 1, as the gradient of
+a loss does, or 0 if it is an integer, as the flag of a failed check does.
 
 A warp runs the way of its first thread. A branch whose condition is unknown is run both ways until they join again, as
 a warp runs it whose threads disagree; a way that ends in a failed assertion is left out, and an unknown condition does
@@ -24,17 +24,19 @@ from .sass import RETURN, STEP, Code, Instruction, Operand, following
 
 LIMIT = 3_000_000  # instructions of one thread; more is taken for an endless loop
 ZERO = {"RZ": 0, "URZ": 0, "PT": 1, "UPT": 1}
-ONES = {2: 0x3F80, 4: 0x3F800000}  # the bits of 1 by size; a float32 1 as an integer is not 0 either
 
 
 @dataclass
 class Thread:
-    """Where a thread runs. constants: bank 0, byte by byte. sole: addresses of tensors of one element."""
+    """Where a thread runs.
+
+    constants: the words of constant bank 0 by offset. sole: the value of each tensor of one element, by its address.
+    """
 
     number: int
     program: int
-    constants: dict[int, Value]  # 32-bit words by offset
-    sole: frozenset[int] = frozenset()
+    constants: dict[int, Value]
+    sole: dict[int, int] = field(default_factory=dict)
 
     def special(self, name: str) -> Value:
         """A special register."""
@@ -223,8 +225,8 @@ class Emulator:
         first = one.operands[0].name
         for k in range(one.registers):
             name = following(first, k)
-            sole = address in self.thread.sole and one.guard is None and one.registers == 1
-            self._write(name, ONES.get(one.bytes, 1) if sole else None)
+            known = one.guard is None and one.registers == 1
+            self._write(name, self.thread.sole.get(address) if known else None)
             if fresh and name not in ZERO:
                 self.waiting[name] = number
 

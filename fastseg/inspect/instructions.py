@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -121,14 +122,15 @@ def _bytes_of(value: Any, size: int) -> bytes:
     return (int(value) & (1 << 8 * size) - 1).to_bytes(size, "little")
 
 
-def constants(compiled: Compiled, arguments: Sequence[Any], programs: int) -> tuple[dict[int, Value], frozenset[int]]:
-    """(words of constant bank 0 by offset, addresses of tensors of one element) of a launch.
+def constants(compiled: Compiled, arguments: Sequence[Any], programs: int) -> tuple[dict[int, Value], dict[int, int]]:
+    """(words of constant bank 0 by offset, values of the tensors of one element by address) of a launch.
 
     Tensors are given addresses of their own, 2^32 bytes apart. Descriptors are unknown.
     """
     slots, start = parameters(compiled.cubin), PARAMETERS[compiled.capability]
     words: dict[int, Value] = {}
-    sole, at = [], 0
+    sole: dict[int, int] = {}
+    at = 0
     threads_at, programs_at = SIZES[max(sm for sm in SIZES if sm <= compiled.capability)]
     for offset, value in ((threads_at, compiled.warps * WARP), (programs_at, programs)):
         words |= {offset: value, offset + 4: 1, offset + 8: 1}
@@ -141,7 +143,7 @@ def constants(compiled: Compiled, arguments: Sequence[Any], programs: int) -> tu
         if isinstance(argument, Tensor):
             address = number + 1 << 44
             if argument.numel() == 1:
-                sole.append(address)
+                sole[address] = bits_of(1.0) if argument.dtype == torch.float32 else 0
             content = address.to_bytes(8, "little")
         else:
             content = _bytes_of(0 if argument is None else argument, size)
@@ -150,7 +152,7 @@ def constants(compiled: Compiled, arguments: Sequence[Any], programs: int) -> tu
             words[start + offset + k] = int.from_bytes(content[k : k + 4], "little") & MASK
     if at > len(slots):
         raise RuntimeError(f"{compiled.name} has {len(slots)} parameters, but the launch passes {at}")
-    return words, frozenset(sole)
+    return words, sole
 
 
 def count(compiled: Compiled, listing: list[Instruction], arguments: Sequence[Any], programs: int) -> Count:

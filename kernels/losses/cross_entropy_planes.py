@@ -61,10 +61,10 @@ def cross_entropy_one_pass_kernel(
         program = program.to(tl.int64)
     SIZE = tl.cast(RUNS, program.dtype) * VEC
     p = ((program % TILES) * BLOCK + tl.arange(0, BLOCK))[None, :]
-    m_pixel = p < SIZE
+    m_live = p < SIZE
     image = program // TILES
-    o_pixel = image * SIZE + p
-    label, out_of_range = read_target(targets, o_pixel, m_pixel, C, IGNORE, PROBABILITIES)
+    pixel = image * SIZE + p
+    label, out_of_range = read_target(targets, pixel, m_live, C, IGNORE, PROBABILITIES)
     if not AGAIN:
         tl.device_assert(out_of_range == 0, "cross_entropy: a target is neither a class nor ignore_index")
 
@@ -75,7 +75,7 @@ def cross_entropy_one_pass_kernel(
     highest = tl.full((ROWS, BLOCK), float("-inf"), DTYPE)
     for step in tl.static_range(STEPS):
         c = step * ROWS + row
-        m_value = m_pixel if (step + 1) * ROWS <= C else m_pixel & (c < C)
+        m_value = m_live if (step + 1) * ROWS <= C else m_live & (c < C)
         value = tl.load(logits + (o_first + c * SIZE), mask=m_value, other=float("-inf")).to(DTYPE)
         values += (value,)
         highest = larger_or_nan(highest, value)
@@ -94,7 +94,7 @@ def cross_entropy_one_pass_kernel(
         sums += power
         if SHARED:
             c = step * ROWS + row
-            m_value = m_pixel & (c < C)
+            m_value = m_live & (c < C)
             share = class_shares(
                 targets, weight, o_first + c * SIZE, c, m_value, m_value, m_value, DTYPE, C, PROBABILITIES, WEIGHTED,
                 SMOOTHING, False,
@@ -119,7 +119,7 @@ def cross_entropy_one_pass_kernel(
                 found = (values[step] == highest) | (values[step] != values[step])
                 best = tl.where(found, step * ROWS + row, best)
             best = tl.min(best, axis=0, keep_dims=True)
-            store_predictions(prediction, counts, o_pixel, m_pixel, label, best, program, PROGRAMS)
+            store_predictions(prediction, counts, pixel, m_live, label, best, program, PROGRAMS)
 
     # 6. Compute the gradient, and store it
     gain, spread = pixel_factors(scale, label, factor, highest, tl.log(total), mass, PROBABILITIES, SMOOTHING, Z_LOSS)
@@ -128,11 +128,11 @@ def cross_entropy_one_pass_kernel(
     own = gain * (exponential(picked - shift) * inverse - 1.0)
     for step in tl.static_range(STEPS):
         c = step * ROWS + row
-        m_value = m_pixel if (step + 1) * ROWS <= C else m_pixel & (c < C)
+        m_value = m_live if (step + 1) * ROWS <= C else m_live & (c < C)
         if SHARED or Z_LOSS != 0:
             share = mass
             if SHARED:
-                m_share = m_pixel & (c < C)
+                m_share = m_live & (c < C)
                 share = class_shares(
                     targets, weight, o_first + c * SIZE, c, m_share, m_share, m_share, DTYPE, C, PROBABILITIES,
                     WEIGHTED, SMOOTHING, False,

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import launch
+from ..launch import INT32_MAX, launch
 from .tiling import BLOCK, Tiling, group, image_offset, needs_int64, position_kind, run_offset
 
 WINDOWS = 4  # the most windows that a cell reads; their values stay in registers
@@ -19,21 +19,24 @@ TAPS = 255  # the most elements of a window: 255 marks an offset that was not re
 
 
 @triton.jit
-def read_window(x, positions, plane, oh, ow, run, m_window, W, OH, OW, RUNS, SH: tl.constexpr, SW: tl.constexpr,
-                PH: tl.constexpr, PW: tl.constexpr, DTYPE: tl.constexpr, POSITIONS: tl.constexpr, VEC: tl.constexpr,
-                CHANNELS_LAST: tl.constexpr):  # fmt: skip
+def read_window(x, positions, o_window, oh, ow, m_window, W, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr,
+                PW: tl.constexpr, DTYPE: tl.constexpr, POSITIONS: tl.constexpr, NARROW: tl.constexpr):  # fmt: skip
     """(value, place) of a group of windows. place: the offset, or the index less that of the window's first element.
 
-    Both are 32-bit numbers, and never that of an element if the window was not read.
+    A place is a 32-bit number, and never that of an element if the window was not read. NARROW: so are the indices of
+    the plane; then the upper half of an index is 0, and the lower half is enough for the rest.
     """
-    o_window = image_offset(plane, oh, ow, run, OH, OW, RUNS, VEC, CHANNELS_LAST)
     value = tl.load(x + o_window, mask=m_window, other=0.0).to(DTYPE)
     if POSITIONS == "offsets":
         place = tl.load(positions + o_window, mask=m_window, other=255).to(tl.int32)
     else:
         index = tl.load(positions + o_window, mask=m_window, other=-1)
-        ahead = index - ((oh * SH - PH).to(tl.int64) * W + (ow * SW - PW))
-        place = tl.where(m_window & (ahead >= 0) & (ahead < 2147483647), ahead, -1).to(tl.int32)
+        first = (oh * SH - PH).to(tl.int64) * W + (ow * SW - PW)
+        if NARROW:
+            place = tl.where((index >> 32).to(tl.int32) == 0, index.to(tl.int32) - first.to(tl.int32), -1)
+        else:
+            ahead = index - first
+            place = tl.where((ahead >= 0) & (ahead < 2147483647), ahead, -1).to(tl.int32)
     return value, place
 
 
@@ -51,8 +54,18 @@ def is_outside(place, oh, ow, H, W, KH: tl.constexpr, KW: tl.constexpr, SH: tl.c
         left, right = tl.maximum(-w0, 0), tl.minimum(W - w0, KW)
         for i in tl.static_range(KH):
             j = place - i * W
-            found = found | ((h0 + i >= 0) & (h0 + i < H) & (place >= 0) & (j >= left) & (j < right))
+            found = found | ((h0 + i >= 0) & (h0 + i < H) & (j >= left) & (j < right))
         return found == 0
+
+
+@triton.jit
+def take(pixel, value, place, W, i: tl.constexpr, j: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+         POSITIONS: tl.constexpr, ADD: tl.constexpr):  # fmt: skip
+    """A pixel after one window, of which it is the element in row i and column j, if there is such an element."""
+    if i >= 0 and i < KH and j >= 0 and j < KW:
+        hit = place == (i * KW + j if POSITIONS == "offsets" else i * W + j)
+        pixel = tl.where(hit, pixel + value if ADD else value, pixel)
+    return pixel
 
 
 @triton.jit
@@ -60,8 +73,8 @@ def window_cells_kernel(
     x, positions, y, out_of_window, GROUPS, RUNS, H, W, CH, CW, OH, OW,
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
     TOP: tl.constexpr, LEFT: tl.constexpr, DOWN: tl.constexpr, ACROSS: tl.constexpr, POSITIONS: tl.constexpr,
-    ADD: tl.constexpr, REPORT: tl.constexpr, WHOLE: tl.constexpr, CHANNELS_LAST: tl.constexpr, VEC: tl.constexpr,
-    BLOCK: tl.constexpr, WIDE: tl.constexpr,
+    ADD: tl.constexpr, REPORT: tl.constexpr, WHOLE: tl.constexpr, NARROW: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    VEC: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One program writes BLOCK groups of VEC cells, SH x SW pixels each, along W in NCHW and along C in channels_last.
 
@@ -94,10 +107,13 @@ def window_cells_kernel(
                 m_window = m_window & (ow >= 0)
             if LEFT + e > 0 or not WHOLE:
                 m_window = m_window & (ow < OW)
+            if CHANNELS_LAST:
+                o_window = image_offset(plane, oh, ow, run, OH, OW, RUNS, VEC, CHANNELS_LAST)
+            else:  # OW is RUNS * VEC: written so, the compiler sees which groups are aligned
+                o_window = ((plane * OH + oh) * RUNS + run) * VEC + tl.arange(0, VEC)[None, :] + (LEFT + e)
             value, place = read_window(
-                x, positions, plane, oh, ow, run, m_window, W, OH, OW, RUNS, SH, SW, PH, PW, DTYPE, POSITIONS, VEC,
-                CHANNELS_LAST,
-            )  # fmt: skip
+                x, positions, o_window, oh, ow, m_window, W, SH, SW, PH, PW, DTYPE, POSITIONS, NARROW
+            )
             values += (value,)
             places += (place,)
             if REPORT and TOP + d == 0 and LEFT + e == 0:  # each window once, in its own cell
@@ -114,11 +130,10 @@ def window_cells_kernel(
         for b in tl.static_range(SW):
             pixel = tl.zeros((BLOCK, VEC), DTYPE)
             for n in tl.static_range(DOWN * ACROSS):
-                i: tl.constexpr = a + PH - (TOP + n // ACROSS) * SH
-                j: tl.constexpr = b + PW - (LEFT + n % ACROSS) * SW
-                if i >= 0 and i < KH and j >= 0 and j < KW:
-                    hit = places[n] == (i * KW + j if POSITIONS == "offsets" else i * W + j)
-                    pixel = tl.where(hit, pixel + values[n] if ADD else values[n], pixel)
+                pixel = take(
+                    pixel, values[n], places[n], W, a + PH - (TOP + n // ACROSS) * SH,
+                    b + PW - (LEFT + n % ACROSS) * SW, KH, KW, POSITIONS, ADD,
+                )  # fmt: skip
             pixels += (pixel.to(y.dtype.element_ty),)
         h = u * SH + a
         if CHANNELS_LAST:
@@ -127,8 +142,9 @@ def window_cells_kernel(
                 m_pixel = m_group if WHOLE else m_group & (h < H) & (w < W)
                 tl.store(y + image_offset(plane, h, w, run, H, W, RUNS, VEC, CHANNELS_LAST), pixels[b], mask=m_pixel)
         else:
+            m_row = m_group if WHOLE else m_group & (h < H)
             row = tl.reshape(tl.join(pixels[0], pixels[1]), (BLOCK, 2 * VEC))
-            tl.store(y + run_offset(plane, h, run, H, RUNS, VEC), row, mask=m_group if WHOLE else m_group & (h < H))
+            tl.store(y + run_offset(plane, h, run, H, RUNS, VEC), row, mask=m_row)
 
 
 def _reach(kernel_size: int, stride: int, padding: int) -> range:
@@ -161,6 +177,6 @@ def gather_cells(
         **tiling.window_constants(), TOP=down[0], LEFT=across[0], DOWN=len(down), ACROSS=len(across),
         POSITIONS=position_kind(positions), ADD=add, REPORT=report,
         WHOLE=(ch, cw) == (oh, ow) and (h, w) == (ch * stride[0], cw * stride[1]),
-        CHANNELS_LAST=tiling.channels_last, VEC=vec, BLOCK=BLOCK // vec, WIDE=needs_int64(x, y),
-        debug=report, sanitize_overflow=False,
+        NARROW=h * w <= INT32_MAX, CHANNELS_LAST=tiling.channels_last, VEC=vec, BLOCK=BLOCK // vec,
+        WIDE=needs_int64(x, y), debug=report, sanitize_overflow=False,
     )  # fmt: skip

@@ -62,6 +62,7 @@ BLOCKS = {
     "pooling.overlapping": {"BLOCK": 128},
     "pooling.pool": {"BLOCK": 128},
     "pooling.tiling": {"BLOCK": 128},
+    "pooling.window_cells": {"BLOCK": 128},
     "pooling.unpool": {"BLOCK": 128, "SCATTER_BLOCK": 8, "SCATTER_PROGRAMS": 4},
 }
 
@@ -172,7 +173,8 @@ class Family(NamedTuple):
 
 
 FAMILIES = {
-    "pools": Family(["max_pool2d", "max_unpool2d"], ["pooling/pool", "pooling/unpool", "pooling/overlapping"], pools),
+    "pools": Family(["max_pool2d", "max_unpool2d"], ["pooling/pool", "pooling/unpool", "pooling/overlapping",
+        "pooling/window_cells"], pools),
     "batch_norms": Family(
         ["batch_norm_relu"],
         [f"batch_norm/{name}" for name in ("batch_norm", "batch_norm_pool", "batch_norm_unpool", "common")],
