@@ -29,11 +29,13 @@ DECLARED = {
     ("lanes collide", "max_unpool2d_fwd_kernel", "out_of_window"): FLAG,
     ("two programs write", "window_gather_kernel", "out_of_window"): FLAG,
     ("lanes collide", "window_gather_kernel", "out_of_window"): FLAG,
+    ("two programs write", "window_cells_kernel", "out_of_window"): FLAG,
+    ("lanes collide", "window_cells_kernel", "out_of_window"): FLAG,
     ("in place", "batch_norm_stats_merge_kernel", "running_mean"): RUNNING,
     ("in place", "batch_norm_stats_merge_kernel", "running_var"): RUNNING,
 }
 ALONE = {"cross_entropy_total_kernel", "cross_entropy_counts_kernel"}  # one program adds up the partial results
-TYPES = {"WIDE", "UPCAST"}  # flags of types alone: they change no address
+TYPES = {"WIDE", "NARROW", "UPCAST"}  # flags of types alone: they change no address
 ONE_WAY = {  # compile-time flags that have one value in all calls
     (
         "conv_transpose2d_bwd_input_shuffle_kernel",
@@ -80,11 +82,13 @@ def call(function, *inputs):
 
 def pools(at):
     """Indices that repeat and lie outside their windows; windows that tile or overlap; dilated windows."""
-    for geometry, size in [((2, 2, 0), (8, 10)), ((3, 2, 1), (7, 9))]:
+    for geometry, size in [((2, 2, 0), (8, 10)), ((3, 2, 1), (7, 9)), ((5, 2, 2), (7, 9))]:
         few = (at.labels(7, 2, 3, 4, 5) * (size[0] * size[1] // 7)).contiguous(memory_format=at.layout)
         unpool = partial(functional.max_unpool2d, kernel_size=geometry[0], stride=geometry[1], padding=geometry[2])
         yield call(partial(unpool, output_size=size), at.tensor(2, 3, 4, 5), few)
-    yield from cases.max_unpool2d(at, (1, 4, 9, 16), PoolSpec(kernel=3, stride=2, padding=1))
+    for kernel, padding in ((3, 1), (5, 2)):  # few windows share a pixel, or many
+        yield from cases.max_unpool2d(at, (1, 4, 9, 16), PoolSpec(kernel=kernel, stride=2, padding=padding))
+        yield from cases.max_pool2d(at, (1, 4, 8, 16), PoolSpec(kernel=kernel, stride=2, padding=padding))
     yield call(partial(functional.max_pool2d_with_offsets, kernel_size=3, dilation=2), at.tensor(1, 2, 13, 12))
 
 
