@@ -19,7 +19,7 @@ from ..kernels.launch import targeting
 from ..ops.operator import Operator, observing
 from ..verification.cases import Case
 from . import cuda_codegen
-from .budget import reason
+from .budget import excess
 from .codegen import Compiled, Launch, compile_for, listings, recording
 from .codegen_report import SMS, in_processes, selected_cases
 from .gpus import LAUNCH, SPECIAL, Gpu, gpus_of
@@ -115,10 +115,11 @@ def _count(launch: Any, compiled: Compiled, listing: list[Any]) -> Count:
 
 def rows(selection: Selection, sms: Sequence[int] = SMS, backends: Sequence[str] = BACKENDS) -> list[dict[str, Any]]:
     """One row for the forward and one for the backward of each case, on each backend and GPU generation."""
-    return [_row(call) for call in counted_calls(selection, sms, backends)]
+    return [row_of(call) for call in counted_calls(selection, sms, backends)]
 
 
-def _row(call: Call) -> dict[str, Any]:
+def row_of(call: Call) -> dict[str, Any]:
+    """The row of a call whose launches are counted."""
     total = sum(one.instructions for one in call.counts)
     special = sum(one.of(SPECIAL) for one in call.counts)
     row = {
@@ -130,7 +131,7 @@ def _row(call: Call) -> dict[str, Any]:
         "gpus": {gpu.name: _on_gpu(call, gpu) for gpu in gpus_of(call.sm)},
         "kernels": [_kernel(one, call) for one in call.counts],
     }  # fmt: skip
-    return row | {"over budget": reason(row)}
+    return row | {"above the budget": excess(row)}
 
 
 def _on_gpu(call: Call, gpu: Gpu) -> dict[str, Any]:
@@ -162,7 +163,8 @@ NOTE = (
     "reciprocals and conversions. of slots: the share of all issue slots that this is while the floor's bytes cross "
     "memory at full bandwidth; kernels sustain 60 to 75 %. pipe: the fullest pipe, and its share. in flight: bytes "
     "that loads keep on their way, over what the bandwidth needs (Little's law), of the launch with the least. model: "
-    "the larger of the time of the bytes and of the instructions, and 3 us a launch. It is a model, not a measurement."
+    "the larger of the time of the bytes and of the instructions, and 3 us a launch. It is a model, not a measurement. "
+    "*: above the budget of memory-bound calls on sm_90 and sm_100."
 )
 
 
@@ -180,7 +182,8 @@ def table(rows: list[dict[str, Any]], dtype: str) -> Any:
             flight = "" if on["in flight"] is None else f"{on['in flight']:.0%}"
             made.add_row(
                 row["operator"], row["mode"], row["layout"], row["size"], row["backend"], name, str(row["launches"]),
-                f"{row['per byte']:.2f}", f"{row['special per byte']:.2f}", f"{on['share']:.0%}",
+                f"{row['per byte']:.2f}{'*' * bool(row['above the budget'])}",
+                f"{row['special per byte']:.2f}", f"{on['share']:.0%}",
                 f"{on['pipe']} {on['pipe share']:.0%}", flight, f"{on['bytes us']:.1f}", f"{on['model us']:.1f}",
             )  # fmt: skip
     return made

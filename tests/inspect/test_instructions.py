@@ -2,13 +2,14 @@
 
 import json
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
 from support.machine_code import compiled
 
 from fastseg.commands import cli
-from fastseg.inspect import arithmetic, cuda_codegen, gpus, instructions_report
+from fastseg.inspect import arithmetic, budget, cuda_codegen, gpus, instructions_report
 from fastseg.inspect.codegen import Compiled, listings
 from fastseg.inspect.emulator import Emulator, Thread
 from fastseg.inspect.instructions import count
@@ -192,3 +193,38 @@ def test_the_options(capsys, tmp_path):
     for words in ("instructions --first", "instructions --bandwidth 2", "traffic --diff a.json", "codegen --diff a"):
         assert cli.main(["inspect", *words.split()]) == 2
         assert words.split()[1] in capsys.readouterr().err
+
+
+GATED = """
+import json
+from fastseg.inspect import budget, instructions_report
+from fastseg.inspect.selection import Selection
+
+rows = instructions_report.rows(Selection(operators=budget.MEMORY_BOUND), [90], ["triton"])
+print(json.dumps([row for row in rows if budget.is_memory_bound(row["operator"])]))
+"""
+
+
+def test_gate_memory_bound_calls_are_within_the_budget_or_listed():
+    rows = json.loads(compiled("-c", GATED))
+    seen = {(row["operator"], row["mode"], row["layout"], row["size"]) for row in rows}
+    assert seen >= budget.EXCESSES.keys() and len(seen) > 60
+    for row in rows:
+        listed, words = budget.listed(row), f"{row['operator']} {row['mode']} {row['layout']} {row['size']}"
+        if not row["above the budget"]:
+            assert listed is None, f"{words} is within the budget: take it off the list"
+            continue
+        assert listed is not None and listed.why, f"{words}: {row['above the budget']}"
+        assert 0.9 * listed.figure <= row["per byte"] <= 1.02 * listed.figure, f"{words}: {row['per byte']:.2f}"
+
+
+@needs_nvrtc
+def test_the_gate_sees_a_bad_kernel():
+    """A thread that moves two bytes needs too many instructions and keeps too few bytes in flight."""
+    (narrow,) = loops("narrow", 90, 1, programs=100_000)
+    call = instructions_report.Call(
+        SimpleNamespace(operator="max_pool2d", size="bad"), "nchw", "cuda", 90, "forward", 2 * 256 * 100_000, [narrow],
+        [narrow],
+    )  # fmt: skip
+    found = instructions_report.row_of(call)["above the budget"]
+    assert len(found) == 3 and "more than 3.5" in found[0] and "H200" in found[2]
