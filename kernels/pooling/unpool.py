@@ -153,7 +153,7 @@ def max_unpool2d_bwd_kernel(
 
     # 2. Pick from the whole windows
     grad = tl.zeros((BLOCK, VEC), tl.float64 if grad_y.dtype.element_ty == tl.float64 else tl.float32)
-    hits = tl.zeros((BLOCK, VEC), tl.int32)
+    hits = m_live != m_live
     for i in tl.static_range(KH if WHOLE_WINDOWS else 0):
         h = h0 + i
         if WHOLE_ROWS:
@@ -164,11 +164,11 @@ def max_unpool2d_bwd_kernel(
             left, right = tl.split(tl.reshape(row.to(grad.dtype), (BLOCK, VEC, 2)))
             hit = m_inside & (position == (i * KW if POSITIONS == "offsets" else h.to(tl.int64) * W + w0))
             grad = tl.where(hit, left, grad)
-            hits += hit.to(tl.int32)
+            hits = hits | hit
             if KW == 2:
                 hit = m_inside & (position == (i * KW + 1 if POSITIONS == "offsets" else h.to(tl.int64) * W + w0 + 1))
                 grad = tl.where(hit, right, grad)
-                hits += hit.to(tl.int32)
+                hits = hits | hit
         else:
             for j in tl.static_range(KW):
                 w = w0 + j
@@ -179,17 +179,19 @@ def max_unpool2d_bwd_kernel(
                 value = tl.load(grad_y + o_grad_y, mask=m_inside, other=0.0).to(grad.dtype)
                 hit = m_inside & (position == (i * KW + j if POSITIONS == "offsets" else h.to(tl.int64) * W + w))
                 grad = tl.where(hit, value, grad)
-                hits += hit.to(tl.int32)
+                hits = hits | hit
 
     # 3. Read single elements at the remaining positions
     if POSITIONS == "indices" or not WHOLE_WINDOWS:
         if POSITIONS == "indices":
-            h, w = position // W, position % W
             m_lost = m_live & (hits == 0) & (position >= 0) & (position < HW)
+            o_grad_y = plane * HW + position  # an index is h * W + w: nothing is divided
+            if CHANNELS_LAST:
+                o_grad_y = (o_grad_y * RUNS + run) * VEC + tl.arange(0, VEC)[None, :]
         else:
             h, w = h0 + position // KW, w0 + position % KW
             m_lost = m_live & (position < KH * KW) & (h >= 0) & (h < H) & (w >= 0) & (w < W)
-        o_grad_y = image_offset(plane, h, w, run, H, W, RUNS, VEC, CHANNELS_LAST)
+            o_grad_y = image_offset(plane, h, w, run, H, W, RUNS, VEC, CHANNELS_LAST)
         grad = tl.where(m_lost, tl.load(grad_y + o_grad_y, mask=m_lost, other=0.0).to(grad.dtype), grad)
 
     # 4. Store
