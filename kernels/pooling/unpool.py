@@ -49,7 +49,7 @@ def max_unpool2d_fwd_kernel(
     value = tl.load(x + o_x, mask=m_pooled, other=0.0)
     value = value.to(tl.float64 if value.dtype == tl.float64 else tl.float32)
     position = tl.load(positions + o_x, mask=m_pooled, other=0).to(tl.int32 if POSITIONS == "offsets" else tl.int64)
-    hits = tl.zeros((BLOCK, VEC), tl.int32)
+    hits = m_live != m_live
 
     # 3. Store the pixels of each cell
     for i in tl.static_range(SH):
@@ -63,13 +63,13 @@ def max_unpool2d_fwd_kernel(
             if i < KH:
                 hit = m_inside & (position == (i * KW if POSITIONS == "offsets" else h.to(tl.int64) * W + w0))
                 left = tl.where(hit, value, 0.0)
-                hits += hit.to(tl.int32)
+                hits = hits | hit
                 if KW == 2:
                     hit = m_inside & (
                         position == (i * KW + 1 if POSITIONS == "offsets" else h.to(tl.int64) * W + w0 + 1)
                     )
                     right = tl.where(hit, value, 0.0)
-                    hits += hit.to(tl.int32)
+                    hits = hits | hit
             row = tl.reshape(tl.join(left, right), (BLOCK, 2 * VEC)).to(y.dtype.element_ty)
             tl.store(y + run_offset(plane, h, run, H, RUNS, VEC), row, mask=m_inside)
         else:
@@ -82,7 +82,7 @@ def max_unpool2d_fwd_kernel(
                 if i < KH and j < KW:
                     hit = m_inside & (position == (i * KW + j if POSITIONS == "offsets" else h.to(tl.int64) * W + w))
                     tap = tl.where(hit, value, 0.0)
-                    hits += hit.to(tl.int32)
+                    hits = hits | hit
                 o_y = image_offset(plane, h, w, run, H, W, RUNS, VEC, CHANNELS_LAST)
                 tl.store(y + o_y, tap.to(y.dtype.element_ty), mask=m_inside)
 
@@ -92,7 +92,8 @@ def max_unpool2d_fwd_kernel(
         if POSITIONS == "offsets":
             tl.device_assert(m_outside == 0, "max_unpool2d_with_offsets: found an offset outside its window")
         else:
-            tl.store(out_of_window + tl.zeros((BLOCK, VEC), tl.int32), 1, mask=m_outside)
+            found = tl.max(m_outside.to(tl.int32), axis=1)
+            tl.store(out_of_window + tl.zeros_like(found), 1, mask=found != 0)
 
 
 @triton.jit
