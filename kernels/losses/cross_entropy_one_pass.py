@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import INT32_MAX, launch, vector_width
+from ..launch import INT32_MAX, launch
 from .common import (
     accumulate,
     class_shares,
@@ -201,12 +201,13 @@ def _launch(
     logits, targets, _ = inputs
     denominator = results.denominator
     n, _, h, w = logits.shape
-    again, vec, pixels = grad_loss is not None, vector_width(logits.element_size(), h * w), n * h * w
+    pixels = n * h * w
     block = LONG_ROWS if has_long_rows(logits) else ROWS
     programs = triton.cdiv(pixels, block)
+    planes = plane_tiling(logits)
+    tiles = triton.cdiv(h * w, planes["BLOCK"])  # of an image, in NCHW
     if not channels_last:
-        rows, steps, block, warps = plane_tiling(logits)
-        programs = n * triton.cdiv(h * w, block)
+        programs = n * tiles
     partials = denominator.new_empty((programs,))
     predictions = Predictions(results.prediction, results.counts, programs, partials)
     tensors = (
@@ -214,7 +215,7 @@ def _launch(
         *predictions.arguments, results.grad_logits,
     )  # fmt: skip
     shared = constants(inputs, options) | {
-        "PREDICT": predictions.requested, "AGAIN": again, "BLOCK": block, "debug": True, "sanitize_overflow": False,
+        "PREDICT": predictions.requested, "AGAIN": grad_loss is not None, "debug": True, "sanitize_overflow": False,
     }  # fmt: skip
     if channels_last:
         row_vec, vec = 16 // logits.element_size(), group_width(logits)
@@ -222,13 +223,12 @@ def _launch(
             cross_entropy_one_pass_rows_kernel, programs,
             *tensors, logits.numel(), pixels, programs, options.ignore_index,
             **shared, ROW_RAGGED=logits.numel() % row_vec != 0, ROW_VEC=row_vec, **row_steps(logits, row_vec),
-            RAGGED=logits.numel() % vec != 0, VEC=vec, GROUPS=GROUPS,
+            RAGGED=logits.numel() % vec != 0, VEC=vec, GROUPS=GROUPS, BLOCK=block,
         )  # fmt: skip
     else:
         launch(
             cross_entropy_one_pass_kernel, programs,
-            *tensors, h * w // vec, triton.cdiv(h * w, block), programs, options.ignore_index,
-            **shared, VEC=vec, ROWS=rows, STEPS=steps, num_warps=warps,
+            *tensors, h * w // planes["VEC"], tiles, programs, options.ignore_index, **shared, **planes,
         )  # fmt: skip
     predictions.add_up_counts()
     return partials

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..launch import vector_width
 from .common import class_shares, exponential, gradient, label_weight, pixel_loss, read_target
 from .cross_entropy import store_predictions
 from .cross_entropy_bwd import pixel_factors
@@ -145,12 +146,13 @@ def cross_entropy_one_pass_kernel(
         tl.store(grad_logits + (o_first + c * SIZE), grad.to(grad_logits.dtype.element_ty), mask=m_value)
 
 
-def plane_tiling(logits: Tensor) -> tuple[int, int, int, int]:
-    """How a call is divided: (ROWS, STEPS, BLOCK, warps of a program)."""
+def plane_tiling(logits: Tensor) -> dict[str, int]:
+    """How a call is divided: the compile-time arguments that depend on the sizes."""
     _, classes, h, w = logits.shape
     held = HELD if logits.element_size() < 8 else HELD // 4
     rows = triton.next_power_of_2(triton.cdiv(classes, held))
     steps = triton.cdiv(classes, rows)
     pixels = min(16 // logits.element_size(), 1 << (LOGITS // steps).bit_length() - 1)  # of a thread
     block = max(min(32 * WARPS * pixels // rows, triton.next_power_of_2(h * w)), 16)
-    return rows, steps, block, WARPS
+    vec = min(pixels, vector_width(logits.element_size(), h * w))
+    return {"VEC": vec, "ROWS": rows, "STEPS": steps, "BLOCK": block, "num_warps": WARPS}

@@ -46,7 +46,7 @@ def test_gate_rows_are_read_and_written_16_bytes_wide(facts):
         and not row["kernel"].startswith("conv_transpose2d")  # have their own gate
     ]
     seen = {(row["kernel"], row["layout"]) for row in wide}
-    names = ("max_pool2d_fwd", "max_unpool2d_fwd", "max_unpool2d_bwd", "window_gather")
+    names = ("max_pool2d_fwd", "max_unpool2d_fwd", "max_unpool2d_bwd", "window_cells")
     norms = [f"batch_norm_{name}" for name in ("stats", "relu_fwd", "relu_sums", "relu_bwd")]
     norms += [
         f"batch_norm_relu_max_{name}"
@@ -54,9 +54,13 @@ def test_gate_rows_are_read_and_written_16_bytes_wide(facts):
     ]
     kernels = {f"{name}_kernel" for name in (*names, *norms)}
     assert {(kernel, layout) for kernel in kernels for layout in cases.LAYOUTS} <= seen
+    assert ("cross_entropy_bwd_kernel", "nchw") in seen
     for name in ("bwd", "one_pass"):
-        assert (f"cross_entropy_{name}_kernel", "nchw") in seen
         assert (f"cross_entropy_{name}_rows_kernel", "channels_last") in seen
+    planes = [row for row in facts if row["kernel"] == "cross_entropy_one_pass_kernel"]
+    assert planes and {row["constants"]["VEC"] for row in planes} == {4}  # a thread holds all classes of four pixels
+    for row in planes:
+        assert "8" in row["loads"] and "8" in row["stores"] and not {"1", "2"} & set(row["stores"]), row
     for row in wide:
         assert "16" in row["loads"], row
         assert not {"1", "2"} & set(row["stores"]), row  # eight offsets are 8 bytes, a flag 4

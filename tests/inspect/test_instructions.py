@@ -15,6 +15,7 @@ from fastseg.inspect.emulator import Emulator, Thread
 from fastseg.inspect.instructions import count
 from fastseg.inspect.sass import Code, parse
 from fastseg.kernels.cuda import launch
+from fastseg.kernels.triton_internals import VERSION
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled here, not interpreted")
 needs_nvrtc = pytest.mark.skipif(cuda_codegen.library_path() is None, reason="no NVRTC (nvidia-cuda-nvrtc)")
@@ -200,22 +201,27 @@ import json
 from fastseg.inspect import budget, instructions_report
 from fastseg.inspect.selection import Selection
 
-rows = instructions_report.rows(Selection(operators=budget.MEMORY_BOUND), [90], ["triton"])
-print(json.dumps([row for row in rows if budget.is_memory_bound(row["operator"])]))
+class MemoryBound(Selection):
+    def includes(self, case):
+        return budget.is_memory_bound(case.operator)
+
+print(json.dumps(instructions_report.rows(MemoryBound(), [90], ["triton"])))
 """
 
 
-def test_gate_memory_bound_calls_are_within_the_budget_or_listed():
+@pytest.mark.skipif(VERSION != (3, 7), reason="the figures are those of Triton 3.7")
+def test_gate_memory_bound_calls_are_within_the_budget_or_listed(facts):
+    """After the kernels of `facts` were compiled, whose machine code Triton keeps."""
     rows = json.loads(compiled("-c", GATED))
-    seen = {(row["operator"], row["mode"], row["layout"], row["size"]) for row in rows}
-    assert seen >= budget.EXCESSES.keys() and len(seen) > 60
+    known = {call for calls in budget.EXCESSES.values() for call in calls}
+    assert known <= {f"{row['operator']} {row['mode']} {row['layout']} {row['size']}" for row in rows}
     for row in rows:
-        listed, words = budget.listed(row), f"{row['operator']} {row['mode']} {row['layout']} {row['size']}"
-        if not row["above the budget"]:
-            assert listed is None, f"{words} is within the budget: take it off the list"
-            continue
-        assert listed is not None and listed.why, f"{words}: {row['above the budget']}"
-        assert 0.9 * listed.figure <= row["per byte"] <= 1.02 * listed.figure, f"{words}: {row['per byte']:.2f}"
+        figure, words = budget.listed(row), f"{row['operator']} {row['mode']} {row['layout']} {row['size']}"
+        if row["above the budget"]:
+            assert figure is not None, f"{words}: {row['above the budget']}"
+            assert 0.9 * figure <= row["per byte"] <= 1.02 * figure, f"{words}: {row['per byte']:.2f}"
+        else:
+            assert figure is None, f"{words} is within the budget: take it off the list"
 
 
 @needs_nvrtc
