@@ -204,7 +204,8 @@ def _launch(
     pixels = n * h * w
     block = LONG_ROWS if has_long_rows(logits) else ROWS
     programs = triton.cdiv(pixels, block)
-    planes = plane_tiling(logits)
+    shares = options.label_smoothing != 0 or targets.is_floating_point()
+    planes = plane_tiling(logits, crowded=shares and results.counts.numel() > 0)
     tiles = triton.cdiv(h * w, planes["BLOCK"])  # of an image, in NCHW
     if not channels_last:
         programs = n * tiles

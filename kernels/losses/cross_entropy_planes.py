@@ -146,13 +146,17 @@ def cross_entropy_one_pass_kernel(
         tl.store(grad_logits + (o_first + c * SIZE), grad.to(grad_logits.dtype.element_ty), mask=m_value)
 
 
-def plane_tiling(logits: Tensor) -> dict[str, int]:
-    """How a call is divided: the compile-time arguments that depend on the sizes."""
+def plane_tiling(logits: Tensor, crowded: bool) -> dict[str, int]:
+    """How a call is divided: the compile-time arguments that depend on the sizes.
+
+    crowded: a thread also holds predictions and shares of the classes, so it has registers for half of the pixels.
+    """
     _, classes, h, w = logits.shape
     held = HELD if logits.element_size() < 8 else HELD // 4
     rows = triton.next_power_of_2(triton.cdiv(classes, held))
     steps = triton.cdiv(classes, rows)
-    pixels = min(16 // logits.element_size(), 1 << (LOGITS // steps).bit_length() - 1)  # of a thread
+    logits_held = LOGITS // 2 if crowded else LOGITS
+    pixels = min(16 // logits.element_size(), 1 << (logits_held // steps).bit_length() - 1)  # of a thread
     block = max(min(32 * WARPS * pixels // rows, triton.next_power_of_2(h * w)), 16)
     vec = min(pixels, vector_width(logits.element_size(), h * w))
     return {"VEC": vec, "ROWS": rows, "STEPS": steps, "BLOCK": block, "num_warps": WARPS}

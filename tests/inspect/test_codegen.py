@@ -153,6 +153,28 @@ def test_dice_in_float64_does_not_spill():
     assert json.loads(compiled("-c", DOUBLE)) == [[0, 0], [0, 0]]
 
 
+CROWDED = """
+import json, torch
+from fastseg import dispatch
+from fastseg.inspect.codegen import compile_for, record
+from fastseg.kernels.launch import targeting
+from fastseg.ops.operator import observing
+from fastseg.verification import cases
+at = cases.Placement(torch.bfloat16, torch.contiguous_format, "meta")
+loss = cases.LossSpec(predicted=True, label_smoothing=0.1, weighted=True)
+(case,) = cases.cross_entropy(at, (8, 21, 360, 480), loss)
+with dispatch.backend("triton"), targeting(90), observing(lambda operator, call: None):
+    found = record(lambda: case.step(case.ours, backward=True)())
+kernel = next(one for one in found if one.name == "cross_entropy_one_pass_kernel")
+print(json.dumps(compile_for(kernel, 90).spills))
+"""
+
+
+def test_predictions_with_label_smoothing_do_not_spill():
+    """Not a case of the command; a thread that held four pixels spilled."""
+    assert json.loads(compiled("-c", CROWDED)) == 0
+
+
 def test_the_gates_see_bad_kernels():
     widths, spills, atomics, wgmma, copies, same = json.loads(compiled("-c", BAD))
     assert list(widths) == ["2"] and spills > 0 and atomics > 0 and wgmma == copies == 0
