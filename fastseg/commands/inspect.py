@@ -1,8 +1,9 @@
-"""`fastseg inspect`: bytes moved and compiled code, exact on any machine, without a GPU."""
+"""`fastseg inspect`: bytes moved, compiled code and instructions, exact on any machine, without a GPU."""
 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -120,7 +121,10 @@ def _instructions(args: argparse.Namespace, selection: Selection) -> int:
         _show(rows, args, lambda: instructions_report.table(rows, args.dtype), instructions_report.NOTE)
         return 0
     worse = instructions_report.diff(old["rows"], rows)
-    print(json.dumps(worse) if args.json else "\n".join(worse) or "nothing is worse")
+    if args.json:
+        terminal.print_json({"instrument": args.instrument, "dtype": args.dtype, "worse": worse})
+    else:
+        print("\n".join(worse) or "nothing is worse")
     return 0
 
 
