@@ -1,8 +1,9 @@
-"""`fastseg inspect`: bytes moved and compiled code, exact on any machine, without a GPU."""
+"""`fastseg inspect`: bytes moved, compiled code and instructions, exact on any machine, without a GPU."""
 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,11 @@ from . import terminal
 from .options import add_json
 
 BANDWIDTH = 3.0  # TB/s: the copy bandwidth of an H100
+INSTRUMENTS = {  # and the options that not every instrument has
+    "traffic": ("png", "bandwidth", "compile"),
+    "codegen": ("sm", "first", "sass", "ptx"),
+    "instructions": ("sm", "png", "diff"),
+}
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -22,42 +28,49 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "Instruments that need no GPU. traffic: run the kernels in Triton's interpreter and count the bytes and "
         "32-byte sectors that they move, compared with the floor (the fewest possible), torch eager and torch.compile. "
         "codegen: compile the kernels for GPUs that this machine need not have, and read registers, spills, access "
-        "widths and tensor-core use from the machine code."
+        "widths and tensor-core use from the machine code. instructions: count what the compiled kernels issue, loops "
+        "by how often they run, and compare it with what a GPU can issue while it moves the bytes."
     )
     parser.epilog = (
         "examples:\n  fastseg inspect traffic --op max_unpool2d --png traffic.png\n  fastseg inspect codegen --json\n"
-        "  fastseg inspect codegen --sass max_unpool2d_fwd_kernel"
+        "  fastseg inspect codegen --sass max_unpool2d_fwd_kernel\n"
+        "  fastseg inspect instructions --op cross_entropy --sm 90 --diff old.json"
     )
-    parser.add_argument("instrument", choices=["traffic", "codegen"])
+    parser.add_argument("instrument", choices=list(INSTRUMENTS))
     parser.add_argument("--op", action="append", help="only operators whose name starts with this (may be repeated)")
     parser.add_argument("--dtype", choices=list(cases.DTYPES), default="bfloat16")
     parser.add_argument("--layout", choices=list(cases.LAYOUTS), help="default: both")
     add_json(parser)
     traffic = parser.add_argument_group("traffic")
     traffic.add_argument("--bandwidth", type=float, help=f"TB/s of the time model (default: {BANDWIDTH:g})")
-    traffic.add_argument("--png", type=Path, help="write a bar chart to this file")
+    traffic.add_argument("--png", type=Path, help="write a bar chart to this file; also for instructions")
     traffic.add_argument(
         "--compile", action="store_true", default=None,
         help="also what torch.compile's kernels for a GPU move; about 3 s more per case",
     )  # fmt: skip
     codegen = parser.add_argument_group("codegen")
     codegen.add_argument(
-        "--sm", type=int, action="append", choices=[80, 86, 89, 90, 100, 120], help="default: 80, 90 and 100"
-    )
+        "--sm", "--arch", type=int, action="append", choices=[80, 86, 89, 90, 100, 120],
+        help="also for instructions, but 86 and 120; default: 80, 90 and 100",
+    )  # fmt: skip
     codegen.add_argument("--first", action="store_true", default=None, help="one configuration per kernel and layout")
     codegen.add_argument("--sass", metavar="KERNEL", help="print the disassembly of this kernel and stop")
     codegen.add_argument("--ptx", metavar="KERNEL", help="print the PTX of this kernel and stop")
+    instructions = parser.add_argument_group("instructions")
+    instructions.add_argument(
+        "--diff", type=Path, metavar="OLD", help="a file that --json printed earlier: show what is worse now, and stop"
+    )
 
 
 def main(args: argparse.Namespace) -> int:
     """Run `fastseg inspect`. Returns 0."""
-    others = ("sm", "first", "sass", "ptx") if args.instrument == "traffic" else ("png", "bandwidth", "compile")
-    for name in others:
+    for name in {name for options in INSTRUMENTS.values() for name in options} - set(INSTRUMENTS[args.instrument]):
         if getattr(args, name) is not None:
             raise ValueError(f"--{name} is not an option of {args.instrument}")
     layouts = (args.layout,) if args.layout else tuple(cases.LAYOUTS)
     selection = Selection(args.dtype, layouts, tuple(args.op or ()))
-    return _traffic(args, selection) if args.instrument == "traffic" else _codegen(args, selection)
+    run = {"traffic": _traffic, "codegen": _codegen, "instructions": _instructions}[args.instrument]
+    return run(args, selection)
 
 
 def _traffic(args: argparse.Namespace, selection: Selection) -> int:
@@ -77,8 +90,7 @@ def _traffic(args: argparse.Namespace, selection: Selection) -> int:
 
 def _codegen(args: argparse.Namespace, selection: Selection) -> int:
     """Compile kernels, and show facts of their machine code or the code of one of them."""
-    if dispatch.interpreted():
-        raise ValueError("codegen compiles the kernels, so TRITON_INTERPRET must not be set")
+    _needs_the_compiler(args)
     from ..inspect import codegen_report
 
     for form in ("sass", "ptx"):
@@ -88,6 +100,37 @@ def _codegen(args: argparse.Namespace, selection: Selection) -> int:
     rows = _found(codegen_report.rows(selection, args.sm or codegen_report.SMS, bool(args.first)), args)
     _show(rows, args, lambda: codegen_report.table(rows, args.dtype), codegen_report.NOTE)
     return 0
+
+
+def _instructions(args: argparse.Namespace, selection: Selection) -> int:
+    """Count instructions, and show, draw or compare them."""
+    _needs_the_compiler(args)
+    from ..inspect import gpus, instructions_report
+
+    sms = args.sm or instructions_report.SMS
+    for sm in sms:
+        if not gpus.gpus_of(sm):
+            raise ValueError(f"--sm must be one of {sorted({gpu.sm for gpu in gpus.GPUS})}, but is {sm}")
+    old = None if args.diff is None else json.loads(args.diff.read_text(encoding="utf-8"))
+    if old is not None and (old.get("instrument"), old.get("dtype")) != (args.instrument, args.dtype):
+        raise ValueError(f"--diff must name a report of instructions in {args.dtype}, but {args.diff} is another")
+    rows = _found(instructions_report.rows(selection, sms), args)
+    if args.png is not None:
+        instructions_report.chart(rows, args.dtype, args.png)
+    if old is None:
+        _show(rows, args, lambda: instructions_report.table(rows, args.dtype), instructions_report.NOTE)
+        return 0
+    worse = instructions_report.diff(old["rows"], rows)
+    if args.json:
+        terminal.print_json({"instrument": args.instrument, "dtype": args.dtype, "worse": worse})
+    else:
+        print("\n".join(worse) or "nothing is worse")
+    return 0
+
+
+def _needs_the_compiler(args: argparse.Namespace) -> None:
+    if dispatch.interpreted():
+        raise ValueError(f"{args.instrument} compiles the kernels, so TRITON_INTERPRET must not be set")
 
 
 def _found(rows: list[dict[str, Any]], args: argparse.Namespace) -> list[dict[str, Any]]:

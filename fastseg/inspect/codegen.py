@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import bisect
 import collections
+import contextlib
 import itertools
 import re
 import struct
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -24,6 +25,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..kernels import launch, triton_internals
+from .sass import Instruction, parse
 
 POINTERS = {
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64",
@@ -46,25 +48,33 @@ class Launch:
     constants: dict[str, Any]
     divisible: tuple[int, ...]
     options: dict[str, Any]
+    arguments: tuple[Any, ...] = field(default=(), repr=False, compare=False)  # those of the machine code, in order
 
     @property
     def name(self) -> str:
         return self.kernel.__name__
 
+    @property
+    def key(self) -> str:
+        """What the machine code depends on."""
+        return repr((self.name, self.signature, self.constants, self.divisible, self.options))
 
-def record(function: Callable[[], Any]) -> list[Launch]:
-    """The launches that `function` makes. No kernel runs, so tensors may be on the meta device."""
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Yield a list that gets each launch inside the block. No kernel runs, so tensors may be on the meta device."""
     launches: list[Launch] = []
 
     def note(kernel: Any, programs: int, args: tuple[Any, ...], meta: dict[str, Any]) -> None:
         options = {name: meta[name] for name in OPTIONS if name in meta}
         constants = {name: value for name, value in meta.items() if name not in OPTIONS}
-        signature, divisible = {}, []
+        signature, divisible, passed = {}, [], []
         for position, name in enumerate(kernel.arg_names):
             if name in constants:
                 signature[name] = "constexpr"
                 continue
             value = args[position]
+            passed.append(value)
             if isinstance(value, TensorDescriptor):
                 signature[name] = f"tensordesc<{POINTERS[value.base.dtype][1:]}{list(value.block_shape)}>"
             elif isinstance(value, Tensor):
@@ -74,13 +84,20 @@ def record(function: Callable[[], Any]) -> list[Launch]:
                 signature[name] = "fp32"
             elif value is None or value == 1:  # Triton makes these values compile-time constants
                 signature[name], constants[name] = "constexpr", value
+                passed.pop()
             else:
                 signature[name] = "i32" if value <= launch.INT32_MAX else "i64"
                 if value % 16 == 0:
                     divisible.append(position)
-        launches.append(Launch(kernel, programs, signature, constants, tuple(divisible), options))
+        launches.append(Launch(kernel, programs, signature, constants, tuple(divisible), options, tuple(passed)))
 
     with launch.recording(note):
+        yield launches
+
+
+def record(function: Callable[[], Any]) -> list[Launch]:
+    """The launches that `function` makes."""
+    with recording() as launches:
         function()
     return launches
 
@@ -132,12 +149,17 @@ class Compiled:
     @property
     def occupancy(self) -> float:
         """The share of a multiprocessor's warps that registers and shared memory allow to be resident."""
+        return self.resident_warps / MULTIPROCESSORS[self.capability][1]
+
+    @property
+    def resident_warps(self) -> int:
+        """The warps that registers and shared memory allow on a multiprocessor at a time."""
         shared, warps = MULTIPROCESSORS[self.capability]
         registers = -(-self.resources["REG"] // 8) * 8 * 32 * self.warps
         blocks = min(REGISTERS_PER_SM // registers, warps // self.warps)
         if self.shared:
             blocks = min(blocks, shared * 1024 // (self.shared + 1024))
-        return blocks * self.warps / warps
+        return blocks * self.warps
 
     shared: int = 0
 
@@ -152,15 +174,24 @@ def disassemble(kernels: Sequence[Compiled]) -> None:
         kernel.__dict__["instructions"] = instructions  # where cached_property stores its value
 
 
+def listings(kernels: Sequence[Compiled]) -> list[list[Instruction]]:
+    """The instructions of kernels for one architecture, in order of their addresses."""
+    codes = [_code(kernel.cubin) for kernel in kernels]
+    lines = parse(_disassembled(kernels[0].capability, codes))
+    ends = list(itertools.accumulate(map(len, codes)))
+    found: list[list[Instruction]] = [[] for _ in codes]
+    for one in lines:
+        found[bisect.bisect_right(ends, one.address)].append(one)
+    return found
+
+
 INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\d+\s+)?([A-Z][\w.]*)", re.M)
 
 
 def _instructions(capability: int, cubins: Sequence[bytes]) -> list[collections.Counter[str]]:
     """The number of instructions by name for each cubin. Their concatenated code is disassembled in one call."""
     codes = [_code(cubin) for cubin in cubins]
-    # Triton compiles for sm_90a: instructions of one generation alone, such as wgmma, need the letter.
-    architecture = f"SM{capability}{'a' if capability >= 90 else ''}"
-    lines = INSTRUCTION.findall(_nvidia("nvdisasm", b"".join(codes), "--binary", architecture))
+    lines = INSTRUCTION.findall(_disassembled(capability, codes))
     found: list[collections.Counter[str]] = [collections.Counter() for _ in codes]
     ends = list(itertools.accumulate(map(len, codes)))
     for address, name in lines:
@@ -168,17 +199,29 @@ def _instructions(capability: int, cubins: Sequence[bytes]) -> list[collections.
     return found
 
 
+def _disassembled(capability: int, codes: Sequence[bytes]) -> str:
+    """The disassembly of the codes, one after the other."""
+    # Triton compiles for sm_90a: instructions of one generation alone, such as wgmma, need the letter.
+    architecture = f"SM{capability}{'a' if capability >= 90 else ''}"
+    return _nvidia("nvdisasm", b"".join(codes), "--binary", architecture)
+
+
 def _code(cubin: bytes) -> bytes:
     """The contents of the .text.* sections of a 64-bit ELF file."""
+    return b"".join(sections(cubin, b".text."))
+
+
+def sections(cubin: bytes, prefix: bytes) -> list[bytes]:
+    """The contents of the sections of a 64-bit ELF file whose names start with `prefix`."""
     (table,) = struct.unpack_from("<Q", cubin, 40)
     size, count, names = struct.unpack_from("<HHH", cubin, 58)
-    sections = [struct.unpack_from("<IIQQQQ", cubin, table + n * size) for n in range(count)]
-    name_at = sections[names][4]
-    return b"".join(
+    headers = [struct.unpack_from("<IIQQQQ", cubin, table + n * size) for n in range(count)]
+    name_at = headers[names][4]
+    return [
         cubin[offset : offset + length]
-        for name, *_, offset, length in sections
-        if cubin.startswith(b".text.", name_at + name)
-    )
+        for name, *_, offset, length in headers
+        if cubin.startswith(prefix, name_at + name)
+    ]
 
 
 def _nvidia(tool: str, content: bytes, *options: str) -> str:

@@ -78,8 +78,7 @@ def triton_launches(selection: Selection, sm: int, first: bool = False) -> list[
         with dispatch.backend("triton"), targeting(sm), observing(lambda operator, call: None):
             recorded = record(lambda case=case: case.step(case.ours, backward=True)())
         for launch in recorded:
-            key = (launch.name, launch.signature, launch.constants, launch.divisible, launch.options)
-            found.setdefault(f"{layout} {launch.name}" if first else repr(key), (layout, launch))
+            found.setdefault(f"{layout} {launch.name}" if first else launch.key, (layout, launch))
     return list(found.values())
 
 
@@ -107,7 +106,7 @@ def _job(index: int) -> Any:
     return _jobs[index]()
 
 
-def _in_processes(jobs: list[Callable[[], Any]]) -> list[Any]:
+def in_processes(jobs: list[Callable[[], Any]]) -> list[Any]:
     """The results of the jobs, each run in a fork of this process: kernels cannot be pickled."""
     _jobs[:] = jobs
     with multiprocessing.get_context("fork").Pool() as pool:
@@ -127,7 +126,7 @@ def rows(selection: Selection, sms: Sequence[int] = SMS, first: bool = False) ->
     jobs: list[Callable[[], Any]] = [partial(compile_for, recorded, sm) for sm, _, recorded in triton]
     jobs += [partial(cuda_codegen.compile_for, request, sm) for sm, _, request in cuda]
     jobs += [partial(_compiles_for_amd, recorded) for recorded in first_of_kernel.values()]
-    results = _in_processes(jobs)
+    results = in_processes(jobs)
     compiled, amd = results[: len(triton) + len(cuda)], results[len(triton) + len(cuda) :]
     facts, amd = facts_of_all(compiled), dict(zip(map(repr, first_of_kernel.values()), amd, strict=True))
     table = []
@@ -154,7 +153,7 @@ def facts_of_all(compiled: list[Compiled]) -> list[dict[str, Any]]:
     generations: dict[int, list[Compiled]] = {}
     for kernel in compiled:
         generations.setdefault(kernel.capability, []).append(kernel)
-    found = _in_processes([partial(_facts_of_generation, kernels) for kernels in generations.values()])
+    found = in_processes([partial(_facts_of_generation, kernels) for kernels in generations.values()])
     facts = dict(zip(generations, map(iter, found), strict=True))
     return [next(facts[kernel.capability]) for kernel in compiled]
 

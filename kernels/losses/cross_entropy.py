@@ -141,16 +141,16 @@ def cross_entropy_fwd_kernel(
 
     # 6. Store the predictions
     if PREDICT:
-        store_predictions(prediction, counts, pixel, m_live, label, best, first_nan, program, PROGRAMS, C)
+        best = tl.where(first_nan < C, first_nan, best)
+        store_predictions(prediction, counts, pixel, m_live, label, best, program, PROGRAMS)
 
 
 @triton.jit
-def store_predictions(prediction, counts, pixel, m_live, label, best, first_nan, program, PROGRAMS, C: tl.constexpr):
+def store_predictions(prediction, counts, pixel, m_live, label, best, program, PROGRAMS):
     """Write the predicted classes, and the program's numbers of pixels predicted right and not ignored."""
-    best = tl.where(first_nan < C, first_nan, best)
     tl.store(prediction + pixel, best.to(prediction.dtype.element_ty), mask=m_live)
-    tl.store(counts + program, tl.sum(((label == best) & m_live).to(tl.int32), axis=0))
-    tl.store(counts + PROGRAMS + program, tl.sum((label >= 0).to(tl.int32), axis=0))
+    tl.store(counts + program, tl.sum(((label == best) & m_live).to(tl.int32)))
+    tl.store(counts + PROGRAMS + program, tl.sum((label >= 0).to(tl.int32)))
 
 
 @triton.jit

@@ -4,7 +4,7 @@ A program reads the logits of its pixels once from memory; if it reads them agai
 denominator of a mean must be known before the gradient, so the labels are counted first (8 bytes per pixel) and packed
 into one byte each. The backward checks the gradient of the loss on the device. If it is 1, there is nothing to do. Else
 it recomputes the gradient from the logits, so that no value is rounded twice and none that underflowed is scaled up.
-The formulas are in common.py.
+The formulas are in common.py. The kernel for NCHW is in cross_entropy_planes.py, that for channels_last in this file.
 """
 
 from __future__ import annotations
@@ -14,14 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import INT32_MAX, launch, vector_width
+from ..launch import INT32_MAX, launch
 from .common import (
     accumulate,
     class_shares,
     constants,
-    exponential,
     first_maximum,
-    gradient,
     has_long_rows,
     label_weight,
     pixel_loss,
@@ -39,9 +37,9 @@ from .cross_entropy import (
     store_predictions,
 )
 from .cross_entropy_bwd import group_width, pixel_factors, write_groups
+from .cross_entropy_planes import cross_entropy_one_pass_kernel, plane_tiling
 from .options import LossInputs, LossOptions, OnePassResults
 
-TILE = 8192  # logits of a program in NCHW: as many as fit in registers
 ROWS = 256  # pixels of a program in channels_last: as many as fit in its part of the L1 cache
 LONG_ROWS = 64  # the same if their rows are long
 GROUPS = 256  # written at a time in channels_last
@@ -72,87 +70,6 @@ def cross_entropy_labels_kernel(
     DTYPE: tl.constexpr = partials.dtype.element_ty
     counted = label_weight(weight, label, DTYPE, WEIGHTED and REDUCTION == "weights")
     tl.store(partials + program, tl.sum(counted, axis=0))
-
-
-@triton.jit
-def cross_entropy_one_pass_kernel(
-    grad_loss, logits, targets, weight, denominator, partials, prediction, counts, grad_logits,
-    RUNS, TILES, PROGRAMS, IGNORE,
-    C: tl.constexpr, REDUCTION: tl.constexpr, PROBABILITIES: tl.constexpr, WEIGHTED: tl.constexpr,
-    SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr, SPLIT: tl.constexpr, PREDICT: tl.constexpr, AGAIN: tl.constexpr,
-    VEC: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """NCHW: one program writes the gradient of BLOCK pixels of one image, and holds all of their classes.
-
-    Reads their logits and targets once, 2 * C + 1 bytes per pixel for bf16 logits and packed labels, and writes 2 * C.
-    The gradient is for a loss gradient of 1, and the program also writes its sum of losses and with PREDICT its
-    predictions; with AGAIN it is for grad_loss, and nothing is done if that is 1. denominator: the divisor of a mean.
-    """
-    # 1. The gradient of each pixel's loss
-    DTYPE: tl.constexpr = partials.dtype.element_ty
-    SHARED: tl.constexpr = PROBABILITIES or SMOOTHING != 0
-    scale = tl.full((BLOCK,), 1.0, DTYPE)
-    if AGAIN:
-        given = tl.load(grad_loss)
-        if given == 1.0:
-            return
-        scale = scale * given
-    if REDUCTION != "sum":
-        scale = scale / tl.load(denominator)
-
-    # 2. Which pixels; load their targets
-    program = tl.program_id(0)
-    if WIDE:
-        program = program.to(tl.int64)
-    SIZE = tl.cast(RUNS, program.dtype) * VEC
-    p = (program % TILES) * BLOCK + tl.arange(0, BLOCK)
-    m_live = p < SIZE
-    image = program // TILES
-    pixel = image * SIZE + p
-    label, out_of_range = read_target(targets, pixel, m_live, C, IGNORE, PROBABILITIES)
-    if not AGAIN:
-        tl.device_assert(out_of_range == 0, "cross_entropy: a target is neither a class nor ignore_index")
-
-    # 3. Load the logits, and compute the softmax sums
-    c = tl.arange(0, WIDTH)[None, :]
-    o_logits = (image * C + c) * SIZE + p[:, None]
-    m_inside = m_live[:, None] & (c < C)
-    hit = c == label[:, None]
-    value = tl.load(logits + o_logits, mask=m_inside, other=float("-inf")).to(DTYPE)
-    share = value
-    if SHARED:
-        share = class_shares(
-            targets, weight, o_logits, c, m_inside, m_inside, m_inside,
-            DTYPE, C, PROBABILITIES, WEIGHTED, SMOOTHING, False,
-        )  # fmt: skip
-    zeros = tl.zeros((BLOCK,), DTYPE)
-    highest, total, mass, distance = accumulate(
-        value, share, m_inside, tl.full((BLOCK,), float("-inf"), DTYPE), zeros, zeros, zeros, SHARED
-    )
-
-    # 4. The losses and predictions
-    factor = label_weight(weight, label, DTYPE, WEIGHTED and not PROBABILITIES)
-    if not AGAIN:
-        picked = zeros
-        if not PROBABILITIES:  # from the cache, which holds the tile
-            picked = tl.load(logits + (image * C + label) * SIZE + p, mask=label >= 0, other=0.0).to(DTYPE)
-        loss = pixel_loss(label, factor, picked, highest, total, mass, distance, PROBABILITIES, SMOOTHING, Z_LOSS)
-        tl.store(partials + program, tl.sum(loss, axis=0))
-        if PREDICT:
-            best, _, first_nan = first_maximum(
-                value, c, m_inside, tl.zeros((BLOCK,), tl.int32), tl.full((BLOCK,), float("-inf"), DTYPE),
-                tl.full((BLOCK,), C, tl.int32), C,
-            )  # fmt: skip
-            store_predictions(prediction, counts, pixel, m_live, label, best, first_nan, program, PROGRAMS, C)
-
-    # 5. Compute the gradient, and store it
-    gain, spread = pixel_factors(scale, label, factor, highest, tl.log(total), mass, PROBABILITIES, SMOOTHING, Z_LOSS)
-    shift = tl.where(highest == float("-inf"), 0.0, highest)
-    grad = gradient(
-        exponential(value - shift[:, None]) * (1.0 / total)[:, None], share, hit, label[:, None], gain[:, None],
-        spread[:, None], scale[:, None], PROBABILITIES, SHARED, SHARED or Z_LOSS != 0,
-    )  # fmt: skip
-    tl.store(grad_logits + o_logits, grad.to(grad_logits.dtype.element_ty), mask=m_inside)
 
 
 @triton.jit
@@ -225,7 +142,8 @@ def cross_entropy_one_pass_rows_kernel(
         loss = pixel_loss(label, factor, picked, highest, total, mass, distance, PROBABILITIES, SMOOTHING, Z_LOSS)
         tl.store(partials + program, tl.sum(loss, axis=0))
         if PREDICT:
-            store_predictions(prediction, counts, pixel, m_live, label, best, first_nan, program, PROGRAMS, C)
+            best = tl.where(first_nan < C, first_nan, best)
+            store_predictions(prediction, counts, pixel, m_live, label, best, program, PROGRAMS)
 
     # 5. For each group: load the logits again, compute the gradient, and store it
     gain, spread = pixel_factors(scale, label, factor, highest, above, mass, PROBABILITIES, SMOOTHING, Z_LOSS)
@@ -282,16 +200,15 @@ def _launch(
     """
     logits, targets, _ = inputs
     denominator = results.denominator
-    n, classes, h, w = logits.shape
-    again, vec, pixels = grad_loss is not None, vector_width(logits.element_size(), h * w), n * h * w
-    width = triton.next_power_of_2(classes)
+    n, _, h, w = logits.shape
+    pixels = n * h * w
     block = LONG_ROWS if has_long_rows(logits) else ROWS
     programs = triton.cdiv(pixels, block)
+    shares = options.label_smoothing != 0 or targets.is_floating_point()
+    planes = plane_tiling(logits, crowded=shares and results.counts.numel() > 0)
+    tiles = triton.cdiv(h * w, planes["BLOCK"])  # of an image, in NCHW
     if not channels_last:
-        tile = TILE * 4 // max(logits.element_size(), 4)  # float64 takes two registers
-        line = 128 // logits.element_size()  # pixels of a cache line
-        block = min(max(tile // width, line), 1024, max(line, triton.next_power_of_2(h * w)))
-        programs = n * triton.cdiv(h * w, block)
+        programs = n * tiles
     partials = denominator.new_empty((programs,))
     predictions = Predictions(results.prediction, results.counts, programs, partials)
     tensors = (
@@ -299,7 +216,7 @@ def _launch(
         *predictions.arguments, results.grad_logits,
     )  # fmt: skip
     shared = constants(inputs, options) | {
-        "PREDICT": predictions.requested, "AGAIN": again, "BLOCK": block, "debug": True, "sanitize_overflow": False,
+        "PREDICT": predictions.requested, "AGAIN": grad_loss is not None, "debug": True, "sanitize_overflow": False,
     }  # fmt: skip
     if channels_last:
         row_vec, vec = 16 // logits.element_size(), group_width(logits)
@@ -307,13 +224,12 @@ def _launch(
             cross_entropy_one_pass_rows_kernel, programs,
             *tensors, logits.numel(), pixels, programs, options.ignore_index,
             **shared, ROW_RAGGED=logits.numel() % row_vec != 0, ROW_VEC=row_vec, **row_steps(logits, row_vec),
-            RAGGED=logits.numel() % vec != 0, VEC=vec, GROUPS=GROUPS,
+            RAGGED=logits.numel() % vec != 0, VEC=vec, GROUPS=GROUPS, BLOCK=block,
         )  # fmt: skip
     else:
         launch(
             cross_entropy_one_pass_kernel, programs,
-            *tensors, h * w // vec, triton.cdiv(h * w, block), programs, options.ignore_index,
-            **shared, VEC=vec, WIDTH=width, num_warps=max(4, block * width // tile * 8),
+            *tensors, h * w // planes["VEC"], tiles, programs, options.ignore_index, **shared, **planes,
         )  # fmt: skip
     predictions.add_up_counts()
     return partials

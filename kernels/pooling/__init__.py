@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from ..lazy import submodules
 
 if TYPE_CHECKING:
-    from . import geometry, overlapping, pool, tiling, unpool
+    from . import geometry, overlapping, pool, tiling, unpool, window_cells
 
-__all__ = ["geometry", "overlapping", "pool", "tiling", "unpool"]
+__all__ = ["geometry", "overlapping", "pool", "tiling", "unpool", "window_cells"]
 __getattr__ = submodules(__name__, __all__)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..launch import launch, registers, vector_width
 from .tiling import BLOCK, UNROLLED, Tiling, group, image_offset, needs_int64, position_kind
+from .window_cells import can_gather_cells, gather_cells
 
 
 @triton.jit
@@ -158,6 +159,10 @@ def window_gather(
 
     report: check for positions outside their windows. If an index is, out_of_window[0] becomes 1.
     """
+    flag = y if out_of_window is None else out_of_window
+    if can_gather_cells(x, y, tiling):
+        gather_cells(x, positions, y, tiling, add=add, out_of_window=flag, report=report)
+        return
     geometry = tiling.geometry
     c, h, w = y.shape[1:]
     oh, ow = x.shape[-2:]
@@ -171,7 +176,7 @@ def window_gather(
     limit = registers(y, {(3, 8, 90): 56}) if whole_rows and kind == "offsets" else {}
     launch(
         window_gather_kernel, triton.cdiv(max(units, x.numel() if report else 0), BLOCK),
-        x, positions, y, y if out_of_window is None else out_of_window,
+        x, positions, y, flag,
         units // vec, lanes // vec, x.numel(), pooled_lanes, h, w, oh, ow,
         **tiling.window_constants(), **tiling.dilation_constants(), DOWN=down, ACROSS=across,
         POSITIONS=kind, ADD=add, REPORT=report, WHOLE_ROWS=whole_rows,

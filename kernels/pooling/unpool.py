@@ -49,7 +49,7 @@ def max_unpool2d_fwd_kernel(
     value = tl.load(x + o_x, mask=m_pooled, other=0.0)
     value = value.to(tl.float64 if value.dtype == tl.float64 else tl.float32)
     position = tl.load(positions + o_x, mask=m_pooled, other=0).to(tl.int32 if POSITIONS == "offsets" else tl.int64)
-    hits = tl.zeros((BLOCK, VEC), tl.int32)
+    hits = m_live != m_live
 
     # 3. Store the pixels of each cell
     for i in tl.static_range(SH):
@@ -63,13 +63,13 @@ def max_unpool2d_fwd_kernel(
             if i < KH:
                 hit = m_inside & (position == (i * KW if POSITIONS == "offsets" else h.to(tl.int64) * W + w0))
                 left = tl.where(hit, value, 0.0)
-                hits += hit.to(tl.int32)
+                hits = hits | hit
                 if KW == 2:
                     hit = m_inside & (
                         position == (i * KW + 1 if POSITIONS == "offsets" else h.to(tl.int64) * W + w0 + 1)
                     )
                     right = tl.where(hit, value, 0.0)
-                    hits += hit.to(tl.int32)
+                    hits = hits | hit
             row = tl.reshape(tl.join(left, right), (BLOCK, 2 * VEC)).to(y.dtype.element_ty)
             tl.store(y + run_offset(plane, h, run, H, RUNS, VEC), row, mask=m_inside)
         else:
@@ -82,7 +82,7 @@ def max_unpool2d_fwd_kernel(
                 if i < KH and j < KW:
                     hit = m_inside & (position == (i * KW + j if POSITIONS == "offsets" else h.to(tl.int64) * W + w))
                     tap = tl.where(hit, value, 0.0)
-                    hits += hit.to(tl.int32)
+                    hits = hits | hit
                 o_y = image_offset(plane, h, w, run, H, W, RUNS, VEC, CHANNELS_LAST)
                 tl.store(y + o_y, tap.to(y.dtype.element_ty), mask=m_inside)
 
@@ -92,7 +92,8 @@ def max_unpool2d_fwd_kernel(
         if POSITIONS == "offsets":
             tl.device_assert(m_outside == 0, "max_unpool2d_with_offsets: found an offset outside its window")
         else:
-            tl.store(out_of_window + tl.zeros((BLOCK, VEC), tl.int32), 1, mask=m_outside)
+            found = tl.max(m_outside.to(tl.int32), axis=1)
+            tl.store(out_of_window + tl.zeros_like(found), 1, mask=found != 0)
 
 
 @triton.jit
@@ -153,7 +154,7 @@ def max_unpool2d_bwd_kernel(
 
     # 2. Pick from the whole windows
     grad = tl.zeros((BLOCK, VEC), tl.float64 if grad_y.dtype.element_ty == tl.float64 else tl.float32)
-    hits = tl.zeros((BLOCK, VEC), tl.int32)
+    hits = m_live != m_live
     for i in tl.static_range(KH if WHOLE_WINDOWS else 0):
         h = h0 + i
         if WHOLE_ROWS:
@@ -164,11 +165,11 @@ def max_unpool2d_bwd_kernel(
             left, right = tl.split(tl.reshape(row.to(grad.dtype), (BLOCK, VEC, 2)))
             hit = m_inside & (position == (i * KW if POSITIONS == "offsets" else h.to(tl.int64) * W + w0))
             grad = tl.where(hit, left, grad)
-            hits += hit.to(tl.int32)
+            hits = hits | hit
             if KW == 2:
                 hit = m_inside & (position == (i * KW + 1 if POSITIONS == "offsets" else h.to(tl.int64) * W + w0 + 1))
                 grad = tl.where(hit, right, grad)
-                hits += hit.to(tl.int32)
+                hits = hits | hit
         else:
             for j in tl.static_range(KW):
                 w = w0 + j
@@ -179,17 +180,19 @@ def max_unpool2d_bwd_kernel(
                 value = tl.load(grad_y + o_grad_y, mask=m_inside, other=0.0).to(grad.dtype)
                 hit = m_inside & (position == (i * KW + j if POSITIONS == "offsets" else h.to(tl.int64) * W + w))
                 grad = tl.where(hit, value, grad)
-                hits += hit.to(tl.int32)
+                hits = hits | hit
 
     # 3. Read single elements at the remaining positions
     if POSITIONS == "indices" or not WHOLE_WINDOWS:
         if POSITIONS == "indices":
-            h, w = position // W, position % W
             m_lost = m_live & (hits == 0) & (position >= 0) & (position < HW)
+            o_grad_y = plane * HW + position  # an index is h * W + w: nothing is divided
+            if CHANNELS_LAST:
+                o_grad_y = (o_grad_y * RUNS + run) * VEC + tl.arange(0, VEC)[None, :]
         else:
             h, w = h0 + position // KW, w0 + position % KW
             m_lost = m_live & (position < KH * KW) & (h >= 0) & (h < H) & (w >= 0) & (w < W)
-        o_grad_y = image_offset(plane, h, w, run, H, W, RUNS, VEC, CHANNELS_LAST)
+            o_grad_y = image_offset(plane, h, w, run, H, W, RUNS, VEC, CHANNELS_LAST)
         grad = tl.where(m_lost, tl.load(grad_y + o_grad_y, mask=m_lost, other=0.0).to(grad.dtype), grad)
 
     # 4. Store

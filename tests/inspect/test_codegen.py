@@ -46,7 +46,7 @@ def test_gate_rows_are_read_and_written_16_bytes_wide(facts):
         and not row["kernel"].startswith("conv_transpose2d")  # have their own gate
     ]
     seen = {(row["kernel"], row["layout"]) for row in wide}
-    names = ("max_pool2d_fwd", "max_unpool2d_fwd", "max_unpool2d_bwd", "window_gather")
+    names = ("max_pool2d_fwd", "max_unpool2d_fwd", "max_unpool2d_bwd", "window_cells")
     norms = [f"batch_norm_{name}" for name in ("stats", "relu_fwd", "relu_sums", "relu_bwd")]
     norms += [
         f"batch_norm_relu_max_{name}"
@@ -54,9 +54,13 @@ def test_gate_rows_are_read_and_written_16_bytes_wide(facts):
     ]
     kernels = {f"{name}_kernel" for name in (*names, *norms)}
     assert {(kernel, layout) for kernel in kernels for layout in cases.LAYOUTS} <= seen
+    assert ("cross_entropy_bwd_kernel", "nchw") in seen
     for name in ("bwd", "one_pass"):
-        assert (f"cross_entropy_{name}_kernel", "nchw") in seen
         assert (f"cross_entropy_{name}_rows_kernel", "channels_last") in seen
+    planes = [row for row in facts if row["kernel"] == "cross_entropy_one_pass_kernel"]
+    assert planes and {row["constants"]["VEC"] for row in planes} == {4}  # a thread holds all classes of four pixels
+    for row in planes:
+        assert "8" in row["loads"] and "8" in row["stores"] and not {"1", "2"} & set(row["stores"]), row
     for row in wide:
         assert "16" in row["loads"], row
         assert not {"1", "2"} & set(row["stores"]), row  # eight offsets are 8 bytes, a flag 4
@@ -147,6 +151,28 @@ print(json.dumps(spills))
 def test_dice_in_float64_does_not_spill():
     """The command does not compile float64; without a register limit the assembler spilled on both GPUs."""
     assert json.loads(compiled("-c", DOUBLE)) == [[0, 0], [0, 0]]
+
+
+CROWDED = """
+import json, torch
+from fastseg import dispatch
+from fastseg.inspect.codegen import compile_for, record
+from fastseg.kernels.launch import targeting
+from fastseg.ops.operator import observing
+from fastseg.verification import cases
+at = cases.Placement(torch.bfloat16, torch.contiguous_format, "meta")
+loss = cases.LossSpec(predicted=True, label_smoothing=0.1, weighted=True)
+(case,) = cases.cross_entropy(at, (8, 21, 360, 480), loss)
+with dispatch.backend("triton"), targeting(90), observing(lambda operator, call: None):
+    found = record(lambda: case.step(case.ours, backward=True)())
+kernel = next(one for one in found if one.name == "cross_entropy_one_pass_kernel")
+print(json.dumps(compile_for(kernel, 90).spills))
+"""
+
+
+def test_predictions_with_label_smoothing_do_not_spill():
+    """Not a case of the command; a thread that held four pixels spilled."""
+    assert json.loads(compiled("-c", CROWDED)) == 0
 
 
 def test_the_gates_see_bad_kernels():

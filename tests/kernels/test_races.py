@@ -29,11 +29,13 @@ DECLARED = {
     ("lanes collide", "max_unpool2d_fwd_kernel", "out_of_window"): FLAG,
     ("two programs write", "window_gather_kernel", "out_of_window"): FLAG,
     ("lanes collide", "window_gather_kernel", "out_of_window"): FLAG,
+    ("two programs write", "window_cells_kernel", "out_of_window"): FLAG,
+    ("lanes collide", "window_cells_kernel", "out_of_window"): FLAG,
     ("in place", "batch_norm_stats_merge_kernel", "running_mean"): RUNNING,
     ("in place", "batch_norm_stats_merge_kernel", "running_var"): RUNNING,
 }
 ALONE = {"cross_entropy_total_kernel", "cross_entropy_counts_kernel"}  # one program adds up the partial results
-TYPES = {"WIDE", "UPCAST"}  # flags of types alone: they change no address
+TYPES = {"WIDE", "NARROW", "UPCAST"}  # flags of types alone: they change no address
 ONE_WAY = {  # compile-time flags that have one value in all calls
     (
         "conv_transpose2d_bwd_input_shuffle_kernel",
@@ -55,12 +57,14 @@ BLOCKS = {
     "losses.confusion": {"LEAST_PIXELS": 128},
     "losses.cross_entropy": {"ROWS": 32, "LONG_ROWS": 16, "TOTAL_BLOCK": 4},
     "losses.cross_entropy_bwd": {"GROUPS": 32},
-    "losses.cross_entropy_one_pass": {"TILE": 64, "ROWS": 32, "LONG_ROWS": 16, "GROUPS": 16, "LABELS": 32},
+    "losses.cross_entropy_planes": {"HELD": 2, "WARPS": 1},
+    "losses.cross_entropy_one_pass": {"ROWS": 32, "LONG_ROWS": 16, "GROUPS": 16, "LABELS": 32},
     "losses.dice_cross_entropy": {"TILE": 64, "FEW_PROGRAMS": 3},
     "losses.upsample_cross_entropy": {"PATCH_ROWS": 2},
     "pooling.overlapping": {"BLOCK": 128},
     "pooling.pool": {"BLOCK": 128},
     "pooling.tiling": {"BLOCK": 128},
+    "pooling.window_cells": {"BLOCK": 128},
     "pooling.unpool": {"BLOCK": 128, "SCATTER_BLOCK": 8, "SCATTER_PROGRAMS": 4},
 }
 
@@ -78,11 +82,13 @@ def call(function, *inputs):
 
 def pools(at):
     """Indices that repeat and lie outside their windows; windows that tile or overlap; dilated windows."""
-    for geometry, size in [((2, 2, 0), (8, 10)), ((3, 2, 1), (7, 9))]:
+    for geometry, size in [((2, 2, 0), (8, 10)), ((3, 2, 1), (7, 9)), ((5, 2, 2), (7, 9))]:
         few = (at.labels(7, 2, 3, 4, 5) * (size[0] * size[1] // 7)).contiguous(memory_format=at.layout)
         unpool = partial(functional.max_unpool2d, kernel_size=geometry[0], stride=geometry[1], padding=geometry[2])
         yield call(partial(unpool, output_size=size), at.tensor(2, 3, 4, 5), few)
-    yield from cases.max_unpool2d(at, (1, 4, 9, 16), PoolSpec(kernel=3, stride=2, padding=1))
+    for kernel, padding in ((3, 1), (5, 2)):  # few windows share a pixel, or many
+        yield from cases.max_unpool2d(at, (1, 4, 9, 16), PoolSpec(kernel=kernel, stride=2, padding=padding))
+        yield from cases.max_pool2d(at, (1, 4, 8, 16), PoolSpec(kernel=kernel, stride=2, padding=padding))
     yield call(partial(functional.max_pool2d_with_offsets, kernel_size=3, dilation=2), at.tensor(1, 2, 13, 12))
 
 
@@ -171,7 +177,8 @@ class Family(NamedTuple):
 
 
 FAMILIES = {
-    "pools": Family(["max_pool2d", "max_unpool2d"], ["pooling/pool", "pooling/unpool", "pooling/overlapping"], pools),
+    "pools": Family(["max_pool2d", "max_unpool2d"], ["pooling/pool", "pooling/unpool", "pooling/overlapping",
+        "pooling/window_cells"], pools),
     "batch_norms": Family(
         ["batch_norm_relu"],
         [f"batch_norm/{name}" for name in ("batch_norm", "batch_norm_pool", "batch_norm_unpool", "common")],
@@ -189,7 +196,8 @@ FAMILIES = {
     ),
     "unpool_conv": Family(["max_unpool2d_conv2d"], ["convolution/unpool_conv"], unpooled_convolutions),
     "cross_entropy": Family(["cross_entropy", "linear_cross_entropy"], [
-        "losses/cross_entropy", "losses/cross_entropy_bwd", "losses/cross_entropy_one_pass", "losses/common"], losses),
+        "losses/cross_entropy", "losses/cross_entropy_bwd", "losses/cross_entropy_one_pass",
+        "losses/cross_entropy_planes", "losses/common"], losses),
     "dice": Family(["dice_cross_entropy"], ["losses/dice_cross_entropy"], dice),
     "upsample": Family(
         ["upsample_argmax", "upsample_cross_entropy"],

@@ -18,6 +18,7 @@ from fastseg.kernels.losses import common as parts
 from fastseg.kernels.losses import cross_entropy as forward
 from fastseg.kernels.losses import cross_entropy_bwd as backward
 from fastseg.kernels.losses import cross_entropy_one_pass as one_pass
+from fastseg.kernels.losses import cross_entropy_planes as planes
 from fastseg.kernels.losses.options import LossInputs, LossOptions, LossResults, OnePassResults
 from fastseg.ops.losses import cross_entropy as ops
 
@@ -42,8 +43,12 @@ NCHW, LAST = torch.contiguous_format, torch.channels_last
     "layout, shape, patch",
     [
         (NCHW, (2, 5, 9, 17), {parts: {"INT32_MAX": 0}, one_pass: {"INT32_MAX": 0}}),
-        (NCHW, (2, 5, 3, 17), {forward: {"FEW_PROGRAMS": 0, "TOTAL_BLOCK": 2}, one_pass: {"TILE": 16, "LABELS": 16}}),
-        (NCHW, (1, 6, 4, 20), {forward: {"CLASSES": 8}, backward: {"CLASSES": 4}, one_pass: {"TILE": 1 << 12}}),
+        (
+            NCHW,
+            (2, 5, 3, 17),
+            {forward: {"FEW_PROGRAMS": 0, "TOTAL_BLOCK": 2}, one_pass: {"LABELS": 16}, planes: {"HELD": 2, "WARPS": 1}},
+        ),
+        (NCHW, (1, 6, 4, 20), {forward: {"CLASSES": 8}, backward: {"CLASSES": 4}, planes: {"HELD": 4}}),
         (LAST, (1, 5, 7, 9), {parts: {"INT32_MAX": 0}, one_pass: {"INT32_MAX": 0}}),
         (LAST, (1, 66, 1, 5), {parts: {"INT32_MAX": 0}}),
         (LAST, (1, 5, 7, 9), {forward: {"ROWS": 16, "TOTAL_BLOCK": 2}, backward: {"GROUPS": 16}}),

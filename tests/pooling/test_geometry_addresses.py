@@ -49,8 +49,8 @@ def huge(layout, kernel, padding):
     (flat, coordinates), (pooled_flat, pooled_coordinates) = planes(layout, *SHAPE[2:]), planes(layout, height, width)
     taps = [(i - padding, j - padding) for i in range(kernel) for j in range(kernel)]
 
-    def pixels_of(elements):
-        """The pixels in the windows of pooled elements."""
+    def pixels_of(elements, taps=taps):
+        """The pixels in the windows of pooled elements, or at other taps."""
         found = set()
         for n, c, oh, ow in map(pooled_coordinates, elements):
             for i, j in taps:
@@ -78,8 +78,8 @@ def touched(kind, layout, kernel, padding):
     from support.addresses import addresses, recorded
 
     windows, image, pooled, offsets, pixels_of, windows_of = huge(layout, kernel, padding)
-    pixels = 2048 if layout == "nchw" else 1024  # of one program of window_gather: pairs of pixels in NCHW
-    last_pooled, last_pixels = (set(range(t.numel() - n, t.numel())) for t, n in ((pooled, 1024), (image, pixels)))
+    last_pooled = set(range(pooled.numel() - 1024, pooled.numel()))
+    last_cells = pixels_of(last_pooled, [(0, 0), (0, 1), (1, 0), (1, 1)])  # one for each window, also if these overlap
     run, loads, stores = {
         "pool forward": (
             lambda: kernels.pooling.pool.max_pool2d_fwd(image, pooled, offsets, *windows),
@@ -88,8 +88,7 @@ def touched(kind, layout, kernel, padding):
         ),
         "pool backward": (
             lambda: kernels.pooling.pool.max_pool2d_bwd(pooled, offsets, image, *windows),
-            windows_of(last_pixels) if kernel > 2 else last_pooled,
-            last_pixels if kernel > 2 else pixels_of(last_pooled),
+            windows_of(last_cells), last_cells,
         ),
         "unpool backward": (
             lambda: kernels.pooling.unpool.max_unpool2d_bwd(image, offsets, pooled, *windows),
