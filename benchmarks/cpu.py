@@ -1,210 +1,235 @@
-"""Time of every function on the CPU under backend "auto", next to the same in PyTorch.
+"""Times on the CPU: torch eager, torch.compile and fastseg, interleaved in this process.
 
-    python3 benchmarks/cpu.py --out benchmarks/results/cpu.json
+    python3 benchmarks/cpu.py                          # the table: adds what is missing to benchmarks/results/cpu.jsonl
+    python3 benchmarks/cpu.py --part sizes             # every function from small maps to large ones, without compile
+    python3 benchmarks/cpu.py --op cross_entropy --again --limit 200
+    python3 benchmarks/cpu.py --quick --out quick.jsonl
 
-Forward and backward in float32. Both run in this process, alternately; the time is the minimum of --repeat calls.
-Compare the ratios, since other programs on the machine slow both. Without --op everything is timed.
+One JSON object per line and row, written as soon as it is measured; a second run goes on where the first ended, and
+measures again what was measured while other programs kept the cores busy. benchmarks/cpu_report.py makes the table of
+docs/cpu.md and the chart. A row has, in milliseconds (least and median of all turns):
+
+  eager, compile, fastseg    whole calls, forward and backward, with the allocation of their results; fastseg under
+                             the backend that FASTSEG_BACKEND sets, else "auto"
+  kernels                    fastseg's kernels alone, called again on tensors that are already there
+  copy                       a copy of 64 MiB, from which copy_gb_s, the copy bandwidth of the same turns, follows
+
+floor_bytes are the tensors of the call (inputs, results and the gradients of both), each moved once. peak_bytes are
+what a call has allocated at once. others is how many cores other processes used meanwhile.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import json
+import os
 import platform
+import statistics
+import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import cpu_cases
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from cpu_cases import Call, Job
+from memory import peak
 
 import fastseg
-from fastseg import functional as ours
-from fastseg.models import SegNet
-from fastseg.models.plain_segnet import PlainSegNet
-from fastseg.verification import cases
-from fastseg.verification.cases import Case, ConvTransposeSpec, Placement, PoolSpec
+from fastseg.kernels.cpu import launch
 
-SIZES = [
-    ((1, 64, 64), (512, 512)),
-    ((2, 33, 41), (263, 321)),
-]  # (N, H, W) of the logits, size of the labels
-CLASSES = (1, 2, 4, 6, 8, 11, 14, 19, 24, 64)
-MAPS = [(4, 32, 90, 120), (2, 64, 45, 61)]
-CEIL = PoolSpec(ceil_mode=True)
-BY_2 = ConvTransposeSpec(32, kernel=2, stride=2)
-ODD = ConvTransposeSpec(32, kernel=3, stride=2, padding=1, output_padding=1)
+COPIED = 2**26  # bytes, more than the caches hold
+BUSY = 0.1  # cores that other processes may use before a row counts as measured on a busy machine
+IDENTITY = ("part", "backend", "operator", "size", "layout", "threads", "torch", "fastseg")
+OUT = Path(__file__).parent / "results" / "cpu.jsonl"
+Row = dict[str, Any]
 
 
-class Pair(NamedTuple):
-    """The same computation in fastseg and in torch."""
-
-    name: str
-    what: str
-    fastseg: Callable[[], object]
-    torch: Callable[[], object]
+# --- measuring -------------------------------------------------------------------------------------------------------
 
 
-def _labels(classes: int, *shape: int, ignored: bool) -> Tensor:
-    labels = torch.randint(classes, shape)
-    return labels.masked_fill(torch.rand(shape) < 0.1, 255) if ignored else labels
+class Others:
+    """How many cores other processes use from the creation on, or None where /proc/stat does not tell."""
+
+    def __init__(self) -> None:
+        self.start, self.busy, self.own = time.perf_counter(), self._busy(), sum(os.times()[:4])
+
+    @staticmethod
+    def _busy() -> float | None:
+        try:
+            user, nice, system, _, _, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
+        except (OSError, ValueError):
+            return None
+        return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+    def cores(self) -> float | None:
+        now = self._busy()
+        if now is None or self.busy is None:
+            return None
+        elapsed, own = time.perf_counter() - self.start, sum(os.times()[:4]) - self.own
+        return round(max(0.0, now - self.busy - own) / elapsed, 3)
 
 
-def _both(name: str, what: str, mine: Callable[..., Any], theirs: Callable[..., Any], *inputs: Any) -> Pair:
-    return _of_case(Case(name, what, mine, theirs, dict(enumerate(inputs))))
+def interleaved(calls: dict[str, Call], seconds: float, least: int = 5) -> dict[str, list[float]]:
+    """Milliseconds of each call, turn by turn for about `seconds`, after two turns of warm-up."""
+    took: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(-2, 10**6):
+        if turn == 0:
+            end = time.perf_counter() + seconds
+        elif turn >= least and time.perf_counter() > end:
+            break
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            if turn >= 0:
+                took[name].append(1e3 * (time.perf_counter() - start))
+    return took
 
 
-def _of_case(case: Case) -> Pair:
-    return Pair(case.operator, case.size, case.step(case.ours, True), case.step(case.theirs, True))
+def kernels_alone(call: Call) -> Call | None:
+    """The kernels of `call` on the tensors that it used; None if it calls none."""
+    call()  # whatever is compiled or counted once
+    with launch.recording() as calls:
+        call()
+    if not calls:
+        return None
+
+    def replay() -> None:
+        for kernel in calls:
+            kernel()
+
+    return replay
 
 
-def upsampled() -> Iterator[Pair]:
-    """The loss of resized logits, and their argmax."""
-    for (n, *small), large in SIZES:
-        size = f"{small[0]}x{small[1]} to {large[0]}x{large[1]}"
-        for mode in ("bilinear", "nearest"):
-            for classes in CLASSES:
-                for ignored in (False, True):
-                    labels = _labels(classes, n, *large, ignored=ignored)
-
-                    def theirs(x: Tensor, mode: str = mode, labels: Tensor = labels) -> Tensor:
-                        return F.cross_entropy(F.interpolate(x, labels.shape[1:], mode=mode), labels, ignore_index=255)
-
-                    def mine(x: Tensor, mode: str = mode, labels: Tensor = labels) -> Tensor:
-                        return ours.upsample_cross_entropy(x, labels, mode=mode, ignore_index=255)
-
-                    what = f"{n}x{classes}x{size} {mode}{' ignored' * ignored}"
-                    yield _both("upsample_cross_entropy", what, mine, theirs, torch.randn(n, classes, *small))
-        for classes in (2, 19, 64):
-            yield _both(
-                "upsample_argmax", f"{n}x{classes}x{size}", lambda x, large=large: ours.upsample_argmax(x, large),
-                lambda x, large=large: F.interpolate(x, large, mode="bilinear").argmax(1).to(torch.uint8),
-                torch.randn(n, classes, *small),
-            )  # fmt: skip
-
-
-def losses() -> Iterator[Pair]:
-    """The other losses, and the confusion matrix."""
-    at = Placement(torch.float32, torch.contiguous_format, "cpu")
-    for classes in (2, 11, 19):
-        for shape in ((2, classes, 180, 240), (3, classes, 61, 83)):
-            logits, labels = torch.randn(shape), _labels(classes, shape[0], *shape[2:], ignored=True)
-            yield from map(_of_case, cases.cross_entropy(at, shape))
-            yield from map(_of_case, cases.dice_cross_entropy(at, shape))
-            yield from map(_of_case, cases.linear_cross_entropy(at, (shape[0], 64, *shape[2:]), classes))
-            yield from map(_of_case, cases.confusion_matrix(at, labels.shape, classes))
-
-            def valid(x: Tensor, labels: Tensor) -> Tensor:
-                return F.cross_entropy(x, labels, ignore_index=255, reduction="sum") / (labels != 255).sum()
-
-            def squared(x: Tensor, labels: Tensor) -> Tensor:
-                some = labels != 255
-                loss = F.cross_entropy(x, labels, ignore_index=255, reduction="sum")
-                return (loss + 1e-4 * (x.logsumexp(1).square() * some).sum()) / some.sum()
-
-            for option, composed in (({"normalization": "valid"}, valid), ({"z_loss": 1e-4}, squared)):
-                mine = lambda x, labels, option=option: ours.cross_entropy(x, labels, ignore_index=255, **option)  # noqa: E731
-                words = " ".join([*map(str, shape), *option])
-                yield _both("cross_entropy", words, mine, composed, logits, labels)
+def measure(job: Job, compiled: bool, seconds: float) -> Row:
+    """The measured fields of a row."""
+    source = torch.ones(COPIED // 4)
+    target = torch.empty_like(source)
+    calls: dict[str, Call] = {"copy": lambda: target.copy_(source), "eager": job.eager, "fastseg": job.fastseg}
+    if compiled:
+        torch.compiler.reset()
+        calls["compile"] = job.compiled()
+        calls["compile"]()  # here, so that the compiler's processes are not counted as other programs
+    if (alone := kernels_alone(job.fastseg)) is not None and compiled:
+        calls["kernels"] = alone
+    others = Others()
+    took = interleaved(calls, seconds)
+    cores = others.cores()
+    least = {name: round(min(times), 4) for name, times in took.items()}
+    row: Row = {
+        "ms": least, "median_ms": {name: round(statistics.median(times), 4) for name, times in took.items()},
+        "turns": len(took["eager"]), "copy_gb_s": round(2 * COPIED / least.pop("copy") / 1e6, 2),
+        "floor_bytes": job.floor, "others": cores, "kernels_run": alone is not None,
+    }  # fmt: skip
+    if compiled:
+        row["peak_bytes"] = {name: peak(calls[name]) for name in ("eager", "compile", "fastseg")}
+    return row
 
 
-def layers() -> Iterator[Pair]:
-    """Pooling, unpooling, batch norm and transposed convolutions."""
-    for layout in cases.LAYOUTS.values():
-        at = Placement(torch.float32, layout, "cpu")
-        for shape in MAPS:
-            for case in (
-                *cases.max_pool2d(at, shape, CEIL), *cases.max_unpool2d(at, shape, CEIL),
-                *cases.batch_norm_relu(at, shape), *cases.conv_transpose2d(at, shape, BY_2),
-                *cases.conv_transpose2d(at, shape, ODD),
-                *cases.conv_transpose2d_affine_relu(at, shape, BY_2),
-            ):  # fmt: skip
-                words = f"{case.size}{' channels_last' * (layout == torch.channels_last)}"
-                theirs = case.eager if case.operator == "max_pool2d_with_offsets" else case.theirs
-                yield Pair(case.operator, words, case.step(case.ours, True), case.step(theirs, True))
+# --- results ---------------------------------------------------------------------------------------------------------
 
 
-def _plain_segnet(network: SegNet, x: Tensor) -> Tensor:
-    """SegNet's forward in torch's functions."""
-
-    def blocks(x: Tensor, stage: torch.nn.Module) -> Tensor:
-        for conv, norm in stage:
-            x = F.conv2d(x, conv.weight, conv.bias, padding=1)
-            running = (norm.running_mean, norm.running_var)
-            x = F.relu(F.batch_norm(x, *running, norm.weight, norm.bias, True, norm.momentum, norm.eps), inplace=True)
-        return x
-
-    kept = []
-    for stage in network.encoder:
-        x = blocks(x, stage)
-        size = x.shape[-2:]
-        x, indices = F.max_pool2d(x, 2, ceil_mode=True, return_indices=True)
-        kept.append((indices, size))
-    for stage in network.decoder:
-        indices, size = kept.pop()
-        x = blocks(F.max_unpool2d(x, indices, 2, output_size=size), stage)
-    return network.classifier(x)
+def read(path: Path) -> dict[tuple[Any, ...], Row]:
+    """The rows of a file by identity; of several the last counts. A line that was cut off is left out."""
+    rows: dict[tuple[Any, ...], Row] = {}
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        rows.pop(identity(row), None)
+        rows[identity(row)] = row
+    return rows
 
 
-def networks() -> Iterator[Pair]:
-    """Training steps of a network with torch's layers, and with fastseg's."""
-    for size in ((180, 240), (90, 121)):
-        x, labels = torch.randn(2, 3, *size), _labels(11, 2, *size, ignored=True)
-
-        def step(network: Callable[[Tensor], Tensor], x: Tensor = x, labels: Tensor = labels) -> Callable[[], None]:
-            return lambda: F.cross_entropy(network(x), labels, ignore_index=255).backward()
-
-        plain = PlainSegNet()
-        swapped = copy.deepcopy(plain)
-        fastseg.swap(swapped)
-        words = f"2x3x{size[0]}x{size[1]}"
-        yield Pair("PlainSegNet, swapped", words, step(swapped), step(plain))
-        segnet = SegNet(width=0.25)
-        yield Pair("SegNet, width 0.25", words, step(segnet), step(partial(_plain_segnet, segnet)))
+def identity(row: Row) -> tuple[Any, ...]:
+    return tuple(row[name] for name in IDENTITY)
 
 
-def timed(pair: Pair, repeat: int) -> dict[str, Any]:
-    """A row of the results."""
-    seconds: dict[str, list[float]] = {"fastseg": [], "torch": []}
-    for turn in range(repeat + 1):
-        for name in ("fastseg", "torch"):
-            started = time.perf_counter()
-            getattr(pair, name)()
-            if turn:  # the first turn is warm-up
-                seconds[name].append(time.perf_counter() - started)
-    return {"function": pair.name, "case": pair.what} | {
-        f"{name} ms": round(1e3 * min(took), 3) for name, took in seconds.items()
-    }
+def is_quiet(row: Row) -> bool:
+    return row["others"] is not None and row["others"] <= BUSY
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def processor() -> str:
+    """The processor's name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def described(row: Row) -> str:
+    """A row in one line."""
+    ms = row["ms"]
+    ratios = [f"{ms[name] / ms['fastseg']:5.2f}x {name}" for name in ("eager", "compile") if name in ms]
+    parts = [f"{ms['fastseg']:9.3f} ms", *ratios]
+    if row["floor_bytes"]:
+        parts.append(f"{ms['fastseg'] / (1e-6 * row['floor_bytes'] / row['copy_gb_s']):5.1f} x floor")
+    busy = "" if is_quiet(row) else f"  (NOT QUIET: other processes use {row['others']} cores)"
+    name = f"{row['operator']} {row['size']} {row['layout']}"
+    return f"{', '.join(parts)}  {row['threads']} thread{'s' * (row['threads'] > 1)}  {name}{busy}"
+
+
+def jobs(part: str, threads: Sequence[int], quick: bool) -> Iterator[tuple[int, Job]]:
+    for count in threads:
+        torch.set_num_threads(count)
+        for layout in ("nchw", "channels_last"):
+            torch.manual_seed(0)
+            for job in (cpu_cases.table if part == "table" else cpu_cases.sizes)(layout, quick):
+                yield count, job
+
+
+def wanted(job: Job, prefixes: Iterable[str] | None) -> bool:
+    return prefixes is None or job.operator.startswith(tuple(prefixes))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="write the results to this file, as JSON")
-    parser.add_argument("--op", action="append", help="only functions whose name starts with this (may be repeated)")
-    parser.add_argument("--repeat", type=int, default=12, help="timed calls per function (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=[1, 2], nargs="+", help="torch's threads (default: 1, then 2)")
+    add = parser.add_argument
+    add("--part", choices=("table", "sizes"), default="table", help="what to measure (default: %(default)s)")
+    add("--op", action="append", help="only operators whose name starts with this (may be repeated)")
+    add("--threads", type=int, default=[1, 2], nargs="+", help="torch's threads (default: 1, then 2)")
+    add("--seconds", type=float, default=3.0, help="for each row (default: %(default)s)")
+    add("--limit", type=float, help="begin no row after this many seconds; a later run goes on")
+    add("--again", action="store_true", help="measure again what the file has already")
+    add("--quick", action="store_true", help="small sizes, few turns: to see that it runs")
+    add("--no-compile", action="store_true", help="without torch.compile, kernels alone and peak memory")
+    add("--out", type=Path, default=OUT, help="the file of the results (default: benchmarks/results/cpu.jsonl)")
+    add("--json", action="store_true", help="print the rows as JSON")
     args = parser.parse_args(arguments)
-    torch.manual_seed(0)
-    rows = []
-    for threads in args.threads:
-        torch.set_num_threads(threads)
-        for group in (upsampled, losses, layers, networks):
-            for pair in group():
-                if args.op and not pair.name.startswith(tuple(args.op)):
-                    continue
-                row = {"threads": threads} | timed(pair, args.repeat)
-                rows.append(row)
-                ratio = row["fastseg ms"] / row["torch ms"]
-                print(f"{ratio:5.2f} of {row['torch ms']:8.2f} ms  {threads}  {pair.name}  {pair.what}", flush=True)
-    if args.out:
-        report = {"device": f"CPU, {platform.machine()}", "torch": torch.__version__, "fastseg": fastseg.__version__}
-        lines = ",\n".join(json.dumps(row) for row in rows)  # one row per line
-        args.out.write_text(f'{json.dumps(report)[:-1]}, "rows": [\n{lines}\n]}}\n')
+    started = time.perf_counter()
+    about = {
+        "backend": fastseg.get_backend(), "torch": torch.__version__, "fastseg": fastseg.__version__,
+        "processor": processor(), "cores": os.cpu_count(),
+    }  # fmt: skip
+    found = read(args.out)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    left = 0
+    for threads, job in jobs(args.part, args.threads, args.quick):
+        if not wanted(job, args.op):
+            continue
+        key: Row = {"part": args.part, "operator": job.operator, "size": job.size, "layout": job.layout}
+        key |= {"threads": threads} | about
+        before = found.get(identity(key))
+        if before is not None and is_quiet(before) and not args.again:
+            continue
+        if args.limit is not None and time.perf_counter() - started > args.limit:
+            left += 1
+            continue
+        compiled = args.part == "table" and not args.no_compile
+        row = key | measure(job, compiled, 0.1 if args.quick else args.seconds)
+        if before is not None and is_quiet(before) and not is_quiet(row):
+            print(f"kept the earlier row, measured on a quiet machine: {described(before)}", file=sys.stderr)
+            continue
+        with args.out.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(json.dumps(row) if args.json else described(row), flush=True)
+    if left:
+        print(f"{left} rows are left: run it again", file=sys.stderr)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

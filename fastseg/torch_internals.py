@@ -8,14 +8,16 @@ PyTorch no longer has, and it fails if another file uses a private name directly
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._functorch.utils import unwrap_dead_wrappers as _unwrap_dead_wrappers
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, is_fake
 from torch.autograd import forward_ad
+from torch.autograd import profiler as _profiler
 from torch.nn import _reduction
 from torch.nn.modules import module as nn_module
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
@@ -34,6 +36,11 @@ _INDUCTOR = "counts the bytes of Inductor's kernels (fastseg.inspect.inductor)"
 PRIVATE_NAMES: dict[str, str] = {
     "torch._C._are_functorch_transforms_active": "detects calls inside torch.func transforms; without it every call "
     "counts as inside one, which is correct, but slower and takes more memory",
+    "torch._C._len_torch_dispatch_stack": "detects modes that intercept operators",
+    "torch._C._is_torch_function_mode_enabled": "detects modes that intercept functions",
+    "torch._C._is_tracing": "detects torch.jit.trace",
+    "torch.autograd.profiler._is_profiler_enabled": "shows the operators to the profiler",
+    "torch._functorch.utils.unwrap_dead_wrappers": "calls an autograd.Function as torch does",
     "torch.autograd.forward_ad._current_level": "detects forward-mode differentiation; without it no call counts as "
     "inside it, and PyTorch raises, since the kernels have no forward-mode rule",
     "torch._C._dispatch_has_computed_kernel_for_dispatch_key": "tests that every operator runs on every device",
@@ -115,6 +122,33 @@ disable_current_modes = _disable_current_modes
 def forward_mode_active() -> bool:
     """Whether forward-mode differentiation (torch.autograd.forward_ad) is on."""
     return getattr(forward_ad, "_current_level", -1) >= 0
+
+
+def nothing_watches(args: Iterable[Any]) -> bool:
+    """Whether a call of an operator on `args` may skip torch's dispatcher, because nothing would see it there.
+
+    What would: tracing and compiling, torch.func, modes that intercept operators or functions, subclasses of tensors
+    and the profiler. False in doubt.
+    """
+    if torch.compiler.is_compiling() or functorch_transforms_active() or _profiler._is_profiler_enabled:
+        return False
+    if torch._C._len_torch_dispatch_stack() or torch._C._is_torch_function_mode_enabled() or torch._C._is_tracing():
+        return False
+    for x in args:  # option objects may hold tensors
+        for y in x if isinstance(x, tuple) else (x,):
+            if isinstance(y, Tensor) and type(y) is not Tensor and type(y) is not nn.Parameter:
+                return False
+    return True
+
+
+def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """function.apply(*args), without the inspection of its signature where all arguments are given by position.
+
+    torch inspects it at each call of a function with setup_context, for 15 us.
+    """
+    if torch.compiler.is_compiling() or functorch_transforms_active():
+        return function.apply(*args)
+    return super(torch.autograd.Function, function).apply(*_unwrap_dead_wrappers(args))
 
 
 def exporting() -> bool:

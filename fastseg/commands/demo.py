@@ -55,18 +55,20 @@ def main(args: argparse.Namespace) -> int:
     difference = comparison.loss_difference(pair)
     console.print(
         f"plain and swapped, {comparison.COMPARED_STEPS} training steps from the same weights on the same batches: "
-        f"losses differ by at most {difference:.1e} (allowed: {comparison.LOSS_TOLERANCE:.0e})"
+        f"losses differ by at most {difference:.1e}, from rounding (allowed: {comparison.LOSS_TOLERANCE:.0e})"
     )
-    interpreted = costs = None
-    if pair.swapped.device.type == "cuda":
-        costs = {name: cost._asdict() for name, cost in comparison.measure_steps(config).items()}
-        height, width = comparison.TIMED_SIZE
-        for name, cost in costs.items():
-            console.print(
-                f"{name}: {cost['ms']:.2f} ms per training step of {comparison.TIMED_BATCH} scenes of "
-                f"{height}x{width}, peak memory {cost['mib']:.0f} MiB"
-            )
-    elif TRITON_INSTALLED:
+    costs = {name: cost._asdict() for name, cost in comparison.measure_steps(config).items()}
+    device = pair.swapped.device.type
+    count, (height, width) = comparison.TIMED[device]
+    for name, cost in costs.items():
+        peak = "" if cost["mib"] is None else f", peak memory {cost['mib']:.0f} MiB"
+        console.print(f"{name}: {cost['ms']:.2f} ms per training step of {count} scenes of {height}x{width}{peak}")
+    console.print(
+        f"swapped: {costs['plain']['ms'] / costs['swapped']['ms']:.2f} times as fast"
+        + ("" if device == "cuda" else f", on the CPU with {torch.get_num_threads()} thread(s)")
+    )
+    interpreted = None
+    if device != "cuda" and TRITON_INSTALLED:
         interpreted = comparison.interpreted_step_difference()
         console.print(
             "one small training step with the Triton kernels interpreted: "
@@ -93,6 +95,6 @@ def main(args: argparse.Namespace) -> int:
         console.print(f"failed: {failure}")
     if args.json:
         result = {"seed": args.seed, "steps": trainer.step, "miou": scores.miou, "loss_difference": difference}
-        result |= {"interpreted": interpreted and interpreted._asdict(), "gpu": costs}
+        result |= {"interpreted": interpreted and interpreted._asdict(), "device": device, "costs": costs}
         terminal.print_json(result | {"seconds": seconds, "files": files, "failures": failures})
     return 1 if failures else 0

@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import platform
+import time
 
 import torch
 from rich.table import Table
 
 from .. import dispatch
 from ..functional import max_pool2d
+from ..kernels.cpu import build, warm
 from ..version import __version__, untested
 from . import terminal
 from .options import add_json
@@ -21,12 +23,15 @@ PACKAGES = ("torch", "triton", "numpy", "cupy-cuda12x", "cupy-cuda13x", "scikit-
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `fastseg doctor`."""
     parser.description = "Versions, the GPU, and the backend that calls would take on this machine and why."
-    parser.epilog = "example:\n  fastseg doctor --json"
+    parser.epilog = "examples:\n  fastseg doctor --json\n  fastseg doctor --warm"
+    parser.add_argument("--warm", action="store_true", help="compile all CPU kernels now, not at their first calls")
     add_json(parser)
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run `fastseg doctor`. Returns 0."""
+    """Run `fastseg doctor`. Returns 0, or 1 if the CPU kernels cannot be compiled."""
+    if args.warm:
+        return warm_cpu_kernels(args.json)
     found = facts()
     if args.json:
         terminal.print_json(found)
@@ -42,6 +47,31 @@ def main(args: argparse.Namespace) -> int:
     console.print(table)
     console.print(found["advice"])
     return 0
+
+
+def warm_cpu_kernels(as_json: bool) -> int:
+    """Compile all CPU kernels. Returns 0, or 1 where that is not possible."""
+    console = terminal.text_console(stderr=as_json)
+    reason, began = dispatch.without_cpu_kernels(), time.perf_counter()
+    seconds: dict[str, float | None] = {}
+    try:
+        for found in warm.warm() if reason is None else ():
+            parameters = (f"{key}={str(value).removeprefix('torch.')}" for key, value in found.parameters.items())
+            name = " ".join([found.name, *parameters])
+            seconds[name] = found.seconds
+            took = "was there already" if found.seconds is None else f"{found.seconds:.1f} s"
+            console.print(f"{name}: {took}", markup=False)
+    except build.BuildError as error:
+        reason = str(error)
+    compiled, total = sum(took is not None for took in seconds.values()), time.perf_counter() - began
+    if reason is None:
+        console.print(f"compiled {compiled} of {len(seconds)} libraries in {total:.1f} s: {build.cache_folder()}")
+    else:
+        console.print(f"no CPU kernel can be compiled: {reason}", markup=False)
+    if as_json:
+        result = {"folder": str(build.cache_folder()), "seconds": round(total, 3), "libraries": seconds}
+        print(json.dumps(result | {"unavailable": reason}))
+    return 0 if reason is None else 1
 
 
 def facts() -> dict[str, object]:

@@ -91,6 +91,7 @@ def run(args: argparse.Namespace) -> tuple[SwapCheck, dict[str, Any]]:
     where = torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} threads of the CPU"
     result = {
         "model": args.model, "device": "the CPU, kernels interpreted" if interpreted else where, "dtype": args.dtype,
+        "has_loss": args.loss is not None,
         "channels_last": args.channels_last, "inputs": args.input, "backend": args.backend, "seed": args.seed,
         "passed": not check.failures, "failures": check.failures, "swap": check.report.as_dict(),
         "ran": explain_calls(trial, check.swapped, args.backend), "times": times, "not_timed": not_timed,
@@ -165,14 +166,20 @@ def print_result(check: SwapCheck, result: dict[str, Any]) -> None:
     for mode, compared in check.checks.items():
         if compared.without_truth:
             console.print(f"{mode}: {compared.without_truth}", markup=False)
+    for mode, compared in check.checks.items():
+        of = "the losses" if result["has_loss"] else "the outputs"
+        differ = f"differ by at most {compared.from_plain:.1e}, from rounding" if compared.from_plain else "are equal"
+        if not check.failures:
+            console.print(f"{mode}: {of} of plain and swapped {differ}")
     for failure in check.failures:
         console.print(f"FAILED {failure}", markup=False)
     for mode, forms in result["times"].items():
+        words = []
         for name, took in forms.items():
             peak = "" if took["peak_mib"] is None else f", peak memory {took['peak_mib']:.1f} MiB"
-            console.print(
-                f"{mode}, {name}: {took['ms']:.3g} ms ({took['p20']:.3g} to {took['p80']:.3g}){peak}", markup=False
-            )
+            words.append(f"{name} {took['ms']:.3g} ms ({took['p20']:.3g} to {took['p80']:.3g}{peak})")
+        ratio = forms["plain"]["ms"] / forms["swapped"]["ms"]
+        console.print(f"{mode}: {', '.join(words)}: {ratio:.2f} times as fast", markup=False)
     if result["not_timed"]:
         console.print(f"not timed: {result['not_timed']}")
     elif result["times"] and "CPU" in result["device"]:

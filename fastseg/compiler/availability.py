@@ -10,9 +10,19 @@ from .. import dispatch
 
 
 def reason_off_kernels(name: str, tensor: Tensor, unsupported: str | None, preferred: Any = None) -> str | None:
-    """Why the Triton kernels would not run a call of the operator `name` on `tensor`, or None if they would."""
+    """Why neither Triton nor CPU kernels would run a call of the operator `name` on `tensor`, or None if they would.
+
+    unsupported: what of the call they do not support.
+    """
+    backends = {"triton", "cpu"} if name in dispatch.CPU_OPERATORS else {"triton"}
     try:
-        choice = dispatch.choose(name, tensor, dispatch.only_triton(unsupported), preferred, dry_run=True)
-    except (NotImplementedError, RuntimeError) as error:  # backend "triton" is requested but unavailable
+        choice = dispatch.choose(
+            name,
+            tensor,
+            lambda backend: unsupported if backend in backends else dispatch.NO_KERNELS,
+            preferred,
+            dry_run=True,
+        )
+    except (NotImplementedError, RuntimeError) as error:  # a backend is requested but unavailable
         return str(error)
-    return None if choice.backend == "triton" else choice.reason
+    return None if choice.backend in backends else choice.reason

@@ -43,6 +43,8 @@ def as_pair(value: IntOrPair, function: str, name: str, least: int) -> list[int]
         TypeError: if it is neither an int nor a sequence of ints.
         RuntimeError: if it has more than two entries or none, or an entry below `least`.
     """
+    if type(value) is int and value >= least:
+        return [value, value]
     entries = list(value) if isinstance(value, (tuple, list)) else [value]
     if any(isinstance(entry, (float, str)) or not hasattr(entry, "__index__") for entry in entries):
         raise TypeError(f"{function}: {name} must be an int or two ints, but is {value!r}")

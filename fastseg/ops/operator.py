@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import dispatch
+from .. import dispatch, torch_internals
 from ..kernels.shared import Setting
 from ..torch_internals import tree_leaves
 
@@ -135,6 +135,9 @@ class Operator:
         self.op = getattr(torch.ops.fastseg, self.name).default
 
     def __call__(self, *args: Any) -> Any:
+        # torch's dispatcher takes 30 us for an operator in Python, as long as a small kernel
+        if args[0].is_cpu and torch_internals.nothing_watches(args):
+            return self._compute(args)
         return self.op(*self.flatten(args))
 
     def flatten(self, args: Sequence[Any]) -> list[Any]:
@@ -177,6 +180,8 @@ class Operator:
         dry_run: only ask; `explain` does not record it as a call. preferred: what a function that composes torch's own
         operators knows to be better under "auto" than this operator's kernels, and why.
         """
+        if preferred is not None and dispatch.get_backend() == "auto" and not dispatch.explaining():
+            return dispatch.Choice(self.name, *preferred)  # as below, where every other reason leads to torch as well
         if dispatch.torch_alone(args[0]):
             return dispatch.choose(self.name, args[0], dry_run=dry_run)
         if preferred is None and dispatch.get_backend() == "auto":
@@ -191,7 +196,9 @@ class Operator:
         return sum(x.numel() * x.element_size() for x in tensors)
 
     def _run(self, *flat: Any) -> Any:
-        args = self.rebuild(flat)
+        return self._compute(self.rebuild(flat))
+
+    def _compute(self, args: Sequence[Any]) -> Any:
         with torch.no_grad(), _no_autocast(args[0].device.type):
             result = self.implementations[self.choose(*args).backend](*args)
         if _observer.value is not None:
@@ -238,6 +245,20 @@ def memory_format(x: Tensor) -> torch.memory_format:
             return torch.contiguous_format
         least = stride * size
     return torch.channels_last if x.dim() == 4 else torch.contiguous_format
+
+
+MOST_THREADS = 16  # that count in few_elements
+
+
+def few_elements(x: Tensor, least: Mapping[torch.memory_format, int]) -> dispatch.Preference | None:
+    """torch, if it is as fast on a CPU: with fewer elements per thread calling the kernels costs more than they save.
+
+    A traced call is not asked: it may run for other sizes.
+    """
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return None
+    few = x.numel() < least[memory_format(x)] * min(torch.get_num_threads(), MOST_THREADS)
+    return ("torch", "torch is as fast for few elements") if few else None
 
 
 def dense(x: Tensor, layout: torch.memory_format) -> Tensor:

@@ -112,8 +112,8 @@ class swap_functions(TorchFunctionMode):
     fastseg.functional, from modules too: torch.nn.functional.max_pool2d (with and without indices), max_unpool2d,
     conv_transpose2d and cross_entropy, and torch.max_pool2d and torch.conv_transpose2d.
 
-    Arguments, results, dtypes and exceptions are torch's. Each call chooses its backend like every call of fastseg, so
-    on a CPU under backend "auto" the results are bitwise those of torch. Calls with tensor subclasses or tensors that
+    Arguments, dtypes and exceptions are torch's, and results up to rounding: each call chooses its backend like every
+    call of fastseg, also on a CPU. Calls with tensor subclasses or tensors that
     are not dense, and calls inside torch.func transforms, forward-mode differentiation or torch.jit.trace, go to torch
     unchanged. Calls traced by torch.compile are replaced too, but not counted.
 

@@ -8,6 +8,8 @@ import os
 import statistics
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -32,7 +34,8 @@ STEP_TOLERANCE = 1e-4
 """For the loss and the gradients of one step with interpreted kernels, in float32."""
 MIN_MIOU = 0.5
 """The mIoU that the swapped network must reach on digits it was not trained on."""
-TIMED_BATCH, TIMED_SIZE = 8, (360, 480)
+TIMED = {"cuda": (8, (360, 480)), "cpu": (2, (180, 240))}
+"""Scenes and their size for :func:`measure_steps`, by device."""
 
 
 @dataclass(frozen=True)
@@ -52,10 +55,10 @@ class StepDifference(NamedTuple):
 
 
 class StepCost(NamedTuple):
-    """Median milliseconds of a training step, and its peak memory in MiB."""
+    """Median milliseconds of a training step, and its peak memory in MiB (None on a CPU)."""
 
     ms: float
-    mib: float
+    mib: float | None
 
 
 def demo_config(steps: int, seed: int, device: str | None, out: str) -> TrainConfig:
@@ -155,20 +158,20 @@ def print_step_difference() -> None:
 
 
 def measure_steps(config: TrainConfig) -> dict[str, StepCost]:
-    """Measure a training step of the plain and of the swapped network on a CUDA GPU.
+    """Measure a training step of the plain and of the swapped network.
 
     Args:
         config: its `device`, `seed` and `channels_last` are used.
 
     Returns:
-        dict: the costs of ``"plain"`` and ``"swapped"``, for TIMED_BATCH scenes of TIMED_SIZE pixels.
+        dict: the costs of ``"plain"`` and ``"swapped"``, for the scenes that TIMED gives for the device.
     """
-    scenes = DigitScenes("train", size=TIMED_SIZE, length=TIMED_BATCH)
     device = pick_device(config.device)
+    count, size = TIMED[device.type]
+    scenes = DigitScenes("train", size=size, length=count)
     images, masks = (torch.stack(tensors).to(device) for tensors in zip(*scenes, strict=True))
-    costs = {}
-    for name in ("plain", "swapped"):
-        before = torch.cuda.memory_allocated(device)
+
+    def step(name: str) -> Callable[[], object]:
         torch.manual_seed(config.seed)
         model = PlainSegNet()
         trainer = Trainer(config, model, scenes, scenes)
@@ -176,21 +179,41 @@ def measure_steps(config: TrainConfig) -> dict[str, StepCost]:
             _use_plain_loss(trainer)
         else:
             swap(model)
-        for _ in range(10):
-            trainer.training_step(images, masks)
-        torch.cuda.reset_peak_memory_stats(device)
-        times = []
-        for _ in range(30):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            trainer.training_step(images, masks)
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end))
-        peak = torch.cuda.max_memory_allocated(device) - before
-        costs[name] = StepCost(statistics.median(times), peak / 2**20)
-        del model, trainer
-    return costs
+        return lambda: trainer.training_step(images, masks)
+
+    if device.type == "cuda":
+        return {name: _cost_on_gpu(lambda name=name: step(name), device) for name in ("plain", "swapped")}
+    return _costs_on_cpu({name: step(name) for name in ("plain", "swapped")})
+
+
+def _cost_on_gpu(make: Callable[[], Callable[[], object]], device: torch.device) -> StepCost:
+    """The cost of the step that `make` returns; what it allocates counts."""
+    before = torch.cuda.memory_allocated(device)
+    step = make()
+    for _ in range(10):
+        step()
+    torch.cuda.reset_peak_memory_stats(device)
+    times = []
+    for _ in range(30):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        step()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return StepCost(statistics.median(times), (torch.cuda.max_memory_allocated(device) - before) / 2**20)
+
+
+def _costs_on_cpu(steps: dict[str, Callable[[], object]], turns: int = 10) -> dict[str, StepCost]:
+    """The costs of the steps, turn by turn, so that other programs slow both alike."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(turns + 2):  # the first two are warm-up
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            if turn >= 2:
+                times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: StepCost(statistics.median(took), None) for name, took in times.items()}
 
 
 def failures(difference: float, interpreted: StepDifference | None, miou: float) -> list[str]:

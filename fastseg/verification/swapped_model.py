@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -146,15 +147,20 @@ class Check:
     Args:
         compared: for outputs, gradients and buffers, a Comparison per tensor.
         without_truth: why the comparison is with plain PyTorch instead of float64; None if it is with float64.
+        from_plain: the largest absolute difference between outputs of the swapped model and of the model without
+            fastseg; if they have a loss, between the losses.
     """
 
     compared: dict[str, list[Comparison]]
     without_truth: str | None
+    from_plain: float
 
     def as_dict(self) -> dict[str, Any]:
         """The comparison in a form that JSON can represent."""
         compared = {kind: [c.as_dict() for c in comparisons] for kind, comparisons in self.compared.items()}
-        return {"against": "plain torch" if self.without_truth else "float64", "reason": self.without_truth} | compared
+        against = "plain torch" if self.without_truth else "float64"
+        from_plain = self.from_plain if math.isfinite(self.from_plain) else None  # JSON has no infinity
+        return {"against": against, "reason": self.without_truth, "from_plain": from_plain} | compared
 
 
 @dataclass(frozen=True)
@@ -237,11 +243,26 @@ def _compare(trial: Trial, plain: Outcome, found: Outcome) -> Check:
     try:
         truth = equivalence.in_float64(trial.model, trial.inputs, trial.named, trial.seed)
     except Exception as error:
-        return Check(_compare_with_plain(found, plain), f"the model fails in float64: {describe_error(error)}")
+        why = f"the model fails in float64: {describe_error(error)}"
+        return Check(_compare_with_plain(found, plain), why, _difference(trial, plain, found))
     limit = NOT_THE_SAME * WITHOUT_TRUTH[_dtype(plain)]
     if any(c.error > limit for c in equivalence.compare_outcomes(plain, plain, truth)["outputs"]):
-        return Check(_compare_with_plain(found, plain), "the model computes something else in float64")
-    return Check(equivalence.compare_outcomes(found, plain, truth, FLIPS), None)
+        why = "the model computes something else in float64"
+        return Check(_compare_with_plain(found, plain), why, _difference(trial, plain, found))
+    return Check(equivalence.compare_outcomes(found, plain, truth, FLIPS), None, _difference(trial, plain, found))
+
+
+def _difference(trial: Trial, plain: Outcome, found: Outcome) -> float:
+    """Check.from_plain, infinite if an output is missing or has another shape. Equal infinities and NaNs are equal."""
+    names = [name for name, y in plain["outputs"].items() if y.is_floating_point() and y.numel()]
+    largest = 0.0
+    for name in names[-1:] if isinstance(trial.model, WithLoss) else names:
+        a, b = plain["outputs"][name].double(), found["outputs"].get(name)
+        if b is None or b.shape != a.shape:
+            return math.inf
+        differences = torch.where((a == b) | (a.isnan() & b.isnan()), 0.0, a - b).abs()
+        largest = max(largest, differences.max().item())
+    return largest
 
 
 def _compare_with_plain(found: Outcome, plain: Outcome) -> dict[str, list[Comparison]]:

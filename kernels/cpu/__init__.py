@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ..lazy import submodules
 
 if TYPE_CHECKING:
-    from . import build, launch, losses
+    from . import batch_norm, build, launch, losses, pooling, warm
 
-__all__ = ["build", "launch", "losses"]
+__all__ = ["batch_norm", "build", "launch", "losses", "pooling", "warm"]
 __getattr__ = submodules(__name__, __all__)

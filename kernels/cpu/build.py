@@ -45,6 +45,11 @@ TYPES = {
     torch.uint8: "uint8_t", torch.int16: "int16_t", torch.int32: "int32_t", torch.int64: "int64_t",
 }  # fmt: skip
 LOGGER = logging.getLogger("fastseg")
+if os.environ.get("FASTSEG_LOG") == "compile":  # read once: shows what the logger says at level INFO on stderr
+    LOGGER.addHandler(logging.StreamHandler())
+    LOGGER.setLevel(logging.INFO)
+elif os.environ.get("FASTSEG_LOG"):
+    LOGGER.warning("FASTSEG_LOG must be 'compile', but is %r: nothing more is logged", os.environ["FASTSEG_LOG"])
 
 Parameter = torch.dtype | bool | int | str
 
@@ -160,14 +165,16 @@ def _opened(file: Path) -> ctypes.CDLL | None:
     return None
 
 
-def _build(compiler: tuple[str, ...], name: str, parameters: Mapping[str, Parameter], native: str) -> ctypes.CDLL:
-    """The library from the disk, else compiled and loaded."""
+def _build(
+    compiler: tuple[str, ...], name: str, parameters: Mapping[str, Parameter], native: str
+) -> tuple[ctypes.CDLL, float | None]:
+    """The library, and the seconds that compiling it took, or None if it was on the disk."""
     text, options = source(name), [*FLAGS, *filter(None, [native]), *_macros(parameters)]
     key = hashlib.sha256("\n".join((text, *options, _machine(compiler))).encode()).hexdigest()[:24]
     file = f"{name.replace('/', '-')}-{key}.so"
     found = _opened(cache_folder() / file)
     if found is not None:
-        return found
+        return found, None
     with _writable(cache_folder()) as folder:
         start = time.perf_counter()
         _compile(compiler, text, options, folder / file)
@@ -175,7 +182,7 @@ def _build(compiler: tuple[str, ...], name: str, parameters: Mapping[str, Parame
         spelled = " ".join(_macros(parameters))
         LOGGER.info("compiled kernels/cpu/%s.cpp %s in %.2f s: %s", name, spelled, took, folder / file)
         try:
-            return ctypes.CDLL(str(folder / file))
+            return ctypes.CDLL(str(folder / file)), took
         except OSError as error:
             raise BuildError(f"{folder / file} cannot be loaded: {error}") from error
 
@@ -228,7 +235,7 @@ def _checked() -> str | None:
     failure = "the C++ compiler accepts no flags"
     for native in NATIVE:
         try:
-            library = _build(command, "probe", {}, native)
+            library, _ = _build(command, "probe", {}, native)
         except (BuildError, OSError) as error:
             failure = str(error)
             continue
@@ -266,7 +273,18 @@ def library(name: str, parameters: Mapping[str, Parameter]) -> ctypes.CDLL:
             command = compiler()
             if (reason := unavailable()) is not None or command is None:
                 raise BuildError(reason or "no C++ compiler is found")
-            found = _build(command, name, parameters, _libraries.native or "")
+            found, _ = _build(command, name, parameters, _libraries.native or "")
             found.fastseg_set_pool(None if _libraries.forked else _pool())
             _libraries.loaded[key] = found
     return found
+
+
+def compile_ahead(name: str, parameters: Mapping[str, Parameter]) -> float | None:
+    """The seconds that compiling this library took, or None if it was on the disk. Several threads may compile at once.
+
+    Raises BuildError where it cannot be built.
+    """
+    command = compiler()
+    if (reason := unavailable()) is not None or command is None:
+        raise BuildError(reason or "no C++ compiler is found")
+    return _build(command, name, parameters, _libraries.native or "")[1]

@@ -6,9 +6,11 @@ pointers, int64_t and double. The types that ctypes converts to are read from th
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -17,6 +19,7 @@ from .build import Parameter, library, source
 
 EXPORTED = re.compile(r"^EXPORT (\w+)\(([^)]*)\)", re.MULTILINE)
 _functions: dict[tuple[Any, ...], tuple[Callable[..., int], tuple[int, ...]]] = {}
+_recorded: list[Callable[[], int]] | None = None
 
 
 def launch(name: str, function: str, parameters: Mapping[str, Parameter], *args: Tensor | int | float | None) -> int:
@@ -29,6 +32,8 @@ def launch(name: str, function: str, parameters: Mapping[str, Parameter], *args:
     found = _functions.get(key)
     if found is None:
         found = _functions[key] = _declared(name, function, parameters)
+    if _recorded is not None:
+        _recorded.append(functools.partial(launch, name, function, parameters, *args))
     call, pointers = found
     passed: list[Any] = list(args)
     for at in pointers:
@@ -36,6 +41,17 @@ def launch(name: str, function: str, parameters: Mapping[str, Parameter], *args:
         if tensor is not None:
             passed[at] = tensor.data_ptr()
     return call(*passed)
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[Callable[[], int]]]:
+    """Collect the calls that are made meanwhile: each can be made again, on the same tensors, which it keeps alive."""
+    global _recorded
+    before, _recorded = _recorded, []
+    try:
+        yield _recorded
+    finally:
+        _recorded = before
 
 
 def _declared(

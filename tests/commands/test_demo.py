@@ -24,6 +24,11 @@ def few_scenes(monkeypatch):
     monkeypatch.setattr(data.DigitScenes, "__len__", lambda scenes: 32)
 
 
+@pytest.fixture(autouse=True)
+def small_timed_scenes(monkeypatch):
+    monkeypatch.setitem(comparison.TIMED, "cpu", (1, (32, 48)))
+
+
 def run(out, capsys, *more):
     """Run a short demo; return its exit code and what it printed."""
     code = cli.main(["demo", "--steps", "7", "--device", "cpu", "--json", "--out", str(out), *more])
@@ -37,7 +42,12 @@ def test_a_short_demo_checks_and_writes_everything(tmp_path, capsys, monkeypatch
     code, printed = run(tmp_path, capsys)
     result = json.loads(printed.out)
     assert code == 1 and result["failures"] == ["the mIoU is below 0.50"] and "failed: the mIoU" in printed.err
-    assert result["steps"] == 7 and 0 < result["miou"] < 0.5 and result["gpu"] is None
+    assert result["steps"] == 7 and 0 < result["miou"] < 0.5 and result["device"] == "cpu"
+    assert result["costs"].keys() == {"plain", "swapped"}
+    for name, cost in result["costs"].items():
+        assert (
+            cost["ms"] > 0 and cost["mib"] is None and f"{name}: {cost['ms']:.2f} ms per training step" in printed.err
+        )
     assert result["loss_difference"] <= comparison.LOSS_TOLERANCE
     assert max(result["interpreted"].values()) <= comparison.STEP_TOLERANCE
     assert "16 of 16 layers swapped" in printed.err

@@ -104,8 +104,10 @@ def test_a_model_is_swapped_checked_and_timed(run):
         "training",
         "gradients",
         "ok",
-        "plain:",
-        "swapped:",
+        "training: plain ",
+        " ms (",
+        " times as fast",
+        "training: the outputs of plain and swapped ",
     ):
         assert word in out
     assert "FAILED" not in out
@@ -121,6 +123,7 @@ def test_the_result_as_json(run):
     assert {c["tensor"] for c in checked["outputs"]} == {"logits", "more.hidden.0"}
     assert {c["tensor"] for c in checked["gradients"]} >= {"input 0", "up.weight", "body.1.bias"}
     assert {c["tensor"] for c in checked["buffers"]} >= {"body.1.running_mean"}
+    assert 0 <= checked["from_plain"] < 1e-4
     assert checked["against"] == "float64" and all(c["passed"] for c in checked["outputs"])
     assert all(form["ms"] > 0 for mode in result["times"].values() for form in mode.values())
     assert {call["operator"] for call in result["ran"]} >= {"conv_transpose2d"}
@@ -355,3 +358,16 @@ def test_a_model_that_computes_something_else_in_float64_is_compared_with_plain_
     check = swapped_model.check_outcome(trial, outcome, outcome)
     assert check.without_truth == "the model computes something else in float64"
     assert all(c.passed for comparisons in check.compared.values() for c in comparisons)
+
+
+def test_the_difference_of_the_losses_is_shown(run, monkeypatch):
+    """Half of the loss is missing: more than rounding."""
+    args = ("Net", "--args", "5", "--input", "1x3x8x12", "--loss", "cross_entropy", "--train", "--no-time")
+    code, out, _ = run(*args, "--json")
+    result = json.loads(out)
+    assert code == 0 and result["has_loss"] and 0 <= result["checked"]["training"]["from_plain"] < 1e-5
+    code, out, _ = run(*args)
+    assert "training: the losses of plain and swapped " in out
+    monkeypatch.setattr(fused.CrossEntropyLoss, "forward", lambda *args: nn.CrossEntropyLoss.forward(*args) / 2)
+    code, out, _ = run(*args, "--json")
+    assert code == 1 and json.loads(out)["checked"]["training"]["from_plain"] > 0.1

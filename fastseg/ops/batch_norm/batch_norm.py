@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ... import dispatch, torch_internals
+from ... import torch_internals
 from ...kernels import batch_norm as triton_kernels
 from ...kernels.cpu import batch_norm as cpu_kernels
 from ...kernels.cuda import batch_norm as cuda_kernels
@@ -31,11 +31,6 @@ def unsupported_input(input: Tensor, *rest: Any) -> str | None:
     if input.dim() != 4:
         return f"{input.dim()}-D input"
     return "an empty batch" if input.numel() == 0 else None
-
-
-def torch_on_cpu(*args: Any) -> dispatch.Preference:
-    """Under "auto" the CPU kernels do not run yet: nobody has measured for which sizes they are faster."""
-    return "torch", "the CPU kernels of batch norm are not measured against torch"
 
 
 def _unsupported_gradient(grad: Tensor, input: Tensor, *rest: Any) -> str | None:
@@ -108,9 +103,7 @@ def writable(running: Tensor) -> Tensor:
 
 BATCH_NORM_STATS = Operator(
     "batch_norm_stats(Tensor input, Tensor? input_bias, RunningStatistics? running) -> Tensor",
-    kernels=for_backends(
-        _stats_kernel, unsupported_input, torch_on_cpu, triton=triton_kernels, cuda=cuda_kernels, cpu=cpu_kernels
-    ),
+    kernels=for_backends(_stats_kernel, unsupported_input, triton=triton_kernels, cuda=cuda_kernels, cpu=cpu_kernels),
     reference=_stats_reference,
     fake=_empty_stats,
 )
@@ -152,7 +145,6 @@ BATCH_NORM_RELU = Operator(
     kernels=for_backends(
         _batch_norm_relu_kernel,
         unsupported_input,
-        torch_on_cpu,
         triton=triton_kernels,
         cuda=cuda_kernels,
         cpu=cpu_kernels,
@@ -204,7 +196,7 @@ def _sums_reference(grad: Tensor, input: Tensor, norm: NormArguments) -> Tensor:
 BATCH_NORM_RELU_SUMS = Operator(
     "batch_norm_relu_sums(Tensor grad_output, Tensor input, NormArguments norm) -> Tensor",
     kernels=for_backends(
-        _sums_kernel, _unsupported_gradient, torch_on_cpu, triton=triton_kernels, cuda=cuda_kernels, cpu=cpu_kernels
+        _sums_kernel, _unsupported_gradient, triton=triton_kernels, cuda=cuda_kernels, cpu=cpu_kernels
     ),
     reference=_sums_reference,
     fake=empty_sums,
@@ -251,7 +243,7 @@ def _backward_reference(grad: Tensor, input: Tensor, means: Tensor | None, norm:
 BATCH_NORM_RELU_BACKWARD = Operator(
     "batch_norm_relu_backward(Tensor grad_output, Tensor input, Tensor? means, NormArguments norm) -> Tensor",
     kernels=for_backends(
-        _backward_kernel, _unsupported_gradient, torch_on_cpu, triton=triton_kernels, cuda=cuda_kernels, cpu=cpu_kernels
+        _backward_kernel, _unsupported_gradient, triton=triton_kernels, cuda=cuda_kernels, cpu=cpu_kernels
     ),
     reference=_backward_reference,
     fake=_empty_gradient,

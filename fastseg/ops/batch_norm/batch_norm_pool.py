@@ -25,7 +25,6 @@ from .batch_norm import (
     input_gradient,
     normalized,
     sums_of,
-    torch_on_cpu,
     unsupported_input,
     x_hat_and_gradient,
 )
@@ -73,7 +72,7 @@ BATCH_NORM_RELU_MAX_POOL2D = Operator(
     "batch_norm_relu_max_pool2d(Tensor input, PoolGeometry geometry, bool ceil_mode, bool keep_offsets, "
     "NormArguments norm) -> (Tensor, Tensor)",
     kernels=for_backends(
-        _max_pool2d_kernel, unsupported_input, torch_on_cpu, triton=triton_kernels, cuda=cuda_kernels, cpu=cpu_kernels
+        _max_pool2d_kernel, unsupported_input, triton=triton_kernels, cuda=cuda_kernels, cpu=cpu_kernels
     ),
     reference=_max_pool2d_reference,
     fake=_empty_pooled,
@@ -124,9 +123,7 @@ def _sums_reference(
 BATCH_NORM_RELU_MAX_POOL2D_SUMS = Operator(
     "batch_norm_relu_max_pool2d_sums(Tensor grad_output, Tensor offsets, Tensor input, PoolGeometry geometry, "
     "NormArguments norm) -> Tensor",
-    kernels=for_backends(
-        _sums_kernel, unsupported_gradient, torch_on_cpu, triton=triton_kernels, cuda=cuda_kernels, cpu=cpu_kernels
-    ),
+    kernels=for_backends(_sums_kernel, unsupported_gradient, triton=triton_kernels, cuda=cuda_kernels, cpu=cpu_kernels),
     reference=_sums_reference,
     fake=_empty_sums,
     gradient=True,
@@ -170,7 +167,7 @@ BATCH_NORM_RELU_MAX_POOL2D_BACKWARD = Operator(
     "batch_norm_relu_max_pool2d_backward(Tensor grad_output, Tensor offsets, Tensor input, Tensor? means, "
     "PoolGeometry geometry, NormArguments norm) -> Tensor",
     kernels=for_backends(
-        _backward_kernel, unsupported_gradient, torch_on_cpu, triton=triton_kernels, cuda=cuda_kernels, cpu=cpu_kernels
+        _backward_kernel, unsupported_gradient, triton=triton_kernels, cuda=cuda_kernels, cpu=cpu_kernels
     ),
     reference=_backward_reference,
     fake=_empty_gradient,

@@ -22,7 +22,6 @@ from .batch_norm import (
     empty_sums,
     normalized,
     sums_of,
-    torch_on_cpu,
     unsupported_input,
     x_hat_and_gradient,
 )
@@ -64,7 +63,7 @@ def _max_unpool2d_reference(
 BATCH_NORM_RELU_MAX_UNPOOL2D = Operator(
     "batch_norm_relu_max_unpool2d(Tensor input, Tensor offsets, PoolGeometry geometry, SymInt[2] output_size, "
     "NormArguments norm) -> Tensor",
-    kernels=for_backends(_max_unpool2d_kernel, unsupported_input, torch_on_cpu, triton=triton_kernels, cpu=cpu_kernels),
+    kernels=for_backends(_max_unpool2d_kernel, unsupported_input, triton=triton_kernels, cpu=cpu_kernels),
     reference=_max_unpool2d_reference,
     fake=_empty_unpooled,
 )
@@ -107,7 +106,7 @@ def _sums_reference(
 BATCH_NORM_RELU_MAX_UNPOOL2D_SUMS = Operator(
     "batch_norm_relu_max_unpool2d_sums(Tensor grad_output, Tensor offsets, Tensor input, PoolGeometry geometry, "
     "NormArguments norm) -> (Tensor, Tensor)",
-    kernels=for_backends(_sums_kernel, unsupported_gradient, torch_on_cpu, triton=triton_kernels, cpu=cpu_kernels),
+    kernels=for_backends(_sums_kernel, unsupported_gradient, triton=triton_kernels, cpu=cpu_kernels),
     reference=_sums_reference,
     fake=_empty_gathered,
     gradient=True,

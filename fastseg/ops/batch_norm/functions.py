@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ... import torch_internals
 from ..arguments import IntOrPair
+from ..operator import few_elements
 from ..pooling.geometry import pool_geometry
 from ..pooling.pool import checked_geometry, max_pool2d, max_pool2d_with_offsets
 from ..pooling.unpool import check_unpool, max_unpool2d_with_offsets, unpooled_size
@@ -18,6 +20,10 @@ from .batch_norm_pool import BATCH_NORM_RELU_MAX_POOL2D
 from .batch_norm_unpool import BATCH_NORM_RELU_MAX_UNPOOL2D
 from .gradient import BatchNormReLUFunction, torch_batch_norm_relu
 from .statistics import statistics_of
+
+FEW_ELEMENTS = {torch.contiguous_format: 2**15, torch.channels_last: 2**15}  # on a CPU: see few_elements
+FEW_POOLED = {torch.contiguous_format: 2**15, torch.channels_last: 2**15}
+FEW_UNPOOLED = {torch.contiguous_format: 2**13, torch.channels_last: 2**13}
 
 
 def _unchanged(y: Tensor) -> Tensor:
@@ -34,9 +40,8 @@ def _run(
     grouped = call.options.training and call.options.process_group is not None
     if backend == "torch" and not grouped:
         return torch_tail(torch_batch_norm_relu(call))
-    return BatchNormReLUFunction.apply(
-        call.input, call.weight, call.bias, call.input_bias, statistics_of(call), call.options, tail
-    )
+    vectors = (call.weight, call.bias, call.input_bias)
+    return torch_internals.apply(BatchNormReLUFunction, call.input, *vectors, statistics_of(call), call.options, tail)
 
 
 def batch_norm_relu(
@@ -104,7 +109,7 @@ def batch_norm_relu(
     options = BatchNormOptions(training, momentum, eps, relu, process_group)
     call = BatchNormCall(input, running_mean, running_var, weight, bias, input_bias, options)
     call.check("batch_norm_relu")
-    return _run(call, BATCH_NORM_RELU.choose(input).backend)
+    return _run(call, BATCH_NORM_RELU.choose(input, preferred=few_elements(input, FEW_ELEMENTS)).backend)
 
 
 def batch_norm_relu_max_pool2d(
@@ -176,11 +181,11 @@ def batch_norm_relu_max_pool2d(
         return function(y, *geometry, ceil_mode=ceil_mode)
 
     if not geometry.has_cells:
-        return pooled(_run(call, BATCH_NORM_RELU.choose(input).backend))
+        return pooled(_run(call, BATCH_NORM_RELU.choose(input, preferred=few_elements(input, FEW_ELEMENTS)).backend))
     leaves = (input, weight, bias, input_bias)
     differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves)
     tail = Tail(geometry, ceil_mode, keep_offsets=return_offsets or differentiated)
-    backend = BATCH_NORM_RELU_MAX_POOL2D.choose(input, geometry).backend
+    backend = BATCH_NORM_RELU_MAX_POOL2D.choose(input, geometry, preferred=few_elements(input, FEW_POOLED)).backend
     result = _run(call, backend, tail, pooled)
     return result if return_offsets or isinstance(result, Tensor) else result[0]
 
@@ -250,6 +255,8 @@ def batch_norm_relu_max_unpool2d(
         )
 
     if not geometry.has_cells:
-        return unpooled(_run(call, BATCH_NORM_RELU.choose(input).backend))
-    backend = BATCH_NORM_RELU_MAX_UNPOOL2D.choose(input, offsets, geometry).backend
+        return unpooled(_run(call, BATCH_NORM_RELU.choose(input, preferred=few_elements(input, FEW_ELEMENTS)).backend))
+    backend = BATCH_NORM_RELU_MAX_UNPOOL2D.choose(
+        input, offsets, geometry, preferred=few_elements(input, FEW_UNPOOLED)
+    ).backend
     return _run(call, backend, Tail(geometry, offsets=offsets, output_size=size), unpooled)

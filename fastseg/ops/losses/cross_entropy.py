@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ... import torch_internals
 from ...kernels.losses.options import LossOptions
 from ..operator import dense, double_backward, known_signature, memory_format, vmap_loops, wants_graph
 from .checks import (
@@ -210,7 +211,7 @@ def _in_operators(
         targets = dense(as_images(target), memory_format(logits))
     else:
         targets = labels_as_images(target)
-    loss, *_, prediction, counts = passes.apply(logits, targets, weight, options, predicted)
+    loss, *_, prediction, counts = torch_internals.apply(passes, logits, targets, weight, options, predicted)
     return loss if options.is_reduced else loss.reshape(pixels_shape(input)), prediction, counts
 
 

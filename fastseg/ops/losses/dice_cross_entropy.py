@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ... import torch_internals
 from ...kernels import losses as triton_kernels
 from ...kernels.cpu import losses as cpu_kernels
 from ...kernels.losses.options import LossInputs
@@ -286,7 +287,7 @@ def dice_cross_entropy(
     logits, labels = as_images(input), labels_as_images(target)
     if input.dim() == 2:  # each row is a sample
         logits, labels = input[:, :, None, None], target.view(-1, 1, 1)
-    function = _differentiable_sums if backend == "torch" else DiceCrossEntropyFunction.apply
+    function = _differentiable_sums if backend == "torch" else partial(torch_internals.apply, DiceCrossEntropyFunction)
     try:
         loss, sums = function(logits, labels, weight, options.ignore_index)
     except IndexError:

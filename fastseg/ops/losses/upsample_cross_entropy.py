@@ -175,7 +175,9 @@ def _loss_and_predictions(
             return _differentiable_loss(input, target, weight, resizing, options), None, None
         one_pass = _takes_one_pass(input, options, backend)
         passes = UpsampleCrossEntropyOnePassFunction if one_pass else UpsampleCrossEntropyFunction
-        loss, _, _, prediction, counts = passes.apply(input, target.contiguous(), weight, resizing, options, predicted)
+        loss, _, _, prediction, counts = torch_internals.apply(
+            passes, input, target.contiguous(), weight, resizing, options, predicted
+        )
         return loss, prediction, counts
     except IndexError:
         require_labels_in_range(NAME, input.shape[1], target, options.ignore_index)  # to say at which pixel

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ... import dispatch
 from ...kernels.pooling.geometry import PoolGeometry
 from ..arguments import FLOAT_AND_DOUBLE_DTYPES, IntOrPair, as_pair, is_unset
-from ..operator import LIB, Operator, memory_format, register_options
+from ..operator import LIB, Operator, register_options
 
 register_options(PoolGeometry, "int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation")
 
@@ -47,20 +46,6 @@ def pooled_size(size: Sequence[int], geometry: PoolGeometry, ceil_mode: bool) ->
 def unsupported_dtype(input: Tensor) -> str | None:
     """What of a call the kernels do not support, in words, or None: they support every geometry."""
     return None if input.dtype in FLOAT_AND_DOUBLE_DTYPES else f"dtype {input.dtype}"
-
-
-MOST_THREADS = 16  # that count in few_elements
-
-
-def few_elements(x: Tensor, least: Mapping[torch.memory_format, int]) -> dispatch.Preference | None:
-    """torch, if it is as fast on a CPU: with fewer elements per thread calling the kernels costs more than they save.
-
-    A traced call is not asked: it may run for other sizes.
-    """
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
-        return None
-    few = x.numel() < least[memory_format(x)] * min(torch.get_num_threads(), MOST_THREADS)
-    return ("torch", "torch is as fast for few elements") if few else None
 
 
 def as_batch(x: Tensor) -> Tensor:

@@ -14,11 +14,20 @@ from ...kernels import pooling as triton_kernels
 from ...kernels.cpu import pooling as cpu_kernels
 from ...kernels.cuda import pooling as cuda_kernels
 from ..arguments import IntOrPair, accumulator, require_tensor
-from ..operator import Operator, dense, empty, for_backends, known_signature, memory_format, placed, wants_graph
+from ..operator import (
+    Operator,
+    dense,
+    empty,
+    few_elements,
+    for_backends,
+    known_signature,
+    memory_format,
+    placed,
+    wants_graph,
+)
 from .geometry import (
     PoolGeometry,
     as_batch,
-    few_elements,
     map_over_batch,
     pool_geometry,
     pooled_size,
@@ -236,7 +245,7 @@ def max_pool2d(
     choice = MAX_POOL2D.choose(input, geometry, ceil_mode, positions, preferred=few_elements(input, FEW_ELEMENTS))
     if choice.backend == "torch":
         return F.max_pool2d(input, *geometry, ceil_mode=ceil_mode, return_indices=return_indices)
-    output, indices = MaxPool2dFunction.apply(input, geometry, ceil_mode, positions)
+    output, indices = torch_internals.apply(MaxPool2dFunction, input, geometry, ceil_mode, positions)
     return (output, indices) if return_indices else output
 
 
@@ -280,4 +289,4 @@ def max_pool2d_with_offsets(
     if backend == "torch" and input.device.type == "cpu" and not torch.compiler.is_compiling():
         output, indices = F.max_pool2d(input, *geometry, ceil_mode=ceil_mode, return_indices=True)
         return output, to_offsets(indices, geometry, input.shape[-1])
-    return MaxPool2dFunction.apply(input, geometry, ceil_mode, OFFSETS)
+    return torch_internals.apply(MaxPool2dFunction, input, geometry, ceil_mode, OFFSETS)

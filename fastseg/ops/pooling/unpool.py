@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ... import torch_internals
 from ...kernels import pooling as triton_kernels
 from ...kernels.cpu import pooling as cpu_kernels
 from ...kernels.cuda import pooling as cuda_kernels
@@ -20,6 +21,7 @@ from ..operator import (
     Operator,
     dense,
     empty,
+    few_elements,
     for_backends,
     known_signature,
     memory_format,
@@ -29,7 +31,6 @@ from ..operator import (
 from .geometry import (
     PoolGeometry,
     as_batch,
-    few_elements,
     map_over_batch,
     pool_geometry,
     unsupported_dtype,
@@ -325,7 +326,7 @@ def max_unpool2d(
         except RuntimeError:
             require_positions_inside(indices, geometry, size)  # torch's own message does not say where
             raise
-    return MaxUnpool2dFunction.apply(input, indices, geometry, size)
+    return torch_internals.apply(MaxUnpool2dFunction, input, indices, geometry, size)
 
 
 def max_unpool2d_with_offsets(
@@ -365,4 +366,4 @@ def max_unpool2d_with_offsets(
     size = unpooled_size(name, input.shape[-2:], geometry, output_size)
     require_offsets(name, geometry)
     MAX_UNPOOL2D.choose(input, offsets, geometry, size)  # only for `explain`: the operator chooses again when it runs
-    return MaxUnpool2dFunction.apply(input, offsets, geometry, size)
+    return torch_internals.apply(MaxUnpool2dFunction, input, offsets, geometry, size)
