@@ -32,6 +32,7 @@ TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 CUPY_INSTALLED = importlib.util.find_spec("cupy") is not None and torch.version.hip is None
 OLDEST = (8, 0)  # the oldest compute capability that Triton supports
 NO_KERNELS = "this operator"  # what the kernels of a backend do not support if an operator has none there
+ON_CPU = "a CPU tensor, supported by the CPU kernels"
 CPU_OPERATORS: set[str] = set()  # the operators that have CPU kernels
 
 
@@ -265,7 +266,7 @@ def _decide_on_cpu(operator: str, unsupported: Unsupported, preferred: Preferenc
         return Choice(operator, "torch", "inside forward-mode differentiation, for which the kernels have no rule")
     if preferred is not None:
         return Choice(operator, *preferred)
-    return Choice(operator, "cpu", "a CPU tensor, supported by the CPU kernels")
+    return Choice(operator, "cpu", ON_CPU)
 
 
 def _require(operator: str, backend: str, device: torch.device, missing: str | None) -> None:

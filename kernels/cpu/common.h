@@ -14,7 +14,7 @@
 
 #define EXPORT extern "C" __attribute__((visibility("default"))) int64_t
 #define INLINE inline __attribute__((always_inline))
-#define INLINE_LAMBDA __attribute__((always_inline))
+#define INLINED __attribute__((always_inline))  // of a lambda
 #define NOINLINE __attribute__((noinline))  // a copy in each caller would only cost compile time
 
 // --- threads ---------------------------------------------------------------------------------------------------------
@@ -61,6 +61,19 @@ static INLINE int64_t grain_of(int64_t elements_per_iteration) {
     (void)memory, (void)bytes;
 #endif
 }
+
+// Memory for the time of a call, of `count` elements, on the boundary of a line of the cache.
+template <typename E> struct Scratch {
+    void* memory;
+    E* data;
+    explicit Scratch(int64_t count) : memory(__builtin_malloc(size_t(count) * sizeof(E) + 64)) {
+        if (memory == nullptr) __builtin_trap();
+        data = reinterpret_cast<E*>((reinterpret_cast<uintptr_t>(memory) + 63) / 64 * 64);
+    }
+    Scratch(const Scratch&) = delete;
+    ~Scratch() { __builtin_free(memory); }
+    operator E*() const { return data; }
+};
 
 // --- dtypes ----------------------------------------------------------------------------------------------------------
 

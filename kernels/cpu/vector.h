@@ -1,96 +1,112 @@
-// Vectors of the processor's width through the vector extensions of g++ and clang++, for kernels whose speed must not
-// depend on what a compiler vectorizes by itself: loads and stores with conversion, exp, log and transposition.
+// Vectors ("lanes") in the vector types of g++ and clang++, which become registers of whatever processor a file is
+// compiled for. With them the speed of a kernel does not depend on what a compiler vectorizes by itself. float16 and
+// bfloat16 are computed in float32.
 #pragma once
 
 #include "common.h"
 
+#include <type_traits>
+
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__)
-#define VECTOR_BYTES 64
+constexpr int VECTOR_BYTES = 64;
 #elif defined(__AVX__)
-#define VECTOR_BYTES 32
+constexpr int VECTOR_BYTES = 32;
 #else
-#define VECTOR_BYTES 16
+constexpr int VECTOR_BYTES = 16;
 #endif
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors as arguments: every function that takes one is inlined
 
-// W: float or double, the type that is computed in.
-template <typename W> struct VectorOf;
-template <> struct VectorOf<float> {
-    typedef float type __attribute__((vector_size(VECTOR_BYTES)));
-    typedef int32_t integers __attribute__((vector_size(VECTOR_BYTES)));
-    typedef uint32_t bits __attribute__((vector_size(VECTOR_BYTES)));
-    typedef uint16_t halves __attribute__((vector_size(VECTOR_BYTES / 2)));
-    using integer = int32_t;
+template <class E, int L> struct LanesOf {
+    typedef E type __attribute__((vector_size(sizeof(E) * L)));
 };
-template <> struct VectorOf<double> {
-    typedef double type __attribute__((vector_size(VECTOR_BYTES)));
-    typedef int64_t integers __attribute__((vector_size(VECTOR_BYTES)));
-    typedef uint64_t bits __attribute__((vector_size(VECTOR_BYTES)));
-    using integer = int64_t;
+template <class E> struct LanesOf<E, 1> {
+    typedef E type;
 };
-template <typename W> using Vec = typename VectorOf<W>::type;
-template <typename W> using IntVec = typename VectorOf<W>::integers;
-template <typename W> using Int = typename VectorOf<W>::integer;  // as wide as W
-template <typename W> constexpr int LANES = VECTOR_BYTES / int(sizeof(W));
+template <class E, int L> using Lanes = typename LanesOf<E, L>::type;
+template <int L> using Width = std::integral_constant<int, L>;
 
-template <typename W> static INLINE Vec<W> all(W x) { return x - Vec<W>{}; }
+// As wide as W: comparisons of W give it.
+template <typename W> using Int = std::conditional_t<std::is_same<W, double>::value, int64_t, int32_t>;
+template <class E> using Stored = std::conditional_t<sizeof(E) == 2, uint16_t, E>;  // what vectors of E are in memory
+
+// A whole register of float or double, the types that are computed in.
+template <typename W> constexpr int LANES = VECTOR_BYTES / int(sizeof(W));
+template <typename W> using Vec = Lanes<W, LANES<W>>;
+template <typename W> using IntVec = Lanes<Int<W>, LANES<W>>;
+
+template <int L, class E> INLINE Lanes<E, L> splat(E value) { return value - Lanes<E, L>{}; }
+
+template <typename W> static INLINE Vec<W> all(W x) { return splat<LANES<W>>(x); }
 template <typename W> static INLINE Vec<W> select(IntVec<W> mask, Vec<W> yes, Vec<W> no) { return mask ? yes : no; }
 // A NaN in x is passed over; one in `low` stays.
 template <typename W> static INLINE Vec<W> larger(Vec<W> x, Vec<W> low) { return x > low ? x : low; }
 
+template <class E, int L, class V> INLINE Lanes<E, L> converted(V value) {
+    if constexpr (L == 1) return E(value);
+    else return __builtin_convertvector(value, Lanes<E, L>);
+}
+
+// --- conversions, as those of single numbers in common.h -------------------------------------------------------------
+
+template <int L> INLINE Lanes<float, L> widen(Lanes<float, L> x, float) { return x; }
+template <int L> INLINE Lanes<double, L> widen(Lanes<double, L> x, double) { return x; }
+
+template <int L> INLINE Lanes<float, L> widen(Lanes<uint16_t, L> x, bfloat16) {
+    return bits_of<Lanes<float, L>>(converted<uint32_t, L>(x) << 16);
+}
+
+template <int L> INLINE Lanes<float, L> widen(Lanes<uint16_t, L> x, float16) {
+    using Bits = Lanes<int32_t, L>;
+    const Bits all = converted<int32_t, L>(x), magnitude = all & 0x7fff;
+    const Bits normal = (magnitude << 13) + (112 << 23), special = (magnitude << 13) | 0x7f800000;
+    const Bits small = bits_of<Bits>(converted<float, L>(magnitude) * 0x1p-24f);
+    const Bits value = magnitude < 0x400 ? small : (magnitude >= 0x7c00 ? special : normal);
+    return bits_of<Lanes<float, L>>(value | ((all & 0x8000) << 16));
+}
+
+template <int L> INLINE Lanes<float, L> narrow(Lanes<float, L> x, float) { return x; }
+template <int L> INLINE Lanes<double, L> narrow(Lanes<double, L> x, double) { return x; }
+
+template <int L> INLINE Lanes<uint16_t, L> narrow(Lanes<float, L> x, bfloat16) {
+    using Bits = Lanes<uint32_t, L>;
+    const Bits bits = bits_of<Bits>(x);
+    const Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    const Lanes<int32_t, L> is_number = x == x;
+    return converted<uint16_t, L>(is_number ? rounded : Bits{} + 0x7fc0);
+}
+
+template <int L> INLINE Lanes<uint16_t, L> narrow(Lanes<float, L> x, float16) {
+    using Bits = Lanes<int32_t, L>;
+    const Bits all = bits_of<Bits>(x), magnitude = all & 0x7fffffff;
+    const Bits normal = (magnitude - (112 << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+    const Bits small = bits_of<Bits>(bits_of<Lanes<float, L>>(magnitude) + 0.5f) - 0x3f000000;
+    Bits value = magnitude < 0x38800000 ? small : normal;
+    value = magnitude >= 0x477ff000 ? Bits{} + 0x7c00 : value;
+    value = magnitude > 0x7f800000 ? Bits{} + 0x7e00 : value;
+    return converted<uint16_t, L>(value | ((all >> 16) & 0x8000));
+}
+
 // --- loads and stores ------------------------------------------------------------------------------------------------
 
-static INLINE Vec<float> load(const float* from) {
-    Vec<float> x;
-    memcpy(&x, from, sizeof(x));
-    return x;
-}
-static INLINE Vec<double> load(const double* from) {
-    Vec<double> x;
-    memcpy(&x, from, sizeof(x));
-    return x;
-}
-template <typename W> static INLINE IntVec<W> load_integers(const Int<W>* from) {
-    IntVec<W> x;
-    memcpy(&x, from, sizeof(x));
-    return x;
-}
-static INLINE Vec<float> load(const bfloat16* from) {
-    VectorOf<float>::halves x;
-    memcpy(&x, from, sizeof(x));
-    return Vec<float>(__builtin_convertvector(x, VectorOf<float>::bits) << 16);
-}
-static INLINE Vec<float> load(const float16* from) {  // as widen(float16)
-    using Bits = VectorOf<float>::bits;
-    VectorOf<float>::halves x;
-    memcpy(&x, from, sizeof(x));
-    Bits half = __builtin_convertvector(x, Bits), magnitude = half & 0x7fffu, sign = (half & 0x8000u) << 16;
-    Bits high = Bits{} + 0x70000000u, low = Bits{} + 0x38000000u;
-    Bits normal = (magnitude << 13) + (magnitude >= 0x7c00u ? high : low);
-    Bits small = Bits(__builtin_convertvector(IntVec<float>(magnitude), Vec<float>) * 5.9604644775390625e-8f);
-    return Vec<float>(sign | (magnitude < 0x400u ? small : normal));
+template <int L, class E> INLINE Lanes<E, L> raw(const E* address) {
+    Lanes<E, L> value;
+    memcpy(&value, address, sizeof value);
+    return value;
 }
 
-static INLINE void store(float* to, Vec<float> x) { memcpy(to, &x, sizeof(x)); }
-static INLINE void store(double* to, Vec<double> x) { memcpy(to, &x, sizeof(x)); }
-static INLINE void store(bfloat16* to, Vec<float> x) {  // as narrow<bfloat16>
-    using Bits = VectorOf<float>::bits;
-    Bits bits = Bits(x), rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, nan = Bits{} + 0x7fc0u;
-    auto halves = __builtin_convertvector(x != x ? nan : rounded, VectorOf<float>::halves);
-    memcpy(to, &halves, sizeof(halves));
+template <int L, class E> INLINE Lanes<Computed<E>, L> load(const E* address) {
+    return widen<L>(raw<L>(reinterpret_cast<const Stored<E>*>(address)), E{});
 }
-static INLINE void store(float16* to, Vec<float> x) {  // as narrow<float16>
-    using Bits = VectorOf<float>::bits;
-    Bits bits = Bits(x), magnitude = bits & 0x7fffffffu, sign = (bits >> 16) & 0x8000u;
-    Bits infinite = Bits{} + 0x7c00u, nan = Bits{} + 0x7e00u;
-    Bits normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
-    Bits small = Bits(Vec<float>(magnitude) + 0.5f) - 0x3f000000u;
-    Bits value = magnitude < 0x38800000u ? small : normal;
-    value = magnitude >= 0x477ff000u ? infinite : value;
-    value = magnitude > 0x7f800000u ? nan : value;
-    auto halves = __builtin_convertvector(sign | value, VectorOf<float>::halves);
-    memcpy(to, &halves, sizeof(halves));
+template <int L, class E> INLINE void store(E* address, Lanes<Computed<E>, L> value) {
+    const auto stored = narrow<L>(value, E{});
+    memcpy(address, &stored, sizeof stored);
 }
+
+template <class E> static INLINE Vec<Computed<E>> load(const E* address) { return load<LANES<Computed<E>>>(address); }
+template <class E> static INLINE void store(E* address, Vec<Computed<E>> value) {
+    store<LANES<Computed<E>>, E>(address, value);
+}
+template <typename W> static INLINE IntVec<W> load_integers(const Int<W>* address) { return raw<LANES<W>>(address); }
 
 // --- functions -------------------------------------------------------------------------------------------------------
 

@@ -28,6 +28,7 @@ from .cross_entropy_operators import (
     CROSS_ENTROPY_ONE_PASS_BACKWARD,
     ONE_PASS_CLASSES,
     one_pass_labels,
+    preferred_on_cpu,
 )
 from .reference import differentiable_loss, predict
 
@@ -167,7 +168,8 @@ def _loss_and_predictions(
         raise ValueError(
             f"{function}: one_pass must be left out for reduction 'none', which takes two passes, but is {one_pass}"
         )
-    backend = CROSS_ENTROPY.choose(input, target, weight, options, predicted).backend
+    few = preferred_on_cpu(input) if input.is_cpu else None  # here, since it saves the other checks
+    backend = CROSS_ENTROPY.choose(input, target, weight, options, predicted, preferred=few).backend
     try:
         if backend == "torch":
             return _in_torch(input, target, weight, options, predicted)

@@ -56,7 +56,8 @@ def few_logits(input: Tensor) -> bool:
     return input.numel() * layouts < FEW_LOGITS * threads
 
 
-def _preferred_on_cpu(input: Tensor, *rest: Any) -> dispatch.Preference | None:
+def preferred_on_cpu(input: Tensor, *rest: Any) -> dispatch.Preference | None:
+    """torch for few logits on a CPU, and why; else None."""
     return ("torch", "torch is as fast for few logits") if few_logits(input) else None
 
 
@@ -162,7 +163,7 @@ CROSS_ENTROPY = Operator(
         "cpu": Implementation(
             partial(_cross_entropy_kernel, cpu_kernels),
             lambda input, target, weight, *rest: unsupported(input, target, weight),
-            _preferred_on_cpu,
+            preferred_on_cpu,
         ),
     },
     reference=_cross_entropy_reference,

@@ -6,19 +6,9 @@
 // Sums over pixels have one slot for each chunk of the map. Chunks follow from the shape alone, and slots are added in
 // double in one order, so that the number of threads changes no bit of a result.
 
-#include "../lanes.h"
+#include "../layers.h"
 
 #include <math.h>
-#include <stdlib.h>
-
-// Memory for the time of a call, of `count` elements.
-template <class E> struct Scratch {
-    E* begin;
-    explicit Scratch(int64_t count) : begin(static_cast<E*>(malloc(count * sizeof(E)))) {}
-    Scratch(const Scratch&) = delete;
-    ~Scratch() { free(begin); }
-    operator E*() const { return begin; }
-};
 
 // The largest value that T rounds to zero: what is not above it does not pass the ReLU.
 template <class E> constexpr C ROUNDS_TO_ZERO = 0;

@@ -73,12 +73,12 @@ struct Tile {
                                const F& probability) {
         Gradient<W, PROBABILITIES> grad(problem.loss, target, label, factor, scale, mass, highest, above);
         if (problem.loss.spreads()) {
-            write_tile<T, W>(gradient, problem.shape, place, values.data, [&](int64_t c, int k) INLINE_LAMBDA {
+            write_tile<T, W>(gradient, problem.shape, place, values.data, [&](int64_t c, int k) INLINED {
                 Vec<W> below, p = probability(c, k, below);
                 return grad.template operator()<true>(p, below, c, k);
             });
         } else {
-            write_tile<T, W>(gradient, problem.shape, place, values.data, [&](int64_t c, int k) INLINE_LAMBDA {
+            write_tile<T, W>(gradient, problem.shape, place, values.data, [&](int64_t c, int k) INLINED {
                 Vec<W> below, p = probability(c, k, below);
                 return grad.template operator()<false>(p, below, c, k);
             });
@@ -217,7 +217,7 @@ EXPORT cross_entropy_bwd(const W* grad_loss, const void* logits, const void* tar
                 tile.mass[k] = PROBABILITIES ? load(terms[1 + SPLIT] + o) : all(smoothed);
                 scale[k] = reduction == NONE ? load(scales + o) : all(one);
             }
-            tile.write_gradient(problem, place, scale, gradient, [&](int64_t c, int k, Vec<W>& below) INLINE_LAMBDA {
+            tile.write_gradient(problem, place, scale, gradient, [&](int64_t c, int k, Vec<W>& below) INLINED {
                 Vec<W> p = exp_below((row_vector(tile.rows, c, k) - tile.highest[k]) - tile.above[k]);
                 below = p - W(1);
                 return p;
@@ -250,7 +250,7 @@ static double one_pass(Problem& problem, W factor, T* gradient, const Prediction
                     inverse[k] = W(1) / tile.total[k];
                     missing[k] = -tile.others[k] * inverse[k];
                 }
-                auto probability = [&](int64_t c, int k, Vec<W>& below) INLINE_LAMBDA {
+                auto probability = [&](int64_t c, int k, Vec<W>& below) INLINED {
                     below = missing[k];
                     return load(tile.values.data + c * TILE + k * LANES<W>) * inverse[k];
                 };

@@ -139,7 +139,7 @@ EXPORT dice_cross_entropy_bwd(const W* grad_loss, const W* grad_sums, const T* l
                 }
             }
             for (int k = 0; k < K; ++k) mean[k] *= tile.inverse[k];
-            write_tile<T, W>(gradient, shape, place, tile.values.data, [&](int64_t c, int k) INLINE_LAMBDA {
+            write_tile<T, W>(gradient, shape, place, tile.values.data, [&](int64_t c, int k) INLINED {
                 IntVec<W> hit = own[k] == Int<W>(c);
                 Vec<W> p = tile.power(c, k) * tile.inverse[k];
                 Vec<W> wanted = select<W>(hit, all(overlap[c] + predicted[c]), all(predicted[c]));

@@ -139,7 +139,7 @@ static void forward(const Problem& problem, W* partial, Slots& slots, W* loss, W
     int64_t all_pixels = problem.map.n * problem.map.height() * problem.map.width(), classes = problem.map.classes;
     parallel_for(problem.map.units(), grain_of(problem.map.elements_of_unit()), [&](int64_t begin, int64_t end) {
         int64_t right = 0, valid = 0;
-        auto work = [&](Tile& tile, int64_t unit, int64_t pixel, int count, W behind) INLINE_LAMBDA {
+        auto work = [&](Tile& tile, int64_t unit, int64_t pixel, int count, W behind) INLINED {
             tile.read(problem, pixel, count, behind);
             if (counts != nullptr) {
                 Int<W> best[TILE];
@@ -173,7 +173,7 @@ static void forward(const Problem& problem, W* partial, Slots& slots, W* loss, W
                     scale[k] = all(W(1)), inverse[k] = W(1) / tile.total[k];
                     missing[k] = -tile.others[k] * inverse[k];
                 }
-                auto probability = [&](int64_t c, int k, Vec<W>& below) INLINE_LAMBDA {
+                auto probability = [&](int64_t c, int k, Vec<W>& below) INLINED {
                     below = missing[k];
                     return load(tile.values.data + c * TILE + k * LANES<W>) * inverse[k];
                 };
@@ -241,7 +241,7 @@ EXPORT upsample_cross_entropy_bwd(const W* grad_loss, const T* low, int64_t n, i
     Scratch<W> partial(problem.map.units() * 2 * w * problem.map.padded());
     parallel_for(problem.map.units(), grain_of(problem.map.elements_of_unit()), [&](int64_t begin, int64_t end) {
         for_intervals<true>(problem, begin, end, partial.data,
-                            [&](Tile& tile, int64_t, int64_t pixel, int count, W behind) INLINE_LAMBDA {
+                            [&](Tile& tile, int64_t, int64_t pixel, int count, W behind) INLINED {
             W terms[2][TILE] = {}, scales[TILE] = {};
             for (int term = 0; term < 1 + SPLIT; ++term)
                 memcpy(terms[term], lse + term * all_pixels + pixel, count * sizeof(W));
@@ -253,7 +253,7 @@ EXPORT upsample_cross_entropy_bwd(const W* grad_loss, const T* low, int64_t n, i
                 tile.mass[k] = all(smoothed);
                 scale[k] = reduction == NONE ? load(scales + k * LANES<W>) : all(one);
             }
-            tile.add_gradient<true>(problem, scale, behind, [&](int64_t c, int k, Vec<W>& below) INLINE_LAMBDA {
+            tile.add_gradient<true>(problem, scale, behind, [&](int64_t c, int k, Vec<W>& below) INLINED {
                 Vec<W> p = exp_below((row_vector(tile.rows(), c, k) - tile.highest[k]) - tile.above[k]);
                 below = p - W(1);
                 return p;

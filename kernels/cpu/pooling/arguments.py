@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def parameters(x: Tensor, channels_last: bool) -> dict[str, Parameter]:
-    """The macros that lanes.h reads."""
+    """The macros that layers.h reads."""
     return {"DTYPE": x.dtype, "CHANNELS_LAST": channels_last}
 
 

@@ -2,7 +2,7 @@
 // Pooling windows. The position of a maximum is an offset, the tap inside its window (uint8), or torch's index
 // h * W + w in the plane (int64).
 
-#include "../lanes.h"
+#include "../layers.h"
 
 // The image is (n, c, h, w), the pooled map (n, c, oh, ow).
 struct Windows {
