@@ -5,14 +5,17 @@
     python3 benchmarks/cpu.py --op cross_entropy --again --limit 200
     python3 benchmarks/cpu.py --quick --out quick.jsonl
 
-One JSON object per line and row, written as soon as it is measured; a second run goes on where the first ended, and
-measures again what was measured while other programs kept the cores busy. benchmarks/cpu_report.py makes the table of
-docs/cpu.md and the chart. A row has, in milliseconds (least and median of all turns):
+One JSON object per line and row, written as soon as it is measured. A second run goes on where the first ended, then
+measures again what was measured while other programs kept the cores busy, and keeps the quieter row.
+benchmarks/cpu_report.py makes the table of docs/cpu.md and the chart. A row has, in milliseconds (least and median of
+all turns):
 
   eager, compile, fastseg    whole calls, forward and backward, with the allocation of their results; fastseg under
                              the backend that FASTSEG_BACKEND sets, else "auto"
   kernels                    fastseg's kernels alone, called again on tensors that are already there
   copy                       a copy of 64 MiB, from which copy_gb_s, the copy bandwidth of the same turns, follows
+
+With one thread all times are the thread's own CPU time, to which other programs add least; with more, time that passed.
 
 floor_bytes are the tensors of the call (inputs, results and the gradients of both), each moved once. peak_bytes are
 what a call has allocated at once. others is how many cores other processes used meanwhile.
@@ -73,6 +76,7 @@ class Others:
 
 def interleaved(calls: dict[str, Call], seconds: float, least: int = 5) -> dict[str, list[float]]:
     """Milliseconds of each call, turn by turn for about `seconds`, after two turns of warm-up."""
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     took: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(-2, 10**6):
         if turn == 0:
@@ -80,10 +84,10 @@ def interleaved(calls: dict[str, Call], seconds: float, least: int = 5) -> dict[
         elif turn >= least and time.perf_counter() > end:
             break
         for name, call in calls.items():
-            start = time.perf_counter()
+            start = clock()
             call()
             if turn >= 0:
-                took[name].append(1e3 * (time.perf_counter() - start))
+                took[name].append(1e3 * (clock() - start))
     return took
 
 
@@ -102,8 +106,8 @@ def kernels_alone(call: Call) -> Call | None:
     return replay
 
 
-def measure(job: Job, compiled: bool, seconds: float) -> Row:
-    """The measured fields of a row."""
+def measure(job: Job, compiled: bool, whole: bool, seconds: float) -> Row:
+    """The measured fields of a row. compiled: with torch.compile. whole: with kernels alone and peak memory."""
     source = torch.ones(COPIED // 4)
     target = torch.empty_like(source)
     calls: dict[str, Call] = {"copy": lambda: target.copy_(source), "eager": job.eager, "fastseg": job.fastseg}
@@ -111,7 +115,7 @@ def measure(job: Job, compiled: bool, seconds: float) -> Row:
         torch.compiler.reset()
         calls["compile"] = job.compiled()
         calls["compile"]()  # here, so that the compiler's processes are not counted as other programs
-    if (alone := kernels_alone(job.fastseg)) is not None and compiled:
+    if (alone := kernels_alone(job.fastseg)) is not None and whole:
         calls["kernels"] = alone
     others = Others()
     took = interleaved(calls, seconds)
@@ -122,8 +126,8 @@ def measure(job: Job, compiled: bool, seconds: float) -> Row:
         "turns": len(took["eager"]), "copy_gb_s": round(2 * COPIED / least.pop("copy") / 1e6, 2),
         "floor_bytes": job.floor, "others": cores, "kernels_run": alone is not None,
     }  # fmt: skip
-    if compiled:
-        row["peak_bytes"] = {name: peak(calls[name]) for name in ("eager", "compile", "fastseg")}
+    if whole:
+        row["peak_bytes"] = {name: peak(calls[name]) for name in ("eager", "compile", "fastseg") if name in calls}
     return row
 
 
@@ -149,6 +153,11 @@ def identity(row: Row) -> tuple[Any, ...]:
 
 def is_quiet(row: Row) -> bool:
     return row["others"] is not None and row["others"] <= BUSY
+
+
+def quieter(row: Row, before: Row) -> bool:
+    """Whether other processes used less while the row was measured."""
+    return before["others"] is None or (row["others"] is not None and row["others"] < before["others"])
 
 
 def processor() -> str:
@@ -195,10 +204,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--limit", type=float, help="begin no row after this many seconds; a later run goes on")
     add("--again", action="store_true", help="measure again what the file has already")
     add("--quick", action="store_true", help="small sizes, few turns: to see that it runs")
-    add("--no-compile", action="store_true", help="without torch.compile, kernels alone and peak memory")
+    add("--compile-threads", type=int, default=[1], nargs="*",
+        help="the numbers of threads with which torch.compile is timed too (default: 1)")  # fmt: skip
     add("--out", type=Path, default=OUT, help="the file of the results (default: benchmarks/results/cpu.jsonl)")
     add("--json", action="store_true", help="print the rows as JSON")
     args = parser.parse_args(arguments)
+    args.seconds = 0.1 if args.quick else args.seconds
     started = time.perf_counter()
     about = {
         "backend": fastseg.get_backend(), "torch": torch.__version__, "fastseg": fastseg.__version__,
@@ -207,25 +218,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found = read(args.out)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     left = 0
-    for threads, job in jobs(args.part, args.threads, args.quick):
-        if not wanted(job, args.op):
-            continue
-        key: Row = {"part": args.part, "operator": job.operator, "size": job.size, "layout": job.layout}
-        key |= {"threads": threads} | about
-        before = found.get(identity(key))
-        if before is not None and is_quiet(before) and not args.again:
-            continue
-        if args.limit is not None and time.perf_counter() - started > args.limit:
-            left += 1
-            continue
-        compiled = args.part == "table" and not args.no_compile
-        row = key | measure(job, compiled, 0.1 if args.quick else args.seconds)
-        if before is not None and is_quiet(before) and not is_quiet(row):
-            print(f"kept the earlier row, measured on a quiet machine: {described(before)}", file=sys.stderr)
-            continue
-        with args.out.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        print(json.dumps(row) if args.json else described(row), flush=True)
+    for turn in ("missing",) if args.again else ("missing", "busy"):
+        for threads, job in jobs(args.part, args.threads, args.quick):
+            if not wanted(job, args.op):
+                continue
+            key: Row = {"part": args.part, "operator": job.operator, "size": job.size, "layout": job.layout}
+            key |= {"threads": threads} | about
+            before = None if args.again else found.get(identity(key))
+            if (before is not None) == (turn == "missing") or (before is not None and is_quiet(before)):
+                continue
+            if args.limit is not None and time.perf_counter() - started > args.limit:
+                left += 1
+                continue
+            whole = args.part == "table"
+            row = key | measure(job, whole and threads in args.compile_threads, whole, args.seconds)
+            if before is not None and not quieter(row, before):
+                print(f"kept the earlier row: {described(before)}", file=sys.stderr)
+                continue
+            with args.out.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            print(json.dumps(row) if args.json else described(row), flush=True)
     if left:
         print(f"{left} rows are left: run it again", file=sys.stderr)
     return 0

@@ -11,7 +11,7 @@ import torch
 from fastseg.kernels.cpu import build
 
 ROOT = Path(__file__).parents[2]
-ARGUMENTS = ["--quick", "--threads", "1", "--op", "max_pool2d", "--no-compile"]
+ARGUMENTS = ["--quick", "--threads", "1", "--op", "max_pool2d", "--compile-threads"]
 
 
 @pytest.fixture
@@ -58,8 +58,11 @@ def test_what_was_measured_on_a_busy_machine_is_measured_again(cpu, busy, tmp_pa
     assert capsys.readouterr().out.count("NOT QUIET: other processes use 0.5 cores") == 2
     busy["cores"] = 0.01
     assert len(run(cpu, out, capsys)) == 2 and all(cpu.is_quiet(row) for row in cpu.read(out).values())
+    assert run(cpu, out, capsys) == []
     busy["cores"] = 0.5
-    assert run(cpu, out, capsys, "--again") == [] and all(cpu.is_quiet(row) for row in cpu.read(out).values())
+    assert len(run(cpu, out, capsys, "--again")) == 2, "what is asked for is measured"
+    busy["cores"] = 0.9
+    assert run(cpu, out, capsys) == [] and {row["others"] for row in cpu.read(out).values()} == {0.5}
 
 
 def test_the_floor_is_every_tensor_once(cpu):

@@ -30,6 +30,7 @@ from torch.utils.checkpoint import checkpoint
 import fastseg
 from fastseg import dispatch, torch_internals
 from fastseg.compiler.passes import rewrite
+from fastseg.kernels.cpu import build, launch
 from fastseg.ops.convolution import conv_transpose_operators
 from fastseg.torch_internals import FakeTensor, tree_map_only
 from fastseg.verification.criterion import relative_error
@@ -112,6 +113,35 @@ def test_a_network_trains_evaluates_and_trains_again(device, triton_backend):
     assert relative_error(ours.function.train()(*batch), plain.train()(*batch)) < 1e-4
     assert [dict(report.rewritten) for report in ours.reports] == [TRAINING, EVALUATION]
     assert "max_pool2d" not in ours.targets() and list(net.state_dict()) == list(plain.state_dict())
+
+
+@pytest.mark.skipif(build.unavailable() is not None, reason=str(build.unavailable()))
+@pytest.mark.parametrize("backend", ["cpu", "auto"])
+def test_a_network_on_the_cpu_kernels(backend):
+    """Transposed convolutions have no CPU kernels and stay torch's."""
+    ran = []
+    net, batch = net_and_batch("cpu")
+    plain = copy.deepcopy(net)
+    with fastseg.backend(backend), launch.recording() as calls:
+        ours = Compiled(net, "aot_eager")
+        for training in (True, False):
+            net.train(training), plain.train(training)
+            assert_same(step(net, ours, batch), step(plain, plain, batch))
+            ran.append({call.args[1] for call in calls})
+            calls.clear()
+    expected = [{k: v for k, v in found.items() if "conv_transpose" not in k} for found in (TRAINING, EVALUATION)]
+    assert [dict(report.rewritten) for report in ours.reports] == expected
+    for name in ("batch_norm_relu_max_pool2d_fwd", "batch_norm_relu_max_unpool2d_fwd"):
+        assert name in ran[0] and name in ran[1]
+    assert ("upsample_cross_entropy_fwd" in ran[0]) == (backend == "cpu"), "few logits are left to torch"
+    assert "batch_norm_relu_bwd" in ran[0]
+
+
+def test_a_cpu_graph_without_a_compiler_is_left_to_torch(no_cpu_kernels):
+    net, batch = net_and_batch("cpu")
+    ours = Compiled(net, "aot_eager")
+    assert_same(step(net, ours, batch), step(net, net, batch), 1.0)
+    assert ours.rewritten == {}
 
 
 def test_a_network_through_inductor(device, triton_backend):

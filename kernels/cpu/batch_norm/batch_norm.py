@@ -20,7 +20,8 @@ def norm_arguments(norm: NormArguments, x: Tensor) -> tuple[Any, ...]:
 
 def computed(vector: Tensor, x: Tensor) -> Tensor:
     """A vector in the type that x is computed in."""
-    return vector.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return vector if vector.dtype == dtype else vector.to(dtype)
 
 
 def _sizes(x: Tensor) -> tuple[int, int, int]:
