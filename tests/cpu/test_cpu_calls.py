@@ -90,11 +90,12 @@ def test_transforms_and_forward_mode_reach_the_operator(dispatched):
         pool(torch.autograd.forward_ad.make_dual(x[0], x[1]))
 
 
-@pytest.mark.parametrize("layout", FEW_ELEMENTS, ids=str)
-def test_auto_takes_the_kernels_of_batch_norm_from_a_size_on(layout):
+@pytest.mark.parametrize("training", FEW_ELEMENTS)
+@pytest.mark.parametrize("layout", FEW_ELEMENTS[True], ids=str)
+def test_auto_takes_the_kernels_of_batch_norm_from_a_size_on(layout, training):
     vectors = torch.zeros(2), torch.ones(2)
     torch.set_num_threads(1)
     with fastseg.backend("auto"):
-        for size, backend in ((8, "torch"), (FEW_ELEMENTS[layout] // 2, "cpu")):
+        for size, backend in ((8, "torch"), (FEW_ELEMENTS[training][layout] // 2, "cpu")):
             x = torch.empty(1, 2, 1, size).contiguous(memory_format=layout)
-            assert fastseg.explain(FS.batch_norm_relu, x, *vectors)[0].backend == backend
+            assert fastseg.explain(FS.batch_norm_relu, x, *vectors, training=training)[0].backend == backend

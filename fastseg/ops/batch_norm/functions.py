@@ -21,9 +21,19 @@ from .batch_norm_unpool import BATCH_NORM_RELU_MAX_UNPOOL2D
 from .gradient import BatchNormReLUFunction, torch_batch_norm_relu
 from .statistics import statistics_of
 
-FEW_ELEMENTS = {torch.contiguous_format: 2**15, torch.channels_last: 2**15}  # on a CPU: see few_elements
-FEW_POOLED = {torch.contiguous_format: 2**15, torch.channels_last: 2**15}
-FEW_UNPOOLED = {torch.contiguous_format: 2**13, torch.channels_last: 2**13}
+# On a CPU, in training and evaluation: see few_elements. Of an unpooling the input's elements count.
+FEW_ELEMENTS = {
+    True: {torch.contiguous_format: 2**18, torch.channels_last: 2**19},
+    False: {torch.contiguous_format: 2**20, torch.channels_last: 2**20},
+}
+FEW_POOLED = {
+    True: {torch.contiguous_format: 2**16, torch.channels_last: 2**18},
+    False: {torch.contiguous_format: 2**15, torch.channels_last: 2**19},
+}
+FEW_UNPOOLED = {
+    True: {torch.contiguous_format: 2**18, torch.channels_last: 2**17},
+    False: {torch.contiguous_format: 2**20, torch.channels_last: 2**20},
+}
 
 
 def _unchanged(y: Tensor) -> Tensor:
@@ -109,7 +119,7 @@ def batch_norm_relu(
     options = BatchNormOptions(training, momentum, eps, relu, process_group)
     call = BatchNormCall(input, running_mean, running_var, weight, bias, input_bias, options)
     call.check("batch_norm_relu")
-    return _run(call, BATCH_NORM_RELU.choose(input, preferred=few_elements(input, FEW_ELEMENTS)).backend)
+    return _run(call, BATCH_NORM_RELU.choose(input, preferred=few_elements(input, FEW_ELEMENTS[training])).backend)
 
 
 def batch_norm_relu_max_pool2d(
@@ -181,11 +191,15 @@ def batch_norm_relu_max_pool2d(
         return function(y, *geometry, ceil_mode=ceil_mode)
 
     if not geometry.has_cells:
-        return pooled(_run(call, BATCH_NORM_RELU.choose(input, preferred=few_elements(input, FEW_ELEMENTS)).backend))
+        return pooled(
+            _run(call, BATCH_NORM_RELU.choose(input, preferred=few_elements(input, FEW_ELEMENTS[training])).backend)
+        )
     leaves = (input, weight, bias, input_bias)
     differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves)
     tail = Tail(geometry, ceil_mode, keep_offsets=return_offsets or differentiated)
-    backend = BATCH_NORM_RELU_MAX_POOL2D.choose(input, geometry, preferred=few_elements(input, FEW_POOLED)).backend
+    backend = BATCH_NORM_RELU_MAX_POOL2D.choose(
+        input, geometry, preferred=few_elements(input, FEW_POOLED[training])
+    ).backend
     result = _run(call, backend, tail, pooled)
     return result if return_offsets or isinstance(result, Tensor) else result[0]
 
@@ -255,8 +269,10 @@ def batch_norm_relu_max_unpool2d(
         )
 
     if not geometry.has_cells:
-        return unpooled(_run(call, BATCH_NORM_RELU.choose(input, preferred=few_elements(input, FEW_ELEMENTS)).backend))
+        return unpooled(
+            _run(call, BATCH_NORM_RELU.choose(input, preferred=few_elements(input, FEW_ELEMENTS[training])).backend)
+        )
     backend = BATCH_NORM_RELU_MAX_UNPOOL2D.choose(
-        input, offsets, geometry, preferred=few_elements(input, FEW_UNPOOLED)
+        input, offsets, geometry, preferred=few_elements(input, FEW_UNPOOLED[training])
     ).backend
     return _run(call, backend, Tail(geometry, offsets=offsets, output_size=size), unpooled)
