@@ -111,7 +111,7 @@ def measure(job: Job, compiled: bool, whole: bool, seconds: float) -> Row:
     source = torch.ones(COPIED // 4)
     target = torch.empty_like(source)
     calls: dict[str, Call] = {"copy": lambda: target.copy_(source), "eager": job.eager, "fastseg": job.fastseg}
-    if compiled:
+    if compiled and job.compiled is not None:
         torch.compiler.reset()
         calls["compile"] = job.compiled()
         calls["compile"]()  # here, so that the compiler's processes are not counted as other programs

@@ -24,15 +24,15 @@ CEIL = PoolSpec(ceil_mode=True)
 class Job:
     """One row: the same computation without arguments in torch, compiled by torch, and in fastseg.
 
-    compiled: makes the compiled form. floor: the bytes of every tensor that goes in and out, each once; None for a
-    network.
+    compiled: makes the compiled form, or None if another row has it. floor: the bytes of every tensor that goes in and
+    out, each once; None for a network.
     """
 
     operator: str
     size: str
     layout: str
     eager: Call
-    compiled: Callable[[], Call]
+    compiled: Callable[[], Call] | None
     fastseg: Call
     floor: int | None = None
 
@@ -130,13 +130,16 @@ def table(layout: str, quick: bool) -> Iterator[Job]:
 
 
 def network(layout: str, shape: Sequence[int]) -> Iterator[Job]:
-    """SegNet of width 0.25 in torch's layers: a training step (forward, loss, backward), and inference."""
-    plain = networks.of_models("segnet")(11, 0.25)["plain"]
-    swapped = networks.swapped(plain)
+    """SegNet of width 0.25 in torch's layers: a training step (forward, loss, backward), and inference.
+
+    With fastseg swapped in, and as fastseg.models has it, which also joins batch norms with the pools and unpools.
+    """
+    forms = networks.of_models("segnet")(11, 0.25)
+    plain, native, swapped = forms["plain"], forms["native"], networks.swapped(forms["plain"])
     memory_format = cases.LAYOUTS[layout]
     x = torch.randn(shape).contiguous(memory_format=memory_format)
     labels = torch.randint(11, (shape[0], *shape[2:]))
-    for form in (plain, swapped):
+    for form in (plain, native, swapped):
         form.model.to(memory_format=memory_format)
     size = "x".join(map(str, shape))
 
@@ -167,6 +170,14 @@ def network(layout: str, shape: Sequence[int]) -> Iterator[Job]:
         "SegNet, inference", size, layout, inference(plain.model, plain.model),
         lambda: inference(plain.model, torch.compile(plain.model, dynamic=False)),
         inference(swapped.model, swapped.model),
+    )  # fmt: skip
+    yield Job(
+        "fastseg.models.SegNet, training step", size, layout, step(plain.model, training(plain)), None,
+        step(native.model, training(native)),
+    )  # fmt: skip
+    yield Job(
+        "fastseg.models.SegNet, inference", size, layout, inference(plain.model, plain.model), None,
+        inference(native.model, native.model),
     )  # fmt: skip
 
 

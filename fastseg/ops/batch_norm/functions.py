@@ -23,8 +23,8 @@ from .statistics import statistics_of
 
 # On a CPU, in training and evaluation: see few_elements. Of an unpooling the input's elements count.
 FEW_ELEMENTS = {
-    True: {torch.contiguous_format: 2**18, torch.channels_last: 2**19},
-    False: {torch.contiguous_format: 2**20, torch.channels_last: 2**20},
+    True: {torch.contiguous_format: 2**18, torch.channels_last: 2**20},
+    False: {torch.contiguous_format: 2**19, torch.channels_last: 2**19},
 }
 FEW_POOLED = {
     True: {torch.contiguous_format: 2**16, torch.channels_last: 2**18},

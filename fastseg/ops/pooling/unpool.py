@@ -37,7 +37,7 @@ from .geometry import (
 )
 from .positions import require_offsets, to_indices
 
-FEW_ELEMENTS = {torch.contiguous_format: 2**18, torch.channels_last: 2**16}  # on a CPU: see few_elements
+FEW_ELEMENTS = {torch.contiguous_format: 2**18, torch.channels_last: 2**18}  # on a CPU: see few_elements
 TORCH_UNPOOLS = (torch.float32, torch.float64)  # the dtypes that torch's own operator supports on every device
 
 
