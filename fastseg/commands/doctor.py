@@ -70,7 +70,7 @@ def warm_cpu_kernels(as_json: bool) -> int:
         console.print(f"no CPU kernel can be compiled: {reason}", markup=False)
     if as_json:
         result = {"folder": str(build.cache_folder()), "seconds": round(total, 3), "libraries": seconds}
-        print(json.dumps(result | {"unavailable": reason}))
+        terminal.print_json(result | {"unavailable": reason})
     return 0 if reason is None else 1
 
 
@@ -114,9 +114,9 @@ def _triton_version() -> str | None:
 
 
 def _backend_on(device: str) -> str:
-    """The backend that a call on this device would take, and why."""
+    """The backend that a large call on this device would take, and why. Nothing is computed."""
     try:
-        choice = dispatch.explain(max_pool2d, torch.zeros(1, 8, 8, 8, device=device), 2)[0]
+        choice = dispatch.explain(max_pool2d, torch.empty(4, 32, 128, 128, device=device), 2)[0]
     except RuntimeError as error:
         return f"none ({error})"
     return f"{choice.backend} ({choice.reason})"
