@@ -15,7 +15,16 @@ from ...kernels.cpu import losses as cpu_kernels
 from ...kernels.cuda import losses as cuda_kernels
 from ...kernels.losses.options import LossInputs, LossOptions, LossResults, OnePassResults
 from ..arguments import FLOAT_AND_DOUBLE_DTYPES, HALF_DTYPES, accumulator
-from ..operator import Implementation, Operator, dense, empty, empty_like, for_backends, memory_format
+from ..operator import (
+    MOST_THREADS,
+    Implementation,
+    Operator,
+    dense,
+    empty,
+    empty_like,
+    for_backends,
+    memory_format,
+)
 from .checks import LABEL_DTYPES, number_of_classes, pixels_shape, require_labels_in_range
 from .reference import differentiable_loss, gradient, mean_denominator, predict, target_distribution
 
@@ -23,7 +32,6 @@ ONE_PASS_CLASSES = 256  # the most classes of one pass: a program holds all clas
 
 
 FEW_LOGITS = 2**18  # for each thread of a CPU: with fewer the Python code around the kernels costs more than they save
-MOST_THREADS = 16  # that count here
 
 
 def unsupported(input: Tensor, target: Tensor, weight: Tensor | None = None) -> str | None:
