@@ -1,7 +1,7 @@
 """The table of docs/cpu.md and the chart of the README, from the results of benchmarks/cpu.py.
 
     python3 benchmarks/cpu_report.py                     # prints the table and how many calls are slower than torch's
-    python3 benchmarks/cpu_report.py --write             # puts both into docs/cpu.md, and draws docs/images/cpu.png
+    python3 benchmarks/cpu_report.py --write             # puts them into docs/cpu.md and README.md; draws the chart
 
 Every ratio is of two times of the same run: the least of all turns.
 """
@@ -17,6 +17,7 @@ from cpu import OUT, is_quiet, read
 
 Row = dict[str, Any]
 ROOT = Path(__file__).parents[1]
+README, README_ROW = ROOT / "README.md", "times as fast as torch** | on one thread of a CPU"
 PAGE, CHART = ROOT / "docs" / "cpu.md", ROOT / "docs" / "images" / "cpu.png"
 BEGIN, END = "<!-- from benchmarks/cpu_report.py --write -->\n", "<!-- end -->\n"
 LABELS = {
@@ -115,6 +116,19 @@ def text(rows: Sequence[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def readme(rows: Sequence[Row]) -> str:
+    """The row of the README's first table."""
+    found = {row["operator"]: row for row in rows if row["layout"] == "nchw" and row["threads"] == 1}
+    loss, resized, pool = (
+        f"{speed_up(found[name], 'eager'):.1f}"
+        for name in ("cross_entropy", "upsample_cross_entropy", "batch_norm_relu_max_pool2d")
+    )
+    return (
+        f"| **{loss}, {resized} and {pool} times as fast as torch** | on one thread of a CPU: cross-entropy, "
+        "upsampling + cross-entropy, batch norm + ReLU + pool, forward and backward, float32, NCHW ([table](docs/cpu.md)) |\n"
+    )
+
+
 def draw(rows: Sequence[Row], path: Path, threads: int) -> None:
     """Speed over torch eager, of torch.compile and fastseg, by operator and memory format."""
     from matplotlib.figure import Figure
@@ -161,6 +175,8 @@ def main() -> None:
         start, stop = page.index(BEGIN) + len(BEGIN), page.index(END)
         PAGE.write_text(page[:start] + text(rows) + page[stop:])
         draw(rows_of(rows, "table"), CHART, args.threads)
+        lines = README.read_text().splitlines(keepends=True)
+        README.write_text("".join(readme(rows_of(rows, "table")) if README_ROW in x else x for x in lines))
 
 
 if __name__ == "__main__":

@@ -93,4 +93,5 @@ def test_docs_cpu_shows_the_results(cpu):
     shown = report.PAGE.read_text().partition(report.BEGIN)[2].partition(report.END)[0]
     assert shown == report.text(rows)
     measured = {(row["operator"], row["layout"], row["threads"]) for row in report.rows_of(rows, "table")}
-    assert measured == {(o, layout, n) for o in report.LABELS for layout in ("nchw", "channels_last") for n in (1, 2)}
+    assert measured >= {(o, layout, 1) for o in report.LABELS for layout in ("nchw", "channels_last")}
+    assert report.readme(report.rows_of(rows, "table")) in report.README.read_text()
