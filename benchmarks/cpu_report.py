@@ -125,7 +125,8 @@ def readme(rows: Sequence[Row]) -> str:
     )
     return (
         f"| **{loss}, {resized} and {pool} times as fast as torch** | on one thread of a CPU: cross-entropy, "
-        "upsampling + cross-entropy, batch norm + ReLU + pool, forward and backward, float32, NCHW ([table](docs/cpu.md)) |\n"
+        "upsampling + cross-entropy, batch norm + ReLU + pool, forward and backward, float32, NCHW "
+        "([table](docs/cpu.md)) |\n"
     )
 
 
