@@ -20,6 +20,8 @@ from ..nn.batch_norm import call_with_state
 from ..nn.conv import conv_transpose_with_bias, folded_conv_transpose
 from ..nn.scripting import refuse_script
 from ..ops.batch_norm.batch_norm import BATCH_NORM_RELU
+from ..ops.batch_norm.functions import FEW_ELEMENTS, FEW_POOLED
+from ..ops.operator import MOST_THREADS, memory_format
 
 LayerClass = Callable[[nn.Module], type]  # the class that a layer has, or will have after the swap
 
@@ -70,7 +72,7 @@ class Sequential(nn.Sequential):
         layers, at = list(self), 0
         while at < len(layers):
             group = find_group(layers, at)
-            if group is not None and _supported(input, group.norm):
+            if group is not None and _supported(input, group.norm) and not _is_small(input, group):
                 input, at = group(input), at + group.length
             else:
                 input, at = layers[at](input), at + 1
@@ -148,6 +150,19 @@ def _layers_must_be_called() -> bool:
         or torch_internals.functorch_transforms_active()
         or torch_internals.forward_mode_active()
     )
+
+
+def _is_small(input: Tensor, group: Group) -> bool:
+    """Whether "auto" leaves the group's batch norm to torch on a CPU, where its layers are faster one by one."""
+    if not input.is_cpu or dispatch.get_backend() != "auto" or dispatch.explaining() or torch.compiler.is_compiling():
+        return False
+    elements, conv = input.numel(), group.conv
+    if isinstance(conv, nn.Conv2d):  # of its output, but for the edges
+        elements = elements * conv.out_channels // (conv.in_channels * conv.stride[0] * conv.stride[1])
+    elif conv is not None:
+        return False
+    least = (FEW_ELEMENTS if group.pool is None else FEW_POOLED)[group.norm.training]
+    return elements < least[memory_format(input)] * min(torch.get_num_threads(), MOST_THREADS)
 
 
 def _supported(input: Any, norm: nn.BatchNorm2d) -> bool:

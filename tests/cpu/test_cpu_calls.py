@@ -1,13 +1,16 @@
 """Calls on CPU tensors that skip torch's dispatcher: only where nothing would see the operator there."""
 
+import copy
+
 import pytest
 import torch
+from torch import nn
 from torch.autograd import profiler
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastseg
 from fastseg import functional as FS
-from fastseg.kernels.cpu import build
+from fastseg.kernels.cpu import build, launch
 from fastseg.ops.batch_norm.functions import FEW_ELEMENTS
 from fastseg.ops.pooling.pool import MAX_POOL2D
 from fastseg.torch_internals import TorchDispatchMode
@@ -88,6 +91,24 @@ def test_transforms_and_forward_mode_reach_the_operator(dispatched):
     assert torch.equal(gradient, leaf.grad) and dispatched
     with pytest.raises(RuntimeError, match="forward"), torch.autograd.forward_ad.dual_level():
         pool(torch.autograd.forward_ad.make_dual(x[0], x[1]))
+
+
+@pytest.mark.parametrize("pool", [False, True])
+def test_a_swapped_sequence_runs_small_maps_layer_by_layer(pool):
+    """The convolution adds its bias then, as without fastseg, and results are torch's to the bit."""
+    torch.set_num_threads(1)
+    layers = [nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), *[nn.MaxPool2d(2)] * pool]
+    plain = nn.Sequential(*layers)
+    swapped = copy.deepcopy(plain)
+    fastseg.swap(swapped)
+    with fastseg.backend("auto"):
+        small, large = torch.randn(1, 3, 16, 16), torch.randn(1, 3, 256, 256)
+        assert torch.equal(swapped(small), plain(small))
+        with launch.recording() as calls:
+            swapped(small)
+            assert calls == []
+            torch.testing.assert_close(swapped(large), plain(large), rtol=1e-4, atol=1e-5)
+            assert calls
 
 
 @pytest.mark.parametrize("training", FEW_ELEMENTS)
