@@ -56,7 +56,7 @@ def table(rows: Sequence[Row]) -> list[str]:
     """Markdown: one line per operator, memory format and number of threads."""
     head = [
         "operator", "size", "layout", "threads", "eager ms", "fastseg ms", "x eager", "x compile", "kernels x eager",
-        "over floor", "kernels over floor", "peak memory",
+        "over floor", "kernels over floor", "peak memory", "cores used by others",
     ]  # fmt: skip
     lines = ["| " + " | ".join(head) + " |", "|---|---|---|" + "---:|" * (len(head) - 3)]
     order = list(LABELS)
@@ -70,7 +70,8 @@ def table(rows: Sequence[Row]) -> list[str]:
             over_floor(row, "fastseg"), over_floor(row, "kernels"),
             f"{peak['fastseg'] / peak['eager']:.3f}" if peak else "",
         ]  # fmt: skip
-        lines.append("| " + " | ".join(cells) + (" |" if is_quiet(row) else " | not quiet"))
+        cells.append("unknown" if row["others"] is None else f"{row['others']:.1f}")
+        lines.append("| " + " | ".join(cells) + " |")
     return lines
 
 
@@ -79,9 +80,7 @@ def conditions(rows: Sequence[Row]) -> str:
     machines = sorted({f"{row['processor']}, {row['cores']} cores, torch {row['torch']}" for row in rows})
     rates = [row["copy_gb_s"] for row in rows]
     busy = sum(not is_quiet(row) for row in rows)
-    noise = (
-        f"{busy} of {len(rows)} rows are marked: other programs ran meanwhile." if busy else "The machine was quiet."
-    )
+    noise = f"Other programs kept the cores busy in {busy} of {len(rows)} rows." if busy else "The machine was quiet."
     return f"Measured on {'; '.join(machines)}; copies of 64 MiB at {min(rates):.1f} to {max(rates):.1f} GB/s. {noise}"
 
 
@@ -149,7 +148,7 @@ def draw(rows: Sequence[Row], path: Path, threads: int) -> None:
             axes.bar_label(bars, fmt="%.1f", padding=2, fontsize=8)
         axes.axvline(1, color="0.3", linewidth=0.8)
         axes.set_xscale("log")
-        axes.set_xlim(0.4, 60)
+        axes.set_xlim(0.15, 60)
         axes.set_title(layout, fontsize=9)
         axes.set_yticks([height - 0.18 for height in range(len(names), 0, -1)], [LABELS[name] for name in names])
         axes.tick_params(labelsize=8)
