@@ -3,6 +3,7 @@
 from .ops.batch_norm.functions import batch_norm_relu, batch_norm_relu_max_pool2d, batch_norm_relu_max_unpool2d
 from .ops.convolution.conv_transpose import conv_transpose2d, conv_transpose2d_affine_relu
 from .ops.convolution.unpool_conv import max_unpool2d_conv2d
+from .ops.crf.message import mean_field_message
 from .ops.losses.confusion import confusion_matrix
 from .ops.losses.cross_entropy import cross_entropy, cross_entropy_with_predictions
 from .ops.losses.dice_cross_entropy import dice_cross_entropy
@@ -30,6 +31,7 @@ __all__ = [
     "max_unpool2d",
     "max_unpool2d_conv2d",
     "max_unpool2d_with_offsets",
+    "mean_field_message",
     "offsets_to_indices",
     "upsample_argmax",
     "upsample_cross_entropy",

@@ -97,6 +97,11 @@ LINEAR_CROSS_ENTROPIES = [
     {"shape": (1, 5, 7, 3), "classes": 4, "reduction": "none"},
     {"shape": (2, 3, 4, 4), "classes": 11, "chunk": 7, "reduction": "sum"},
 ]
+MEAN_FIELD_MESSAGES = [
+    {"shape": (2, 5, 5, 18), "sigma": 1.5},
+    {"shape": (1, 35, 9, 7), "sigma": 1.0, "sigma_color": None, "self_term": False},
+    {"shape": (1, 2, 9, 17), "radius": None},
+]
 CONFUSION_MATRICES = [
     {"shape": (2, 9, 31), "classes": 19},
     {"shape": (1, 13, 11), "classes": 70},
@@ -123,6 +128,7 @@ SIZES: dict[str, list[MakeCases]] = {
     ],
     "upsample_argmax": [partial(cases.upsample_argmax, **size) for size in UPSAMPLE_ARGMAXES],
     "linear_cross_entropy": [partial(cases.linear_cross_entropy, **size) for size in LINEAR_CROSS_ENTROPIES],
+    "mean_field_message": [partial(cases.mean_field_message, **size) for size in MEAN_FIELD_MESSAGES],
     "confusion_matrix": [partial(cases.confusion_matrix, **size) for size in CONFUSION_MATRICES],
 }
 """For each operator, functions that make its cases at one size."""

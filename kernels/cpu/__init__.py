@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ..lazy import submodules
 
 if TYPE_CHECKING:
-    from . import build, launch, losses
+    from . import build, crf, launch, losses
 
-__all__ = ["build", "launch", "losses"]
+__all__ = ["build", "crf", "launch", "losses"]
 __getattr__ = submodules(__name__, __all__)

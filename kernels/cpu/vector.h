@@ -38,6 +38,18 @@ template <typename W> static INLINE Vec<W> select(IntVec<W> mask, Vec<W> yes, Ve
 // A NaN in x is passed over; one in `low` stays.
 template <typename W> static INLINE Vec<W> larger(Vec<W> x, Vec<W> low) { return x > low ? x : low; }
 
+// Scratch memory of one thread, on the boundary of a line of the cache.
+template <typename W> struct Scratch {
+    void* memory;
+    W* data;
+    explicit Scratch(int64_t count) : memory(__builtin_malloc(size_t(count) * sizeof(W) + 64)) {
+        if (memory == nullptr) __builtin_trap();
+        data = reinterpret_cast<W*>((reinterpret_cast<uintptr_t>(memory) + 63) / 64 * 64);
+    }
+    Scratch(const Scratch&) = delete;
+    ~Scratch() { __builtin_free(memory); }
+};
+
 // --- loads and stores ------------------------------------------------------------------------------------------------
 
 static INLINE Vec<float> load(const float* from) {

@@ -52,6 +52,7 @@ BLOCKS = {
     "convolution.conv_transpose_depthwise": {"BLOCK": 64},
     "convolution.conv_transpose_tma": {"MOST_COVER": 4},
     "convolution.gemm": {"LEAST_STEPS": 1, "COPY_BLOCK": 32, "SUM_BLOCK": 256},
+    "crf.message": {"HEIGHT": 4, "WIDTH": 8, "ROWS": 2, "COLUMNS": 8},
     "losses.confusion": {"LEAST_PIXELS": 128},
     "losses.cross_entropy": {"ROWS": 32, "LONG_ROWS": 16, "TOTAL_BLOCK": 4},
     "losses.cross_entropy_bwd": {"GROUPS": 32},
@@ -196,6 +197,7 @@ FAMILIES = {
         ["losses/upsample", "losses/upsample_cross_entropy"],
         resized_losses,
     ),
+    "crf": Family(["mean_field_message"], ["crf/message"]),
     "confusion": Family(["confusion_matrix"], ["losses/confusion"], counts),
 }  # fmt: skip
 

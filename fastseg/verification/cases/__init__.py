@@ -5,6 +5,7 @@ same, and autograd differentiates both. Inputs are random; on the meta device th
 """
 
 from .case import DTYPES, LAYOUTS, Case, Placement, random_gradients
+from .crf import mean_field_message
 from .layers import (
     batch_norm_relu,
     conv_transpose2d,
@@ -44,6 +45,7 @@ __all__ = [
     "max_unpool2d",
     "max_unpool2d_anywhere",
     "max_unpool2d_conv2d",
+    "mean_field_message",
     "random_gradients",
     "upsample_argmax",
     "upsample_cross_entropy",

@@ -39,18 +39,6 @@ template <typename F> static INLINE void for_tiles(const Shape& shape, int64_t b
     }
 }
 
-// Scratch memory of one thread, on the boundary of a line of the cache.
-template <typename W> struct Scratch {
-    void* memory;
-    W* data;
-    explicit Scratch(int64_t count) : memory(__builtin_malloc(size_t(count) * sizeof(W) + 64)) {
-        if (memory == nullptr) __builtin_trap();
-        data = reinterpret_cast<W*>((reinterpret_cast<uintptr_t>(memory) + 63) / 64 * 64);
-    }
-    Scratch(const Scratch&) = delete;
-    ~Scratch() { __builtin_free(memory); }
-};
-
 // Class c's TILE values are at row(c). Those past the tile's count are of no use.
 template <typename W> struct Rows {
     const W* data;
