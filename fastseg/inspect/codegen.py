@@ -14,7 +14,7 @@ import struct
 import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -207,7 +207,12 @@ def compile_for(recorded: Launch, capability: int) -> Compiled:
 
 
 def compile_for_amd(recorded: Launch, target: str = "gfx942") -> str | None:
-    """Compile for an AMD GPU. Returns None, or the first line of the error."""
+    """Compile for an AMD GPU. Returns None, or the first line of the error.
+
+    Products in three parts of TF32 exist on NVIDIA's GPUs alone; launchers ask AMD's for exact ones.
+    """
+    if recorded.constants.get("PRECISION") == "tf32x3":
+        recorded = replace(recorded, constants=recorded.constants | {"PRECISION": "ieee"})
     try:
         triton.compile(
             _source(recorded), target=triton_internals.gpu_target("hip", target, 64), options=recorded.options

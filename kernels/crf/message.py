@@ -22,7 +22,7 @@ from ..launch import INT32_MAX, launch
 from .options import Neighbourhood
 
 HEIGHT, WIDTH = 8, 16  # pixels of a tile of the result
-ROWS, COLUMNS = 4, 16  # pixels of a tile of neighbours; twice as many cost more registers than a thread has
+ROWS, COLUMNS = 4, 8  # pixels of a tile of neighbours; more cost more registers than a thread has
 CLASSES = 32  # the most classes of a program
 
 
