@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.progress import track
 
+from ..crf import PRESETS, CRFOptions
 from ..dispatch import BACKENDS
 from ..training.instance_wise import COMBINE, MAX_BOXES, MIN_SIDE, InstanceOptions
 from ..training.segment_files import ImageFiles, SegmentOptions, output_files, read_inputs, segment_file
@@ -20,7 +21,10 @@ EXAMPLES = """examples:
   fastseg segment val/*.png --checkpoint runs/train/checkpoint.pt --out predictions --labels
   fastseg segment val/0016E5.png --truth valannot/0016E5.png --checkpoint runs/train/checkpoint.pt --overlay
   fastseg segment dog.jpg --checkpoint deconvnet.pt --boxes dog.csv     instance-wise, from object proposals
+  fastseg segment dog.jpg --checkpoint fcn.pt --crf                     labels that follow the picture's edges
 """
+
+CRF_MODES = ("paper", "deeplab")  # "code" is for scores that are products: its messages are sums, not means
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -48,8 +52,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
         choices=COMBINE,
         help=f"how a pixel's probabilities in several boxes are combined (default: {COMBINE[0]})",
     )
+    refining = parser.add_argument_group("dense CRF", "labels that follow the colours of the image")
+    refining.add_argument("--crf", action="store_true", help="refine the labels by a fully connected CRF")
+    refining.add_argument(
+        "--crf-mode", choices=CRF_MODES, help=f"whose settings: DeconvNet's paper or DeepLab (default: {CRF_MODES[0]})"
+    )
     add_device(parser)
     add("--backend", choices=list(BACKENDS), default="auto", help="fused kernels or torch's (default: auto)")
+
+
+def parse_crf(args: argparse.Namespace) -> CRFOptions | None:
+    """The options of the CRF, or None without --crf."""
+    if args.crf_mode is not None and not args.crf:
+        raise ValueError("--crf-mode needs --crf")
+    return PRESETS[args.crf_mode or CRF_MODES[0]] if args.crf else None
 
 
 def parse_instances(args: argparse.Namespace) -> InstanceOptions | None:
@@ -82,7 +98,7 @@ def parse_files(args: argparse.Namespace) -> list[ImageFiles]:
 def main(args: argparse.Namespace) -> int:
     """Run `fastseg segment`. Returns 0."""
     files = parse_files(args)
-    options = SegmentOptions(args.size, parse_instances(args), args.overlay, args.backend)
+    options = SegmentOptions(args.size, parse_instances(args), args.overlay, args.backend, parse_crf(args))
     segmenter = Segmenter(args.checkpoint, args.device)
     for one in files:  # check all inputs before any output is written
         read_inputs(one, segmenter, options)

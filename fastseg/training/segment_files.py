@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
+from ..crf import CRFOptions
 from ..dispatch import backend
 from ..functional import confusion_matrix
 from .data import check_same_size, read_image, read_mask
@@ -44,12 +45,14 @@ class SegmentOptions:
         instances: the options of instance-wise prediction, or None to predict the whole image at once.
         overlay: draw the prediction over the image.
         backend: fastseg's backend, see :func:`fastseg.set_backend`.
+        crf: refine the labels by a fully connected CRF.
     """
 
     size: tuple[int, int] | None = None
     instances: InstanceOptions | None = None
     overlay: bool = False
     backend: str = "auto"
+    crf: CRFOptions | None = None
 
 
 class Inputs(NamedTuple):
@@ -148,10 +151,10 @@ def segment_file(
     image, truth, boxes = read_inputs(files, segmenter, options)
     with backend(options.backend):
         if boxes is None:
-            prediction = segmenter(image, options.size)
+            prediction = segmenter(image, options.size, options.crf)
         else:
             instances = replace(options.instances, size=options.size)
-            prediction = segmenter.instance_wise(image, boxes, instances, progress)
+            prediction = segmenter.instance_wise(image, boxes, instances, progress, options.crf)
     scene = Scene(np.asarray(image), truth, prediction)
     draw_scenes(files.drawing, [scene], segmenter.classes, segmenter.ignore_index, options.overlay)
     if files.labels is not None:

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..crf import CRFOptions, dense_crf
 from ..functional import upsample_argmax
 from .checkpoint import load_checkpoint
 from .data import normalise, resize, to_tensor
@@ -56,18 +58,21 @@ class Segmenter:
         self.model.to(self.device).eval()
 
     @torch.no_grad()
-    def __call__(self, image: Image, size: tuple[int, int] | None = None) -> np.ndarray:
+    def __call__(self, image: Image, size: tuple[int, int] | None = None, crf: CRFOptions | None = None) -> np.ndarray:
         """Return the class of each pixel.
 
         Args:
             image: an RGB image of H x W pixels.
             size: (height, width) that the image is resized to for the network; its logits are resized back. Default:
                 the size of training, or the image's own.
+            crf: refine the labels by a fully connected CRF at the image's size, see :func:`fastseg.crf.dense_crf`.
 
         Shape:
             - output: uint8 [H, W].
         """
         logits = self.logits(to_tensor(resize(image, size or self.size)).to(self.device)[None])
+        if crf is not None:
+            return self._refined(_enlarged(logits, image), image, crf)
         labels = upsample_argmax(logits, (image.height, image.width), dtype=torch.uint8)
         return labels[0].cpu().numpy()
 
@@ -77,6 +82,7 @@ class Segmenter:
         boxes: Sequence[Box],
         options: InstanceOptions = DEFAULT_OPTIONS,
         progress: Callable[[Sequence[Sequence[Box]]], Iterable[Sequence[Box]]] = iter,
+        crf: CRFOptions | None = None,
     ) -> np.ndarray:
         """Return the class of each pixel from the class probabilities of object proposals.
 
@@ -85,6 +91,8 @@ class Segmenter:
         Args:
             image: an RGB image of H x W pixels.
             boxes, options, progress: as for :func:`~fastseg.training.instance_wise.instance_scores`.
+            crf: refine the labels by a fully connected CRF. The logarithm of the combined probabilities, not below
+                1e-5, takes the place of logits.
 
         Shape:
             - output: uint8 [H, W].
@@ -96,12 +104,27 @@ class Segmenter:
         scores = instance_scores(
             lambda images: self.logits(images).softmax(1), to_tensor(image).to(self.device), boxes, options, progress
         )
+        if crf is not None:
+            return self._refined(self._filled(scores, image, options.size).clamp(min=1e-5).log(), image, crf)
         highest, labels = scores.max(0)
         result = labels.to(torch.uint8).cpu().numpy()
         in_no_box = (highest == 0).cpu().numpy()
         if in_no_box.any():
             result[in_no_box] = self(image, options.size)[in_no_box]
         return result
+
+    def _filled(self, scores: Tensor, image: Image, size: tuple[int, int] | None) -> Tensor:
+        """Probabilities (1, K, H, W) of proposals; where a pixel is in none, those of the whole image."""
+        in_no_box = scores.amax(0) == 0
+        if not in_no_box.any():
+            return scores[None]
+        whole = self.logits(to_tensor(resize(image, size or self.size)).to(self.device)[None])
+        return torch.where(in_no_box, _enlarged(whole, image).softmax(1), scores)
+
+    def _refined(self, logits: Tensor, image: Image, crf: CRFOptions) -> np.ndarray:
+        """The labels of logits (1, K, H, W) after mean field."""
+        picture = torch.from_numpy(np.array(image)).movedim(-1, 0)[None].to(self.device)
+        return dense_crf(logits, picture, crf)[0].argmax(0).to(torch.uint8).cpu().numpy()
 
     def logits(self, images: Tensor) -> Tensor:
         """Normalise images from 0 to 1 and apply the network.
@@ -111,3 +134,8 @@ class Segmenter:
             - output: (N, K, H, W) for K classes.
         """
         return self.model(normalise(images, self.mean, self.std))
+
+
+def _enlarged(logits: Tensor, image: Image) -> Tensor:
+    """Logits at the size of the image."""
+    return F.interpolate(logits.float(), (image.height, image.width), mode="bilinear")

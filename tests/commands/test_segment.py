@@ -4,6 +4,7 @@ import torch
 from support.train_common import trained_checkpoint
 
 from fastseg.commands import cli
+from fastseg.crf import PRESETS
 from fastseg.training import checkpoint, data, drawing, networks
 from fastseg.training.config import TrainConfig
 from fastseg.training.instance_wise import InstanceOptions, read_boxes, sliding_windows
@@ -144,3 +145,16 @@ def test_invalid_proposals_are_reported_before_anything_is_written(weights, tmp_
         assert message in capsys.readouterr().err and not out.exists()
     assert cli.main([*words[:-1], "--combine", "max"]) == 2
     assert "--combine need --boxes" in capsys.readouterr().err and not out.exists()
+
+
+def test_a_crf_refines_the_labels(weights, scene, tmp_path, capsys):
+    image, files = str(scene[0]), [tmp_path / name for name in ("plain.png", "paper.png", "deeplab.png")]
+    for file, options in zip(files, ([], ["--crf"], ["--crf", "--crf-mode", "deeplab"]), strict=True):
+        assert cli.main(["segment", image, "--checkpoint", str(weights), "--out", str(file), "--labels", *options]) == 0
+    labels = [np.asarray(Image.open(file.with_name(f"{file.stem}-labels.png"))) for file in files]
+    segmenter, picture = Segmenter(weights), data.read_image(image)
+    for found, options in zip(labels, (None, PRESETS["paper"], PRESETS["deeplab"]), strict=True):
+        assert np.array_equal(found, segmenter(picture, crf=options))
+    assert not np.array_equal(labels[0], labels[1])
+    assert cli.main(["segment", image, "--checkpoint", str(weights), "--crf-mode", "paper"]) == 2
+    assert "--crf-mode needs --crf" in capsys.readouterr().err

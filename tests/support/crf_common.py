@@ -7,7 +7,8 @@ from fastseg.kernels.cpu import build
 
 NO_CPU = build.unavailable()
 BACKENDS = pytest.mark.parametrize(
-    "backend", ["triton", pytest.param("cpu", marks=pytest.mark.skipif(NO_CPU is not None, reason=str(NO_CPU))), "torch"]
+    "backend",
+    ["triton", pytest.param("cpu", marks=pytest.mark.skipif(NO_CPU is not None, reason=str(NO_CPU))), "torch"],
 )
 
 
@@ -21,7 +22,9 @@ def picture(*shape: int, device: str = "cpu", patch: int = 4, mode: str = "bilin
     return (large + torch.randn(shape) * 3).clamp(0, 255).to(torch.uint8).to(device)
 
 
-def brute_force(values: torch.Tensor, image: torch.Tensor | None, sigma: float, sigma_color: float, radius: float | None):
+def brute_force(
+    values: torch.Tensor, image: torch.Tensor | None, sigma: float, sigma_color: float, radius: float | None
+):
     """The messages in float64, pixel by pixel, written independently of fastseg's references."""
     values = values.double()
     height, width = values.shape[2:]

@@ -58,7 +58,7 @@ def _kernel(kernels: ModuleType, values: Tensor, colours: Tensor | None, neighbo
 def _reference(values: Tensor, colours: Tensor | None, neighbourhood: Neighbourhood) -> Tensor:
     """The weights of some pixels at a time, as a matrix."""
     out = _empty_message(values, colours, neighbourhood)
-    images, classes, height, width = values.shape
+    images, _, height, width = values.shape
     if out.numel() == 0:
         return out
     dtype, reach = accumulator(values.dtype), neighbourhood.reach(height, width)
