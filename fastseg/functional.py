@@ -8,6 +8,7 @@ from .ops.losses.confusion import confusion_matrix
 from .ops.losses.cross_entropy import cross_entropy, cross_entropy_with_predictions
 from .ops.losses.dice_cross_entropy import dice_cross_entropy
 from .ops.losses.linear_cross_entropy import linear_cross_entropy
+from .ops.losses.softmax_moments import softmax_moments
 from .ops.losses.upsample import upsample_argmax
 from .ops.losses.upsample_cross_entropy import upsample_cross_entropy, upsample_cross_entropy_with_predictions
 from .ops.pooling.pool import max_pool2d, max_pool2d_with_offsets
@@ -33,6 +34,7 @@ __all__ = [
     "max_unpool2d_with_offsets",
     "mean_field_message",
     "offsets_to_indices",
+    "softmax_moments",
     "upsample_argmax",
     "upsample_cross_entropy",
     "upsample_cross_entropy_with_predictions",

@@ -97,6 +97,11 @@ LINEAR_CROSS_ENTROPIES = [
     {"shape": (1, 5, 7, 3), "classes": 4, "reduction": "none"},
     {"shape": (2, 3, 4, 4), "classes": 11, "chunk": 7, "reduction": "sum"},
 ]
+SOFTMAX_MOMENTS = [
+    {"shape": (2, 11, 5, 13)},
+    {"shape": (1, 150, 3, 7), "passes": 2},
+    {"shape": (1, 2, 17, 9), "passes": 5, "chunk": 1},
+]
 MEAN_FIELD_MESSAGES = [
     {"shape": (2, 5, 5, 18), "sigma": 1.5},
     {"shape": (1, 35, 9, 7), "sigma": 1.0, "sigma_color": None, "self_term": False},
@@ -128,6 +133,7 @@ SIZES: dict[str, list[MakeCases]] = {
     ],
     "upsample_argmax": [partial(cases.upsample_argmax, **size) for size in UPSAMPLE_ARGMAXES],
     "linear_cross_entropy": [partial(cases.linear_cross_entropy, **size) for size in LINEAR_CROSS_ENTROPIES],
+    "softmax_moments": [partial(cases.softmax_moments, **size) for size in SOFTMAX_MOMENTS],
     "mean_field_message": [partial(cases.mean_field_message, **size) for size in MEAN_FIELD_MESSAGES],
     "confusion_matrix": [partial(cases.confusion_matrix, **size) for size in CONFUSION_MATRICES],
 }

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
         cross_entropy_one_pass,
         dice_cross_entropy,
         options,
+        softmax_moments,
         upsample,
         upsample_cross_entropy,
     )
@@ -25,6 +26,7 @@ __all__ = [
     "cross_entropy_one_pass",
     "dice_cross_entropy",
     "options",
+    "softmax_moments",
     "upsample",
     "upsample_cross_entropy",
 ]

@@ -58,6 +58,7 @@ BLOCKS = {
     "losses.cross_entropy_bwd": {"GROUPS": 32},
     "losses.cross_entropy_one_pass": {"TILE": 64, "ROWS": 32, "LONG_ROWS": 16, "GROUPS": 16, "LABELS": 32},
     "losses.dice_cross_entropy": {"TILE": 64, "FEW_PROGRAMS": 3},
+    "losses.softmax_moments": {"TILE": 64},
     "losses.upsample_cross_entropy": {"PATCH_ROWS": 2},
     "pooling.overlapping": {"BLOCK": 128},
     "pooling.pool": {"BLOCK": 128},
@@ -198,6 +199,7 @@ FAMILIES = {
         resized_losses,
     ),
     "crf": Family(["mean_field_message"], ["crf/message"]),
+    "softmax_moments": Family(["softmax_moments"], ["losses/softmax_moments"]),
     "confusion": Family(["confusion_matrix"], ["losses/confusion"], counts),
 }  # fmt: skip
 

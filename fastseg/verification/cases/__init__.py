@@ -20,6 +20,7 @@ from .losses import (
     cross_entropy,
     dice_cross_entropy,
     linear_cross_entropy,
+    softmax_moments,
     upsample_argmax,
     upsample_cross_entropy,
 )
@@ -47,6 +48,7 @@ __all__ = [
     "max_unpool2d_conv2d",
     "mean_field_message",
     "random_gradients",
+    "softmax_moments",
     "upsample_argmax",
     "upsample_cross_entropy",
 ]
