@@ -23,7 +23,7 @@ def softmax_moments_kernel(
     """One program updates BLOCK pixels of one image with their K classes by PASSES passes, after BEFORE others.
 
     logits are (PASSES, N, K, H, W); mean and squares (N, K, H, W) have their strides, entropy is (N, H, W). Reads every
-    logit once, and reads and writes each of the three once. PASSES is at least 1; BEFORE may be 0, and is then not read.
+    logit once, and reads and writes each of the three once. PASSES is at least 1. For BEFORE = 0 nothing old is read.
     """
     # 1. Which pixels
     blocks = tl.cdiv(PLANE, BLOCK)

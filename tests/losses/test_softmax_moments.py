@@ -25,7 +25,9 @@ def found(moments):
 @LAYOUTS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_chunks_of_any_size_give_the_moments_of_all_passes(dtype, layout, backend, device):
-    passes = [torch.randn(2, 5, 6, 7, device=device).mul(3).to(dtype).contiguous(memory_format=layout) for _ in range(7)]
+    passes = [
+        torch.randn(2, 5, 6, 7, device=device).mul(3).to(dtype).contiguous(memory_format=layout) for _ in range(7)
+    ]
     logits = torch.stack(passes)
     with fastseg.backend(backend):
         for chunk in (1, 3, 7):

@@ -98,7 +98,7 @@ SOFTMAX_MOMENTS = Operator(
 def softmax_moments(logits: Tensor, state: SoftmaxMoments | None = None) -> SoftmaxMoments:
     """The mean and variance of the softmax over passes, and their entropies, updated by more passes.
 
-    For a network with random layers, such as dropout in evaluation: the passes are consumed in chunks, and none is kept.
+    For a network with random layers, such as dropout in evaluation: passes are consumed in chunks, and none is kept.
 
     Args:
         logits: the scores of T passes over N images, in any floating-point dtype. Each pass may be channels_last.
@@ -127,8 +127,8 @@ def softmax_moments(logits: Tensor, state: SoftmaxMoments | None = None) -> Soft
         (tensor([0.5000, 0.5000]), 0.691...)
 
     Source:
-        Welford, Technometrics 1962; Chan, Golub and LeVeque, 1979; for segmentation Kendall, Badrinarayanan and Cipolla,
-        "Bayesian SegNet", 2015.
+        Welford, Technometrics 1962; Chan, Golub and LeVeque, 1979; for segmentation Kendall, Badrinarayanan and
+        Cipolla, "Bayesian SegNet", 2015.
     """
     require_tensor(NAME, "logits", logits)
     if logits.dim() != 5 or logits.shape[0] == 0 or logits.shape[2] == 0:
@@ -148,8 +148,8 @@ def softmax_moments(logits: Tensor, state: SoftmaxMoments | None = None) -> Soft
         wanted = (logits.shape[1:], accumulator(logits.dtype), logits.device)
         if (state.mean.shape, state.mean.dtype, state.mean.device) != wanted:
             raise ValueError(
-                f"{NAME}: state must be of shape {tuple(wanted[0])}, {wanted[1]} and on {wanted[2]} for these logits, but "
-                f"its mean is of shape {tuple(state.mean.shape)}, {state.mean.dtype} and on {state.mean.device}"
+                f"{NAME}: state must be of shape {tuple(wanted[0])}, {wanted[1]} and on {wanted[2]} for these logits, "
+                f"but its mean is of shape {tuple(state.mean.shape)}, {state.mean.dtype} and on {state.mean.device}"
             )
     call = (logits, *state)
     SOFTMAX_MOMENTS.choose(*call)  # only for `explain`: the operator chooses again when it runs
