@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,8 +27,43 @@ _DROPOUTS = (
 )  # fmt: skip
 
 
-def _dropouts(model: nn.Module) -> list[nn.Module]:
-    return [module for module in model.modules() if isinstance(module, _DROPOUTS)]
+@dataclass(frozen=True)
+class Sampling:
+    """How the uncertainty of a prediction is sampled and measured.
+
+    Args:
+        passes, chunk, seed: as for :func:`sample`.
+        measure: as `name` for :func:`measure`.
+
+    Raises:
+        ValueError: for another measure, and for numbers below 1.
+    """
+
+    passes: int = 40
+    measure: str = "variance"
+    chunk: int = 8
+    seed: int | None = 0
+
+    def __post_init__(self) -> None:
+        if self.measure not in MEASURES:
+            raise ValueError(f"measure must be one of {', '.join(MEASURES)}, but is {self.measure!r}")
+        _require_positive(passes=self.passes, chunk=self.chunk)
+
+
+def _require_positive(**values: int) -> None:
+    for name, value in values.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, but is {value}")
+
+
+def dropout_layers(model: nn.Module) -> list[nn.Module]:
+    """The dropout layers of a model. Raises ValueError if there are none."""
+    found = [module for module in model.modules() if isinstance(module, _DROPOUTS)]
+    if not found:
+        raise ValueError(
+            f"model must have a dropout layer, such as torch.nn.Dropout, but {type(model).__name__} has none"
+        )
+    return found
 
 
 @contextlib.contextmanager
@@ -50,11 +86,7 @@ def dropout_on(model: nn.Module) -> Iterator[None]:
         ...     print([layer.training for layer in model])
         [False, True]
     """
-    layers = _dropouts(model)
-    if not layers:
-        raise ValueError(
-            f"model must have a dropout layer, such as torch.nn.Dropout, but {type(model).__name__} has none"
-        )
+    layers = dropout_layers(model)
     others = [name or type(model).__name__ for name, m in model.named_modules() if m.training and m not in layers]
     if others:
         raise ValueError(f"model must be in evaluation mode (model.eval()), but {others[0]} is in training mode")
@@ -115,9 +147,7 @@ def sample(model: nn.Module, x: Tensor, passes: int = 40, chunk: int = 8, seed: 
         >>> samples.count, samples.mean.shape, samples.mutual_information.shape
         (10, torch.Size([1, 4, 5, 6]), torch.Size([1, 5, 6]))
     """
-    for name, value in (("passes", passes), ("chunk", chunk)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, but is {value}")
+    _require_positive(passes=passes, chunk=chunk)
     devices = [x.device] if x.is_cuda else []
     with torch.random.fork_rng(devices, enabled=seed is not None), dropout_on(model):
         if seed is not None:

@@ -13,6 +13,7 @@ from ..dispatch import BACKENDS
 from ..training.instance_wise import COMBINE, MAX_BOXES, MIN_SIDE, InstanceOptions
 from ..training.segment_files import ImageFiles, SegmentOptions, output_files, read_inputs, segment_file
 from ..training.segmenter import Segmenter
+from ..uncertainty import MEASURES, Sampling
 from . import terminal
 from .options import add_device, parse_size
 
@@ -22,6 +23,7 @@ EXAMPLES = """examples:
   fastseg segment val/0016E5.png --truth valannot/0016E5.png --checkpoint runs/train/checkpoint.pt --overlay
   fastseg segment dog.jpg --checkpoint deconvnet.pt --boxes dog.csv     instance-wise, from object proposals
   fastseg segment dog.jpg --checkpoint fcn.pt --crf                     labels that follow the picture's edges
+  fastseg segment dog.jpg --checkpoint bayesian.pt --passes 40 --uncertainty dog-uncertainty.png
 """
 
 CRF_MODES = ("paper", "deeplab")  # "code" is for scores that are products: its messages are sums, not means
@@ -57,6 +59,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     refining.add_argument(
         "--crf-mode", choices=CRF_MODES, help=f"whose settings: DeconvNet's paper or DeepLab (default: {CRF_MODES[0]})"
     )
+    sampling = parser.add_argument_group("uncertainty", "several passes with dropout on (Bayesian SegNet, FCN)")
+    sampling.add_argument("--passes", type=int, metavar="T", help="predict by the mean of T passes")
+    sampling.add_argument(
+        "--uncertainty", metavar="FILE", help="draw the uncertainty: a .png file for one image, or a folder"
+    )
+    sampling.add_argument("--measure", choices=MEASURES, help=f"what is drawn (default: {MEASURES[0]})")
     add_device(parser)
     add("--backend", choices=list(BACKENDS), default="auto", help="fused kernels or torch's (default: auto)")
 
@@ -66,6 +74,28 @@ def parse_crf(args: argparse.Namespace) -> CRFOptions | None:
     if args.crf_mode is not None and not args.crf:
         raise ValueError("--crf-mode needs --crf")
     return PRESETS[args.crf_mode or CRF_MODES[0]] if args.crf else None
+
+
+def parse_sampling(args: argparse.Namespace) -> Sampling | None:
+    """The options of sampling, or None without --passes."""
+    if args.passes is None:
+        if args.uncertainty is not None or args.measure is not None:
+            raise ValueError("--uncertainty and --measure need --passes")
+        return None
+    if args.boxes is not None:
+        raise ValueError("--passes does not work with --boxes")
+    return Sampling(args.passes, args.measure or MEASURES[0])
+
+
+def uncertainty_files(images: list[Path], out: str | None) -> list[Path | None]:
+    """Where each image's uncertainty is drawn, if anywhere."""
+    if out is None:
+        return [None] * len(images)
+    if Path(out).suffix.lower() != ".png":
+        return [Path(out) / f"{image.stem}-uncertainty.png" for image in images]
+    if len(images) > 1:
+        raise ValueError(f"--uncertainty must be a folder for {len(images)} images, but is {out}")
+    return [Path(out)]
 
 
 def parse_instances(args: argparse.Namespace) -> InstanceOptions | None:
@@ -92,13 +122,20 @@ def parse_files(args: argparse.Namespace) -> list[ImageFiles]:
     )
     outputs = output_files(images, Path(args.out), args.labels)
     inputs = zip(images, truths, boxes, strict=True)
-    return [ImageFiles(*one, *output) for one, output in zip(inputs, outputs, strict=True)]
+    rows = zip(inputs, outputs, uncertainty_files(images, args.uncertainty), strict=True)
+    files = [ImageFiles(*one, *output, uncertainty) for one, output, uncertainty in rows]
+    written = [path.resolve() for one in files for path in (one.drawing, one.labels, one.uncertainty) if path]
+    if len({*written, *(image.resolve() for image in images)}) < len(written) + len(images):
+        raise ValueError("--uncertainty must not name another output or an image")
+    return files
 
 
 def main(args: argparse.Namespace) -> int:
     """Run `fastseg segment`. Returns 0."""
     files = parse_files(args)
-    options = SegmentOptions(args.size, parse_instances(args), args.overlay, args.backend, parse_crf(args))
+    options = SegmentOptions(
+        args.size, parse_instances(args), args.overlay, args.backend, parse_crf(args), parse_sampling(args)
+    )
     segmenter = Segmenter(args.checkpoint, args.device)
     for one in files:  # check all inputs before any output is written
         read_inputs(one, segmenter, options)
@@ -110,6 +147,6 @@ def main(args: argparse.Namespace) -> int:
         scores = segment_file(one, segmenter, options, bar)
         note = "" if scores is None else f"  accuracy {scores.global_accuracy:.3f}, mIoU {scores.miou:.3f}"
         console.print(f"{one.image} -> {one.drawing}{note}")
-        if one.labels:
-            console.print(f"{one.image} -> {one.labels}")
+        for more in filter(None, (one.labels, one.uncertainty)):
+            console.print(f"{one.image} -> {more}")
     return 0

@@ -13,8 +13,9 @@ import torch
 from ..crf import CRFOptions
 from ..dispatch import backend
 from ..functional import confusion_matrix
+from ..uncertainty import Sampling, dropout_layers
 from .data import check_same_size, read_image, read_mask
-from .drawing import Scene, draw_scenes, write_png
+from .drawing import Scene, draw_scenes, draw_uncertainty, write_png
 from .instance_wise import PROPOSAL_SIZE, Box, InstanceOptions, read_boxes, select_boxes, sliding_windows
 from .metrics import Scores, scores
 from .networks import check_image_size
@@ -34,6 +35,8 @@ class ImageFiles(NamedTuple):
     """Its proposals. Without a file, instance-wise prediction uses sliding windows."""
     drawing: Path
     labels: Path | None
+    uncertainty: Path | None = None
+    """Where the uncertainty is drawn; only with `SegmentOptions.sampling`."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class SegmentOptions:
         overlay: draw the prediction over the image.
         backend: fastseg's backend, see :func:`fastseg.set_backend`.
         crf: refine the labels by a fully connected CRF.
+        sampling: predict by several passes with dropout on, and draw the uncertainty. Not with `instances`.
     """
 
     size: tuple[int, int] | None = None
@@ -53,6 +57,7 @@ class SegmentOptions:
     overlay: bool = False
     backend: str = "auto"
     crf: CRFOptions | None = None
+    sampling: Sampling | None = None
 
 
 class Inputs(NamedTuple):
@@ -103,8 +108,11 @@ def read_inputs(files: ImageFiles, segmenter: Segmenter, options: SegmentOptions
 
     Raises:
         OSError: a file cannot be read.
-        ValueError: a file is invalid or does not fit the image, or the image is too small for the network.
+        ValueError: a file is invalid or does not fit the image, the image is too small for the network, or passes with
+            dropout are requested of a network without it.
     """
+    if options.sampling is not None:
+        dropout_layers(segmenter.model)
     image = read_image(files.image)
     boxes = None if options.instances is None else _read_boxes(files, image, options.instances)
     own_size = (image.height, image.width) if boxes is None else PROPOSAL_SIZE
@@ -150,13 +158,17 @@ def segment_file(
     """
     image, truth, boxes = read_inputs(files, segmenter, options)
     with backend(options.backend):
-        if boxes is None:
+        if options.sampling is not None:
+            prediction, uncertainty = segmenter.sampled(image, options.sampling, options.size, options.crf)
+        elif boxes is None:
             prediction = segmenter(image, options.size, options.crf)
         else:
             instances = replace(options.instances, size=options.size)
             prediction = segmenter.instance_wise(image, boxes, instances, progress, options.crf)
     scene = Scene(np.asarray(image), truth, prediction)
     draw_scenes(files.drawing, [scene], segmenter.classes, segmenter.ignore_index, options.overlay)
+    if files.uncertainty is not None:
+        draw_uncertainty(files.uncertainty, uncertainty)
     if files.labels is not None:
         write_png(files.labels, prediction)
     if truth is None:

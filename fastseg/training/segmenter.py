@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..crf import CRFOptions, dense_crf
 from ..functional import upsample_argmax
+from ..uncertainty import Sampling, measure, sample
 from .checkpoint import load_checkpoint
 from .data import normalise, resize, to_tensor
 from .device import pick_device
@@ -75,6 +76,29 @@ class Segmenter:
             return self._refined(_enlarged(logits, image), image, crf)
         labels = upsample_argmax(logits, (image.height, image.width), dtype=torch.uint8)
         return labels[0].cpu().numpy()
+
+    def sampled(
+        self, image: Image, sampling: Sampling, size: tuple[int, int] | None = None, crf: CRFOptions | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the class of each pixel by the mean of several passes with dropout, and its uncertainty.
+
+        Args:
+            image, size, crf: as for a call. The CRF refines the mean, whose logarithm takes the place of logits.
+            sampling: how many passes, and what is measured. Both are resized to the image after all passes.
+
+        Shape:
+            - output: uint8 [H, W], float32 [H, W].
+
+        Raises:
+            ValueError: the network has no dropout layer.
+        """
+        x = to_tensor(resize(image, size or self.size)).to(self.device)[None]
+        samples = sample(self.model, normalise(x, self.mean, self.std), sampling.passes, sampling.chunk, sampling.seed)
+        mean = _enlarged(samples.mean, image)
+        uncertainty = _enlarged(measure(samples, sampling.measure)[:, None], image)[0, 0].cpu().numpy()
+        if crf is not None:
+            return self._refined(mean.clamp(min=1e-5).log(), image, crf), uncertainty
+        return mean[0].argmax(0).to(torch.uint8).cpu().numpy(), uncertainty
 
     def instance_wise(
         self,
