@@ -35,11 +35,11 @@ def _pixels(top, left, H, W, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr):
 
 
 @triton.jit
-def _colour(colours, o, m, PLANE):
+def _colour(colours, o, m_live, PLANE):
     """The three channels of the colour of each pixel."""
-    first = tl.load(colours + o, mask=m, other=0.0)
-    second = tl.load(colours + PLANE + o, mask=m, other=0.0)
-    return first, second, tl.load(colours + 2 * PLANE + o, mask=m, other=0.0)
+    first = tl.load(colours + o, mask=m_live, other=0.0)
+    second = tl.load(colours + PLANE + o, mask=m_live, other=0.0)
+    return first, second, tl.load(colours + 2 * PLANE + o, mask=m_live, other=0.0)
 
 
 @triton.jit
@@ -55,19 +55,18 @@ def mean_field_message_kernel(
     cache except the first time, and writes the messages once.
     """
     # 1. Which tile, which classes
-    tiles, steps = tl.cdiv(H, BLOCK_H) * tl.cdiv(W, BLOCK_W), tl.cdiv(K, CLASSES)
+    PLANE, tiles, steps = H * W, tl.cdiv(H, BLOCK_H) * tl.cdiv(W, BLOCK_W), tl.cdiv(K, CLASSES)
     image, tile = tl.program_id(0) // (tiles * steps), tl.program_id(0) % tiles
     k = tl.program_id(0) // tiles % steps * CLASSES + tl.arange(0, CLASSES)
     top, left = tile // tl.cdiv(W, BLOCK_W) * BLOCK_H, tile % tl.cdiv(W, BLOCK_W) * BLOCK_W
-    plane = H * W
     if WIDE:
-        image, k, plane = image.to(tl.int64), k.to(tl.int64), tl.cast(plane, tl.int64)
+        image, k, PLANE = image.to(tl.int64), k.to(tl.int64), tl.cast(PLANE, tl.int64)
         STRIDE_P = tl.cast(STRIDE_P, tl.int64)
-    values += image * K * plane
-    colours += image * 3 * plane
+    values += image * K * PLANE
+    colours += image * 3 * PLANE
     y, x, o, m_live = _pixels(top, left, H, W, BLOCK_H, BLOCK_W)
     if COLOURED:
-        red, green, blue = _colour(colours, o, m_live, plane)
+        red, green, blue = _colour(colours, o, m_live, PLANE)
 
     # 2. Add what each tile of neighbours says
     total = tl.zeros((BLOCK_H * BLOCK_W, CLASSES), tl.float32)
@@ -88,7 +87,7 @@ def mean_field_message_kernel(
                 near = near & (squared > 0)
             exponent = squared.to(tl.float32) * SCALE
             if COLOURED:
-                other_red, other_green, other_blue = _colour(colours, o_other, m_other, plane)
+                other_red, other_green, other_blue = _colour(colours, o_other, m_other, PLANE)
                 red_step = red[:, None] - other_red[None, :]
                 green_step = green[:, None] - other_green[None, :]
                 blue_step = blue[:, None] - other_blue[None, :]
@@ -100,7 +99,7 @@ def mean_field_message_kernel(
             total = tl.dot(weight, said, total, input_precision=PRECISION)
 
     # 3. Store
-    out += image * K * plane
+    out += image * K * PLANE
     o_out = o[:, None] * STRIDE_P + k[None, :] * STRIDE_K
     tl.store(out + o_out, total.to(out.dtype.element_ty), mask=m_live[:, None] & (k < K)[None, :])
 

@@ -23,7 +23,7 @@ from ..operator import (
     Implementation,
     Operator,
     dense,
-    empty,
+    empty_like,
     known_signature,
     memory_format,
     register_options,
@@ -39,7 +39,7 @@ register_options(Neighbourhood, "float sigma, int farthest, bool self_term")
 
 
 def _empty_message(values: Tensor, colours: Tensor | None, neighbourhood: Neighbourhood) -> Tensor:
-    return empty(values, values.shape, memory_format(values))
+    return empty_like(values)
 
 
 def _kernel(kernels: ModuleType, values: Tensor, colours: Tensor | None, neighbourhood: Neighbourhood) -> Tensor:
