@@ -1,6 +1,7 @@
 """The functions, with torch.nn.functional's names, arguments and errors."""
 
 from .ops.batch_norm.functions import batch_norm_relu, batch_norm_relu_max_pool2d, batch_norm_relu_max_unpool2d
+from .ops.boxes.paste import paste_boxes
 from .ops.convolution.conv_transpose import conv_transpose2d, conv_transpose2d_affine_relu
 from .ops.convolution.unpool_conv import max_unpool2d_conv2d
 from .ops.crf.message import mean_field_message
@@ -34,6 +35,7 @@ __all__ = [
     "max_unpool2d_with_offsets",
     "mean_field_message",
     "offsets_to_indices",
+    "paste_boxes",
     "softmax_moments",
     "upsample_argmax",
     "upsample_cross_entropy",

@@ -54,6 +54,7 @@ def sized_cases(at: Placement) -> Iterator[Case]:
     yield from cases.upsample_cross_entropy(at, (1, 11, 4, 8), ResizeSpec((32, 64)))
     yield from cases.upsample_cross_entropy(at, (1, 11, 7, 9), ResizeSpec((23, 37), align_corners=True))
     yield from cases.upsample_argmax(at, (1, 11, 8, 16), (32, 64))
+    yield from cases.paste_boxes(at, (8, 21, 16, 16), (64, 96))
     yield from cases.softmax_moments(at, (1, 11, 32, 64), passes=8, chunk=8)
     yield from cases.mean_field_message(at, (1, 21, 16, 32), sigma=3.0)
     yield from cases.conv_transpose2d(at, (1, 64, 32, 32), ConvTransposeSpec(32, kernel=2, stride=2))

@@ -4,6 +4,7 @@ Each function makes the cases of one operator at one size. `ours` and `theirs` t
 same, and autograd differentiates both. Inputs are random; on the meta device they have no data.
 """
 
+from .boxes import paste_boxes
 from .case import DTYPES, LAYOUTS, Case, Placement, random_gradients
 from .crf import mean_field_message
 from .layers import (
@@ -47,6 +48,7 @@ __all__ = [
     "max_unpool2d_anywhere",
     "max_unpool2d_conv2d",
     "mean_field_message",
+    "paste_boxes",
     "random_gradients",
     "softmax_moments",
     "upsample_argmax",
