@@ -10,7 +10,8 @@ from rich.progress import track
 
 from ..crf import PRESETS, CRFOptions
 from ..dispatch import BACKENDS
-from ..training.instance_wise import COMBINE, MAX_BOXES, MIN_SIDE, InstanceOptions
+from ..training.edeconvnet import Ensemble
+from ..training.instance_wise import COMBINE, ENSEMBLES, MAX_BOXES, MIN_SIDE, ORDERS, InstanceOptions
 from ..training.segment_files import ImageFiles, SegmentOptions, output_files, read_inputs, segment_file
 from ..training.segmenter import Segmenter
 from ..uncertainty import MEASURES, Sampling
@@ -22,6 +23,7 @@ EXAMPLES = """examples:
   fastseg segment val/*.png --checkpoint runs/train/checkpoint.pt --out predictions --labels
   fastseg segment val/0016E5.png --truth valannot/0016E5.png --checkpoint runs/train/checkpoint.pt --overlay
   fastseg segment dog.jpg --checkpoint deconvnet.pt --boxes dog.csv     instance-wise, from object proposals
+  fastseg segment dog.jpg --checkpoint deconvnet.pt --boxes dog.csv --ensemble fcn.pt --crf        EDeconvNet + CRF
   fastseg segment dog.jpg --checkpoint fcn.pt --crf                     labels that follow the picture's edges
   fastseg segment dog.jpg --checkpoint bayesian.pt --passes 40 --uncertainty dog-uncertainty.png
 """
@@ -54,6 +56,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
         choices=COMBINE,
         help=f"how a pixel's probabilities in several boxes are combined (default: {COMBINE[0]})",
     )
+    instances.add_argument(
+        "--order", choices=ORDERS, help=f"which boxes come first: as given, or the largest (default: {ORDERS[0]})"
+    )
+    instances.add_argument(
+        "--ensemble", metavar="CKPT", help="combine with an FCN that sees the whole image: EDeconvNet"
+    )
+    instances.add_argument(
+        "--ensemble-mode", choices=ENSEMBLES,
+        help="the authors' code multiplies scores and runs --crf on raw kernels; the paper averages (default: code)",
+    )  # fmt: skip
     refining = parser.add_argument_group("dense CRF", "labels that follow the colours of the image")
     refining.add_argument("--crf", action="store_true", help="refine the labels by a fully connected CRF")
     refining.add_argument(
@@ -73,6 +85,8 @@ def parse_crf(args: argparse.Namespace) -> CRFOptions | None:
     """The options of the CRF, or None without --crf."""
     if args.crf_mode is not None and not args.crf:
         raise ValueError("--crf-mode needs --crf")
+    if args.crf_mode is not None and args.ensemble is not None:
+        raise ValueError("--crf-mode does not work with --ensemble, whose --ensemble-mode sets the CRF too")
     return PRESETS[args.crf_mode or CRF_MODES[0]] if args.crf else None
 
 
@@ -85,6 +99,17 @@ def parse_sampling(args: argparse.Namespace) -> Sampling | None:
     if args.boxes is not None:
         raise ValueError("--passes does not work with --boxes")
     return Sampling(args.passes, args.measure or MEASURES[0])
+
+
+def parse_ensemble(args: argparse.Namespace) -> Ensemble | None:
+    """The other network, or None without --ensemble."""
+    if args.ensemble is None:
+        if args.ensemble_mode is not None:
+            raise ValueError("--ensemble-mode needs --ensemble")
+        return None
+    if args.boxes is None:
+        raise ValueError("--ensemble needs --boxes")
+    return Ensemble(Segmenter(args.ensemble, args.device), args.ensemble_mode or ENSEMBLES[0])
 
 
 def uncertainty_files(images: list[Path], out: str | None) -> list[Path | None]:
@@ -100,11 +125,11 @@ def uncertainty_files(images: list[Path], out: str | None) -> list[Path | None]:
 
 def parse_instances(args: argparse.Namespace) -> InstanceOptions | None:
     """The options of instance-wise prediction, or None without --boxes."""
-    given = {"min_side": args.least_side, "max_boxes": args.most_boxes, "combine": args.combine}
+    given = {"min_side": args.least_side, "max_boxes": args.most_boxes, "combine": args.combine, "order": args.order}
     given = {name: value for name, value in given.items() if value is not None}
     if args.boxes is None:
         if given:
-            raise ValueError("--least-side, --most-boxes and --combine need --boxes")
+            raise ValueError("--least-side, --most-boxes, --order and --combine need --boxes")
         return None
     if any(value < 1 for value in (args.least_side, args.most_boxes) if value is not None):
         raise ValueError("--least-side and --most-boxes must be at least 1")
@@ -134,8 +159,9 @@ def main(args: argparse.Namespace) -> int:
     """Run `fastseg segment`. Returns 0."""
     files = parse_files(args)
     options = SegmentOptions(
-        args.size, parse_instances(args), args.overlay, args.backend, parse_crf(args), parse_sampling(args)
-    )
+        args.size, parse_instances(args), args.overlay, args.backend, parse_crf(args), parse_sampling(args),
+        parse_ensemble(args),
+    )  # fmt: skip
     segmenter = Segmenter(args.checkpoint, args.device)
     for one in files:  # check all inputs before any output is written
         read_inputs(one, segmenter, options)

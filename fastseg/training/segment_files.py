@@ -16,6 +16,7 @@ from ..functional import confusion_matrix
 from ..uncertainty import Sampling, dropout_layers
 from .data import check_same_size, read_image, read_mask
 from .drawing import Scene, draw_scenes, draw_uncertainty, write_png
+from .edeconvnet import Ensemble, ensemble_labels
 from .instance_wise import PROPOSAL_SIZE, Box, InstanceOptions, read_boxes, select_boxes, sliding_windows
 from .metrics import Scores, scores
 from .networks import check_image_size
@@ -49,6 +50,8 @@ class SegmentOptions:
         overlay: draw the prediction over the image.
         backend: fastseg's backend, see :func:`fastseg.set_backend`.
         crf: refine the labels by a fully connected CRF.
+        ensemble: combine the proposals' scores with another network's; needs `instances`. Its mode says how, and sets
+            the CRF's options.
         sampling: predict by several passes with dropout on, and draw the uncertainty. Not with `instances`.
     """
 
@@ -58,6 +61,7 @@ class SegmentOptions:
     backend: str = "auto"
     crf: CRFOptions | None = None
     sampling: Sampling | None = None
+    ensemble: Ensemble | None = None
 
 
 class Inputs(NamedTuple):
@@ -113,6 +117,8 @@ def read_inputs(files: ImageFiles, segmenter: Segmenter, options: SegmentOptions
     """
     if options.sampling is not None:
         dropout_layers(segmenter.model)
+    if options.ensemble is not None:
+        options.ensemble.check(segmenter)
     image = read_image(files.image)
     boxes = None if options.instances is None else _read_boxes(files, image, options.instances)
     own_size = (image.height, image.width) if boxes is None else PROPOSAL_SIZE
@@ -164,7 +170,11 @@ def segment_file(
             prediction = segmenter(image, options.size, options.crf)
         else:
             instances = replace(options.instances, size=options.size)
-            prediction = segmenter.instance_wise(image, boxes, instances, progress, options.crf)
+            if options.ensemble is None:
+                prediction = segmenter.instance_wise(image, boxes, instances, progress, options.crf)
+            else:
+                crf = options.crf is not None
+                prediction = ensemble_labels(segmenter, image, boxes, instances, options.ensemble, crf, progress)
     scene = Scene(np.asarray(image), truth, prediction)
     draw_scenes(files.drawing, [scene], segmenter.classes, segmenter.ignore_index, options.overlay)
     if files.uncertainty is not None:

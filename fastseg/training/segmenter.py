@@ -71,9 +71,9 @@ class Segmenter:
         Shape:
             - output: uint8 [H, W].
         """
-        logits = self.logits(to_tensor(resize(image, size or self.size)).to(self.device)[None])
         if crf is not None:
-            return self._refined(_enlarged(logits, image), image, crf)
+            return self.refined(self.scores(image, size), image, crf)
+        logits = self.logits(to_tensor(resize(image, size or self.size)).to(self.device)[None])
         labels = upsample_argmax(logits, (image.height, image.width), dtype=torch.uint8)
         return labels[0].cpu().numpy()
 
@@ -97,7 +97,7 @@ class Segmenter:
         mean = _enlarged(samples.mean, image)
         uncertainty = _enlarged(measure(samples, sampling.measure)[:, None], image)[0, 0].cpu().numpy()
         if crf is not None:
-            return self._refined(mean.clamp(min=1e-5).log(), image, crf), uncertainty
+            return self.refined(mean.clamp(min=1e-5).log(), image, crf), uncertainty
         return mean[0].argmax(0).to(torch.uint8).cpu().numpy(), uncertainty
 
     def instance_wise(
@@ -129,7 +129,7 @@ class Segmenter:
             lambda images: self.logits(images).softmax(1), to_tensor(image).to(self.device), boxes, options, progress
         )
         if crf is not None:
-            return self._refined(self._filled(scores, image, options.size).clamp(min=1e-5).log(), image, crf)
+            return self.refined(self._filled(scores, image, options.size).clamp(min=1e-5).log(), image, crf)
         highest, labels = scores.max(0)
         result = labels.to(torch.uint8).cpu().numpy()
         in_no_box = (highest == 0).cpu().numpy()
@@ -142,11 +142,23 @@ class Segmenter:
         in_no_box = scores.amax(0) == 0
         if not in_no_box.any():
             return scores[None]
-        whole = self.logits(to_tensor(resize(image, size or self.size)).to(self.device)[None])
-        return torch.where(in_no_box, _enlarged(whole, image).softmax(1), scores)
+        return torch.where(in_no_box, self.scores(image, size).softmax(1), scores)
 
-    def _refined(self, logits: Tensor, image: Image, crf: CRFOptions) -> np.ndarray:
-        """The labels of logits (1, K, H, W) after mean field."""
+    def scores(self, image: Image, size: tuple[int, int] | None = None) -> Tensor:
+        """The logits at the size of the image, (1, K, H, W).
+
+        Args:
+            image, size: as for a call.
+        """
+        return _enlarged(self.logits(to_tensor(resize(image, size or self.size)).to(self.device)[None]), image)
+
+    def refined(self, logits: Tensor, image: Image, crf: CRFOptions) -> np.ndarray:
+        """The labels of logits at the size of the image after mean field.
+
+        Shape:
+            - logits: (1, K, H, W).
+            - output: uint8 [H, W].
+        """
         picture = torch.from_numpy(np.array(image)).movedim(-1, 0)[None].to(self.device)
         return dense_crf(logits, picture, crf)[0].argmax(0).to(torch.uint8).cpu().numpy()
 

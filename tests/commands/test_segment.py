@@ -7,7 +7,7 @@ from fastseg.commands import cli
 from fastseg.crf import PRESETS
 from fastseg.training import checkpoint, data, drawing, networks
 from fastseg.training.config import TrainConfig
-from fastseg.training.instance_wise import InstanceOptions, read_boxes, sliding_windows
+from fastseg.training.instance_wise import InstanceOptions, ensemble, instance_scores, read_boxes, sliding_windows
 from fastseg.training.segmenter import Segmenter
 from fastseg.training.trainer import Trainer
 from fastseg.uncertainty import Sampling
@@ -205,3 +205,32 @@ def test_invalid_sampling_is_reported_before_anything_is_written(weights, bayesi
     ):
         assert cli.main([*words, *more]) == 2
         assert message in capsys.readouterr().err and not out.exists()
+
+
+# --- EDeconvNet ------------------------------------------------------------------------------------------------------
+
+
+def test_an_ensemble_combines_proposals_with_another_network(weights, bayesian, scene, tmp_path, capsys):
+    image, out, file = str(scene[0]), tmp_path / "out", tmp_path / "boxes.txt"
+    file.write_text("0 0 48 40\n4 2 24 30\n")
+    words = ["segment", image, "--checkpoint", str(weights), "--out", str(out), "--labels", "--boxes", str(file)]
+    words += ["--least-side", "16", "--ensemble", str(bayesian)]
+    first, other, picture = Segmenter(weights), Segmenter(bayesian), data.read_image(image)
+    options = InstanceOptions(first.size, min_side=16)
+    scores = instance_scores(first.logits, data.to_tensor(picture), read_boxes(file), options)
+    for mode in ("code", "paper"):
+        want = ensemble(other.scores(picture)[0], scores, mode)
+        for crf in (False, True):
+            assert cli.main([*words, "--ensemble-mode", mode, *["--crf"] * crf]) == 0
+            labels = first.refined(want[None], picture, PRESETS[mode]) if crf else want.argmax(0).numpy()
+            assert np.array_equal(np.asarray(Image.open(out / "scene-labels.png")), labels)
+    renamed = torch.load(weights) | {"classes": tuple(f"other {k}" for k in range(11))}
+    torch.save(renamed, tmp_path / "three.pt")
+    capsys.readouterr()
+    for more, message in (
+        (["--crf", "--crf-mode", "paper"], "--crf-mode does not work with --ensemble"),
+        (["--ensemble", str(tmp_path / "three.pt")], "both networks of an ensemble must have the same classes"),
+    ):
+        assert cli.main([*words, *more]) == 2 and message in capsys.readouterr().err
+    assert cli.main([*words[:6], "--ensemble", str(bayesian)]) == 2
+    assert "--ensemble needs --boxes" in capsys.readouterr().err
