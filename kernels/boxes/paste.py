@@ -14,7 +14,7 @@ from torch import Tensor
 from ..launch import INT32_MAX, launch
 
 HEIGHT, WIDTH = 4, 32  # pixels of a tile of the canvas
-CLASSES = 8  # of a program
+CLASSES = 4  # of a program
 
 
 @triton.jit

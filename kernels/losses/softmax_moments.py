@@ -85,5 +85,6 @@ def softmax_moments(
         softmax_moments_kernel, images * triton.cdiv(plane, block),
         logits, *old, *new, images, plane, *strides, before,
         K=classes, PASSES=passes, BLOCK_K=block_k, BLOCK=block,
-        WIDE=(passes * images + 1) * (classes + block_k) * (plane + block) > INT32_MAX, num_warps=4,
+        WIDE=(passes * images + 1) * (classes + block_k) * (plane + block) > INT32_MAX,
+        num_warps=8 if block_k * block > TILE else 4,
     )  # fmt: skip
