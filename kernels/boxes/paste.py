@@ -45,15 +45,15 @@ def _weight(tap, centre, reach, IN):
 
 @triton.jit
 def paste_boxes_kernel(
-    maps, boxes, weights, start, canvas, B, K, h, w, H, W,
+    maps, boxes, weights, start, canvas, B, K, h, w, H, W, STRIDE_K, STRIDE_P,
     MAX: tl.constexpr, WEIGHTED: tl.constexpr, STARTED: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
     CLASSES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One program computes CLASSES classes of a tile of BLOCK_H x BLOCK_W pixels of the canvas (K, H, W).
 
-    maps are (B, K, h, w), boxes (B, 4): left, top, width, height. The program walks over the boxes in order, and leaves
-    out those that do not touch its tile. Each map is read once, from the cache if tiles share its elements; the canvas
-    is written once, and read once if STARTED.
+    maps are (B, K, h, w) with strides STRIDE_K and STRIDE_P between classes and pixels, boxes (B, 4): left, top, width,
+    height. The program walks over the boxes in order, and leaves out those that do not touch its tile. Each map is read
+    once, from the cache if tiles share its elements; the canvas is written once, and read once if STARTED.
     """
     # 1. Which pixels and classes
     across, down = tl.cdiv(W, BLOCK_W), tl.cdiv(H, BLOCK_H)
@@ -64,7 +64,7 @@ def paste_boxes_kernel(
     y, x = top + pixel // BLOCK_W, left + pixel % BLOCK_W
     plane = h * w
     if WIDE:
-        k, plane = k.to(tl.int64), tl.cast(plane, tl.int64)
+        k, plane, STRIDE_P = k.to(tl.int64), tl.cast(plane, tl.int64), tl.cast(STRIDE_P, tl.int64)
     m_live = (k < K)[:, None] & ((y < H) & (x < W))[None, :]
     o_canvas = k[:, None] * H * W + (y * W + x)[None, :]
     if STARTED:
@@ -86,12 +86,12 @@ def paste_boxes_kernel(
             value = tl.zeros((CLASSES, BLOCK_H * BLOCK_W), tl.float32)
             for step_y in range(steps_y):
                 weight_y = _weight(first_y + step_y, centre_y, reach_y, h)
-                o_row = (n + 0 * k[:, None]) * K * plane + k[:, None] * plane
-                o_row += (tl.minimum(first_y + step_y, h - 1) * w)[None, :]
+                o_row = (n + 0 * k[:, None]) * K * plane + k[:, None] * STRIDE_K
+                o_row += (tl.minimum(first_y + step_y, h - 1) * w * STRIDE_P)[None, :]
                 row = tl.zeros((CLASSES, BLOCK_H * BLOCK_W), tl.float32)
                 for step_x in range(steps_x):
                     weight_x = _weight(first_x + step_x, centre_x, reach_x, w)
-                    o_tap = o_row + tl.minimum(first_x + step_x, w - 1)[None, :]
+                    o_tap = o_row + (tl.minimum(first_x + step_x, w - 1) * STRIDE_P)[None, :]
                     m_tap = m_inside & (weight_x * weight_y > 0)[None, :]
                     row += weight_x[None, :] * tl.load(maps + o_tap, mask=m_tap, other=0.0).to(tl.float32)
                 value += weight_y[None, :] * row
@@ -110,10 +110,10 @@ def paste_boxes_kernel(
 def paste_boxes(
     maps: Tensor, boxes: Tensor, largest: bool, weights: Tensor | None, start: Tensor | None, canvas: Tensor
 ) -> None:
-    """Write the largest value at each pixel, or the weighted sum, of the dense maps (B, K, h, w) into `canvas`.
+    """Write the largest value at each pixel, or the weighted sum, of the maps (B, K, h, w) into `canvas`.
 
-    boxes: int32 (B, 4). weights: float32 (B,), or None for 1. start: an earlier canvas, or None for zeros. canvas:
-    float32 (K, H, W).
+    maps: dense, contiguous or channels_last. boxes: int32 (B, 4). weights: float32 (B,), or None for 1. start: an
+    earlier canvas, or None for zeros. canvas: float32 (K, H, W).
     """
     count, classes, h, w = maps.shape
     _, height, width = canvas.shape
@@ -122,7 +122,7 @@ def paste_boxes(
     launch(
         paste_boxes_kernel, tiles * triton.cdiv(classes, CLASSES),
         maps, boxes, canvas if weights is None else weights, canvas if start is None else start, canvas,
-        count, classes, h, w, height, width,
+        count, classes, h, w, height, width, maps.stride(1), maps.stride(3),
         MAX=largest, WEIGHTED=weights is not None, STARTED=start is not None, BLOCK_H=HEIGHT, BLOCK_W=WIDTH,
         CLASSES=CLASSES, num_warps=4,
         WIDE=max(count * padded * h * w, padded * (height + HEIGHT) * (width + WIDTH)) > INT32_MAX,

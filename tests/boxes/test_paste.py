@@ -25,9 +25,15 @@ def layers(maps):
 
 @BACKENDS
 @pytest.mark.parametrize(
-    "shape, dtype", [((9, 1, 1), torch.float32), ((2, 3, 7), torch.float16), ((2, 7, 4), torch.float32)], ids=str
+    "shape, dtype, layout",
+    [
+        ((5, 1, 1), torch.float32, torch.contiguous_format),
+        ((2, 3, 7), torch.float16, torch.contiguous_format),
+        ((2, 7, 4), torch.float32, torch.channels_last),
+    ],
+    ids=str,
 )
-def test_equals_resizing_each_map_and_reducing(shape, dtype, backend, device):
+def test_equals_resizing_each_map_and_reducing(shape, dtype, layout, backend, device):
     maps, weights = torch.randn(5, *shape, device=device).to(dtype), torch.rand(5, device=device)
     alone = list(layers(maps.cpu()))
     summed = sum(canvas for canvas, _ in alone)
@@ -35,6 +41,7 @@ def test_equals_resizing_each_map_and_reducing(shape, dtype, backend, device):
     for canvas, inside in alone:
         highest = torch.where(inside, torch.maximum(highest, canvas), highest)
     weighted = sum(canvas * weight for (canvas, _), weight in zip(alone, weights.cpu().double(), strict=True))
+    maps = maps.contiguous(memory_format=layout)
     with fastseg.backend(backend):
         for reduce, factors, want in (
             ("max", None, highest), ("sum", None, summed), ("mean", None, summed / 5), ("sum", weights, weighted)

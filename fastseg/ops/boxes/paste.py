@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...kernels import boxes as triton_kernels
 from ..arguments import FLOAT_DTYPES, accumulator, as_pair, require_tensor
-from ..operator import Implementation, Operator, empty
+from ..operator import Implementation, Operator, dense, empty, memory_format
 
 NAME = "paste_boxes"
 REDUCTIONS = ("max", "mean", "sum")
@@ -30,7 +30,8 @@ def _kernel(
     if len(maps) == 0:
         return canvas.zero_() if start is None else canvas.copy_(start)
     start = None if start is None else start.contiguous()
-    triton_kernels.paste.paste_boxes(maps.contiguous(), boxes.contiguous(), largest, weights, start, canvas)
+    maps = dense(maps, memory_format(maps))
+    triton_kernels.paste.paste_boxes(maps, boxes.contiguous(), largest, weights, start, canvas)
     return canvas
 
 

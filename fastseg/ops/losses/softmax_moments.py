@@ -43,10 +43,15 @@ class SoftmaxMoments(NamedTuple):
         return (self.predictive_entropy - self.entropy / self.count).clamp(min=0)
 
 
+def _layout(logits: Tensor) -> torch.memory_format:
+    """The memory format of the passes, as one batch: that of a single image may be ambiguous."""
+    return memory_format(logits.flatten(0, 1))
+
+
 def _empty_moments(
     logits: Tensor, count: int, mean: Tensor, squares: Tensor, entropy: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    layout, dtype, (_, n, k, h, w) = memory_format(logits[0]), accumulator(logits.dtype), logits.shape
+    layout, dtype, (_, n, k, h, w) = _layout(logits), accumulator(logits.dtype), logits.shape
     mean, squares = (empty(logits, (n, k, h, w), layout, dtype) for _ in range(2))
     return mean, squares, empty(logits, (n, h, w), torch.contiguous_format, dtype)
 
@@ -54,7 +59,7 @@ def _empty_moments(
 def _kernel(
     logits: Tensor, count: int, mean: Tensor, squares: Tensor, entropy: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    layout, new = memory_format(logits[0]), _empty_moments(logits, count, mean, squares, entropy)
+    layout, new = _layout(logits), _empty_moments(logits, count, mean, squares, entropy)
     old = new if count == 0 else (dense(mean, layout), dense(squares, layout), entropy.contiguous())
     passes = dense(logits.flatten(0, 1), layout).unflatten(0, logits.shape[:2])
     triton_kernels.softmax_moments.softmax_moments(passes, layout == torch.channels_last, count, old, new)

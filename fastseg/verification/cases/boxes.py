@@ -19,7 +19,7 @@ def paste_boxes(
     count, classes, _, _ = shape
     height, width = size
     boxes = [
-        (n * width // count - 3, n % 3 * height // 3 - 2, 2 + 3 * n % width, 3 + 2 * n % height) for n in range(count)
+        (n * width // count - 3, n % 3 * height // 3 - 2, 4 + 3 * n % width, 3 + 2 * n % height) for n in range(count)
     ]
     inputs = {"maps": at.tensor(*shape)}
     if again:
