@@ -1,7 +1,7 @@
 """Where a Bayesian SegNet is uncertain: at the borders of labels, and where it is wrong.
 
     fastseg train --model bayesian-segnet-basic --width 0.25 --steps 400 --batch-size 8
-    python examples/uncertainty.py runs/train/checkpoint.pt docs/images/uncertainty.png
+    python examples/uncertainty.py runs/train/checkpoint.pt uncertainty.png
 
 Predicts digit scenes that the network has not seen by 40 passes with dropout. Prints how the uncertainty relates to
 borders and errors, and draws a scene, its prediction and the variance.
