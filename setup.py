@@ -35,6 +35,7 @@ setup(
         "cuda13": ["cupy-cuda13x>=14.0"],
         "demo": DEMO,
         "bench": ["pytest-benchmark>=4.0", "matplotlib>=3.7"],
+        "tensorboard": ["tensorboard>=2.15"],
         "docs": ["sphinx>=8", "myst-parser>=4", "furo>=2024.8"],
         "test": [
             *DEMO,

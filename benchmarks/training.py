@@ -59,7 +59,7 @@ def build(variant: str, config: TrainConfig, classes: int) -> nn.Module:
 def train(variant: str, config: TrainConfig, stop: GracefulInterrupt) -> dict[str, Any] | None:
     """Train one variant and score it on the test split; None if interrupted."""
     train_set, val_set = load_datasets(config)
-    test_set = data.FolderDataset(config.data, "test", config.size, config.ignore_index, config.num_classes)
+    test_set = data.FolderDataset(config.data, "test", train_set.labels, config.size)
     trainer = Trainer(config, build(variant, config, len(train_set.classes)), train_set, val_set)
     on_gpu = trainer.device.type == "cuda"
     if on_gpu:

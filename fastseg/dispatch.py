@@ -4,8 +4,8 @@ Backends: ``"triton"`` (the fused kernels), ``"cuda"`` (some of them in CUDA C++
 in C++, compiled by the system's compiler at first use), ``"torch"`` (torch's own functions, or the reference if torch
 has none) and ``"auto"``. For a CUDA tensor "auto" takes the Triton kernels, or the CUDA C++ kernels if only CuPy is
 installed; for a CPU tensor the CPU kernels if they can be compiled and torch is not measured to be faster at that size.
-For calls that the kernels do not support, and for other devices, it falls back to PyTorch. The setting belongs to the
-process, like those of torch.backends, because autograd runs the backward on its own threads. It is read at each call.
+For calls that the kernels do not support, and for other devices, it falls back to PyTorch. The setting is read at each
+call. A ``with`` block sets it for its own thread, set_backend for all threads outside of such blocks.
 """
 
 from __future__ import annotations
@@ -60,7 +60,10 @@ _watched: Setting[list[Choice] | None] = Setting(None)  # what `explain` lists
 
 
 def get_backend() -> str:
-    """The backend of the process: what was set, else the environment variable FASTSEG_BACKEND, else "auto".
+    """The backend of the current thread.
+
+    It is that of the innermost ``with fastseg.backend(...)``, else that of set_backend, else that of the environment
+    variable FASTSEG_BACKEND, else "auto".
 
     Raises:
         ValueError: if FASTSEG_BACKEND is not the name of a backend.
@@ -71,15 +74,23 @@ def get_backend() -> str:
 def set_backend(name: str) -> None:
     """Set the backend of the process: "auto", "triton", "cuda", "cpu" or "torch".
 
+    All threads read it, outside of ``with fastseg.backend(...)``. Called inside such a block, it sets the backend of
+    the block in place of that of the process.
+
     Raises:
         ValueError: for another name.
     """
-    _setting.value = _checked(name, "backend")
+    _setting.set(_checked(name, "backend"))
 
 
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Set the backend of the process for the duration of a ``with`` block.
+    """Set the backend of the current thread for the duration of a ``with`` block.
+
+    It is also the backend of a backward that is called inside the block, which PyTorch runs on threads of its own.
+    Blocks in other threads may overlap with this one: each thread has its own backend. Threads that are started inside
+    the block, such as those of nn.DataParallel, have the backend of the process: use set_backend for them. Like
+    torch.no_grad, the block belongs to the thread, not to an asyncio task.
 
     Example:
         >>> import torch, fastseg

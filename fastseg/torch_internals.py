@@ -43,6 +43,10 @@ PRIVATE_NAMES: dict[str, str] = {
     "torch.compiler._is_exporting_flag": "detects torch.export; without it torch.compiler.is_exporting() is called",
     "torch.compiler._is_compiling_flag": "says that the compile backend is tracing",
     "torch._C.__file__": "finds torch's thread pool for the CPU kernels (kernels/cpu/build.py)",
+    **{
+        f"torch._C.{name}_tls": "gives autograd's threads what a with block has set (kernels/shared.py)"
+        for name in ("_is_key_in", "_get_obj_in", "_stash_obj_in")
+    },
     "torch._C.DisableTorchFunction": "keeps swap_functions from replacing the calls that fastseg makes itself",
     "torch._subclasses.fake_tensor.FakeTensor": "recognizes tensors without data",
     "torch._subclasses.fake_tensor.FakeTensorMode": "runs fastseg.explain without data",
@@ -80,6 +84,7 @@ PRIVATE_NAMES: dict[str, str] = {
     "torch._C._conv_determine_backend_memory_format": _INDUCTOR,
     "torch._C._dynamo.guards._empty_strided_cpu": _INDUCTOR,
     "torch._C._dynamo.guards._empty_strided_cuda": _INDUCTOR,
+    "torch._decomp.decompositions._max_unpoolnd": _INDUCTOR,
     "torch._decomp.decompositions._upsample_linear": _INDUCTOR,
     "torch._decomp.decompositions.utils.suggest_memory_format": _INDUCTOR,
     "torch._dynamo.device_interface.CudaInterface": _INDUCTOR,
@@ -299,5 +304,5 @@ def inductor() -> SimpleNamespace:
         CachingAutotuner=CachingAutotuner, triton_utilities=torch.utils._triton, C=torch._C,
         guards=torch._C._dynamo.guards, empty_strided_cpu=torch._C._dynamo.guards._empty_strided_cpu,
         suggest_memory_format=torch._prims_common.suggest_memory_format,
-        upsample_linear=decompositions._upsample_linear,
+        upsample_linear=decompositions._upsample_linear, max_unpool=decompositions._max_unpoolnd,
     )  # fmt: skip

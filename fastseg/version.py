@@ -12,8 +12,8 @@ import torch
 __version__ = "0.1.0"
 
 OLDEST_TORCH = (2, 11)
-# Pairs of PyTorch and Triton that fastseg is developed and tested with. `fastseg doctor` names other versions.
-TESTED = (((2, 11), (3, 6)), ((2, 13), (3, 7)))
+# Pairs of PyTorch and Triton with which `make versions` passed (docs/versions.md). `fastseg doctor` names others.
+TESTED = (((2, 11), (3, 6)), ((2, 13), (3, 7)), ((2, 14), (3, 8)), ((2, 15), (3, 9)))
 
 
 def release(version: str) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .shared import INT32_MAX as INT32_MAX  # kernels import it from here
 from .shared import Setting
-from .triton_internals import INTERPRETED
+from .triton_internals import INTERPRETED, VERSION
 
 if INTERPRETED:
     from . import interpreter
@@ -38,6 +38,8 @@ def launch(kernel: Any, programs: int, *args: Any, **meta: Any) -> None:
     if _recorder.value is not None:
         _recorder.value(kernel, programs, args, meta)
         return
+    if torch.version.hip is not None:
+        meta.pop("maxnreg", None)  # an option of NVIDIA's alone: AMD's backend raises KeyError
     tensor = next(a for a in args if isinstance(a, Tensor))
     with on_device_of(tensor):
         kernel[(programs,)](*args, **meta)
@@ -75,9 +77,24 @@ def roomy(tensor: Tensor) -> bool:
     return 90 <= capability(tensor) < 120
 
 
+def has_tf32(tensor: Tensor) -> bool:
+    """Whether the tensor's GPU may multiply float32 as TF32: NVIDIA's. Triton refuses it for most of AMD's."""
+    return capability(tensor) > 0
+
+
 def targeting(sm: int) -> contextlib.AbstractContextManager[Any]:
-    """Launch as on a GPU of this compute capability; for launches that are recorded or interpreted."""
+    """Launch as on a GPU of this compute capability, 0 for AMD's; for launches that are recorded or interpreted."""
     return _target.replaced(sm)
+
+
+def registers(tensor: Tensor, most: dict[tuple[int, ...], int]) -> dict[str, int]:
+    """The option that limits the registers of a thread, by (version of Triton, compute capability); else none.
+
+    For kernels in half precision of which one version's assembler spills a value, so that one more program fits. With
+    a limit of our own it does not.
+    """
+    here = (*VERSION, capability(tensor))
+    return {"maxnreg": most[here]} if here in most and tensor.element_size() == 2 else {}
 
 
 def vector_width(element_size: int, *lengths: int) -> int:

@@ -17,7 +17,8 @@ import pytest
 from support import machine_code
 
 import fastseg
-from fastseg.verification import criterion
+from fastseg.training import data_check
+from fastseg.verification import criterion, precision
 
 SKIPPED = {  # by whether there is a GPU: the marker and the reason
     True: ("interpreted", "runs kernels on CPU tensors"),
@@ -25,7 +26,18 @@ SKIPPED = {  # by whether there is a GPU: the marker and the reason
 }
 
 
-def pytest_collection_modifyitems(items):
+def pytest_addoption(parser):
+    parser.addoption("--quick", action="store_true", help="run each test with its first set of arguments alone")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("quick"):
+        first: dict[str, pytest.Item] = {}
+        for item in items:
+            every = item.get_closest_marker("every") is not None
+            first.setdefault(item.nodeid if every else item.nodeid.partition("[")[0], item)
+        config.hook.pytest_deselected(items=[item for item in items if item not in first.values()])
+        items[:] = first.values()
     mark, reason = SKIPPED[torch.cuda.is_available()]
     for item in items:
         if item.get_closest_marker(mark) is not None:
@@ -51,6 +63,12 @@ def seed(request):
 def one_thread():
     """One thread per process, since the suite runs one process per core."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def own_cache_of_data_checks(monkeypatch, tmp_path_factory):
+    """Checks of data sets are remembered in a folder of the test run."""
+    monkeypatch.setattr(data_check, "cache_folder", lambda: tmp_path_factory.getbasetemp() / "data_checks")
 
 
 @pytest.fixture
@@ -83,12 +101,11 @@ def assert_right():
     return check
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def exact():
-    """cuDNN multiplies float32 in full precision."""
-    before, torch.backends.cudnn.conv.fp32_precision = torch.backends.cudnn.conv.fp32_precision, "ieee"
-    yield
-    torch.backends.cudnn.conv.fp32_precision = before
+    """Convolutions multiply float32 in full precision; on a GPU torch's default is TF32."""
+    with precision.convolving("ieee"):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -1,32 +1,38 @@
+"""The sdist and the wheel hold the kernels, where the link fastseg/kernels puts them, and the wheel imports."""
+
 import os
-import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
+import versions
+
 ROOT = Path(__file__).parent.parent
+SUFFIXES = (".py", ".cu", ".cuh", ".cpp", ".h")
 
 
-def test_the_wheel_holds_the_kernels_and_imports(tmp_path):
-    source = tmp_path / "source"  # a copy, since setuptools builds beside setup.py
-    parts = ("fastseg", "kernels", "setup.py", "pyproject.toml", "README.md", "LICENSE")
-    for part in map(ROOT.joinpath, parts):
-        source.mkdir(exist_ok=True)
-        if part.is_dir():
-            shutil.copytree(part, source / part.name, symlinks=True)
-        else:
-            shutil.copy(part, source / part.name)
-    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
-    subprocess.run([*pip, "--wheel-dir", tmp_path, source], check=True)
-    (wheel,) = tmp_path.glob("fastseg_kernels-*.whl")
+def test_the_sdist_and_the_wheel_hold_the_kernels_and_the_wheel_imports(tmp_path):
+    sdist, wheel = versions.make_wheel(sys.executable, tmp_path)
+    sources = [path for folder in ("fastseg", "kernels") for path in (ROOT / folder).rglob("*") if path.is_file()]
+    package = {path for path in sources if path.suffix in SUFFIXES and "__pycache__" not in path.parts}
+    assert {path.suffix for path in package} == set(SUFFIXES) and len(package) > 200
+    kernels = {path.relative_to(ROOT) for path in package if not path.is_relative_to(ROOT / "fastseg")}
+    others = {path.relative_to(ROOT) for path in package if path.is_relative_to(ROOT / "fastseg")}
+    recorded = {path.relative_to(ROOT) for path in (ROOT / "fastseg" / "recorded").glob("*.json")}
+    expected = {f"fastseg/{path.as_posix()}" for path in kernels} | {path.as_posix() for path in others | recorded}
+    expected |= {"fastseg/py.typed"}
+
     with zipfile.ZipFile(wheel) as archive:
-        names = archive.namelist()
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
         archive.extractall(tmp_path / "installed")
-    kernels = [path for path in (ROOT / "kernels").rglob("*") if path.suffix in (".py", ".cu", ".cuh")]
-    expected = {f"fastseg/{path.relative_to(ROOT).as_posix()}" for path in kernels}
-    assert expected | {"fastseg/py.typed", "fastseg/ops/pooling/pool.py"} <= set(names) and len(kernels) > 40
-    assert not [name for name in names if name.startswith(("kernels/", "tests/"))]
+    assert names == expected
+    with tarfile.open(sdist) as archive:
+        members = archive.getmembers()
+    assert expected <= {member.name.partition("/")[2] for member in members if member.isfile()}
+    assert not [member.name for member in members if member.issym() or "/tests/" in member.name]
+
     code = "import fastseg, fastseg.kernels; print(fastseg.__file__); print(fastseg.kernels.__file__)"
     env = os.environ | {"PYTHONPATH": str(tmp_path / "installed")}
     run = subprocess.run(

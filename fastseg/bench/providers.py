@@ -21,7 +21,7 @@ MODES = ("forward", "backward", "forward+backward")
 SLACK = 2.0
 """torch's compiler and other libraries may have this many times the error that fastseg may have."""
 FULL_SIZE_EPS = 16
-"""How many units of the dtype's epsilon a result at full size may differ from torch's result, which is rounded too."""
+"""How many epsilons of the dtype, or of TF32, a result at full size may differ from torch's, which is rounded too."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ def check(provider: Provider, case: Case, function: Function) -> tuple[float, st
     """(largest error against float64, "right" or "wrong: ..."), by fastseg.verification.criterion."""
     reference, function = provider.reference(case), _inside(provider, function)
     found = criterion.compare_to_torch(
-        function, reference, list(case.inputs.values()), list(case.inputs), poison=provider.poison
+        function, reference, list(case.inputs.values()), list(case.inputs), provider.poison, case.precision
     )
     wrong = [c for c in found if not c.error <= c.allowed * provider.slack]
     worst = max((c.error for c in found), default=0.0)
@@ -170,6 +170,7 @@ def check(provider: Provider, case: Case, function: Function) -> tuple[float, st
 def check_full_size(provider: Provider, case: Case, function: Function) -> str:
     """Compare results and gradients at full size with torch's, without float64. "right", or what is wrong."""
     grads: list[Tensor] = []
+    epsilon = criterion.TF32_EPSILON if case.precision == "tf32" else torch.finfo(_dtype(case)).eps
     calls = (provider.reference(case), _inside(provider, function))
     results = [_results(call, list(case.inputs.values()), grads) for call in calls]
     for number, (want, got) in enumerate(zip(*results, strict=True)):
@@ -183,7 +184,7 @@ def check_full_size(provider: Provider, case: Case, function: Function) -> str:
                 off = 0.0 if torch.equal(ours, theirs) else float("inf")
             else:
                 off = float((ours - theirs).abs().max()) / max(scale, 1e-30)
-            if not off <= FULL_SIZE_EPS * torch.finfo(_dtype(case)).eps:  # true for NaN
+            if not off <= FULL_SIZE_EPS * epsilon:  # true for NaN
                 return f"wrong at full size: result {number} differs from torch's by {off:.2g}"
     return "right"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -85,7 +84,10 @@ def main(args: argparse.Namespace) -> int:
 def _report(args: argparse.Namespace) -> int:
     """Write tables and plots."""
     written = report.write(results.read(args.files), args.out)
-    print(json.dumps({"files": list(map(str, written))}) if args.json else "wrote " + ", ".join(map(str, written)))
+    if args.json:
+        terminal.print_json({"files": list(map(str, written))})
+    else:
+        print("wrote " + ", ".join(map(str, written)))
     return 0
 
 
@@ -96,7 +98,7 @@ def _compare(args: argparse.Namespace) -> int:
     failed = [change for change in changes if change.failed]
     if args.json:
         rows = [vars(change) | {"case": change.name} for change in changes]
-        print(json.dumps({"fail above": limit, "passed": not failed, "rows": rows}))
+        terminal.print_json({"fail above": limit, "passed": not failed, "rows": rows})
         return 1 if failed else 0
     console = terminal.console()
     console.print(regressions.table(changes, limit))
@@ -145,7 +147,7 @@ def _run(args: argparse.Namespace) -> int:
         raise ValueError(f"no operator's name starts with {' or '.join(args.op or [])}")
     wrong = [r for r in measured if r["provider"].startswith("fastseg") and r["note"].startswith("wrong")]
     if args.json:
-        print(json.dumps({"device": facts["gpu"] or "CPU", "machine": facts, "rows": recorder.records}))
+        terminal.print_json({"device": facts["gpu"] or "CPU", "machine": facts, "rows": recorder.records})
         return 1 if wrong else 0
     console = terminal.console()
     for part in PARTS:

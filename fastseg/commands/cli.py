@@ -7,6 +7,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from .terminal import silence
+
 COMMANDS = {
     "doctor": "versions, the GPU, and the backend that calls would take and why",
     "verify": "check every operator against torch in float64",
@@ -18,6 +20,9 @@ COMMANDS = {
     "bench": "time the operators and compare with torch's",
 }
 """The help of each subcommand. Its module has configure(parser), and main(args) that returns the exit code."""
+
+LONGEST = 800
+"""How many characters of an error message are printed."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -44,7 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the words after `fastseg`. Default: those of the process.
 
     Returns:
-        int: the exit code: 0 for success, 1 if a check failed or for a bug, 2 for bad input, 130 after Ctrl-C.
+        int: the exit code: 0 for success, 1 if a check failed or for a bug, 2 for bad input, 130 after Ctrl-C,
+        143 and 129 after the signals SIGTERM and SIGHUP, 141 if the reader of the output was gone before the result.
     """
     top = parser()
     args = top.parse_args(arguments)
@@ -56,8 +62,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.command is None:
         top.print_help()
         return 2
+    code = 128 + 13  # as of a process that SIGPIPE ended, if the reader of the output is gone before the result
     try:
-        return importlib.import_module(f"fastseg.commands.{args.command}").main(args)
+        code = importlib.import_module(f"fastseg.commands.{args.command}").main(args)
+        sys.stdout.flush()  # here, where a reader that is gone can be handled
+        return code
+    except BrokenPipeError:
+        silence()
+        return code
     except Exception as error:
         if args.debug:
             raise
@@ -65,13 +77,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         message = str(error) if expected else f"{type(error).__name__}: {error} (a bug; --debug shows the traceback)"
         if isinstance(error, OSError) and error.filename is not None:
             message = f"{error.filename}: {error.strerror}"
-        print(f"fastseg {args.command}: error: {message}", file=sys.stderr)
+        print(f"fastseg {args.command}: error: {one_line(message)}", file=sys.stderr)
         return 2 if expected else 1
     except KeyboardInterrupt:
         if args.debug:
             raise
         print(f"fastseg {args.command}: interrupted", file=sys.stderr)
         return 130
+
+
+def one_line(message: str) -> str:
+    """A message without line breaks, shortened: torch's can fill a screen."""
+    text = " ".join(message.split())
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}... (--debug shows all)"
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
 
@@ -14,7 +13,6 @@ from ..training import comparison
 from ..training.device import pick_device
 from ..training.drawing import draw_history, draw_scenes, require_matplotlib, write_png
 from ..training.runs import make_folder
-from ..training.trainer import METRICS_FILE
 from . import terminal
 from .options import add_device, add_json
 
@@ -51,7 +49,7 @@ def main(args: argparse.Namespace) -> int:
     torch.set_num_threads(max(1, torch.get_num_threads() - 1))
     pair = comparison.make_pair(config, out / "segnet.pt")
     make_folder(out)  # after what may raise, so that an error leaves no folder
-    (out / METRICS_FILE).unlink(missing_ok=True)
+    pair.swapped.log.clear()
 
     console.print(pair.report)
     difference = comparison.loss_difference(pair)
@@ -96,5 +94,5 @@ def main(args: argparse.Namespace) -> int:
     if args.json:
         result = {"seed": args.seed, "steps": trainer.step, "miou": scores.miou, "loss_difference": difference}
         result |= {"interpreted": interpreted and interpreted._asdict(), "gpu": costs}
-        print(json.dumps(result | {"seconds": seconds, "files": files, "failures": failures}))
+        terminal.print_json(result | {"seconds": seconds, "files": files, "failures": failures})
     return 1 if failures else 0

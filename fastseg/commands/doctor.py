@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import json
 import platform
 
 import torch
@@ -30,7 +29,7 @@ def main(args: argparse.Namespace) -> int:
     """Run `fastseg doctor`. Returns 0."""
     found = facts()
     if args.json:
-        print(json.dumps(found))
+        terminal.print_json(found)
         return 0
     table = Table(show_header=False, box=None)
     for name, value in found.items():

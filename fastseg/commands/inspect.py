@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -101,7 +100,7 @@ def _found(rows: list[dict[str, Any]], args: argparse.Namespace) -> list[dict[st
 def _show(rows: list[dict[str, Any]], args: argparse.Namespace, table: Callable[[], Any], note: str) -> None:
     """Print the rows as JSON, or as a table with a note."""
     if args.json:
-        print(json.dumps({"instrument": args.instrument, "dtype": args.dtype, "rows": rows}))
+        terminal.print_json({"instrument": args.instrument, "dtype": args.dtype, "rows": rows})
         return
     console = terminal.console()
     console.print(table())

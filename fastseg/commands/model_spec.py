@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib
 import importlib.util
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ..verification.swapped_model import describe_error
+
+NEEDED = {"torch", "triton", "numpy", "rich", "fastseg"}
+"""Packages that fastseg itself imports, now or later."""
 
 
 def load(spec: str) -> Any:
@@ -40,26 +44,53 @@ def load(spec: str) -> Any:
         raise ValueError(f"{spec!r} must be MODULE:NAME, such as segnet:SegNet or path/segnet.py:SegNet")
     path = Path(where)
     is_file = path.suffix == ".py"
-    folder = str((path.parent if is_file else Path()).resolve())
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
+    _find_modules_in((path.parent if is_file else Path()).resolve())
     try:
-        thing = _import_file(path) if is_file else importlib.import_module(where)
+        with _own_command_line(path):
+            thing = _import_file(path) if is_file else importlib.import_module(where)
     except FileNotFoundError:
         raise
+    except SystemExit as error:
+        raise ValueError(
+            f"{where} cannot be imported: it ends the program when it is imported ({describe_error(error)}), as a "
+            "script does that reads its command line; put that behind if __name__ == '__main__'"
+        ) from error
     except Exception as error:
         raise ValueError(f"{where} cannot be imported: {describe_error(error)}") from error
     for part in name.split("."):
         if not hasattr(thing, part):
-            raise ValueError(f"{where} has no {name}")
+            local = Path(f"{where}.py")
+            hint = f"; did you mean the file {local}:{name}?" if not is_file and local.is_file() else ""
+            raise ValueError(f"{where} has no {name}{hint}")
         thing = getattr(thing, part)
     return thing
 
 
+def _find_modules_in(folder: Path) -> None:
+    """Let modules be imported from a folder: before others, as for a script in it, unless one hides Python's own."""
+    if str(folder) in sys.path:
+        return
+    own = {path.stem for path in folder.glob("*.py")} | {path.parent.name for path in folder.glob("*/__init__.py")}
+    hides = own & (sys.stdlib_module_names | NEEDED)
+    sys.path.insert(len(sys.path) if hides else 0, str(folder))
+
+
+@contextlib.contextmanager
+def _own_command_line(path: Path) -> Iterator[None]:
+    """A context in which the command line has no arguments: those of fastseg are not for the file."""
+    before, sys.argv = sys.argv, [str(path)]
+    try:
+        yield
+    finally:
+        sys.argv = before
+
+
 def _import_file(path: Path) -> Any:
-    """Execute a file as the module of its stem."""
-    found = importlib.util.spec_from_file_location(path.stem, path)
-    module = sys.modules[path.stem] = importlib.util.module_from_spec(found)
+    """Execute a file as the module of its stem, or under another name if a module of that name exists."""
+    known = path.stem in sys.stdlib_module_names | NEEDED | sys.modules.keys()
+    name = f"{path.stem} (the file {path})" if known else path.stem
+    found = importlib.util.spec_from_file_location(name, path)
+    module = sys.modules[name] = importlib.util.module_from_spec(found)
     found.loader.exec_module(module)
     return module
 
@@ -135,8 +166,9 @@ def model(spec: str, given: Sequence[str] = ()) -> nn.Module:
         raise ValueError(f"{spec} must be a torch.nn.Module or make one, but is a {type(made).__name__}")
     positional, named = arguments(given)
     try:
-        made = made(*positional, **named)
-    except Exception as error:
+        with _own_command_line(Path(spec.rpartition(":")[0])):
+            made = made(*positional, **named)
+    except (Exception, SystemExit) as error:
         call = f"called with {' '.join(given) or 'no arguments'}"
         raise ValueError(f"{spec} {call} raises {describe_error(error)}") from error
     if not isinstance(made, nn.Module):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import sys
 from dataclasses import replace
 from typing import Any
@@ -71,7 +70,7 @@ def main(args: argparse.Namespace) -> int:
     with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():  # a model may print
         check, result = run(args)
     if args.json:
-        print(json.dumps(result))
+        terminal.print_json(result)
     else:
         print_result(check, result)
     return 0 if result["passed"] else 1
@@ -112,10 +111,12 @@ def make_trial(args: argparse.Namespace) -> Trial:
             x = x.to(memory_format=torch.channels_last)
         return x.to(device)
 
-    model = place(model_spec.model(args.model, args.args).to(dtype)).train((args.modes or MODES)[0] == "training")
+    model = model_spec.model(args.model, args.args).to(dtype).to(device).train((args.modes or MODES)[0] == "training")
     drawn = [model_spec.tensor(text, dtype) for text in args.input]
     named = {name: place(x) for name, x in drawn if name is not None}
     trial = Trial(model, [place(x) for name, x in drawn if name is None], named, args.seed)
+    trial.initialise()
+    place(model)  # after that, because lazy parameters have no memory format
     output = trial.first_output()
     if args.loss is None:
         return trial

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import itertools
-import json
 import sys
 import time
 from typing import Any
@@ -69,12 +67,12 @@ def main(args: argparse.Namespace) -> int:
     code = 130 if interrupted else 1 if failed else 0
     if args.json:
         found = [{**case, "results": [c.as_dict() for c in comparisons]} for case, comparisons in rows]
-        print(json.dumps({"device": where, "seed": seed, "passed": code == 0, "interrupted": interrupted,
-                          "cases": found, "backend": args.backend, "uncovered": unsupported}))  # fmt: skip
+        terminal.print_json({"device": where, "seed": seed, "passed": code == 0, "interrupted": interrupted,
+                             "cases": found, "backend": args.backend, "uncovered": unsupported})  # fmt: skip
         return code
     console.print(error_table(rows, f"largest error against float64, on {where}, seed {seed}"))
     for case, c in failed:
-        console.print(f"FAILED {case['case']} {case['dtype']} {case['layout']}: {c.tensor} is off by {c.error:.2e}, "
+        console.print(f"FAILED {case['case']} {numbers(case)} {case['layout']}: {c.tensor} is off by {c.error:.2e}, "
                       f"allowed {c.allowed:.2e}", markup=False)  # fmt: skip
     seconds = time.perf_counter() - started
     console.print(f"{len(rows)} cases, {len(failed)} failed results, {seconds:.0f} s")
@@ -85,13 +83,20 @@ def main(args: argparse.Namespace) -> int:
     return code
 
 
+def numbers(case: dict[str, str]) -> str:
+    """The dtype of a case, and TF32 if its products are rounded to that."""
+    return case["dtype"] + " as TF32" * (case["precision"] == "tf32")
+
+
 def error_table(rows: list[tuple[dict[str, str], list[Any]]], title: str) -> Table:
-    """A table with the largest error of each operator, dtype and layout."""
+    """A table with the largest error of each operator, dtype, precision and layout."""
     table = Table(title=title)
     for column in ("operator", "dtype", "layout", "cases", "fastseg", "torch", ""):
         table.add_column(column)
-    for key, group in itertools.groupby(rows, lambda row: (row[0]["operator"], row[0]["dtype"], row[0]["layout"])):
-        found = [comparisons for _, comparisons in group]
+    groups: dict[tuple[str, str, str], list[list[Any]]] = {}
+    for case, comparisons in rows:
+        groups.setdefault((case["operator"], numbers(case), case["layout"]), []).append(comparisons)
+    for key, found in groups.items():
         flat = [c for comparisons in found for c in comparisons]
         table.add_row(
             *key, str(len(found)), f"{max(c.error for c in flat):.1e}", f"{max(c.torch_error for c in flat):.1e}",

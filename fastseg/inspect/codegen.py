@@ -206,16 +206,17 @@ def compile_for(recorded: Launch, capability: int) -> Compiled:
     )
 
 
-def compile_for_amd(recorded: Launch, target: str = "gfx942") -> str | None:
+def compile_for_amd(recorded: Launch, architecture: str = "gfx942") -> str | None:
     """Compile for an AMD GPU. Returns None, or the first line of the error.
 
     Products in three parts of TF32 exist on NVIDIA's GPUs alone; launchers ask AMD's for exact ones.
     """
     if recorded.constants.get("PRECISION") == "tf32x3":
         recorded = replace(recorded, constants=recorded.constants | {"PRECISION": "ieee"})
+    warp = 64 if architecture.startswith("gfx9") else 32  # lanes: 64 in data centers (CDNA), 32 elsewhere (RDNA)
     try:
         triton.compile(
-            _source(recorded), target=triton_internals.gpu_target("hip", target, 64), options=recorded.options
+            _source(recorded), target=triton_internals.gpu_target("hip", architecture, warp), options=recorded.options
         )
     except Exception as error:  # any error of the compiler is reported
         return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

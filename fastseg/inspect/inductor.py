@@ -102,10 +102,17 @@ def _on_gpu(x: Any) -> Any:
 
 @contextlib.contextmanager
 def _decomposed_for_a_gpu() -> Iterator[None]:
-    """Decompose gradients of biases, and resizing of few channels, as on a GPU instead of as on a CPU."""
+    """Decompose gradients of biases, resizing of few channels and unpooling as on a GPU instead of as on a CPU.
+
+    Since torch 2.14 unpooling keeps channels_last on a CPU, with a copy, and returns NCHW on a GPU.
+    """
     inductor = torch_internals.inductor()
-    resize, utils = inductor.upsample_linear, inductor.decompositions.utils
+    resize, unpool, utils = inductor.upsample_linear, inductor.max_unpool, inductor.decompositions.utils
     contiguous = mock.patch.object(utils, "suggest_memory_format", lambda x: torch.contiguous_format)
+
+    def unpooled(*args: Any) -> Tensor:
+        with contiguous:
+            return unpool(*args)
 
     def resized(x: Tensor, *rest: Any) -> Tensor:
         with contiguous if x.shape[1] < 16 else contextlib.nullcontext():
@@ -114,6 +121,7 @@ def _decomposed_for_a_gpu() -> Iterator[None]:
     with (
         mock.patch.object(inductor.decomposition, "is_gpu", lambda device: True),
         mock.patch.object(inductor.decompositions, "_upsample_linear", resized),
+        mock.patch.object(inductor.decompositions, "_max_unpoolnd", unpooled),
     ):
         yield
 

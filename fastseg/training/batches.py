@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -28,8 +28,21 @@ def collate(samples: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """
     images, masks = zip(*samples, strict=True)
     if len({image.shape for image in images}) > 1:
-        raise ValueError("the images differ in size: set size to resize all of them to one height and width")
+        raise ValueError("the images differ in size: set size to resize all of them to one height and width, or crop")
     return torch.stack(images), torch.stack(masks)
+
+
+def equal_sizes(samples: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    """Stack (image, mask) samples into one batch for each size, in the order in which the sizes first occur.
+
+    Shape:
+        - samples: images (3, H, W) and masks (H, W).
+        - output: for each size images (N, 3, H, W) and masks (N, H, W).
+    """
+    groups: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
+    for sample in samples:
+        groups.setdefault(sample[0].shape, []).append(sample)
+    return [collate(group) for group in groups.values()]
 
 
 def training_batch(dataset: SegmentationDataset, batch_size: int, seed: int, step: int) -> tuple[Tensor, Tensor]:

@@ -8,10 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .data import CAMVID_CLASS_WEIGHTS, SegmentationDataset
+from .class_names import CAMVID_CLASS_WEIGHTS
+from .data import DigitScenes, SegmentationDataset
 
-MAX_MASKS = 1024
-"""The number of masks that frequencies are counted in."""
+COUNTED_SCENES = 1024
+"""The number of generated scenes that frequencies are counted in; of files all are counted."""
 
 
 def class_weights(spec: str, dataset: SegmentationDataset) -> Tensor | None:
@@ -32,7 +33,7 @@ def class_weights(spec: str, dataset: SegmentationDataset) -> Tensor | None:
     if spec == "none":
         return None
     if spec == "median-frequency":
-        return median_frequency_weights(dataset, num_classes, dataset.ignore_index)
+        return median_frequency_weights(label_counts(dataset))
     try:
         weights = CAMVID_CLASS_WEIGHTS if spec == "camvid" else [float(weight) for weight in spec.split(",")]
     except ValueError:
@@ -46,46 +47,38 @@ def class_weights(spec: str, dataset: SegmentationDataset) -> Tensor | None:
     return torch.tensor(weights)
 
 
-def class_frequencies(
-    dataset: SegmentationDataset, num_classes: int, ignore_index: int, limit: int = MAX_MASKS
-) -> Tensor:
+def label_counts(dataset: SegmentationDataset) -> Tensor:
+    """Return the pixels of each class in each mask, int64 (N, K); ignored pixels are not counted.
+
+    Of digit scenes COUNTED_SCENES are counted, evenly spaced; of files all, in the check that comes before training.
+    """
+    num_classes = len(dataset.classes)
+    if not isinstance(dataset, DigitScenes):
+        return torch.from_numpy(dataset.check().counts(num_classes))
+    chosen = np.linspace(0, len(dataset) - 1, min(len(dataset), COUNTED_SCENES)).astype(int).tolist()
+    return torch.stack([torch.bincount(dataset.mask(index).flatten(), minlength=num_classes) for index in chosen])
+
+
+def class_frequencies(counts: Tensor) -> Tensor:
     """Return the frequency of each class: its pixels divided by all pixels of the masks in which it occurs.
 
-    Ignored pixels are not counted.
-
-    Args:
-        dataset: the dataset whose masks are counted.
-        num_classes: number of classes K.
-        ignore_index: label of ignored pixels.
-        limit: a larger dataset is sampled at this many evenly spaced indices.
-
-    Returns:
-        Tensor: float64 (K), with NaN for a class that does not occur.
+    Shape:
+        - counts: (N, K), see :func:`label_counts`.
+        - output: float64 (K), with NaN for a class that does not occur.
     """
-    pixels = torch.zeros(num_classes, dtype=torch.float64)
-    pixels_of_masks = torch.zeros_like(pixels)
-    length = len(dataset)
-    for index in np.linspace(0, length - 1, min(length, limit)).astype(int).tolist():
-        labels = dataset.mask(index)
-        counts = torch.bincount(labels[labels != ignore_index], minlength=num_classes).double()
-        pixels += counts
-        pixels_of_masks += (counts > 0) * counts.sum()
-    return pixels / pixels_of_masks
+    counts = counts.double()
+    return counts.sum(0) / ((counts > 0) * counts.sum(1, keepdim=True)).sum(0)
 
 
-def median_frequency_weights(
-    dataset: SegmentationDataset, num_classes: int, ignore_index: int, limit: int = MAX_MASKS
-) -> Tensor:
+def median_frequency_weights(counts: Tensor) -> Tensor:
     """Median frequency balancing: the median of the class frequencies divided by the frequency of each class.
 
-    Args:
-        dataset, num_classes, ignore_index, limit: as for :func:`class_frequencies`.
-
-    Returns:
-        Tensor: float32 (K), with 0 for a class that does not occur.
+    Shape:
+        - counts: (N, K), see :func:`label_counts`.
+        - output: float32 (K), with 0 for a class that does not occur.
 
     Source: Eigen and Fergus, "Predicting Depth, Surface Normals and Semantic Labels", ICCV 2015.
     """
-    frequencies = class_frequencies(dataset, num_classes, ignore_index, limit)
+    frequencies = class_frequencies(counts)
     median = torch.from_numpy(np.asarray(np.nanmedian(frequencies.numpy())))
     return (median / frequencies).nan_to_num(0).float()

@@ -71,7 +71,7 @@ def demo_config(steps: int, seed: int, device: str | None, out: str) -> TrainCon
         batch_size=16,
         lr=4e-3,
         weight_decay=1e-2,
-        amp=False,
+        amp="none",
         channels_last=True,
         eval_every=100,
         seed=seed,

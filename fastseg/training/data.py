@@ -1,4 +1,4 @@
-"""Datasets for training: generated digit scenes, and folders in CamVid's layout. Reading of images and masks.
+"""Datasets for training: generated digit scenes, and folders with pictures and masks.
 
 Both datasets have a method ``sample(index, epoch)`` that returns (image float32 [3, H, W] from 0 to 1, mask int64
 [H, W]). It is a pure function of (seed, split, index, epoch) without hidden state, so a resumed run sees the same data
@@ -10,42 +10,27 @@ same values.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
+from .class_names import DIGIT_CLASSES
+from .data_check import DataFacts, Progress, check_files, no_progress
+from .layouts import AUTO, IGNORED, Layout, find_layout
+from .masks import ColourTable, MaskFormat, read_colour_table, read_pair
+from .pictures import resize, resize_labels, to_tensor
 
 SPLITS = ("train", "val")
-FRAME_SUFFIXES = (".png", ".jpg", ".jpeg")
-MISSING_PILLOW = 'reading images needs Pillow: pip install "fastseg-kernels[demo]"'
 MISSING_DIGITS = 'digit scenes need scikit-learn: pip install "fastseg-kernels[demo]"'
 
-CAMVID_CLASSES = (
-    "Sky",
-    "Building",
-    "Pole",
-    "Road",
-    "Pavement",
-    "Tree",
-    "SignSymbol",
-    "Fence",
-    "Car",
-    "Pedestrian",
-    "Bicyclist",
-)
-CAMVID_CLASS_WEIGHTS = (0.2595, 0.1826, 4.5640, 0.1417, 0.9051, 0.3826, 9.6446, 1.8418, 0.6823, 6.2478, 7.3614)
-"""The loss weights that SegNet's authors published, in the order of CAMVID_CLASSES."""
-
-DIGIT_CLASSES = (*"0123456789", "ground")
-"""The classes of digit scenes: class k is the digit k, class 10 the background."""
 BACKGROUND = 10
+"""The class of pixels without a digit."""
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -124,8 +109,7 @@ class DigitScenes(Dataset[tuple[Tensor, Tensor]]):
 
     def sample(self, index: int, epoch: int = 0) -> tuple[Tensor, Tensor]:
         """Return image and mask of scene `index`, the same in every epoch. Raises IndexError if out of range."""
-        if not 0 <= index < self.length:
-            raise IndexError(f"index must be from 0 to {self.length - 1}, but is {index}")
+        index = _from_start(index, self.length)
         rng = np.random.default_rng((self.seed, SPLITS.index(self.split), index))
         height, width = self.size
         image = _background(rng, height, width)
@@ -185,29 +169,85 @@ def _background(rng: np.random.Generator, height: int, width: int) -> np.ndarray
     return image
 
 
-class FolderDataset(Dataset[tuple[Tensor, Tensor]]):
-    """Frames and masks in a folder with CamVid's layout: train/, trainannot/, val/, valannot/.
-
-    Frames are PNG or JPEG files. The mask of a frame is the PNG file of the same stem in the folder with the suffix
-    "annot": 8 bits, a single channel or a palette, with a class number or `ignore_index` in each pixel.
+@dataclass(frozen=True)
+class LabelOptions:
+    """What the masks of a folder mean.
 
     Args:
-        root: the folder that contains the two folders of the split.
-        split: ``"train"``, ``"val"``, or the name of another folder, such as ``"test"``.
-        size: (height, width) to resize to, frames bilinearly and masks to the nearest pixel. None keeps each size.
-        ignore_index: label of pixels without a class.
-        num_classes: number of classes. Default: 11, with CamVid's class names.
+        layout: where pictures and masks are: ``"auto"``, or a key of ``fastseg.training.layouts.LAYOUTS``.
+        palette: a file with the classes of colours, see :func:`~fastseg.training.masks.read_colour_table`, for
+            colour-coded masks. None: the masks have class numbers.
+        num_classes: number of classes. None: that of the palette, else of the layout.
+        ignore_index: label of pixels without a class. None: 11 for CamVid's classes, else 255.
+        exif: ``"upright"``: pictures are turned as their EXIF tags say, and masks as theirs do. ``"stored"``: neither.
+    """
+
+    layout: str = AUTO
+    palette: str | Path | None = None
+    num_classes: int | None = None
+    ignore_index: int | None = None
+    exif: str = "upright"
+
+
+def mask_format(layout: Layout, options: LabelOptions, table: ColourTable | None = None) -> MaskFormat:
+    """Return how masks of a layout are read.
+
+    Args:
+        layout: the layout.
+        options: the rest.
+        table: the colours, in place of those of the file `options.palette`.
+
+    Raises:
+        ValueError: `options.num_classes` contradicts the palette or the layout.
+        OSError: the palette cannot be read.
+    """
+    if table is None and options.palette is not None:
+        table = read_colour_table(options.palette)
+    if table is not None:
+        known, given_by = table.classes, "the palette"
+    else:
+        known, given_by = layout.classes, f"the layout {layout.name}" if layout.fixed else None
+    default = layout.num_classes if known is None else len(known)
+    count = default if options.num_classes is None else options.num_classes
+    if given_by and count != default:
+        raise ValueError(f"num_classes must be {default}, the classes of {given_by}, but is {count}")
+    classes = known if known is not None and len(known) == count else tuple(f"class {k}" for k in range(count))
+    default_ignored = layout.ignore_index if classes == layout.classes else IGNORED
+    ignored = default_ignored if options.ignore_index is None else options.ignore_index
+    numbers = layout.numbers(count, ignored) if table is None else None
+    return MaskFormat(classes, ignored, numbers, table, options.exif)
+
+
+class FolderDataset(Dataset[tuple[Tensor, Tensor]]):
+    """Pictures and masks in a folder, in one of the layouts of :mod:`fastseg.training.layouts`.
+
+    In a ``torch.utils.data.DataLoader`` each access ``dataset[index]`` draws another flip and crop, from torch's random
+    numbers. ``sample(index, epoch)`` is a pure function instead.
+
+    Args:
+        root: the folder.
+        split: ``"train"``, ``"val"``, or the name of another part, such as ``"test"``.
+        labels: the layout, and what the masks mean.
+        size: (height, width) to resize to, pictures bilinearly and masks to the nearest pixel. None keeps each size.
         augment: flip half of the samples horizontally, chosen again in every epoch.
-        crop: (height, width) of a random crop, taken after resizing, or None.
-        seed: flips and crops are a pure function of (seed, epoch, index).
+        crop: (height, width) of a random crop, taken after resizing, or None. A smaller picture is filled up at the
+            right and at the bottom with `mean` and, in the mask, `ignore_index`.
+        seed: flips and crops of `sample` are a pure function of (seed, epoch, index).
+
+    Attributes:
+        classes: names of the classes.
+        ignore_index: label of pixels without a class.
+        labels, layout: the options as given, and the layout that was found.
+        pairing: the files, and by what rule they were matched.
+        masks: the format of the masks.
 
     Shape:
         - samples: image (3, H, W), float32 from 0 to 1, and mask (H, W), int64.
 
     Raises:
-        FileNotFoundError: a folder is missing, contains no frames, or a frame has no mask.
-        ValueError: on reading a sample: a file is not an image, the sizes of frame and mask differ, the mask does not
-            have 8 bits or has a label that is not a class, or the frame is smaller than `crop`.
+        FileNotFoundError: a folder is missing, contains no pictures, or a picture has no mask.
+        ValueError: the layout or the palette is invalid; on reading a sample: a file is not an image, the sizes of
+            picture and mask differ, or the mask has a label that is not a class.
     """
 
     mean, std = IMAGENET_MEAN, IMAGENET_STD
@@ -216,145 +256,68 @@ class FolderDataset(Dataset[tuple[Tensor, Tensor]]):
         self,
         root: str | Path,
         split: str,
+        labels: LabelOptions = LabelOptions(),
         size: tuple[int, int] | None = None,
-        ignore_index: int = 11,
-        num_classes: int | None = None,
         augment: bool = False,
         crop: tuple[int, int] | None = None,
         seed: int = 0,
     ) -> None:
-        self.size, self.crop, self.augment, self.seed = size, crop, augment, seed
-        self.ignore_index = ignore_index
-        self.num_classes = len(CAMVID_CLASSES) if num_classes is None else num_classes
-        has_camvid_classes = self.num_classes == len(CAMVID_CLASSES)
-        self.classes = CAMVID_CLASSES if has_camvid_classes else tuple(f"class {k}" for k in range(self.num_classes))
-        self.files = _frames_and_masks(Path(root), split)
+        self.split, self.size, self.crop, self.augment, self.seed = split, size, crop, augment, seed
+        self.labels, self.layout = labels, find_layout(Path(root), labels.layout)
+        self.masks = mask_format(self.layout, labels)
+        self.classes, self.ignore_index = self.masks.classes, self.masks.ignore_index
+        self.pairing = self.layout.pairs(Path(root), split)
+        self.files = self.pairing.files
+        self._facts: DataFacts | None = None
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return self.sample(index)
+        epoch = int(torch.randint(2**31, ())) if self.augment or self.crop else 0
+        return self.sample(index, epoch)
+
+    def check(self, progress: Progress = no_progress) -> DataFacts:
+        """Read every file once, unless that was done before. Raises ValueError if one is broken."""
+        if self._facts is None:
+            self._facts = check_files(self.files, self.masks, progress, f"checking {self.split}")
+        return self._facts
 
     def mask(self, index: int) -> Tensor:
-        """Return the mask of frame `index` as it is in its file, without resizing or augmentation: int64 (H, W)."""
-        mask = read_mask(self.files[index][1], self.num_classes, self.ignore_index)
-        return torch.from_numpy(np.asarray(mask).astype(np.int64))
+        """Return the mask of picture `index` as it is in its file, without resizing or augmentation: int64 (H, W)."""
+        return torch.from_numpy(self.masks.read(self.files[index][1]))
 
     def sample(self, index: int, epoch: int = 0) -> tuple[Tensor, Tensor]:
-        """Return image and mask of frame `index`, with the flip and the crop of `epoch`."""
-        frame_path, mask_path = self.files[index]
-        frame = read_image(frame_path)
-        mask = read_mask(mask_path, self.num_classes, self.ignore_index)
-        check_same_size(mask, mask_path, frame)
-        frame, mask = resize(frame, self.size), resize(mask, self.size, nearest=True)
-        pixels, labels = np.asarray(frame), np.asarray(mask)
+        """Return image and mask of picture `index`, with the flip and the crop of `epoch`."""
+        index = _from_start(index, len(self.files))
+        frame, labels, *_ = read_pair(*self.files[index], self.masks)
+        pixels, labels = np.asarray(resize(frame, self.size)), resize_labels(labels, self.size)
         rng = np.random.default_rng((self.seed, epoch, index))
         if self.augment and rng.random() < 0.5:
             pixels, labels = pixels[:, ::-1], labels[:, ::-1]
-        if self.crop:
-            height, width = self.crop
-            if height > labels.shape[0] or width > labels.shape[1]:
-                raise ValueError(f"{frame_path} is smaller than the crop of {height}x{width}")
-            top = int(rng.integers(labels.shape[0] - height + 1))
-            left = int(rng.integers(labels.shape[1] - width + 1))
-            here = (slice(top, top + height), slice(left, left + width))
-            pixels, labels = pixels[here], labels[here]
-        return to_tensor(pixels), torch.from_numpy(labels.astype(np.int64))
+        if self.crop is None:
+            return to_tensor(pixels), torch.from_numpy(np.ascontiguousarray(labels))
+        top, left = (
+            int(rng.integers(max(have - want, 0) + 1)) for have, want in zip(labels.shape, self.crop, strict=True)
+        )
+        here = (slice(top, top + self.crop[0]), slice(left, left + self.crop[1]))
+        return self._fill_up(to_tensor(pixels[here]), torch.from_numpy(np.ascontiguousarray(labels[here])))
+
+    def _fill_up(self, image: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Image and mask in the size of the crop."""
+        height, width = labels.shape
+        if (height, width) == self.crop:
+            return image, labels
+        whole = torch.tensor(self.mean).view(3, 1, 1).repeat(1, *self.crop)
+        whole[:, :height, :width] = image
+        return whole, F.pad(labels, (0, self.crop[1] - width, 0, self.crop[0] - height), value=self.ignore_index)
+
+
+def _from_start(index: int, length: int) -> int:
+    """An index from 0; negative ones count from the end. Raises IndexError if it is out of range."""
+    if not -length <= index < length:
+        raise IndexError(f"index must be from {-length} to {length - 1}, but is {index}")
+    return index + length if index < 0 else index
 
 
 SegmentationDataset = DigitScenes | FolderDataset
-
-
-def _frames_and_masks(root: Path, split: str) -> list[tuple[Path, Path]]:
-    """The frames of a split with their masks, sorted by name."""
-    for folder in (root, root / split, root / f"{split}annot"):
-        if not folder.is_dir():
-            raise FileNotFoundError(f"{folder} must be a folder: frames are in {split}/, their masks in {split}annot/")
-    frames = sorted(path for path in (root / split).iterdir() if path.suffix.lower() in FRAME_SUFFIXES)
-    if not frames:
-        raise FileNotFoundError(f"{root / split} contains no {', '.join(FRAME_SUFFIXES)} frames")
-    files = [(frame, root / f"{split}annot" / f"{frame.stem}.png") for frame in frames]
-    for frame, mask in files:
-        if not mask.is_file():
-            raise FileNotFoundError(f"{frame} has no mask: {mask} must exist")
-    return files
-
-
-def _open(path: Path) -> Image:
-    """Read the image at `path` completely."""
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise ImportError(MISSING_PILLOW) from error
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is not a file")
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return image
-    # Pillow raises any of these for a damaged file.
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} must be a PNG or JPEG image, but cannot be read: {error}") from error
-
-
-def read_image(path: str | Path) -> Image:
-    """Read an image as 8-bit RGB, rotated upright as its EXIF orientation says.
-
-    Args:
-        path: a PNG or JPEG file.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is not an image, or has more than 8 bits per channel.
-    """
-    image = _open(Path(path))
-    from PIL import ImageOps
-
-    if image.mode.startswith(("I", "F")):
-        raise ValueError(f"{path} must have 8 bits per channel, but has Pillow's mode {image.mode}")
-    return ImageOps.exif_transpose(image).convert("RGB")
-
-
-def read_mask(path: str | Path, num_classes: int, ignore_index: int) -> Image:
-    """Read an 8-bit mask with a single channel or a palette.
-
-    Args:
-        path: a PNG file.
-        num_classes: number of classes; labels are 0 to ``num_classes - 1``.
-        ignore_index: the one other label that is allowed.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is not such an image, or has another label.
-    """
-    mask = _open(Path(path))
-    if mask.mode not in ("L", "P"):
-        raise ValueError(f"{path} must be an 8-bit mask with one channel, but has Pillow's mode {mask.mode}")
-    for label in np.flatnonzero(mask.histogram()):
-        if label >= num_classes and label != ignore_index:
-            raise ValueError(
-                f"{path} has the label {label}: labels must be 0 to {num_classes - 1}, or {ignore_index} (ignored)"
-            )
-    return mask
-
-
-def check_same_size(mask: Image, path: str | Path, image: Image) -> None:
-    """Raise ValueError unless the mask read from `path` is as large as its image."""
-    if mask.size != image.size:
-        raise ValueError(
-            f"{path} must be as large as its image, {image.width}x{image.height}, but is {mask.width}x{mask.height}"
-        )
-
-
-def resize(image: Image, size: tuple[int, int] | None, nearest: bool = False) -> Image:
-    """Resize an image to `size`, (height, width), bilinearly or to the nearest pixel. None keeps its size."""
-    from PIL import Image
-
-    method = Image.Resampling.NEAREST if nearest else Image.Resampling.BILINEAR
-    return image if size is None else image.resize((size[1], size[0]), method)
-
-
-def to_tensor(pixels: Any) -> Tensor:
-    """Convert an RGB image, or an array uint8 [H, W, 3], to float32 (3, H, W) from 0 to 1."""
-    return torch.from_numpy(np.array(np.asarray(pixels).transpose(2, 0, 1), order="C")).float() / 255

@@ -10,25 +10,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from ..atomic_write import atomic_write
-from .data import CAMVID_CLASSES
+from .class_names import COLOURS, DISTINCT_COLOURS
 
 if TYPE_CHECKING:
-    from .trainer import Record
+    from .logs import Record
 
-CAMVID_COLOURS = (
-    (128, 128, 128),
-    (128, 0, 0),
-    (192, 192, 128),
-    (128, 64, 128),
-    (0, 0, 192),
-    (128, 128, 0),
-    (192, 128, 128),
-    (64, 64, 128),
-    (64, 0, 128),
-    (64, 64, 0),
-    (0, 128, 192),
-)
-"""The colours in CamVid's own label file, in the order of CAMVID_CLASSES."""
 VOID_COLOUR = (0, 0, 0)
 
 
@@ -55,19 +41,17 @@ def require_matplotlib() -> None:
 
 
 def palette(classes: Sequence[str]) -> np.ndarray:
-    """Return a colour for each class: CamVid's own colours for its classes, else colours that are easy to tell apart.
+    """Return a colour for each class: the authors' for the classes of a known data set, else ones easy to tell apart.
 
     Shape:
         - output: uint8 [K, 3] for K classes.
     """
-    if tuple(classes) == CAMVID_CLASSES:
-        return np.array(CAMVID_COLOURS, np.uint8)
-    if len(classes) <= 11:
-        from matplotlib import colormaps
-
-        colours = [*colormaps["tab10"].colors, (0.17, 0.17, 0.17)][: len(classes)]
-    else:  # neighbours on the colour wheel also differ in brightness
-        colours = [colorsys.hsv_to_rgb(k / len(classes), 0.8, (1.0, 0.6)[k % 2]) for k in range(len(classes))]
+    if tuple(classes) in COLOURS:
+        return np.array(COLOURS[tuple(classes)], np.uint8)
+    if len(classes) <= len(DISTINCT_COLOURS):
+        return np.array(DISTINCT_COLOURS[: len(classes)], np.uint8)
+    # Neighbours on the colour wheel also differ in brightness.
+    colours = [colorsys.hsv_to_rgb(k / len(classes), 0.8, (1.0, 0.6)[k % 2]) for k in range(len(classes))]
     return np.round(np.array(colours) * 255).astype(np.uint8)
 
 
@@ -93,15 +77,46 @@ def colourise(labels: np.ndarray, colours: np.ndarray, ignore_index: int) -> np.
 
 
 def write_png(path: str | Path, pixels: np.ndarray) -> None:
-    """Write an image to a PNG file, uint8 [H, W, 3] or, for labels, uint8 [H, W]."""
+    """Write an image, uint8 [H, W, 3], to a PNG file."""
     from PIL import Image
 
     with atomic_write(path) as temporary:
         Image.fromarray(pixels).save(temporary, format="PNG")
 
 
+def write_labels(path: str | Path, labels: np.ndarray, colours: np.ndarray) -> None:
+    """Write labels to a PNG file with a palette: the values are the labels, and a viewer shows them in colours.
+
+    Shape:
+        - labels: uint8 [H, W].
+        - colours: uint8 [K, 3]; labels from K on are black.
+    """
+    from PIL import Image
+
+    image = Image.fromarray(labels)
+    image.putpalette(np.concatenate([colours, np.zeros((256 - len(colours), 3), np.uint8)]).tobytes())
+    with atomic_write(path) as temporary:
+        image.save(temporary, format="PNG")
+
+
+def overlay(picture: np.ndarray, labels: np.ndarray, colours: np.ndarray, ignore_index: int) -> np.ndarray:
+    """Draw labels half transparent over a picture of the same size.
+
+    Shape:
+        - picture: uint8 [H, W, 3].
+        - labels: integer [H, W].
+        - colours: uint8 [K, 3] for K classes.
+        - output: uint8 [H, W, 3].
+    """
+    return picture // 2 + colourise(labels, colours, ignore_index) // 2
+
+
 def draw_scenes(
-    path: str | Path, scenes: Sequence[Scene], classes: Sequence[str], ignore_index: int, overlay: bool = False
+    path: str | Path,
+    scenes: Sequence[Scene],
+    classes: Sequence[str],
+    ignore_index: int,
+    colours: np.ndarray | None = None,
 ) -> None:
     """Write a PNG file with a row per scene: picture, ground truth if there is any, prediction; and a legend.
 
@@ -110,7 +125,7 @@ def draw_scenes(
         scenes: the rows.
         classes: names of the classes. The legend has those that occur in a scene.
         ignore_index: label of ignored pixels, which the legend calls "void".
-        overlay: draw the prediction half transparent over the picture.
+        colours: uint8 [K, 3], the colours of the classes. Default: those of :func:`palette`.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -119,7 +134,7 @@ def draw_scenes(
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    colours = palette(classes)
+    colours = palette(classes) if colours is None else colours
     has_truth = any(scene.truth is not None for scene in scenes)
     columns = ["picture", "truth", "prediction"] if has_truth else ["picture", "prediction"]
     height, width = scenes[0].picture.shape[:2]
@@ -129,8 +144,6 @@ def draw_scenes(
     shown: set[int] = set()
     for row, scene in zip(axes, scenes, strict=True):
         prediction = colourise(scene.prediction, colours, ignore_index)
-        if overlay:
-            prediction = scene.picture // 2 + prediction // 2
         panels = {"picture": scene.picture, "prediction": prediction}
         shown |= set(np.unique(scene.prediction).tolist())
         if scene.truth is not None:

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from ..crf import PRESETS
-from .data import to_tensor
 from .instance_wise import ENSEMBLES, PROPOSAL_SIZE, Box, InstanceOptions, ensemble, instance_scores
+from .pictures import to_tensor
 from .segmenter import Segmenter
 
 if TYPE_CHECKING:

@@ -26,19 +26,19 @@ class Scores:
     """`iou` weighted by each class's fraction of the ground-truth pixels."""
 
     def as_dict(self, classes: Sequence[str]) -> dict[str, Any]:
-        """The scores in a form that JSON can represent: `iou` by class name, with None in place of NaN.
+        """The scores in a form that JSON can represent: `iou` by class name, and None in place of NaN.
 
         Args:
             classes: the names of the classes, in order.
         """
-        iou = {name: None if math.isnan(value) else value for name, value in zip(classes, self.iou, strict=True)}
-        return {
-            "miou": self.miou,
-            "global_accuracy": self.global_accuracy,
-            "class_accuracy": self.class_accuracy,
-            "frequency_weighted_iou": self.frequency_weighted_iou,
-            "iou": iou,
-        }
+        names = ("miou", "global_accuracy", "class_accuracy", "frequency_weighted_iou")
+        single = {name: _or_none(getattr(self, name)) for name in names}
+        return single | {"iou": {name: _or_none(value) for name, value in zip(classes, self.iou, strict=True)}}
+
+
+def _or_none(value: float) -> float | None:
+    """The number, or None for NaN."""
+    return None if math.isnan(value) else value
 
 
 def scores(matrix: Tensor) -> Scores:

@@ -35,19 +35,20 @@ def build_model(name: str, num_classes: int, width: float) -> nn.Module:
     return MODELS[name](num_classes=num_classes, width=width)
 
 
-def load_weights(model: nn.Module, state: dict[str, Any], path: str | Path) -> None:
+def load_weights(model: nn.Module, state: dict[str, Any], path: str | Path, averaged: bool = False) -> None:
     """Load the weights of a checkpoint into `model`.
 
     Args:
         model: the network that the checkpoint was written for.
         state: the checkpoint, as :func:`~fastseg.training.checkpoint.load_checkpoint` returns it.
         path: the checkpoint's file, for error messages.
+        averaged: load the averaged weights, which a run with `ema` keeps, if the checkpoint has some.
 
     Raises:
         ValueError: the weights do not fit the network.
     """
     try:
-        model.load_state_dict(state["model"])
+        model.load_state_dict(state["ema"] if averaged and state["ema"] is not None else state["model"])
     except RuntimeError as error:
         raise ValueError(f"the weights in {path} do not fit the model {state['config']['model']!r}: {error}") from error
 

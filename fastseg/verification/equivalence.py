@@ -7,7 +7,7 @@ A tensor is right if its error is at most the sum of
 
     SLACK times torch's own error,
     BASE times the median of torch's errors of the same kind, so that no tensor passes or fails by luck, and
-    the tolerance of `criterion`.
+    the allowance of `criterion`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .criterion import TOLERANCE, Comparison, exact_comparison
+from .criterion import Comparison, allowance, exact_comparison
 
 SLACK, BASE = 2.0, 8.0
 ZERO = 1e-9  # a norm in float64 that is smaller than this times the largest norm is rounding
@@ -147,8 +147,7 @@ def _compare(
             comparisons.append(exact_comparison(name, got is want and name in found and name in truth))
         elif _is_float(want):
             dtype = plain[name].dtype
-            tolerance = TOLERANCE[dtype] * torch.finfo(dtype).eps
-            allowed = SLACK * own[name] + BASE * usual + tolerance + flips
+            allowed = SLACK * own[name] + BASE * usual + allowance(dtype) + flips
             comparisons.append(Comparison(name, norm_error(got, want, scales[name]), own[name], allowed))
         else:
             equal = got.shape == want.shape and got.dtype == want.dtype and torch.equal(got, want)

@@ -149,21 +149,23 @@ SIZES: dict[str, list[MakeCases]] = {
 def verify(
     operators: Sequence[str], dtypes: Sequence[str], quick: bool, device: str, seed: int, backend: str = "triton"
 ) -> Iterator[tuple[dict[str, str], list[Comparison]]]:
-    """Run the cases on the kernels of a backend. Yields (operator, case, dtype and layout; the comparisons).
+    """Run the cases on the kernels of a backend. Yields (operator, case, dtype, layout, precision; the comparisons).
 
     quick: only the first size of each operator. A case that the CUDA C++ or CPU kernels do not support has no
-    comparisons.
+    comparisons. A convolution in float32 is compared twice, in precision "ieee" and "tf32", except on those two.
     """
+    precisions = 1 if backend in ("cuda", "cpu") else None
     for operator, dtype, layout in itertools.product(operators, dtypes, cases.LAYOUTS):
         torch.manual_seed(seed)
         at = Placement(cases.DTYPES[dtype], cases.LAYOUTS[layout], device)
         for make in SIZES[operator][: 1 if quick else None]:
-            for case in make(at):
-                what = {"operator": operator, "case": f"{case.operator} {case.size}", "dtype": dtype, "layout": layout}
+            for case, precision in [(made, how) for made in make(at) for how in made.precisions[:precisions]]:
+                what = {"operator": operator, "case": f"{case.operator} {case.size}", "dtype": dtype, "layout": layout,
+                        "precision": precision}  # fmt: skip
                 try:
                     with dispatch.backend(backend):
                         inputs, names = list(case.inputs.values()), list(case.inputs)
-                        yield what, compare_to_torch(case.ours, case.theirs, inputs, names)
+                        yield what, compare_to_torch(case.ours, case.theirs, inputs, names, precision=precision)
                 except dispatch.NotSupported as error:
                     yield what, [_raised(error)] if backend == "triton" else []
                 except Exception as error:  # a case that cannot run has failed; the others continue

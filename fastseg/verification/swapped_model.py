@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedTensorMixin
 
 from .. import dispatch
 from ..swapping import SwapReport, swap
@@ -27,10 +29,25 @@ NOT_THE_SAME = 5.0
 else in float64."""
 
 
-def describe_error(error: Exception) -> str:
+def describe_error(error: BaseException) -> str:
     """The type of an error and the first line of its message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+class CannotCopyError(ValueError):
+    """copy.deepcopy refuses a model."""
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """Return a copy of a model. Raises CannotCopyError, which says whose fault that is."""
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        raise CannotCopyError(
+            f"the model cannot be copied, which the check does so that each call starts from the same state: "
+            f"copy.deepcopy raises {describe_error(error)}"
+        ) from error
 
 
 class WithLoss(nn.Module):
@@ -61,12 +78,30 @@ class Trial:
     named: dict[str, Any]
     seed: int
 
+    def initialise(self) -> None:
+        """Call a model with lazy layers once: only then do they have parameters, and can be copied and swapped.
+
+        Raises:
+            ValueError: the model fails.
+        """
+        tensors = itertools.chain(self.model.parameters(), self.model.buffers())
+        if not any(isinstance(tensor, UninitializedTensorMixin) for tensor in tensors):
+            return
+        inputs, named = copy.deepcopy((list(self.inputs), self.named))  # a forward may write to its inputs
+        try:
+            with torch.no_grad():
+                self.model(*inputs, **named)
+        except (Exception, SystemExit) as error:
+            raise ValueError(self._failure(error)) from error
+
     def first_output(self) -> Tensor:
         """Return the first tensor in the result. Raises ValueError if the model fails or returns no tensor."""
         try:
             with torch.no_grad():
-                result = copy.deepcopy(self.model)(*self.inputs, **self.named)
-        except Exception as error:
+                result = copied(self.model)(*self.inputs, **self.named)
+        except (CannotCopyError, KeyboardInterrupt):
+            raise
+        except (Exception, SystemExit) as error:
             raise ValueError(self._failure(error)) from error
         for _, tensor in equivalence.tensors(result):
             return tensor
@@ -76,12 +111,12 @@ class Trial:
         """Return the outcome of the model without fastseg. Raises ValueError if it fails."""
         try:
             return self.outcome(self.model)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise ValueError(self._failure(error)) from error
 
     def outcome(self, model: nn.Module) -> Outcome:
         """Return the outcome of a copy of `model`: each call starts from the same state, whatever a forward changes."""
-        return equivalence.outcome(copy.deepcopy(model), self.inputs, self.named, self.seed)
+        return equivalence.outcome(copied(model), self.inputs, self.named, self.seed)
 
     def _failure(self, error: Exception) -> str:
         mode = MODES[not self.model.training]
@@ -150,7 +185,7 @@ def check_swap(trial: Trial, options: SwapOptions) -> SwapCheck:
         ValueError: the model without fastseg fails, or gives different results each time.
         TypeError, ValueError, RuntimeError: as :func:`fastseg.swap`.
     """
-    swapped = copy.deepcopy(trial.model)
+    swapped = copied(trial.model)
     report = swap(swapped, ops=options.ops, compact_indices=options.compact_indices)
     checks, failures = {}, []
     for mode in options.modes:
@@ -247,4 +282,11 @@ def undo_restores(report: SwapReport, plain: nn.Module, swapped: nn.Module) -> b
         first, second = plain.state_dict(), swapped.state_dict()
     same &= list(first) == list(second)
     tensors = [(a, second[name]) for name, a in first.items() if same and isinstance(a, Tensor)]
-    return same and all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in tensors)
+    return same and all(_same_values(a, b) for a, b in tensors)
+
+
+def _same_values(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors are equal; NaN equals NaN."""
+    if first.is_quantized:  # has no NaN, and no nan_to_num
+        return torch.equal(first, second)
+    return torch.equal(first.nan_to_num(), second.nan_to_num())

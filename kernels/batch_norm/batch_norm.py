@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import launch
+from ..launch import launch, registers
 from .arguments import NormArguments, RunningStatistics
 from .common import (
     MERGED_CHANNELS,
@@ -253,6 +253,7 @@ def batch_norm_stats(
         1 if channels_last else h * w, n * h * w, pixels, partition.chunks, c, rounded, momentum - rounded,
         INPUT_BIASED=input_bias is not None, TRACKED=running is not None, ROWS=MERGED_CHUNKS, LANES=MERGED_CHANNELS,
         num_warps=8,  # with four, Triton 3.6 spills registers on sm_80
+        **registers(x, {(3, 9, 100): 64}),
     )  # fmt: skip
 
 

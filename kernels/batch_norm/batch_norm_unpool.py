@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import launch
+from ..launch import launch, registers
 from ..pooling.geometry import PoolGeometry
 from ..pooling.tiling import Tiling, run_offset
 from .arguments import NormArguments
@@ -182,10 +182,11 @@ def batch_norm_relu_max_unpool2d_sums(
     (h, w), (oh, ow) = grad_y.shape[-2:], x.shape[-2:]
     partition = Partition(grad_y, oh, ow, tiling.channels_last, TILE, reducing=True)
     partials = torch.empty((2, partition.chunks, x.shape[1]), dtype=sums.dtype, device=x.device)
+    limit = registers(x, {(3, 8, 90): 96} if channels_last else {(3, 9, 90): 72})
     launch(
         batch_norm_relu_max_unpool2d_sums_kernel, partition.programs,
         grad_y, offsets, x, *norm_pointers(norm), grad_relu_input, partials, *partition.sizes, partition.chunks,
         partition.steps, h, w, oh, ow,
-        **norm_constants(norm), **partition.constants, **window_constants(grad_y, x, tiling),
+        **norm_constants(norm), **partition.constants, **window_constants(grad_y, x, tiling), **limit,
     )  # fmt: skip
     merge_sums(partials, norm, sums, x)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import INT32_MAX, launch, vector_width
+from ..launch import INT32_MAX, has_tf32, launch, vector_width
 
 ROOM = 1 << 22  # elements by which the offset of a masked lane may pass the last element
 MULTIPROCESSORS = 132  # of an H100: tiles are halved while there are fewer of them
@@ -124,7 +124,7 @@ def input_precision(x: Tensor) -> str:
     """How tl.dot multiplies float32: as TF32 if torch allows that for cuDNN's convolutions, else exactly."""
     # The setting of convolutions alone: allow_tf32 raises if those of convolutions and RNNs differ.
     tf32 = x.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"
-    return "tf32" if tf32 else "ieee"
+    return "tf32" if tf32 and has_tf32(x) else "ieee"
 
 
 def tile_sizes(m: int, n: int, depth: int, x: Tensor, fill: bool = True, vector: int = 8) -> dict[str, int]:

@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import launch, vector_width
+from ..triton_internals import VERSION
 from .common import (
     accumulate,
     class_shares,
@@ -40,7 +41,9 @@ from .common import (
 from .options import LossInputs, LossOptions, LossResults
 
 FEW_PROGRAMS = 512  # too few to fill a GPU: programs are made smaller then
-CLASSES = 4  # read at a time in NCHW: as many as fit in registers
+# Classes read at a time in NCHW, as many as fit in registers, and steps whose loads are in flight together. Of four
+# classes at a time Triton 3.8 spills a value on sm_100; it needs fewer registers for two times two.
+CLASSES, UNROLL = (2, 2) if VERSION == (3, 8) else (4, 1)
 ROWS = 256  # pixels of a program in channels_last
 LONG_ROWS = 128  # the same if their rows are long
 TOTAL_BLOCK = 1024  # partial sums that are added at a time
@@ -253,7 +256,7 @@ def cross_entropy_fwd(inputs: LossInputs, options: LossOptions, channels_last: b
     pixels = lse[0].numel()
     partials = loss.new_empty((2, tiling.programs)) if options.is_reduced else loss
     predictions = Predictions(prediction, counts, tiling.programs, loss)
-    steps = {"WIDTH": CLASSES, "STEPS": triton.cdiv(logits.shape[1], CLASSES), "UNROLL": 1}
+    steps = {"WIDTH": CLASSES, "STEPS": triton.cdiv(logits.shape[1], CLASSES), "UNROLL": UNROLL}
     launch(
         cross_entropy_fwd_kernel, tiling.programs,
         logits, targets, inputs.weight_or_logits, loss, lse, partials, *predictions.arguments,

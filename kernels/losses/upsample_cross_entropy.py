@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import launch
+from ..launch import has_tf32, launch
 from .common import constants, exponential, gradient, label_weight, pixel_loss, read_label, smoothed_mass
 from .cross_entropy import Predictions, add_up_losses
 from .cross_entropy_bwd import read_pixels
@@ -285,6 +285,7 @@ def upsample_cross_entropy_bwd(
     # As many columns of the small map as one block of output columns has as taps, without the leftmost.
     patch = min(max(int(BACKWARD_COLUMNS * geometry.ratio[1]) - 1, LEAST_PATCH - 1), LARGEST_PATCH)
     across, down = triton.cdiv(w, patch), triton.cdiv(h, PATCH_ROWS)
+    precision = "tf32" if low.dtype != torch.float32 and has_tf32(low) else "ieee"
     launch(
         upsample_cross_entropy_bwd_kernel, n * across * down * triton.cdiv(classes, BACKWARD_CLASSES),
         grad_loss, low, target, inputs.weight_or_logits, lse, denominator, grad_low, target.numel(),
@@ -292,6 +293,6 @@ def upsample_cross_entropy_bwd(
         *grad_low.stride(),
         **_constants(inputs, options, geometry, low, grad_low),
         PADDED=triton.next_power_of_2(classes), CLASSES=BACKWARD_CLASSES, COLUMNS=BACKWARD_COLUMNS, ROWS=PATCH_ROWS,
-        LOW_COLUMNS=triton.next_power_of_2(patch), PRECISION="ieee" if low.dtype == torch.float32 else "tf32",
+        LOW_COLUMNS=triton.next_power_of_2(patch), PRECISION=precision,
         num_warps=4, maxnreg=REGISTERS,
     )  # fmt: skip

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import launch, vector_width
+from ..launch import launch, registers, vector_width
 from .tiling import BLOCK, UNROLLED, Tiling, group, image_offset, needs_int64, position_kind
 
 
@@ -167,12 +167,14 @@ def window_gather(
     lanes, pooled_lanes = (c, c) if tiling.channels_last else (w // pixels, ow)
     vec = vector_width(y.element_size(), lanes)
     units = y.numel() // pixels
+    kind = position_kind(positions)
+    limit = registers(y, {(3, 8, 90): 56}) if whole_rows and kind == "offsets" else {}
     launch(
         window_gather_kernel, triton.cdiv(max(units, x.numel() if report else 0), BLOCK),
         x, positions, y, y if out_of_window is None else out_of_window,
         units // vec, lanes // vec, x.numel(), pooled_lanes, h, w, oh, ow,
         **tiling.window_constants(), **tiling.dilation_constants(), DOWN=down, ACROSS=across,
-        POSITIONS=position_kind(positions), ADD=add, REPORT=report, WHOLE_ROWS=whole_rows,
+        POSITIONS=kind, ADD=add, REPORT=report, WHOLE_ROWS=whole_rows,
         CHANNELS_LAST=tiling.channels_last, VEC=vec, BLOCK=BLOCK // vec, WIDE=needs_int64(x, y),
-        debug=report, sanitize_overflow=False,
+        debug=report, sanitize_overflow=False, **limit,
     )  # fmt: skip

@@ -10,7 +10,7 @@ from torch import nn
 from fastseg import backend, swap
 from fastseg.commands import cli
 from fastseg.models import PlainSegNet
-from fastseg.training import comparison, data
+from fastseg.training import comparison, data, pictures
 from fastseg.training.config import TrainConfig
 from fastseg.training.segmenter import Segmenter
 
@@ -44,7 +44,7 @@ def test_a_short_demo_checks_and_writes_everything(tmp_path, capsys, monkeypatch
     names = ["loss.png", "metrics.jsonl", "prediction.png", "scene.png", "segnet.pt"]
     assert sorted(file.name for file in tmp_path.iterdir()) == names
     assert Image.open(tmp_path / "prediction.png").size[0] > 1000 and Image.open(tmp_path / "loss.png").size[0] > 500
-    picture = data.read_image(tmp_path / "scene.png")
+    picture = pictures.read_image(tmp_path / "scene.png")
     image, _ = data.DigitScenes("val").sample(0)
     assert np.abs(np.asarray(picture) / 255 - image.permute(1, 2, 0).numpy()).max() <= 0.5 / 255 + 1e-6
     segmenter = Segmenter(tmp_path / "segnet.pt", "cpu")

@@ -1,14 +1,20 @@
+import json
+import os
+import signal
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from support.train_common import trained_checkpoint
 
-from fastseg.commands import cli
+from fastseg.commands import cli, segment
 from fastseg.crf import PRESETS
-from fastseg.training import checkpoint, data, drawing, networks
+from fastseg.training import checkpoint, class_names, data, drawing, networks, pictures, segment_files
 from fastseg.training.config import TrainConfig
 from fastseg.training.instance_wise import InstanceOptions, ensemble, instance_scores, read_boxes, sliding_windows
 from fastseg.training.segmenter import Segmenter
+from fastseg.training.tiles import TileOptions
 from fastseg.training.trainer import Trainer
 from fastseg.uncertainty import Sampling
 
@@ -45,15 +51,21 @@ def test_an_image_is_segmented_drawn_and_scored(weights, scene, tmp_path, capsys
     assert f"{image} -> {out / 'scene-segmented.png'}  accuracy 0." in printed and "mIoU" in printed
     assert sorted(file.name for file in out.iterdir()) == ["scene-labels.png", "scene-segmented.png"]
     labels = np.asarray(Image.open(out / "scene-labels.png"))
-    assert np.array_equal(labels, Segmenter(weights)(data.read_image(image)))
+    segmenter = Segmenter(weights)
+    assert np.array_equal(labels, segmenter(pictures.read_image(image)))
+    assert Image.open(out / "scene-labels.png").mode == "P"
+    shown = np.asarray(Image.open(out / "scene-labels.png").convert("RGB"))
+    assert np.array_equal(shown, segmenter.colours[labels]) and len(np.unique(labels)) > 1
     truth = np.asarray(Image.open(mask))
     assert f"accuracy {(labels == truth).mean():.3f}" in printed
-    palette = drawing.palette(data.DIGIT_CLASSES)
+    palette = drawing.palette(class_names.DIGIT_CLASSES)
     shown = colours_in(out / "scene-segmented.png")
     assert {tuple(palette[k]) for k in np.unique(truth)} <= shown
     file = tmp_path / "one.png"
     assert cli.main(["segment", image, "--checkpoint", str(weights), "--out", str(file), "--overlay"]) == 0
     assert Image.open(file).size[0] > 300
+    over = np.asarray(Image.open(tmp_path / "one-overlay.png"))
+    assert np.array_equal(over, np.asarray(Image.open(image)) // 2 + segmenter.colours[labels] // 2)
 
 
 def test_several_images_get_a_file_each(weights, scene, tmp_path, capsys):
@@ -74,6 +86,118 @@ def test_several_images_get_a_file_each(weights, scene, tmp_path, capsys):
     for message, command in invalid.items():
         assert cli.main(command) == 2
         assert message in capsys.readouterr().err
+
+
+def fill(folder, scene, *names):
+    """Copies of a scene's picture."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.open(scene[0]).save(folder / name)
+
+
+def test_folders_and_patterns_are_inputs_and_outputs_are_not(weights, scene, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "in"
+    fill(folder, scene, "a.png", "sub/a.png", "sub/b.jpg", "._x.png", "old-labels.png", "a-segmented.png")
+    (folder / "notes.txt").write_text("")
+    found = segment_files.find_images([str(folder)])
+    assert [name.as_posix() for _, name in found] == ["a.png", "sub/a.png", "sub/b.jpg"]
+    assert [str(path) for path, _ in segment_files.find_images([f"{folder}/**/b*"])] == [str(folder / "sub" / "b.jpg")]
+    out = tmp_path / "out"
+    words = ["segment", str(folder), "--checkpoint", str(weights), "--out", str(out), "--labels", "--no-figure"]
+    assert cli.main(words) == 0
+    written = sorted(path.relative_to(out).as_posix() for path in out.rglob("*.png"))
+    assert written == ["a-labels.png", "sub/a-labels.png", "sub/b-labels.png"]
+    capsys.readouterr()
+    (out / "sub" / "b-labels.png").unlink()
+    assert cli.main([*words, "--skip-existing"]) == 0
+    assert capsys.readouterr().out.splitlines() == [f"{folder / 'sub' / 'b.jpg'} -> {out / 'sub' / 'b-labels.png'}"]
+    (tmp_path / "empty").mkdir()
+    for nothing in (str(tmp_path / "empty"), f"{folder}/*.bmp"):
+        assert cli.main([words[0], nothing, *words[2:]]) == 2
+        assert f"{nothing} has no pictures" in capsys.readouterr().err
+    assert cli.main([*words[:-2], "--no-figure"]) == 2
+    assert "--no-figure needs --labels, --overlay or --truth" in capsys.readouterr().err
+    truth = [str(scene[1])]
+    assert cli.main([words[0], str(scene[0]), *words[2:-2], "--no-figure", "--skip-existing", "--truth", *truth]) == 2
+    assert "--skip-existing needs an output to look for" in capsys.readouterr().err
+
+
+def test_a_folder_is_scored_as_a_whole_and_printed_as_json(weights, tmp_path, capsys):
+    folder, masks = tmp_path / "in", tmp_path / "masks"
+    folder.mkdir()
+    masks.mkdir()
+    for index in range(3):
+        image, mask = data.DigitScenes("val", size=(40, 48)).sample(index)
+        Image.fromarray((image * 255).byte().permute(1, 2, 0).numpy()).save(folder / f"{index}.png")
+        labels = mask.byte().numpy() if index else np.full((40, 48), -100, np.int32)
+        Image.fromarray(labels).save(masks / f"{index}_L.tif")
+    words = ["segment", str(folder), "--checkpoint", str(weights), "--out", str(tmp_path / "out"), "--no-figure"]
+    assert cli.main([*words, "--truth", str(masks), "--labels", "--json"]) == 0
+    printed = capsys.readouterr()
+    result = json.loads(printed.out, parse_constant=pytest.fail)  # no NaN, also for a mask of ignored pixels
+    assert [Path(one["image"]).name for one in result["images"]] == ["0.png", "1.png", "2.png"]
+    assert result["images"][0]["scores"]["miou"] is None and not result["interrupted"]
+    right = total = 0
+    for index in (1, 2):
+        predicted = np.asarray(Image.open(tmp_path / "out" / f"{index}-labels.png"))
+        truth = np.asarray(Image.open(masks / f"{index}_L.tif"))
+        right, total = right + (predicted == truth).sum(), total + truth.size
+    assert result["scores"]["global_accuracy"] == pytest.approx(right / total)
+    assert "all 3 images  accuracy" in printed.err and result["images"][0]["figure"] is None
+
+
+def test_ctrl_c_ends_after_an_image(weights, scene, tmp_path, monkeypatch, capsys):
+    fill(tmp_path / "in", scene, "a.png", "b.png", "c.png")
+    segment_one = segment.segment_file
+
+    def interrupted(*arguments):
+        if not (out / "a-labels.png").exists():
+            os.kill(os.getpid(), signal.SIGINT)
+        return segment_one(*arguments)
+
+    monkeypatch.setattr(segment, "segment_file", interrupted)
+    out = tmp_path / "out"
+    words = [
+        "segment",
+        str(tmp_path / "in"),
+        "--checkpoint",
+        str(weights),
+        "--out",
+        str(out),
+        "--labels",
+        "--no-figure",
+    ]
+    assert cli.main([*words, "--json"]) == 130
+    printed = capsys.readouterr()
+    result = json.loads(printed.out)
+    assert [path.name for path in out.iterdir()] == ["a-labels.png"] and len(result["images"]) == 1
+    assert result["interrupted"] and "stopped after 1 of 3 images" in printed.err
+
+
+def test_a_picture_is_predicted_in_tiles(weights, tmp_path, capsys):
+    image, _ = write_scene(tmp_path, (70, 100))
+    words = ["segment", str(image), "--checkpoint", str(weights), "--out", str(tmp_path), "--labels", "--no-figure"]
+    assert cli.main([*words, "--tile", "32x40", "--tile-overlap", "0.5"]) == 0
+    labels = np.asarray(Image.open(tmp_path / "scene-labels.png"))
+    segmenter, picture = Segmenter(weights), pictures.read_image(image)
+    assert np.array_equal(labels, segmenter.tiled(picture, TileOptions((32, 40), 0.5)))
+    assert np.array_equal(segmenter.tiled(picture), segmenter(picture, (70, 100)))  # one tile of 512x512
+    for more, message in (
+        (["--tile-overlap", "0.2"], "--tile-overlap needs --tile"),
+        (["--tile", "--tile-overlap", "0.7"], "overlap must be from 0 to 0.5, but is 0.7"),
+        (["--tile", "--size", "40x40"], "tile must be left out with size or instances"),
+    ):
+        assert cli.main([*words, *more]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_picture_that_pillow_refuses_is_read_in_tiles(weights, tmp_path, monkeypatch, capsys):
+    image, _ = write_scene(tmp_path, (40, 48))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
+    words = ["segment", str(image), "--checkpoint", str(weights), "--out", str(tmp_path), "--labels", "--no-figure"]
+    assert cli.main(words) == 2
+    assert "has more pixels than Pillow reads by itself; fastseg segment --tile" in capsys.readouterr().err
+    assert cli.main([*words, "--tile", "16x16"]) == 0 and Image.MAX_IMAGE_PIXELS == 500
 
 
 def test_invalid_files_are_reported_before_anything_is_written(weights, scene, tmp_path, capsys):
@@ -127,7 +251,7 @@ def test_proposals_come_from_a_file_or_from_sliding_windows(weights, given, tmp_
     assert capsys.readouterr().err == ""  # no progress bar outside a terminal
     boxes = read_boxes(file) if given else sliding_windows(60, 80, 20)
     options = InstanceOptions(min_side=20, combine="mean")
-    want = Segmenter(weights).instance_wise(data.read_image(image), boxes, options)
+    want = Segmenter(weights).instance_wise(pictures.read_image(image), boxes, options)
     assert np.array_equal(np.asarray(Image.open(out / "scene-labels.png")), want)
 
 
@@ -153,7 +277,7 @@ def test_a_crf_refines_the_labels(weights, scene, tmp_path, capsys):
     for file, options in zip(files, ([], ["--crf"], ["--crf", "--crf-mode", "deeplab"]), strict=True):
         assert cli.main(["segment", image, "--checkpoint", str(weights), "--out", str(file), "--labels", *options]) == 0
     labels = [np.asarray(Image.open(file.with_name(f"{file.stem}-labels.png"))) for file in files]
-    segmenter, picture = Segmenter(weights), data.read_image(image)
+    segmenter, picture = Segmenter(weights), pictures.read_image(image)
     for found, options in zip(labels, (None, PRESETS["paper"], PRESETS["deeplab"]), strict=True):
         assert np.array_equal(found, segmenter(picture, crf=options))
     assert not np.array_equal(labels[0], labels[1])
@@ -180,7 +304,7 @@ def test_passes_with_dropout_predict_and_draw_the_uncertainty(bayesian, scene, t
     words = ["segment", image, "--checkpoint", str(bayesian), "--out", str(out), "--labels", "--passes", "5"]
     assert cli.main([*words, "--uncertainty", str(drawn), "--measure", "entropy"]) == 0
     assert f"{image} -> {drawn}" in capsys.readouterr().out
-    segmenter, picture = Segmenter(bayesian), data.read_image(image)
+    segmenter, picture = Segmenter(bayesian), pictures.read_image(image)
     labels, uncertainty = segmenter.sampled(picture, Sampling(5, "entropy"))
     assert np.array_equal(np.asarray(Image.open(out / "scene-labels.png")), labels)
     shown = np.asarray(Image.open(drawn)).astype(int).sum(-1)
@@ -200,7 +324,7 @@ def test_invalid_sampling_is_reported_before_anything_is_written(weights, bayesi
         ([str(weights), "--passes", "4"], "model must have a dropout layer, such as torch.nn.Dropout, but SegNetBasic"),
         ([str(bayesian), "--passes", "0"], "passes must be at least 1, but is 0"),
         ([str(bayesian), "--uncertainty", "u.png"], "--uncertainty and --measure need --passes"),
-        ([str(bayesian), "--passes", "4", "--boxes"], "--passes does not work with --boxes"),
+        ([str(bayesian), "--passes", "4", "--boxes"], "--passes does not work with --boxes and --tile"),
         ([str(bayesian), "--passes", "4", "--uncertainty", image], "must not name another output or an image"),
     ):
         assert cli.main([*words, *more]) == 2
@@ -215,9 +339,9 @@ def test_an_ensemble_combines_proposals_with_another_network(weights, bayesian, 
     file.write_text("0 0 48 40\n4 2 24 30\n")
     words = ["segment", image, "--checkpoint", str(weights), "--out", str(out), "--labels", "--boxes", str(file)]
     words += ["--least-side", "16", "--ensemble", str(bayesian)]
-    first, other, picture = Segmenter(weights), Segmenter(bayesian), data.read_image(image)
+    first, other, picture = Segmenter(weights), Segmenter(bayesian), pictures.read_image(image)
     options = InstanceOptions(first.size, min_side=16)
-    scores = instance_scores(first.logits, data.to_tensor(picture), read_boxes(file), options)
+    scores = instance_scores(first.logits, pictures.to_tensor(picture), read_boxes(file), options)
     for mode in ("code", "paper"):
         want = ensemble(other.scores(picture)[0], scores, mode)
         for crf in (False, True):

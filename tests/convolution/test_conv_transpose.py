@@ -15,8 +15,6 @@ from fastseg.ops.convolution.conv_transpose_operators import CONV_TRANSPOSE2D
 from fastseg.ops.convolution.options import NO_EPILOGUE, ConvTransposeGeometry
 from fastseg.verification import criterion
 
-pytestmark = pytest.mark.usefixtures("exact")
-
 STRIDE_1 = ConvTransposeGeometry([1, 1], [0, 0], [0, 0], 1, [1, 1])
 
 # input, output channels, kernel, stride, padding, output_padding

@@ -13,8 +13,6 @@ from fastseg.inspect.traffic import metering
 from fastseg.kernels import launch
 from fastseg.kernels.convolution import conv_transpose_bwd, conv_transpose_tma, gemm
 
-pytestmark = pytest.mark.usefixtures("exact")
-
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="counts in the interpreter")
 FC6 = ((16, 4096, 1, 1), 512, 7)  # DeconvNet's fc6_deconv
 

@@ -9,7 +9,6 @@ import fastseg
 from fastseg import functional as FS
 from fastseg.inspect.traffic import metering
 
-pytestmark = pytest.mark.usefixtures("exact")
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="counts launches in the interpreter")
 
 GEOMETRIES = [  # input, kernel, stride, padding, output_padding, dilation

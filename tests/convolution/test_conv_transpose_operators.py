@@ -15,8 +15,6 @@ from fastseg.ops.convolution.conv_transpose import ConvTranspose2dFunction
 from fastseg.ops.convolution.conv_transpose_operators import CONV_TRANSPOSE2D, CONV_TRANSPOSE2D_BACKWARD
 from fastseg.ops.convolution.options import NO_EPILOGUE, ConvTransposeGeometry, Epilogue
 
-pytestmark = pytest.mark.usefixtures("exact")
-
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)

@@ -15,7 +15,6 @@ from fastseg.inspect import traffic_report
 from fastseg.inspect.traffic import metering
 from fastseg.verification import cases
 
-pytestmark = pytest.mark.usefixtures("exact")
 SEPARATE = ["conv_transpose2d_bwd_input_shuffle_kernel", "conv_transpose2d_bwd_shuffle_kernel"]
 TOGETHER = SEPARATE[1:]
 

@@ -11,7 +11,6 @@ from fastseg.kernels import launch
 from fastseg.kernels.convolution import conv_transpose_bwd_shuffle, gemm
 from fastseg.kernels.convolution import conv_transpose_tma as tma
 
-pytestmark = pytest.mark.usefixtures("exact")
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="counts in the interpreter")
 with_tma = pytest.mark.skipif(
     torch.cuda.is_available() and launch.capability(torch.empty(1, device="cuda")) < 90, reason="needs a GPU with TMA"

@@ -122,7 +122,7 @@ def test_without_a_measurement_it_runs_each_layer(on_a_gpu, monkeypatch):
     assert torch.equal(run(built, x, kept), want)
 
 
-def test_a_backend_that_is_set(device, triton_backend, exact):
+def test_a_backend_that_is_set(device, triton_backend):
     """ "triton" runs the kernels; "torch", and "auto" on a CPU, run the layers with bit-identical results."""
     built, (x, kept) = decoder(device), pooled(device)
     want = layer_by_layer(built, x, kept)
@@ -160,7 +160,7 @@ def changed(change, value):
         lambda built: changed("running_mean", None)(built[0][0][1]) or changed("running_var", None)(built[0][0][1]),
     ],
 )
-def test_what_makes_it_run_layer_by_layer(change, triton_backend, device, exact):
+def test_what_makes_it_run_layer_by_layer(change, triton_backend, device):
     """The results are those of the changed layers."""
     built, (x, kept) = decoder(device), pooled(device)
     change(built)

@@ -45,7 +45,7 @@ def in_double(values):
         ((1, 4, 4), 8, 8, torch.float16, {"dtype": torch.float16}, {"dtype": torch.float16}),
     ],
 )
-def test_output(size, channels, outputs, dtype, after, input_norm, layout, device, triton_backend, exact):
+def test_output(size, channels, outputs, dtype, after, input_norm, layout, device, triton_backend):
     inputs = stage_inputs(size, channels, outputs, device, dtype, layout)
     after = norm(outputs, device, **after)
     input_norm = None if input_norm is None else norm(channels, device, **input_norm)

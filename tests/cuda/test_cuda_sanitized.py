@@ -20,15 +20,24 @@ sys.exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "tests/cuda/test_cud
 CHOSEN = "unaligned or far_from or several_steps or (pooling_matches and special and shape4) or (arbitrary and shape1)"
 
 
+def compilers_library(name):
+    """The path of one of the compiler's libraries; the name alone if it has none of this name."""
+    command = [cuda_host.COMPILER, f"-print-file-name={name}"]
+    return Path(subprocess.run(command, capture_output=True, text=True).stdout.strip())
+
+
 @pytest.mark.skipif(cuda_host.COMPILER is None, reason="no C++ compiler (g++, clang++ or $CXX)")
 def test_every_access_is_inside_its_tensor_and_aligned():
-    """In a process that loads the sanitizer at its start, so that it also checks torch's tensors."""
-    command = [cuda_host.COMPILER, "-print-file-name=libasan.so"]
-    sanitizer = Path(subprocess.run(command, capture_output=True, text=True).stdout.strip())
+    """In a process that loads the sanitizer at its start, so that it also checks torch's tensors.
+
+    And with it C++'s library, which Python does not need: the sanitizer looks for C++'s exceptions only at the start,
+    and ends the process at the first one, which triton 3.8 throws while it is imported.
+    """
+    sanitizer, library = map(compilers_library, ("libasan.so", "libstdc++.so.6"))
     if not sanitizer.is_absolute():
         pytest.skip("the compiler has no address sanitizer")
     env = os.environ | {
-        "LD_PRELOAD": str(sanitizer),
+        "LD_PRELOAD": f"{sanitizer} {library}",
         "ASAN_OPTIONS": "detect_leaks=0:verify_asan_link_order=0",
         "FASTSEG_TEST_SEED": str(torch.initial_seed() % 2**31),
     }

@@ -167,3 +167,46 @@ def test_the_table_uses_the_name_of_the_hardware():
 def test_codegen_says_what_it_needs(capsys):
     assert cli.main(["inspect", "codegen"]) == 2
     assert "TRITON_INTERPRET" in capsys.readouterr().err
+
+
+def test_gate_every_kernel_compiles_for_amd(facts):
+    """For gfx942, data centers' GPUs with 64 lanes; kernels with tensor descriptors are not launched there."""
+    found = {row["kernel"]: row["gfx942"] for row in facts if row["gfx942"] != "not tried"}
+    assert {row["kernel"] for row in facts if ".cu " not in row["kernel"]} <= found.keys()
+    assert set(found.values()) <= {"compiles", "not launched"}, found
+    assert {name for name, answer in found.items() if answer == "not launched" and ".cu " not in name} == {
+        f"conv_transpose2d_{name}_tma_kernel" for name in ("fwd", "bwd_input", "bwd_weight")
+    }
+
+
+AMD = """
+import json, sys
+import torch
+from fastseg import dispatch
+from fastseg.inspect.codegen import compile_for_amd, record
+from fastseg.kernels.launch import targeting
+from fastseg.ops.operator import observing
+from fastseg.verification import cases
+
+at = cases.Placement(torch.bfloat16, torch.channels_last, "meta")
+made = (
+    cases.max_unpool2d(at, (8, 64, 360, 480)), cases.batch_norm_relu(at, (8, 64, 360, 480)),
+    cases.conv_transpose2d(at, (8, 128, 90, 120), cases.ConvTransposeSpec(64, kernel=3, stride=2)),
+    cases.upsample_cross_entropy(at, (8, 19, 128, 256), cases.ResizeSpec((512, 1024))),
+)
+found = {}
+torch.backends.cudnn.conv.fp32_precision = "tf32"  # which these GPUs do not have
+exact = cases.Placement(torch.float32, torch.contiguous_format, "meta")
+products = cases.conv_transpose2d(exact, (8, 128, 90, 120), cases.ConvTransposeSpec(64, kernel=3, stride=2))
+for case in (*map(next, made), next(products)):
+    with dispatch.backend("triton"), targeting(0), observing(lambda operator, call: None):
+        for launch in record(lambda: case.step(case.ours, backward=True)()):
+            if (name := f"{launch.name} {sorted(set(launch.signature.values()))}") not in found:
+                found[name] = compile_for_amd(launch, "gfx1100")
+print(json.dumps(found))
+"""
+
+
+def test_a_case_of_each_family_compiles_for_amd_gpus_with_32_lanes():
+    found = json.loads(compiled("-c", AMD))
+    assert len(found) >= 8 and set(found.values()) == {None}, found

@@ -81,6 +81,17 @@ def test_few_channels_are_resized_into_nchw(channels):
     assert result.is_contiguous() == (channels < 16)
 
 
+def test_channels_last_is_unpooled_into_nchw():
+    """torch decomposes it so only on a GPU: since torch 2.14 a CPU's result is copied into channels_last."""
+    x, indices = F.max_pool2d(torch.randn(2, 8, 8, 16), 2, return_indices=True)
+    x, indices = (t.contiguous(memory_format=torch.channels_last) for t in (x, indices))
+    result, graph = counted(lambda x, indices: F.max_unpool2d(x, indices, 2), x, indices)
+    assert torch.equal(result, F.max_unpool2d(x, indices, 2)) and result.is_contiguous()
+    planes = torch.arange(2 * 8).view(2, 8, 1, 1) * (8 * 16)
+    scattered = ((planes + indices) // 8).unique().numel() * 32  # sectors of eight elements
+    assert graph.moved[1] == x.nbytes + indices.nbytes + result.nbytes + scattered
+
+
 # Bytes per element of the large image, forward and backward, with torch 2.13's decompositions: pooling scatters its
 # gradient into float32 by atomics, most of which reach a separate sector, and casts it. In torch 2.11 each element of
 # the image checks whether it was the largest of its windows.

@@ -17,7 +17,7 @@ launched = collections.Counter()
 
 class Driver:
     get_current_device = get_current_stream = lambda self, *device: 0
-    get_current_target = lambda self: GPUTarget("cuda", SM, 32)
+    get_current_target = lambda self: GPUTarget("cuda", SM, 32) if SM else GPUTarget("hip", "gfx942", 64)
 
 
 class Kernel:
@@ -37,6 +37,7 @@ triton.runtime.jit.JITFunction._do_compile = lambda self, *arguments: Kernel(sel
 
 import torch
 from fastseg import dispatch
+torch.version.hip = None if SM else "7.0"
 from fastseg.kernels import launch
 from fastseg.kernels.convolution import conv_transpose_tma
 from fastseg.verification import cases
@@ -57,7 +58,7 @@ print(json.dumps({"launched": launched, "without": without}))
 """
 
 
-@pytest.mark.parametrize("sm", [80, 90])
+@pytest.mark.parametrize("sm", [80, 90, 0], ids=["sm_80", "sm_90", "gfx942"])
 def test_the_launcher_accepts_the_arguments_of_every_kernel(sm):
     """It raises for unknown options, for too many or too few arguments, and for descriptors of unaligned tensors."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -86,3 +86,18 @@ def test_bad_arguments():
     ):
         with pytest.raises(ValueError, match=words):
             FS.confusion_matrix(pred, target, classes)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint16, torch.int32, torch.uint32], ids=str)
+def test_labels_of_every_width_are_counted(dtype, device):
+    pred, target = torch.randint(5, (2, 4, 6, 3), device=device)
+    target[0, 0] = 100
+    want = FS.confusion_matrix(pred, target, 5, ignore_index=100)
+    for backend in ("torch", "triton"):
+        with fastseg.backend(backend):
+            assert torch.equal(FS.confusion_matrix(pred.to(dtype), target.to(dtype), 5, ignore_index=100), want)
+            logits = torch.nn.functional.one_hot(pred, 5).movedim(-1, 1).float()
+            assert torch.equal(FS.confusion_matrix(logits, target.to(dtype), ignore_index=100), want)
+    if device == "cpu":
+        with pytest.raises(ValueError, match="pred must hold labels from 0 to 3"):
+            FS.confusion_matrix(pred.to(dtype), target.to(dtype), 4, ignore_index=100)

@@ -142,7 +142,11 @@ def test_the_gradient_keeps_dtype_and_layout(layout, device, triton_backend):
 
 @LAYOUTS
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.int8, torch.uint8, torch.int16, torch.uint16, torch.int32, torch.uint32, torch.int64],
+    ids=str,
+)
 def test_labels_of_every_width(dtype, backend, layout, device):
     x, target = make((2, 7, 3, 5), device, layout=layout, ignore=6)
     with fastseg.backend(backend):

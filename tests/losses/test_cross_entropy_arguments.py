@@ -15,7 +15,7 @@ BAD = {
     "input": [[1.0], X.long(), X > 0],
     "target": [
         1, TARGET[:1], TARGET[0], TARGET[:, :2], TARGET[..., None], torch.tensor(1), X.long(), X[..., 1:],
-        TARGET.float(), TARGET.bool(), TARGET.to(torch.int8), TARGET.to("meta"),
+        TARGET.float(), TARGET.bool(), TARGET.to(torch.uint64), TARGET.to("meta"),
     ],
     "weight": [
         [1.0] * 4, torch.ones(5), torch.ones(()), torch.ones(4).double(), torch.ones(4).half(),

@@ -71,11 +71,35 @@ def test_any_rank_and_label_dtype(backend, device):
         for shape in ((3, 4, 5), (2, 4, 2, 3, 2), (6, 4)):
             x, target = make(shape, device)
             want = composed(x, target)
-            for dtype in (torch.uint8, torch.int16, torch.int32):
+            for dtype in (torch.int8, torch.uint8, torch.int16, torch.uint16, torch.int32, torch.uint32, torch.float32):
                 torch.testing.assert_close(FS.dice_cross_entropy(x, target.to(dtype)), want)
         row = torch.randn(4, device=device)
         got = FS.dice_cross_entropy(row, torch.tensor(2, device=device))
         torch.testing.assert_close(got, composed(row[None], torch.tensor([2], device=device)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_floating_point_labels_are_whole_numbers(dtype, device):
+    x, target = make((2, 4, 3, 5), device)
+    target[0, 0] = 255
+    want = FS.dice_cross_entropy(x, target, ignore_index=255)
+    assert torch.equal(FS.dice_cross_entropy(x, target.to(dtype), ignore_index=255), want)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a device-side assertion on a GPU")
+def test_other_floating_point_targets_raise():
+    x, target = make((2, 4, 3, 5), "cpu")
+    for value in (0.5, float("nan"), float("inf")):
+        wrong = target.float()
+        wrong[1, 2, 3] = value
+        with pytest.raises(
+            (RuntimeError, IndexError), match=r"holds (0.5|nan) at \(1, 2, 3\)|out of bounds at \(1, 2, 3\)"
+        ):
+            FS.dice_cross_entropy(x, wrong)
+    with pytest.raises(RuntimeError, match=r"whole numbers of float32 or float64, but is of torch.bfloat16"):
+        FS.dice_cross_entropy(x, target.bfloat16())
+    with pytest.raises(RuntimeError, match=r"target must be class indices, but is of torch.float32"):
+        FS.dice_cross_entropy(x, x.softmax(1))
 
 
 @LAYOUTS

@@ -332,3 +332,14 @@ def test_bad_arguments(change, error, words):
     good = {"input": torch.zeros(2, 3, 4, 4), "target": torch.zeros(2, 8, 8, dtype=torch.long)}
     with pytest.raises(error, match=words):
         FS.upsample_cross_entropy(**good | change)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint16, torch.uint32], ids=str)
+def test_labels_that_torch_does_not_take(dtype, device):
+    x, target = torch.randn(2, 4, 3, 5, device=device), torch.randint(4, (2, 6, 10), device=device)
+    features, classifier = torch.randn(2, 3, 6, 10, device=device), torch.randn(4, 3, device=device)
+    for backend in ("torch", "triton"):
+        with fastseg.backend(backend):
+            assert torch.equal(FS.upsample_cross_entropy(x, target.to(dtype)), FS.upsample_cross_entropy(x, target))
+            got = FS.linear_cross_entropy(features, classifier, target.to(dtype))
+            assert torch.equal(got, FS.linear_cross_entropy(features, classifier, target))

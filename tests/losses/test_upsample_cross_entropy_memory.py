@@ -1,5 +1,6 @@
 """Memory of upsample_cross_entropy: allocations, and addresses of more than 2^31 elements."""
 
+import gc
 import itertools
 
 import pytest
@@ -22,6 +23,7 @@ pytestmark = QUIET
 
 def peak(function):
     """The largest number of bytes allocated on the CPU at a time during a call, beyond those before it."""
+    gc.collect()  # tensors of earlier calls in cycles of references must not be freed during this one
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         function()
     events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -53,7 +55,8 @@ def test_the_kernels_allocate_no_more_than_16_bytes_a_pixel_and_the_gradient(lay
                 FS.upsample_cross_entropy(leaf, target, ignore_index=255, reduction=reduction).sum().backward()
             )
         )
-        assert allocated <= 16 * target.numel() + x.nbytes, allocated
+        summed = 2 * 4  # the sum of the losses and its gradient
+        assert allocated <= 16 * target.numel() + x.nbytes + summed, allocated
 
 
 # --- addresses of more than 2^31 elements ----------------------------------------------------------------------------

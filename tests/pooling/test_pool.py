@@ -13,10 +13,11 @@ from fastseg.ops.pooling.geometry import pooled_size
 
 
 def image_with_special_values(shape, dtype, layout, device):
-    """An image with ties, NaN, and windows of -inf only."""
+    """An image with ties, NaN, and windows of NaN only and of -inf only."""
     x = torch.randn(shape, device=device).mul(2).round().to(dtype)
     if x.numel() > 20:
         x.view(-1)[:3] = float("nan")
+        x[0, -1, :3, :3] = float("nan")
         x[..., -3:, :] = -float("inf")
     return x.contiguous(memory_format=layout)
 

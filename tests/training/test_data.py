@@ -8,7 +8,7 @@ import pytest
 import torch
 from support.folders import write_folder
 
-from fastseg.training import data
+from fastseg.training import class_names, data, pictures
 
 needs_digits = pytest.mark.skipif(importlib.util.find_spec("sklearn") is None, reason="needs scikit-learn")
 
@@ -64,7 +64,7 @@ def test_invalid_scenes_raise(monkeypatch):
         data.DigitScenes("test")
     with pytest.raises(ValueError, match="size must be at least 16 pixels"):
         data.DigitScenes("train", size=(64, 8))
-    with pytest.raises(IndexError, match="index must be from 0 to 2, but is 3"):
+    with pytest.raises(IndexError, match="index must be from -3 to 2, but is 3"):
         data.DigitScenes("train", length=3)[3]
     data._digits.cache_clear()
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
@@ -77,7 +77,7 @@ def test_a_folder_is_read(tmp_path, suffix):
     mask = np.kron(np.arange(12).reshape(3, 4), np.ones((8, 8), int))
     dataset = data.FolderDataset(write_folder(tmp_path, [mask], suffix), "train")
     image, labels = dataset[0]
-    assert len(dataset) == 1 and dataset.classes == data.CAMVID_CLASSES
+    assert len(dataset) == 1 and dataset.classes == class_names.CAMVID_CLASSES
     assert labels.dtype == torch.int64 and np.array_equal(labels.numpy(), mask) and torch.equal(dataset.mask(0), labels)
     assert image.shape == (3, 24, 32)
     torch.testing.assert_close(image, (labels * 20 / 255.0).expand(3, -1, -1), rtol=0, atol=0.02)
@@ -111,7 +111,7 @@ def test_augmentation_depends_only_on_seed_epoch_and_index(folder):
             shown.setdefault(index, set()).add(mask.numpy().tobytes())
     assert all(len(masks) > 4 for masks in shown.values())
     other = data.FolderDataset(folder, "train", augment=True, crop=(6, 7), seed=2)
-    assert any(not torch.equal(other[index][1], dataset[index][1]) for index in range(6))
+    assert any(not torch.equal(other.sample(index)[1], dataset.sample(index)[1]) for index in range(6))
 
 
 def test_half_of_the_samples_are_flipped_horizontally(folder):
@@ -135,12 +135,12 @@ def save(path, array, **options):
 
 BAD = {
     "no root": (lambda root: root.rename(root.with_name("gone")), FileNotFoundError, r"set must be a folder"),
-    "no split": (lambda root: (root / "train").rename(root / "x"), FileNotFoundError, r"train must be a folder"),
-    "no masks": (lambda root: (root / "trainannot").rename(root / "x"), FileNotFoundError, r"trainannot must be a"),
+    "no split": (lambda root: (root / "train").rename(root / "x"), FileNotFoundError, r"pictures of 'train', one of"),
+    "no masks": (lambda root: (root / "trainannot").rename(root / "x"), FileNotFoundError, r"with the masks of train/"),
     "no frames": (
         lambda root: [f.unlink() for f in (root / "train").iterdir()],
         FileNotFoundError,
-        r"contains no .png",
+        r"pictures of 'train', one of .* with .png, .jpg",
     ),
     "no mask": (lambda root: (root / "trainannot/f3.png").unlink(), FileNotFoundError, r"f3.png has no mask: .*must"),
     "truncated frame": (
@@ -156,11 +156,10 @@ BAD = {
     "text": (lambda root: (root / "train/f0.png").write_text("no image"), ValueError, r"f0.png must be a PNG"),
     "empty": (lambda root: (root / "train/f0.png").write_bytes(b""), ValueError, r"f0.png must be a PNG or JPEG image"),
     "size": (lambda root: save(root / "trainannot/f0.png", np.zeros((9, 14))), ValueError, r"14x10, but is 14x9"),
-    "colour mask": (lambda root: save(root / "trainannot/f0.png", np.zeros((10, 14, 3))), ValueError, r"8-bit mask"),
-    "16-bit mask": (
-        lambda root: Image.fromarray(np.zeros((10, 14), np.uint16)).save(root / "trainannot/f0.png"),
+    "colour mask": (
+        lambda root: save(root / "trainannot/f0.png", np.arange(420).reshape(10, 14, 3) % 9),
         ValueError,
-        r"trainannot/f0.png must be an 8-bit mask with one channel",
+        r"trainannot/f0.png must have a class number in each pixel, but is in colour: .*--palette FILE",
     ),
     "16-bit frame": (
         lambda root: Image.fromarray(np.zeros((10, 14), np.uint16)).save(root / "train/f0.png"),
@@ -185,14 +184,50 @@ def test_an_invalid_folder_raises(folder, spoil, error, message):
 
 def test_the_last_class_is_the_one_before_num_classes(tmp_path):
     root = write_folder(tmp_path, [[[10, 255]]])
-    assert data.FolderDataset(root, "train", ignore_index=255, num_classes=11)[0][1].tolist() == [[10, 255]]
+    assert data.FolderDataset(root, "train", data.LabelOptions(num_classes=11, ignore_index=255))[0][1].tolist() == [
+        [10, 255]
+    ]
     with pytest.raises(ValueError, match="has the label 10: labels must be 0 to 9, or 255"):
-        data.FolderDataset(root, "train", ignore_index=255, num_classes=10)[0]
+        data.FolderDataset(root, "train", data.LabelOptions(num_classes=10, ignore_index=255))[0]
 
 
-def test_a_crop_larger_than_the_frame_raises(folder):
-    with pytest.raises(ValueError, match=r"f0\.png is smaller than the crop of 11x4"):
-        data.FolderDataset(folder, "train", crop=(11, 4))[0]
+def test_a_picture_smaller_than_the_crop_is_filled_up(folder):
+    dataset = data.FolderDataset(folder, "train", crop=(12, 9))
+    image, mask = dataset.sample(2)
+    assert image.shape == (3, 12, 9) and mask.shape == (12, 9)
+    assert (mask[10:] == dataset.ignore_index).all() and (mask[:10] != dataset.ignore_index).any()
+    normalised = data.normalise(image, dataset.mean, dataset.std)
+    assert normalised[:, 10:].abs().max() < 1e-6  # the mean
+    torch.testing.assert_close(image[0, :10], mask[:10] * 20 / 255.0)
+
+
+def test_a_data_loader_draws_another_crop_in_every_epoch(folder):
+    dataset = data.FolderDataset(folder, "train", augment=True, crop=(6, 7))
+    for workers in (0, 1):
+        loader = torch.utils.data.DataLoader(dataset, batch_size=6, num_workers=workers)
+        epochs = [next(iter(loader))[1] for _ in range(3)]
+        assert not torch.equal(epochs[0], epochs[1]) and not torch.equal(epochs[1], epochs[2])
+    torch.manual_seed(3)
+    first = dataset[0][1]
+    torch.manual_seed(3)
+    assert torch.equal(dataset[0][1], first)  # torch's seed decides
+
+
+@needs_digits
+def test_negative_indices_count_from_the_end(folder):
+    for dataset in (data.FolderDataset(folder, "train"), data.DigitScenes("val", length=6)):
+        assert torch.equal(dataset[-1][1], dataset[5][1]) and torch.equal(dataset[-6][0], dataset[0][0])
+        assert len(list(dataset)) == 6
+        for index in (6, -7):
+            with pytest.raises(IndexError, match=f"index must be from -6 to 5, but is {index}"):
+                dataset[index]
+
+
+def test_masks_are_resized_as_pillow_does():
+    labels = np.random.default_rng(0).integers(0, 256, (37, 53)).astype(np.uint8)
+    for size in ((37, 53), (20, 60), (100, 7), (1, 1)):
+        want = Image.fromarray(labels).resize(size[::-1], Image.Resampling.NEAREST)
+        assert np.array_equal(pictures.resize_labels(labels, size), np.asarray(want))
 
 
 def test_without_pillow_the_error_says_how_to_install_it(folder, monkeypatch):
@@ -205,7 +240,7 @@ def test_photographs_are_rotated_upright(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # rotate by 90 degrees
     Image.fromarray(np.zeros((4, 9, 3), np.uint8)).save(tmp_path / "photo.jpg", exif=exif)
-    assert data.read_image(tmp_path / "photo.jpg").size == (4, 9)
+    assert pictures.read_image(tmp_path / "photo.jpg").size == (4, 9)
 
 
 @contextlib.contextmanager
@@ -222,7 +257,9 @@ def _every_warning():
 def test_an_image_of_one_pixel_is_copied():
     with warnings.catch_warnings(), _every_warning():
         warnings.simplefilter("error")
-        assert data.to_tensor(Image.new("RGB", (1, 1), (255, 0, 51))).flatten().tolist() == pytest.approx([1, 0, 0.2])
+        assert pictures.to_tensor(Image.new("RGB", (1, 1), (255, 0, 51))).flatten().tolist() == pytest.approx(
+            [1, 0, 0.2]
+        )
 
 
 def test_channels_are_normalised():

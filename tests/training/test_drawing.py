@@ -3,7 +3,7 @@ import sys
 import numpy as np
 import pytest
 
-from fastseg.training import data, drawing
+from fastseg.training import class_names, drawing
 from fastseg.training.drawing import Scene
 
 pytest.importorskip("PIL.Image")
@@ -36,7 +36,11 @@ def test_the_legend_has_the_classes_that_occur(tmp_path, monkeypatch):
 
 
 def test_each_class_has_a_colour_of_its_own():
-    assert drawing.palette(data.CAMVID_CLASSES)[data.CAMVID_CLASSES.index("Road")].tolist() == [128, 64, 128]
+    assert drawing.palette(class_names.CAMVID_CLASSES)[class_names.CAMVID_CLASSES.index("Road")].tolist() == [
+        128,
+        64,
+        128,
+    ]
     for classes in (2, 11, 40):
         colours = drawing.palette(range(classes))
         assert colours.dtype == np.uint8 and len({tuple(colour) for colour in colours}) == classes

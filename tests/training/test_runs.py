@@ -3,10 +3,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from support.train_common import run, start
 
 from fastseg.training import checkpoint, data
-from fastseg.training.config import TrainConfig
+from fastseg.training.config import LATER_FIELDS, TrainConfig
 from fastseg.training.runs import resume_run
 
 pytest.importorskip("sklearn")
@@ -21,7 +22,7 @@ INVALID = {
     "device": ({"device": "tpu9"}, "device must be cpu, cuda or cuda:N, but is 'tpu9'"),
     "meta": ({"device": "meta"}, "device must be cpu, cuda or cuda:N, but is 'meta'"),
     "no such gpu": ({"device": "cuda:77"}, "device cuda:77 does not exist"),
-    "amp": ({"amp": True}, "amp needs a CUDA device, but device is cpu"),
+    "amp": ({"amp": "fp8"}, "amp must be one of bf16, none, but is 'fp8'"),
     "steps": ({"steps": 0}, "steps must be from 1 to"),
     "infinite lr": ({"lr": float("inf")}, "lr must be from 0 to 1000000.0, but is inf"),
     "lr not a number": ({"lr": float("nan")}, "lr must be from 0 to 1000000.0, but is nan"),
@@ -98,13 +99,13 @@ def test_training_on_a_folder(tmp_path):
     made = run(**options, ignore_index=255, out=str(tmp_path / "run"), crop=(16, 16))
     state = checkpoint.load_checkpoint(made.path)
     assert state["classes"] == ("class 0", "class 1", "class 2", "class 3") and state["mean"] == data.IMAGENET_MEAN
-    with pytest.raises(ValueError, match="the images differ in size: set size to resize all of them"):
+    with pytest.raises(ValueError, match=r"0.png is 20x30 and 1.png 24x18 \(2 sizes in all\): set size"):
         run(**options | {"size": None}, out=str(tmp_path / "other"))
 
 
 @pytest.mark.parametrize(
     "split, message",
-    [("train", "look for images in which every pixel is ignored"), ("val", "no pixel of the validation masks")],
+    [("train", "no pixel of the training masks"), ("val", "no pixel of the validation masks")],
 )
 def test_masks_without_a_class_raise(split, message, tmp_path):
     root = Path(write_images(tmp_path / "set", [(20, 30)]))
@@ -113,3 +114,119 @@ def test_masks_without_a_class_raise(split, message, tmp_path):
     (root / "ignored" / f"{split}annot").rename(root / f"{split}annot")
     with pytest.raises(ValueError, match=message):
         run(data=str(root), steps=2, num_classes=4, ignore_index=255, out=str(tmp_path / "run"))
+
+
+def test_validation_pictures_may_differ_in_size(tmp_path):
+    root = Path(write_images(tmp_path / "set", [(20, 30), (20, 30)]))
+    (root / "val").rename(root / "old")
+    (root / "valannot").rename(root / "oldannot")
+    write_images(tmp_path / "other", [(20, 30), (24, 18), (20, 30)])
+    for name in ("val", "valannot"):
+        (tmp_path / "other" / name).rename(root / name)
+    options = {"data": str(root), "steps": 1, "num_classes": 4, "size": None}
+    made = run(**options, out=str(tmp_path / "run"))
+    one_by_one = run(**options, batch_size=1, out=str(tmp_path / "single"))
+    one_by_one.model.load_state_dict(made.model.state_dict())
+    assert made.evaluate() == one_by_one.evaluate()
+    assert checkpoint.load_checkpoint(made.path)["step"] == 1
+
+
+def test_training_pictures_may_differ_in_size_if_each_is_a_batch(tmp_path):
+    root = write_images(tmp_path / "set", [(20, 30), (24, 18)])
+    made = run(data=root, steps=2, num_classes=4, size=None, batch_size=1, out=str(tmp_path / "run"))
+    assert made.step == 2
+
+
+def test_what_is_wrong_with_the_data_is_said_before_the_first_step(tmp_path):
+    root = Path(write_images(tmp_path / "set", [(20, 30)] * 3))
+    made = start(data=str(root), steps=2, num_classes=4, out=str(tmp_path / "run"))
+    assert made.notes[0] == "train: 3 pictures in train/, with masks in trainannot/ called STEM.png (layout camvid)"
+    assert (
+        made.notes[1] == "train: no mask has a pixel of 3 classes, which cannot be learned: class 0, class 1, class 3"
+    )
+    assert made.notes[2].startswith("val: 3 pictures in val/") and len(made.notes) == 3
+    frame = root / "train" / "2.png"
+    frame.write_bytes(frame.read_bytes()[:-20])
+    with pytest.raises(ValueError, match=r"2.png must be a PNG or JPEG image, but cannot be read"):
+        start(data=str(root), steps=2, num_classes=4, out=str(tmp_path / "none"))
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_file_that_breaks_later_leaves_a_checkpoint(tmp_path):
+    root = Path(write_images(tmp_path / "set", [(20, 30)] * 4))
+    made = start(data=str(root), steps=40, num_classes=4, workers=1, out=str(tmp_path / "run"))
+    sample = made.train_set.sample
+
+    def breaks(index, epoch):
+        if made.step >= 3:
+            (root / "train" / "1.png").write_bytes(b"")
+        return sample(index, epoch)
+
+    made.train_set.sample = breaks
+    with pytest.raises(ValueError, match=r"1.png must be a PNG or JPEG image"):
+        made.run()
+    assert made.rescued
+    state = checkpoint.load_checkpoint(made.path)
+    assert state["step"] == made.step >= 3
+    write_images(tmp_path / "again", [(20, 30)] * 4)
+    resumed = resume_run(made.path, {"data": str(tmp_path / "again"), "steps": 40})
+    assert resumed.step == made.step and len(resumed.train_set) == 4
+
+
+@pytest.mark.parametrize("model, size, raises", [("segnet-basic", (16, 16), False), ("deconvnet", (224, 224), True)])
+def test_maps_of_one_value_per_channel_are_refused_up_front(model, size, raises, tmp_path):
+    options = {"model": model, "size": size, "width": 0.01, "batch_size": 1, "out": str(tmp_path / "run")}
+    if not raises:
+        assert start(**options).step == 0
+        return
+    with pytest.raises(ValueError, match="batch_size must be at least 2 for 224x224 pictures, because DeconvNet makes"):
+        start(**options)
+    assert start(**options | {"batch_size": 2}).step == 0
+
+
+def test_a_palette_gives_the_classes_and_is_kept_in_the_checkpoint(tmp_path):
+    Image = pytest.importorskip("PIL.Image")
+    root = Path(write_images(tmp_path / "set", [(16, 16)] * 2))
+    for mask in root.glob("*annot/*.png"):
+        drawn = np.zeros((16, 16, 3), np.uint8)
+        drawn[:8] = 64, 0, 128
+        Image.fromarray(drawn).save(mask)
+    (tmp_path / "colours.txt").write_text("64 0 128 Car\n0 0 192 Road\n0 0 0 Void\n")
+    made = run(data=str(root), palette=str(tmp_path / "colours.txt"), steps=2, out=str(tmp_path / "run"))
+    state = checkpoint.load_checkpoint(made.path)
+    assert state["classes"] == ("Car", "Road") and state["ignore_index"] == 255
+    assert state["colours"] == ((64, 0, 128, 0), (0, 0, 192, 1), (0, 0, 0, -1))
+    assert state["config"]["layout"] == "camvid" and state["config"]["num_classes"] == 2
+    assert resume_run(made.path, {"steps": 3}).train_set.masks.table == made.train_set.masks.table
+    (tmp_path / "colours.txt").write_text("0 0 192 Road\n64 0 128 Car\n0 0 0 Void\n")
+    with pytest.raises(ValueError, match=r"classes must be \('Car', 'Road'\), because .* was trained with that"):
+        resume_run(made.path, {"steps": 3})
+
+
+def test_more_steps_change_the_learning_rate_only_with_a_word(tmp_path):
+    path = run(4, steps=10, schedule="one-cycle", out=str(tmp_path)).path
+    same = resume_run(path, {})
+    assert same.notes == []
+    stretched = resume_run(path, {"steps": 100})
+    (note,) = stretched.notes
+    assert note.startswith("the learning rate was 9.62e-04 in step 4 and goes on with 2.32e-04: the schedule one-cycle")
+    assert "over 100 steps is stretched from the first step, where it was planned for 10" in note
+    again = resume_run(path, {"steps": 100, "schedule_start": 4})
+    (note,) = again.notes
+    assert "goes on with 4.00e-05" in note and "begins again at step 4" in note
+    constant = run(4, steps=10, schedule="constant", out=str(tmp_path / "constant"))
+    assert resume_run(constant.path, {"steps": 20}).notes == []
+
+
+def test_a_checkpoint_of_an_earlier_version_goes_on(tmp_path):
+    path = run(1, steps=3, out=str(tmp_path)).path
+    state = torch.load(path)
+    for name in LATER_FIELDS:
+        del state["config"][name]
+    state["config"] |= {"amp": False, "ignore_index": 11}
+    for name in ("ema", "colours"):
+        del state[name]
+    torch.save(state, path)
+    resumed = resume_run(path, {})
+    resumed.run()
+    assert resumed.step == 3 and resumed.config.amp == "none"

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from support.train_common import trained_checkpoint
 
 from fastseg.crf import CRFOptions, dense_crf
-from fastseg.training import checkpoint, data, networks
+from fastseg.training import checkpoint, networks, pictures
 from fastseg.training.instance_wise import COMBINE, Box, InstanceOptions
 from fastseg.training.segmenter import Segmenter
 
@@ -29,11 +29,11 @@ def network(weights):
 
 
 def test_the_segmenter_applies_the_network_to_the_normalised_image(weights, tmp_path):
-    image = data.read_image(write_scene(tmp_path, (40, 48))[0])
+    image = pictures.read_image(write_scene(tmp_path, (40, 48))[0])
     segmenter = Segmenter(weights)
     labels = segmenter(image)
     assert labels.shape == (40, 48) and labels.dtype == np.uint8
-    small = data.to_tensor(image.resize((32, 32), Image.Resampling.BILINEAR))
+    small = pictures.to_tensor(image.resize((32, 32), Image.Resampling.BILINEAR))
     with torch.no_grad():
         logits = network(weights)((small[None] - 0.5) / 0.25)
     want = F.interpolate(logits, (40, 48), mode="bilinear")[0].argmax(0)
@@ -42,11 +42,11 @@ def test_the_segmenter_applies_the_network_to_the_normalised_image(weights, tmp_
 
 
 def test_instance_wise_prediction_combines_the_probabilities_of_proposals(weights, tmp_path):
-    segmenter, image = Segmenter(weights), data.read_image(write_scene(tmp_path, (60, 80))[0])
+    segmenter, image = Segmenter(weights), pictures.read_image(write_scene(tmp_path, (60, 80))[0])
     options = InstanceOptions(min_side=1)
     whole = segmenter.instance_wise(image, [Box(0, 0, 80, 60)], options)
     assert whole.shape == (60, 80) and whole.dtype == np.uint8
-    seen = F.interpolate(data.to_tensor(image)[None], (32, 32), mode="bilinear", antialias=True)
+    seen = F.interpolate(pictures.to_tensor(image)[None], (32, 32), mode="bilinear", antialias=True)
     with torch.no_grad():
         logits = network(weights)((seen - 0.5) / 0.25)
         probabilities = F.interpolate(logits.softmax(1), (60, 80), mode="bilinear")
@@ -62,11 +62,11 @@ def test_instance_wise_prediction_combines_the_probabilities_of_proposals(weight
 
 def test_a_crf_refines_the_labels_at_the_size_of_the_image(weights, tmp_path):
     """Also instance-wise, where pixels in no proposal start from the whole image's probabilities."""
-    image, options = data.read_image(write_scene(tmp_path, (40, 48))[0]), CRFOptions(bilateral=(3.0, 10.0, 10.0))
+    image, options = pictures.read_image(write_scene(tmp_path, (40, 48))[0]), CRFOptions(bilateral=(3.0, 10.0, 10.0))
     segmenter, picture = Segmenter(weights), torch.from_numpy(np.array(image)).movedim(-1, 0)[None]
     with torch.no_grad():
         logits = F.interpolate(
-            segmenter.logits(data.to_tensor(image.resize((32, 32), 2))[None]), (40, 48), mode="bilinear"
+            segmenter.logits(pictures.to_tensor(image.resize((32, 32), 2))[None]), (40, 48), mode="bilinear"
         )
     want = dense_crf(logits, picture, options)[0].argmax(0).numpy()
     assert np.array_equal(segmenter(image, crf=options), want) and not np.array_equal(segmenter(image), want)

@@ -1,4 +1,5 @@
 import json
+import sys
 
 import pytest
 import torch
@@ -138,3 +139,150 @@ def test_learning_rates():
     assert cosine[0] == 2 and cosine[50] == pytest.approx(1) and 0 < cosine[99] < 0.01
     assert one_cycle[0] == pytest.approx(0.08) and max(one_cycle) == one_cycle[20] == 2 and 0 < one_cycle[99] < 0.01
     assert one_cycle[:21] == sorted(one_cycle[:21]) and cosine == sorted(cosine, reverse=True)
+
+
+# --- batches ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_batch_of_ignored_pixels_changes_nothing(tmp_path):
+    made = start(steps=4, out=str(tmp_path), lr=0.1)
+    images, masks = made.batch(0)
+    made.training_step(images, masks)
+    before = {name: tensor.clone() for name, tensor in made.model.state_dict().items()}
+    assert made.training_step(images, torch.full_like(masks, -100)) is None
+    assert same(made.model.state_dict(), before) and made.step == 2
+    made.training_step(images, masks)
+    assert not same(made.model.state_dict(), before)
+
+
+def test_classes_of_weight_0_alone_are_no_batch_either(tmp_path):
+    made = start(steps=4, out=str(tmp_path), class_weights="0,1,1,1,1,1,1,1,1,1,1")
+    images, masks = made.batch(0)
+    assert made.training_step(images, torch.zeros_like(masks)) is None
+    assert made.training_step(images, masks).isfinite()
+
+
+def test_a_run_goes_on_over_ignored_batches(tmp_path):
+    made = start(steps=22, out=str(tmp_path), eval_every=50)
+    batch = made.batch
+    made.batch = lambda step: batch(step) if step >= 20 else (batch(step)[0], torch.full_like(batch(step)[1], -100))
+    made.run()
+    assert [record["loss"] is None for record in made.history] == [True, True, False]
+    assert resume_run(made.path, {"steps": 22}).history == made.history
+
+
+@pytest.mark.parametrize("weights", ["none", "1,2,3,4,5,6,7,8,9,10,0.5"])
+def test_accumulated_gradients_are_those_of_the_whole_batch(weights, tmp_path):
+    """With batch norm's running statistics; the parts have different numbers of ignored pixels."""
+    options = {"model": "fcn-32s", "width": 0.02, "class_weights": weights, "optimizer": "sgd", "lr": 0.1, "steps": 5}
+    whole, parts = (
+        start(**options, batch_size=4 // count, accumulate=count, out=str(tmp_path / str(count))) for count in (1, 4)
+    )
+    for made in (whole, parts):  # without dropout the parts have the gradients of the whole
+        for layer in made.model.modules():
+            if isinstance(layer, torch.nn.Dropout2d | torch.nn.Dropout):
+                layer.p = 0.0
+    images, masks = whole.batch(0)
+    assert all(map(torch.equal, (images, masks), parts.batch(0)))
+    masks[0, :20], masks[2] = -100, -100
+    losses = [made.training_step(images, masks) for made in (whole, parts)]
+    torch.testing.assert_close(losses[1], losses[0])
+    torch.testing.assert_close(dict(parts.model.named_parameters()), dict(whole.model.named_parameters()))
+
+
+def test_averaged_weights_are_scored_written_and_resumed(tmp_path):
+    options = {"steps": 6, "ema": 0.9, "eval_every": 3}
+    whole = run(**options, out=str(tmp_path / "whole"))
+    assert not same(whole.averaged.state_dict(), whole.model.state_dict())
+    path = run(3, **options, out=str(tmp_path / "resumed")).path
+    resumed = resume_run(path, {})
+    resumed.run()
+    ours, theirs = (checkpoint.load_checkpoint(made.path) for made in (resumed, whole))
+    assert same(ours["ema"], theirs["ema"]) and same(ours["ema"], whole.averaged.state_dict())
+    found = whole.evaluate()
+    whole.model.load_state_dict(whole.averaged.state_dict())
+    whole.averaged = whole.model
+    assert whole.evaluate() == found
+
+
+def test_the_average_is_that_of_the_formula(tmp_path):
+    made = start(steps=9, ema=0.9, out=str(tmp_path), lr=0.1, optimizer="sgd")
+    name = "classifier.bias"
+    average = None
+    for step in range(5):
+        made.training_step(*made.batch(step))
+        now = made.model.state_dict()[name].clone()
+        decay = min(0.9, (1 + step) / (10 + step))
+        average = now if average is None else decay * average + (1 - decay) * now
+    torch.testing.assert_close(made.averaged.state_dict()[name], average)
+
+
+def test_bfloat16_on_a_cpu(tmp_path):
+    made = start(steps=2, amp="bf16", out=str(tmp_path))
+    assert made.logits(made.batch(0)[0]).dtype == torch.bfloat16
+    assert made.run().miou >= 0
+
+
+# --- errors and logs -------------------------------------------------------------------------------------------------
+
+
+def test_any_error_leaves_the_last_step(tmp_path):
+    made = start(steps=9, out=str(tmp_path))
+    step = made.training_step
+
+    def fails(*batch):
+        if made.step == 4:
+            raise RuntimeError("out of memory")
+        return step(*batch)
+
+    made.training_step = fails
+    with pytest.raises(RuntimeError, match="out of memory"):
+        made.run()
+    assert made.rescued and checkpoint.load_checkpoint(made.path)["step"] == 4
+    resumed = resume_run(made.path, {})
+    resumed.run()
+    assert resumed.step == 9
+
+
+def test_an_error_within_the_update_keeps_the_checkpoint_before(tmp_path):
+    made = run(2, steps=9, out=str(tmp_path))
+    before, update = made.path.read_bytes(), made.optimizer.step
+
+    def fails():
+        update()
+        if made.step == 4:
+            raise RuntimeError("no more")
+
+    made.optimizer.step = fails
+    with pytest.raises(RuntimeError, match="no more"):
+        made.run()
+    assert made.step == 4 and not made.rescued and made.path.read_bytes() == before
+
+
+def test_a_table_of_records(tmp_path):
+    options = {"steps": 25, "eval_every": 20, "log": "csv"}
+    run(22, **options, out=str(tmp_path))
+    resume_run(tmp_path / "checkpoint.pt", {}).run()
+    lines = (tmp_path / "metrics.csv").read_text().splitlines()
+    assert lines[0] == "step,loss,lr,miou" and [line.split(",")[0] for line in lines[1:]] == ["10", "20", "22", "25"]
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [float(line.split(",")[1]) for line in lines[1:]] == [record["loss"] for record in records]
+    assert lines[1].endswith(",") and float(lines[2].split(",")[3]) == records[1]["miou"]
+
+
+def test_tensorboard_gets_the_records(tmp_path):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    made = run(steps=20, eval_every=20, log="csv,tensorboard", out=str(tmp_path))
+    events = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == [10, 20]
+    assert events.Scalars("miou")[0].value == pytest.approx(made.history[-1]["miou"])
+
+
+def test_without_tensorboard_the_error_says_how_to_install_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ImportError, match=r'pip install "fastseg-kernels\[tensorboard\]"'):
+        start(log="tensorboard", out=str(tmp_path / "run"))
+    with pytest.raises(ValueError, match="log must be made of csv, tensorboard, but has 'wandb'"):
+        start(log="csv,wandb", out=str(tmp_path / "run"))
+    assert not list(tmp_path.iterdir())

@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -144,21 +145,17 @@ def test_an_interrupted_run_reports_the_finished_cases(json_option, monkeypatch,
 
 
 EVERY_KERNEL = """
-import importlib, itertools
-from triton.runtime.jit import JITFunction
-from pathlib import Path
-from fastseg import dispatch, kernels
+import itertools
+from support.kernel_names import every_kernel
+from fastseg import dispatch
 from fastseg.verification import cases
 from fastseg.verification.operators import SIZES
 from fastseg.inspect.codegen import record
 from fastseg.kernels.launch import targeting
 from fastseg.ops.operator import observing
 
-root = Path(kernels.__file__).parent
-names = [".".join(path.relative_to(root).with_suffix("").parts) for path in root.rglob("*.py")]
-modules = [importlib.import_module(f"fastseg.kernels.{name}") for name in names if "__init__" not in name]
-wanted = {name for m in modules for name, found in vars(m).items()
-          if isinstance(found, JITFunction) and name.endswith("_kernel")}
+wanted = every_kernel()
+assert wanted
 for (operator, sizes), dtype, layout in itertools.product(
     SIZES.items(), ("float32", "bfloat16"), cases.LAYOUTS.values()
 ):
@@ -173,6 +170,7 @@ print(*sorted(wanted))
 def test_every_kernel_is_run():
     """On an H100: the kernels that use TMA too."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), env.get("PYTHONPATH", "")])
     run = subprocess.run([sys.executable, "-c", EVERY_KERNEL], capture_output=True, text=True, env=env)
     assert run.returncode == 0, run.stderr
     assert run.stdout == "\n"

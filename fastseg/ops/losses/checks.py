@@ -18,6 +18,9 @@ from ..operator import register_options
 register_options(LossOptions, "str reduction, SymInt count, int ignore_index, float label_smoothing, float z_loss")
 
 LABEL_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
+WIDER_DTYPES = {torch.int8: torch.int16, torch.uint16: torch.int32, torch.uint32: torch.int64}
+"""The dtypes of LABEL_DTYPES that hold the labels of other dtypes; few operators of torch take unsigned ones."""
+LABEL_DTYPE_NAMES = "int8, uint8, int16, uint16, int32, uint32 or int64"
 REDUCTIONS = ("none", "mean", "sum")
 NORMALIZATIONS = ("weights", "valid", "pixels", "batch")
 
@@ -134,6 +137,36 @@ def require_float(function: str, input: Tensor) -> None:
         raise NotImplementedError(f"{function}: input must be of a floating-point dtype, but is of {input.dtype}")
 
 
+def widened(labels: Any) -> Any:
+    """The labels in a dtype that kernels and torch take; what is no label is returned as it is, for the checks."""
+    dtype = WIDER_DTYPES.get(labels.dtype) if isinstance(labels, Tensor) else None
+    return labels if dtype is None else labels.to(dtype)
+
+
+def whole_labels(function: str, target: Any, classes: int, ignore_index: int) -> Any:
+    """Class indices from a floating-point target of whole numbers, as libraries of binary and volume masks pass them.
+
+    Raises RuntimeError for half precision, in which neighbouring numbers are one, and on a CPU for a number that is not
+    whole. On a GPU such a number becomes a label out of range, which a device-side assertion reports, because checking
+    here would force a host sync.
+    """
+    if not (isinstance(target, Tensor) and target.is_floating_point()):
+        return target
+    if target.dtype not in (torch.float32, torch.float64):
+        raise RuntimeError(
+            f"{function}: target must be class indices, also as whole numbers of float32 or float64, but is of "
+            f"{target.dtype}"
+        )
+    is_whole = target == target.round()
+    if target.device.type == "cpu" and not bool(is_whole.all()):
+        where = tuple((~is_whole).nonzero()[0].tolist())
+        raise RuntimeError(
+            f"{function}: target must be class indices, but holds {target[where].item()} at {where}, which is not whole"
+        )
+    outside = classes if ignore_index != classes else classes + 1
+    return torch.where(is_whole, target, outside).long()
+
+
 def require_labels(function: str, target: Tensor) -> None:
     """Raise RuntimeError for class probabilities, in a function that takes only class indices."""
     if target.is_floating_point():
@@ -153,8 +186,8 @@ def _check_target(function: str, logits: Tensor, target: Tensor, ignore_index: i
         return
     if target.dtype not in LABEL_DTYPES:
         raise RuntimeError(
-            f"{function}: target must be class indices of dtype uint8, int16, int32 or int64, or class probabilities "
-            f"of input's shape {tuple(logits.shape)}, but is of {target.dtype} and shape {tuple(target.shape)}"
+            f"{function}: target must be class indices of dtype {LABEL_DTYPE_NAMES}, or class probabilities of "
+            f"input's shape {tuple(logits.shape)}, but is of {target.dtype} and shape {tuple(target.shape)}"
         )
     wanted = pixels_shape(logits)
     if target.shape != wanted and not (logits.dim() == 1 and target.shape == (1,)):

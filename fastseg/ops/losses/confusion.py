@@ -8,7 +8,7 @@ from torch import Tensor
 from ...kernels import losses as triton_kernels
 from ...kernels.cpu import losses as cpu_kernels
 from ..operator import Implementation, Operator
-from .checks import LABEL_DTYPES
+from .checks import LABEL_DTYPES, widened
 from .upsample import upsample_argmax
 
 NAME = "confusion_matrix"
@@ -126,6 +126,7 @@ def confusion_matrix(
         tensor([[1, 1],
                 [0, 2]])
     """
+    pred, target = widened(pred), widened(target)
     if target.is_floating_point() or target.is_complex():
         raise ValueError(f"{NAME}: target must hold integer labels, but is of {target.dtype}")
     if pred.is_floating_point() and pred.dim() == 4:

@@ -18,6 +18,7 @@ from .checks import (
     number_of_classes,
     pixels_shape,
     require_labels_in_range,
+    widened,
 )
 from .cross_entropy_operators import (
     CROSS_ENTROPY,
@@ -155,6 +156,7 @@ def _loss_and_predictions(
     one_pass: bool | None, predicted: torch.dtype | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """(loss, prediction, counts), the latter two meaningless unless `predicted` is the dtype of predictions."""
+    target = widened(target)
     check_types(function, input, target, weight, arguments)
     classes = number_of_classes(input)
     if predicted is not None:
@@ -236,7 +238,8 @@ def cross_entropy(
     Args:
         input: logits of any floating-point dtype, in NCHW or channels_last (with other numbers of dimensions: classes
             second or last in memory). Other strides are made dense once.
-        target: class indices of dtype uint8, int16, int32 or int64 (torch: int64 only), or class probabilities.
+        target: class indices of dtype int8, uint8, int16, uint16, int32, uint32 or int64 (torch: int64, and uint8 for
+            (N, C) input), or class probabilities.
         weight: the weights of the classes, of float32 or the input's dtype.
         size_average, reduce: deprecated, as in torch.
         ignore_index: pixels with this label do not count.

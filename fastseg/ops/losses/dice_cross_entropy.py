@@ -38,6 +38,8 @@ from .checks import (
     require_labels,
     require_labels_in_range,
     require_number,
+    whole_labels,
+    widened,
 )
 from .cross_entropy import as_images, labels_as_images
 from .reference import pixel_weights
@@ -223,7 +225,8 @@ def dice_cross_entropy(
 
     Args:
         input: logits of any floating-point dtype, in NCHW or channels_last.
-        target: class indices of dtype uint8, int16, int32 or int64.
+        target: class indices of dtype int8, uint8, int16, uint16, int32, uint32 or int64, or whole numbers of float32
+            or float64, as MONAI's and smp's masks are.
         weight: the weights of the classes in the cross-entropy, whose mean is torch's weighted mean. Dice weighs all
             classes alike.
         ignore_index: pixels with this label count in neither loss.
@@ -266,11 +269,14 @@ def dice_cross_entropy(
     """
     name = "dice_cross_entropy"
     arguments = LossArguments("mean", ignore_index, 0.0, "weights", 0.0)
+    target = widened(target)
     check_types(name, input, target, weight, arguments)
     for argument, value in (("smooth", smooth), ("dice_weight", dice_weight), ("ce_weight", ce_weight)):
         require_number(name, argument, value)
     if smooth < 0:
         raise ValueError(f"{name}: smooth must not be negative, but is {smooth}")
+    if target.shape != input.shape:
+        target = whole_labels(name, target, number_of_classes(input), ignore_index)
     require_labels(name, target)
     options, classes = loss_options(name, input, target, weight, arguments), number_of_classes(input)
     if classes == 0 or (classes == 1 and not include_background):

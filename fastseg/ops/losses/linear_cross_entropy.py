@@ -19,6 +19,7 @@ from .checks import (
     loss_options,
     pixels_shape,
     require_labels_in_range,
+    widened,
 )
 from .chunked_reference import chunk_losses_and_gradient, gradient_scale, reduce_chunks, smoothed_shares
 from .cross_entropy import as_images, labels_as_images
@@ -243,6 +244,7 @@ def linear_cross_entropy(
     """
     reduction = checked_reduction(NAME, None, None, reduction)
     arguments = LossArguments(reduction, ignore_index, label_smoothing, normalization, z_loss)
+    target = widened(target)
     check_types(NAME, input, target, weight, arguments)
     _check_linear(input, linear_weight, linear_bias)
     if chunk is not None and chunk < 1:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ...kernels.losses.options import Resizing
 from ..arguments import FLOAT_DTYPES, MAX_FLOAT_SIDE, require_tensor
 from ..operator import register_options
-from .checks import LABEL_DTYPES, one_of, require_float, wrong_shape
+from .checks import LABEL_DTYPE_NAMES, LABEL_DTYPES, one_of, require_float, wrong_shape
 
 register_options(Resizing, "float[]? scales, str mode, bool align_corners")
 
@@ -90,7 +90,7 @@ def check_target_kind(function: str, input: Tensor, target: Tensor) -> None:
     probabilities = target.is_floating_point()
     if not ((probabilities or target.dtype in LABEL_DTYPES) and target.dim() == (4 if probabilities else 3)):
         raise wrong_shape(
-            f"{function}: target must be class indices (N, H, W) of dtype uint8, int16, int32 or int64, or class "
+            f"{function}: target must be class indices (N, H, W) of dtype {LABEL_DTYPE_NAMES}, or class "
             f"probabilities (N, C, H, W), for input of shape {tuple(input.shape)}, but is of {target.dtype} and shape "
             f"{tuple(target.shape)}",
             target.shape[:1] != input.shape[:1],

@@ -20,6 +20,7 @@ from .checks import (
     checked_reduction,
     loss_options,
     require_labels_in_range,
+    widened,
 )
 from .chunked_reference import gradient_scale
 from .cross_entropy import CrossEntropyOutput
@@ -158,6 +159,7 @@ def _loss_and_predictions(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """(loss, prediction, counts), the latter two meaningless unless `predicted` is the dtype of predictions."""
     check_map(function, input)
+    target = widened(target)
     check_types(function, input, target, weight, arguments)
     if predicted is not None:
         check_prediction(function, input.shape[1], target, predicted)
@@ -202,8 +204,8 @@ def upsample_cross_entropy(
 
     Args:
         input: logits of any strides. float32, float16 and bfloat16 run on the kernels, float64 falls back to PyTorch.
-        target: class indices of dtype uint8, int16, int32 or int64, or class probabilities. For class probabilities
-            torch's two functions run, and store the resized logits.
+        target: class indices of dtype int8, uint8, int16, uint16, int32, uint32 or int64, or class probabilities, for
+            which torch's two functions run, and store the resized logits.
         weight: the weights of the classes, of float32 or the input's dtype.
         size, scale_factor, align_corners, recompute_scale_factor: as in torch.nn.functional.interpolate. Without size
             and scale_factor, the size is that of the target.

@@ -9,7 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..precision import PRECISIONS, in_force
+
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+CONVOLUTIONS = ("conv_transpose2d", "conv_transpose2d_affine_relu", "max_unpool2d_conv2d")
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
@@ -27,6 +30,21 @@ class Case:
     theirs: Callable[..., Any]
     inputs: dict[str, Any] = field(repr=False)
     eager: Callable[..., Any] | None = None
+
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        """How the call can multiply float32: exactly, and as TF32 if it is a convolution in float32."""
+        multiplies = self.operator in CONVOLUTIONS and self._first.dtype == torch.float32
+        return PRECISIONS if multiplies else PRECISIONS[:1]
+
+    @property
+    def precision(self) -> str:
+        """How the call multiplies float32 as torch is set now. A CPU multiplies exactly."""
+        return in_force() if self._first.is_cuda and len(self.precisions) > 1 else PRECISIONS[0]
+
+    @property
+    def _first(self) -> Tensor:
+        return next(x for x in self.inputs.values() if isinstance(x, Tensor))
 
     def step(self, function: Callable[..., Any], backward: bool) -> Callable[[], Any]:
         """A function that calls `function` on the inputs; with backward, also for gradients of fixed random values."""
