@@ -4,7 +4,7 @@ from .version import __version__  # first, since it raises ImportError if torch 
 
 # isort: split
 
-from . import functional, models, nn
+from . import crf, functional, models, nn, uncertainty
 from .compiler import compile_backend
 from .dispatch import backend, explain, get_backend, set_backend
 from .swapping import swap, swap_functions
@@ -13,6 +13,7 @@ __all__ = [
     "__version__",
     "backend",
     "compile_backend",
+    "crf",
     "explain",
     "functional",
     "get_backend",
@@ -21,4 +22,5 @@ __all__ = [
     "set_backend",
     "swap",
     "swap_functions",
+    "uncertainty",
 ]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from .lazy import submodules
 
 if TYPE_CHECKING:
-    from . import batch_norm, convolution, cpu, cuda, interpreter, launch, losses, pooling
+    from . import batch_norm, boxes, convolution, cpu, crf, cuda, interpreter, launch, losses, pooling
 
-__all__ = ["batch_norm", "convolution", "cpu", "cuda", "interpreter", "launch", "losses", "pooling"]
+__all__ = ["batch_norm", "boxes", "convolution", "cpu", "crf", "cuda", "interpreter", "launch", "losses", "pooling"]
 __getattr__ = submodules(__name__, __all__)

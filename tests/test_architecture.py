@@ -18,7 +18,7 @@ LAYERS = [  # imports go down, or stay in their own layer
     {"autotune"},
     {"ops"},
     {"functional"},
-    {"nn"},
+    {"nn", "crf", "uncertainty"},
     {"models", "swapping"},
     {"compiler"},
     {"training", "verification"},

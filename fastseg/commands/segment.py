@@ -8,9 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
+from ..crf import PRESETS, CRFOptions
 from ..dispatch import BACKENDS
 from ..training.data_check import no_progress
-from ..training.instance_wise import COMBINE, MAX_BOXES, MIN_SIDE, InstanceOptions
+from ..training.edeconvnet import Ensemble
+from ..training.instance_wise import COMBINE, ENSEMBLES, MAX_BOXES, MIN_SIDE, ORDERS, InstanceOptions
 from ..training.interrupt import GracefulInterrupt
 from ..training.metrics import scores
 from ..training.segment_files import (
@@ -26,6 +28,7 @@ from ..training.segment_files import (
 )
 from ..training.segmenter import PredictOptions, Segmenter
 from ..training.tiles import DEFAULT_SIZE, TileOptions
+from ..uncertainty import MEASURES, Sampling
 from . import terminal
 from .options import add_device, add_json, parse_size
 
@@ -35,9 +38,14 @@ EXAMPLES = """examples:
   fastseg segment CamVid/val --truth CamVid/valannot --checkpoint runs/train/checkpoint.pt --no-figure --labels --json
   fastseg segment orthophoto.tif --checkpoint runs/train/checkpoint.pt --tile 512x512 --labels --no-figure
   fastseg segment dog.jpg --checkpoint deconvnet.pt --boxes dog.csv     instance-wise, from object proposals
+  fastseg segment dog.jpg --checkpoint deconvnet.pt --boxes dog.csv --ensemble fcn.pt --crf        EDeconvNet + CRF
+  fastseg segment dog.jpg --checkpoint fcn.pt --crf                     labels that follow the picture's edges
+  fastseg segment dog.jpg --checkpoint bayesian.pt --passes 40 --uncertainty dog-uncertainty.png
 
 Ctrl-C ends the command after the current image; --skip-existing goes on where it ended.
 """
+
+CRF_MODES = ("paper", "deeplab")  # "code" is for scores that are products: its messages are sums, not means
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -75,18 +83,81 @@ def configure(parser: argparse.ArgumentParser) -> None:
         choices=COMBINE,
         help=f"how a pixel's probabilities in several boxes are combined (default: {COMBINE[0]})",
     )
+    instances.add_argument(
+        "--order", choices=ORDERS, help=f"which boxes come first: as given, or the largest (default: {ORDERS[0]})"
+    )
+    instances.add_argument(
+        "--ensemble", metavar="CKPT", help="combine with an FCN that sees the whole image: EDeconvNet"
+    )
+    instances.add_argument(
+        "--ensemble-mode", choices=ENSEMBLES,
+        help="the authors' code multiplies scores and runs --crf on raw kernels; the paper averages (default: code)",
+    )  # fmt: skip
+    refining = parser.add_argument_group("dense CRF", "labels that follow the colours of the image")
+    refining.add_argument("--crf", action="store_true", help="refine the labels by a fully connected CRF")
+    refining.add_argument(
+        "--crf-mode", choices=CRF_MODES, help=f"whose settings: DeconvNet's paper or DeepLab (default: {CRF_MODES[0]})"
+    )
+    sampling = parser.add_argument_group("uncertainty", "several passes with dropout on (Bayesian SegNet, FCN)")
+    sampling.add_argument("--passes", type=int, metavar="T", help="predict by the mean of T passes")
+    sampling.add_argument(
+        "--uncertainty", metavar="FILE", help="draw the uncertainty: a .png file for one image, or a folder"
+    )
+    sampling.add_argument("--measure", choices=MEASURES, help=f"what is drawn (default: {MEASURES[0]})")
     add_device(parser)
     add("--backend", choices=list(BACKENDS), default="auto", help="fused kernels or torch's (default: auto)")
     add_json(parser)
 
 
+def parse_crf(args: argparse.Namespace) -> CRFOptions | None:
+    """The options of the CRF, or None without --crf."""
+    if args.crf_mode is not None and not args.crf:
+        raise ValueError("--crf-mode needs --crf")
+    if args.crf_mode is not None and args.ensemble is not None:
+        raise ValueError("--crf-mode does not work with --ensemble, whose --ensemble-mode sets the CRF too")
+    return PRESETS[args.crf_mode or CRF_MODES[0]] if args.crf else None
+
+
+def parse_sampling(args: argparse.Namespace) -> Sampling | None:
+    """The options of sampling, or None without --passes."""
+    if args.passes is None:
+        if args.uncertainty is not None or args.measure is not None:
+            raise ValueError("--uncertainty and --measure need --passes")
+        return None
+    if args.boxes is not None or args.tile is not None:
+        raise ValueError("--passes does not work with --boxes and --tile")
+    return Sampling(args.passes, args.measure or MEASURES[0])
+
+
+def parse_ensemble(args: argparse.Namespace) -> Ensemble | None:
+    """The other network, or None without --ensemble."""
+    if args.ensemble is None:
+        if args.ensemble_mode is not None:
+            raise ValueError("--ensemble-mode needs --ensemble")
+        return None
+    if args.boxes is None:
+        raise ValueError("--ensemble needs --boxes")
+    return Ensemble(Segmenter(args.ensemble, args.device), args.ensemble_mode or ENSEMBLES[0])
+
+
+def uncertainty_files(images: list[Path], out: str | None) -> list[Path | None]:
+    """Where each image's uncertainty is drawn, if anywhere."""
+    if out is None:
+        return [None] * len(images)
+    if Path(out).suffix.lower() != ".png":
+        return [Path(out) / f"{image.stem}-uncertainty.png" for image in images]
+    if len(images) > 1:
+        raise ValueError(f"--uncertainty must be a folder for {len(images)} images, but is {out}")
+    return [Path(out)]
+
+
 def parse_instances(args: argparse.Namespace) -> InstanceOptions | None:
     """The options of instance-wise prediction, or None without --boxes."""
-    given = {"min_side": args.least_side, "max_boxes": args.most_boxes, "combine": args.combine}
+    given = {"min_side": args.least_side, "max_boxes": args.most_boxes, "combine": args.combine, "order": args.order}
     given = {name: value for name, value in given.items() if value is not None}
     if args.boxes is None:
         if given:
-            raise ValueError("--least-side, --most-boxes and --combine need --boxes")
+            raise ValueError("--least-side, --most-boxes, --order and --combine need --boxes")
         return None
     if any(value < 1 for value in (args.least_side, args.most_boxes) if value is not None):
         raise ValueError("--least-side and --most-boxes must be at least 1")
@@ -113,14 +184,21 @@ def parse_files(args: argparse.Namespace) -> list[ImageFiles]:
     truths, boxes = find_truths(images, args.truth), file_for_each("--boxes", args.boxes, len(images))
     outputs = output_files(images, Path(args.out), wanted)
     paths = [image for image, _ in images]
+    uncertain = uncertainty_files(paths, args.uncertainty)
+    outputs = [one._replace(uncertainty=path) for one, path in zip(outputs, uncertain, strict=True)]
+    written = [path.resolve() for one in outputs for path in one if path is not None]
+    if len({*written, *(path.resolve() for path in paths)}) < len(written) + len(paths):
+        raise ValueError("--uncertainty must not name another output or an image")
     return [ImageFiles(*one) for one in zip(paths, truths, boxes, outputs, strict=True)]
 
 
 def main(args: argparse.Namespace) -> int:
     """Run `fastseg segment`. Returns 0, or after a signal what a shell would: 130 for Ctrl-C."""
     files = parse_files(args)
-    options = SegmentOptions(PredictOptions(args.size, parse_tile(args), parse_instances(args)), args.backend)
+    predict = PredictOptions(args.size, parse_tile(args), parse_instances(args), parse_crf(args))
+    options = SegmentOptions(predict, args.backend, parse_sampling(args), parse_ensemble(args))
     segmenter = Segmenter(args.checkpoint, args.device)
+    options.check(segmenter)
     if args.skip_existing:
         files = [one for one in files if not all(path.exists() for path in one.outputs if path is not None)]
     for one in terminal.bar(files, len(files), "checking"):  # all inputs, before any output is written
@@ -159,7 +237,11 @@ def describe(files: ImageFiles, matrix: Tensor | None, classes: tuple[str, ...])
 
 def print_result(console: Any, result: dict[str, Any]) -> None:
     """Print the files of an image and its scores."""
-    written = [path for path in (result["figure"], result["labels"], result["overlay"]) if path is not None]
+    written = [
+        path
+        for path in (result["figure"], result["labels"], result["overlay"], result["uncertainty"])
+        if path is not None
+    ]
     for place, path in enumerate(written):
         if place or result["scores"] is None:
             console.print(f"{result['image']} -> {path}")

@@ -15,7 +15,7 @@ import struct
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -250,7 +250,12 @@ def compile_for(recorded: Launch, capability: int) -> Compiled:
 
 
 def compile_for_amd(recorded: Launch, architecture: str = "gfx942") -> str | None:
-    """Compile for an AMD GPU. Returns None, or the first line of the error."""
+    """Compile for an AMD GPU. Returns None, or the first line of the error.
+
+    Products in three parts of TF32 exist on NVIDIA's GPUs alone; launchers ask AMD's for exact ones.
+    """
+    if recorded.constants.get("PRECISION") == "tf32x3":
+        recorded = replace(recorded, constants=recorded.constants | {"PRECISION": "ieee"})
     warp = 64 if architecture.startswith("gfx9") else 32  # lanes: 64 in data centers (CDNA), 32 elsewhere (RDNA)
     try:
         triton.compile(

@@ -58,6 +58,13 @@ def network_cases(at: Placement) -> Iterator[Case]:
     nearest = ResizeSpec((67, 67), mode="nearest")
     yield from cases.upsample_cross_entropy(at, (8, 21, 33, 33), nearest, LossSpec(weighted=True))
     yield from cases.upsample_argmax(at, (16, 150, 128, 128), (512, 512))
+    yield from cases.paste_boxes(at, (50, 21, 224, 224), (375, 500))
+    yield from cases.paste_boxes(at, (8, 21, 224, 224), (375, 500), "sum", again=True)
+    for classes in (11, 150):
+        yield from cases.softmax_moments(at, (1, classes, 360, 480), passes=16, chunk=8)
+    for classes in (11, 21):
+        yield from cases.mean_field_message(at, (8, classes, 360, 480), sigma=20.0)
+        yield from cases.mean_field_message(at, (8, classes, 360, 480), sigma=3.0, sigma_color=None)
 
 
 def selected_cases(selection: Selection) -> Iterator[tuple[str, Case]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -98,15 +98,15 @@ BlockFactory = Callable[[int, int, NormFactory], nn.Module]  # builds a block fr
 
 def build_encoder(in_channels: int, plan: ChannelPlan, block: BlockFactory, norms: NormFactories) -> nn.ModuleList:
     """One stage per row of the plan; each stage ends in a pool."""
-    return _build_stages(in_channels, plan, block, norms.plain, [norms.pooled] * len(plan))
+    return build_stages(in_channels, plan, block, norms.plain, [norms.pooled] * len(plan))
 
 
 def build_decoder(in_channels: int, plan: ChannelPlan, block: BlockFactory, norms: NormFactories) -> nn.ModuleList:
     """One stage per row of the plan; each stage but the last ends in the unpool for the next stage."""
-    return _build_stages(in_channels, plan, block, norms.plain, [norms.unpooled] * (len(plan) - 1) + [norms.plain])
+    return build_stages(in_channels, plan, block, norms.plain, [norms.unpooled] * (len(plan) - 1) + [norms.plain])
 
 
-def _build_stages(
+def build_stages(
     in_channels: int, plan: ChannelPlan, block: BlockFactory, inner: NormFactory, last: list[NormFactory]
 ) -> nn.ModuleList:
     """Stages whose blocks have the norm `inner`, except for the last block of each stage, which has one from `last`."""
@@ -119,7 +119,7 @@ def _build_stages(
     return stages
 
 
-def encode(encoder: nn.ModuleList, x: Tensor) -> tuple[Tensor, list[Pooled]]:
+def encode(encoder: Iterable[nn.Module], x: Tensor) -> tuple[Tensor, list[Pooled]]:
     """The output of the last pool, and what each unpool needs, in the order of the pools."""
     pooled = []
     for stage in encoder:
@@ -141,11 +141,11 @@ def unpool(x: Tensor, pooled: Pooled) -> Tensor:
     return F.max_unpool2d_with_offsets(x, pooled.offsets, 2, output_size=pooled.size)
 
 
-def initialize(model: nn.Module) -> None:
-    """The authors' initialization: convolutions MSRA (Gaussian, fan-in), bias 0; batch norms weight 1, bias 0.001."""
+def initialize(model: nn.Module, norm_bias: float = 0.001) -> None:
+    """The authors' initialization: convolutions MSRA (Gaussian, fan-in), bias 0; batch norms weight 1."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
             nn.init.zeros_(module.bias)
         elif isinstance(module, nn.BatchNorm2d):
-            nn.init.constant_(module.bias, 0.001)
+            nn.init.constant_(module.bias, norm_bias)

@@ -163,6 +163,21 @@ def draw_scenes(
         figure.savefig(temporary, dpi=150, format="png")
 
 
+def draw_uncertainty(path: str | Path, values: np.ndarray) -> None:
+    """Write a PNG file with the uncertainty of each pixel, white for 0 and black for the largest value.
+
+    Shape:
+        - values: float [H, W].
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    require_matplotlib()
+    from matplotlib import colormaps
+
+    write_png(path, colormaps["bone_r"](values / max(float(values.max()), 1e-30), bytes=True)[..., :3])
+
+
 def draw_history(path: str | Path, history: Sequence[Record]) -> None:
     """Write a PNG file with the training loss and the validation mIoU of a run over its steps.
 

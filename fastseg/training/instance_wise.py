@@ -19,7 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..functional import paste_boxes
+
 COMBINE = ("max", "mean")
+ORDERS = ("given", "size")
 ENSEMBLES = ("code", "paper")
 PROPOSAL_SIZE = (224, 224)
 """The size that proposals are resized to for a network that was not trained at one fixed size."""
@@ -52,9 +55,11 @@ class InstanceOptions:
         min_side: proposals with a shorter side below this are ignored.
         max_boxes: only the first so many of the others are used.
         batch_size: proposals per call of the network.
+        order: ``"given"``, as the authors' code walks through its file, or ``"size"``: the largest first, as the paper
+            says. It matters where there are more than `max_boxes`.
 
     Raises:
-        ValueError: `combine` is another word, or a number is below 1.
+        ValueError: `combine` or `order` is another word, or a number is below 1.
     """
 
     size: tuple[int, int] | None = None
@@ -62,10 +67,13 @@ class InstanceOptions:
     min_side: int = MIN_SIDE
     max_boxes: int = MAX_BOXES
     batch_size: int = 8
+    order: str = "given"
 
     def __post_init__(self) -> None:
         if self.combine not in COMBINE:
             raise ValueError(f"combine must be one of {', '.join(COMBINE)}, but is {self.combine!r}")
+        if self.order not in ORDERS:
+            raise ValueError(f"order must be one of {', '.join(ORDERS)}, but is {self.order!r}")
         _check_positive(
             size=1 if self.size is None else min(self.size),
             min_side=self.min_side,
@@ -84,6 +92,7 @@ def instance_scores(
     boxes: Sequence[Box],
     options: InstanceOptions = DEFAULT_OPTIONS,
     progress: Callable[[Sequence[Sequence[Box]]], Iterable[Sequence[Box]]] = iter,
+    watch: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
     """Compute the class scores of an image from the scores of its proposals.
 
@@ -100,6 +109,8 @@ def instance_scores(
         boxes: the proposals; :func:`select_boxes` says which are used.
         options: see :class:`InstanceOptions`.
         progress: wraps the list of batches that is iterated over, for example in a progress bar.
+        watch: called after each batch with the number of proposals so far and their scores (K, H, W), before a mean is
+            divided.
 
     Shape:
         - image: (C, H, W).
@@ -121,22 +132,20 @@ def instance_scores(
     if image.dim() != 3 or image.numel() == 0:
         raise ValueError(f"image must be (C, H, W), but has shape {tuple(image.shape)}")
     height, width = image.shape[-2:]
+    if options.order == "size":
+        boxes = sorted((Box(*box) for box in boxes), key=lambda box: -box.width * box.height)
     selected = select_boxes(boxes, height, width, options.min_side, options.max_boxes)
     size = options.size or PROPOSAL_SIZE
     step = options.batch_size
-    total: Tensor | None = None
+    total, done, reduce = None, 0, "max" if options.combine == "max" else "sum"
     for batch in progress([selected[k : k + step] for k in range(0, len(selected), step)]):
         inputs = torch.cat([F.interpolate(_crop(image, box), size, mode="bilinear", antialias=True) for box in batch])
         outputs = network(inputs).float()
         if outputs.dim() != 4 or len(outputs) != len(batch):
             raise ValueError(f"network must return ({len(batch)}, K, H, W), but returned {tuple(outputs.shape)}")
-        for box, scores in zip(batch, outputs, strict=True):
-            if total is None:
-                total = scores.new_zeros(len(scores), height, width)
-            scores = F.interpolate(scores[None], (box.height, box.width), mode="bilinear")[0]
-            (rows, columns), (box_rows, box_columns) = _overlap(box, height, width)
-            current, new = total[:, rows, columns], scores[:, box_rows, box_columns]
-            current.copy_(torch.maximum(current, new)) if options.combine == "max" else current.add_(new)
+        total, done = paste_boxes(outputs, batch, (height, width), reduce, start=total), done + len(batch)
+        if watch is not None:
+            watch(done, total)
     assert total is not None  # select_boxes returns at least one box
     return total / len(selected) if options.combine == "mean" else total
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -14,8 +14,10 @@ from torch import Tensor
 
 from ..dispatch import backend
 from ..functional import confusion_matrix
+from ..uncertainty import Sampling, dropout_layers
 from .data_check import Progress, no_progress
-from .drawing import Scene, draw_scenes, overlay, write_labels, write_png
+from .drawing import Scene, draw_scenes, draw_uncertainty, overlay, write_labels, write_png
+from .edeconvnet import Ensemble, ensemble_labels
 from .instance_wise import PROPOSAL_SIZE, Box, InstanceOptions, read_boxes, select_boxes, sliding_windows
 from .layouts import masks_by_name
 from .masks import read_pair
@@ -36,6 +38,7 @@ class Outputs(NamedTuple):
     figure: Path | None
     labels: Path | None
     overlay: Path | None
+    uncertainty: Path | None = None
 
 
 class ImageFiles(NamedTuple):
@@ -56,10 +59,30 @@ class SegmentOptions:
     Args:
         predict: how their classes are predicted.
         backend: fastseg's backend, see :func:`fastseg.set_backend`.
+        sampling: predict by several passes with dropout on; neither in tiles nor instance-wise.
+        ensemble: combine instance-wise scores with another network's. Its mode sets the options of the CRF too.
+
+    Raises:
+        ValueError: two ways are chosen.
     """
 
     predict: PredictOptions = DEFAULT_PREDICTION
     backend: str = "auto"
+    sampling: Sampling | None = None
+    ensemble: Ensemble | None = None
+
+    def __post_init__(self) -> None:
+        if self.sampling is not None and (self.predict.tile is not None or self.predict.instances is not None):
+            raise ValueError("passes must be left out with tiles and with boxes")
+        if self.ensemble is not None and self.predict.instances is None:
+            raise ValueError("ensemble needs boxes")
+
+    def check(self, segmenter: Segmenter) -> None:
+        """Raise ValueError if the network cannot be used so."""
+        if self.sampling is not None:
+            dropout_layers(segmenter.model)
+        if self.ensemble is not None:
+            self.ensemble.check(segmenter)
 
 
 class Inputs(NamedTuple):
@@ -219,10 +242,12 @@ def segment_file(
     """
     image, truth, boxes = read_inputs(files, segmenter, options.predict)
     with backend(options.backend):
-        prediction = segmenter.predict(image, options.predict, boxes, progress)
+        prediction, uncertainty = _predict(image, boxes, segmenter, options, progress)
     picture, ignored, outputs = np.asarray(image), segmenter.ignore_index, files.outputs
     if outputs.labels is not None:
         write_labels(outputs.labels, prediction, segmenter.colours)
+    if outputs.uncertainty is not None and uncertainty is not None:
+        draw_uncertainty(outputs.uncertainty, uncertainty)
     if outputs.overlay is not None:
         write_png(outputs.overlay, overlay(picture, prediction, segmenter.colours, ignored))
     if outputs.figure is not None:
@@ -231,3 +256,18 @@ def segment_file(
     if truth is None:
         return None
     return confusion_matrix(torch.from_numpy(prediction), torch.from_numpy(truth), len(segmenter.classes), ignored)
+
+
+def _predict(
+    image: Image, boxes: list[Box], segmenter: Segmenter, options: SegmentOptions, progress: Progress
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """The classes of the pixels and, with sampling, their uncertainty."""
+    predict = options.predict
+    if options.sampling is not None:
+        return segmenter.sampled(image, options.sampling, predict.size, predict.crf)
+    if options.ensemble is None or predict.instances is None:
+        return segmenter.predict(image, predict, boxes, progress), None
+    instances, crf = replace(predict.instances, size=predict.size), predict.crf is not None
+    return ensemble_labels(
+        segmenter, image, boxes, instances, options.ensemble, crf, lambda parts: progress(parts, len(parts), "boxes")
+    ), None

@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..crf import CRFOptions, dense_crf
 from ..functional import upsample_argmax
+from ..uncertainty import Sampling, measure, sample
 from .checkpoint import load_checkpoint
 from .data import LabelOptions, mask_format, normalise
 from .data_check import Progress, no_progress
@@ -36,6 +39,7 @@ class PredictOptions:
         size: (height, width) that the network sees. None: the size of training, or the image's own.
         tile: how the image is cut into tiles, or None.
         instances: the options of instance-wise prediction, or None.
+        crf: refine the labels by a fully connected CRF; not in tiles.
 
     Raises:
         ValueError: two ways are chosen.
@@ -44,10 +48,13 @@ class PredictOptions:
     size: tuple[int, int] | None = None
     tile: TileOptions | None = None
     instances: InstanceOptions | None = None
+    crf: CRFOptions | None = None
 
     def __post_init__(self) -> None:
         if self.tile is not None and (self.size is not None or self.instances is not None):
             raise ValueError("tile must be left out with size or instances: tiles have the size of the picture")
+        if self.tile is not None and self.crf is not None:
+            raise ValueError("tile must be left out with a CRF, which sees the whole picture")
 
 
 DEFAULT_PREDICTION = PredictOptions()
@@ -97,20 +104,46 @@ class Segmenter:
         self.model.to(self.device).eval()
 
     @torch.no_grad()
-    def __call__(self, image: Image, size: tuple[int, int] | None = None) -> np.ndarray:
+    def __call__(self, image: Image, size: tuple[int, int] | None = None, crf: CRFOptions | None = None) -> np.ndarray:
         """Return the class of each pixel.
 
         Args:
             image: an RGB image of H x W pixels.
             size: (height, width) that the image is resized to for the network; its logits are resized back. Default:
                 the size of training, or the image's own.
+            crf: refine the labels by a fully connected CRF at the image's size, see :func:`fastseg.crf.dense_crf`.
 
         Shape:
             - output: uint8 [H, W].
         """
+        if crf is not None:
+            return self.refined(self.scores(image, size), image, crf)
         logits = self.logits(to_tensor(resize(image, size or self.size)).to(self.device)[None])
         labels = upsample_argmax(logits, (image.height, image.width), dtype=torch.uint8)
         return labels[0].cpu().numpy()
+
+    def sampled(
+        self, image: Image, sampling: Sampling, size: tuple[int, int] | None = None, crf: CRFOptions | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the class of each pixel by the mean of several passes with dropout, and its uncertainty.
+
+        Args:
+            image, size, crf: as for a call. The CRF refines the mean, whose logarithm takes the place of logits.
+            sampling: how many passes, and what is measured. Both are resized to the image after all passes.
+
+        Shape:
+            - output: uint8 [H, W], float32 [H, W].
+
+        Raises:
+            ValueError: the network has no dropout layer.
+        """
+        x = to_tensor(resize(image, size or self.size)).to(self.device)[None]
+        samples = sample(self.model, normalise(x, self.mean, self.std), sampling.passes, sampling.chunk, sampling.seed)
+        mean = _enlarged(samples.mean, image)
+        uncertainty = _enlarged(measure(samples, sampling.measure)[:, None], image)[0, 0].cpu().numpy()
+        if crf is not None:
+            return self.refined(mean.clamp(min=1e-5).log(), image, crf), uncertainty
+        return mean[0].argmax(0).to(torch.uint8).cpu().numpy(), uncertainty
 
     def instance_wise(
         self,
@@ -118,6 +151,7 @@ class Segmenter:
         boxes: Sequence[Box],
         options: InstanceOptions = DEFAULT_OPTIONS,
         progress: Callable[[Sequence[Sequence[Box]]], Iterable[Sequence[Box]]] = iter,
+        crf: CRFOptions | None = None,
     ) -> np.ndarray:
         """Return the class of each pixel from the class probabilities of object proposals.
 
@@ -126,6 +160,8 @@ class Segmenter:
         Args:
             image: an RGB image of H x W pixels.
             boxes, options, progress: as for :func:`~fastseg.training.instance_wise.instance_scores`.
+            crf: refine the labels by a fully connected CRF. The logarithm of the combined probabilities, not below
+                1e-5, takes the place of logits.
 
         Shape:
             - output: uint8 [H, W].
@@ -137,6 +173,8 @@ class Segmenter:
         scores = instance_scores(
             lambda images: self.logits(images).softmax(1), to_tensor(image).to(self.device), boxes, options, progress
         )
+        if crf is not None:
+            return self.refined(self._filled(scores, image, options.size).clamp(min=1e-5).log(), image, crf)
         highest, labels = scores.max(0)
         result = labels.to(torch.uint8).cpu().numpy()
         in_no_box = (highest == 0).cpu().numpy()
@@ -176,9 +214,36 @@ class Segmenter:
         if options.tile is not None:
             return self.tiled(image, options.tile, progress)
         if options.instances is None:
-            return self(image, options.size)
+            return self(image, options.size, options.crf)
         instances = replace(options.instances, size=options.size)
-        return self.instance_wise(image, boxes, instances, lambda parts: progress(parts, len(parts), "boxes"))
+        return self.instance_wise(
+            image, boxes, instances, lambda parts: progress(parts, len(parts), "boxes"), options.crf
+        )
+
+    def _filled(self, scores: Tensor, image: Image, size: tuple[int, int] | None) -> Tensor:
+        """Probabilities (1, K, H, W) of proposals; where a pixel is in none, those of the whole image."""
+        in_no_box = scores.amax(0) == 0
+        if not in_no_box.any():
+            return scores[None]
+        return torch.where(in_no_box, self.scores(image, size).softmax(1), scores)
+
+    def scores(self, image: Image, size: tuple[int, int] | None = None) -> Tensor:
+        """The logits at the size of the image, (1, K, H, W).
+
+        Args:
+            image, size: as for a call.
+        """
+        return _enlarged(self.logits(to_tensor(resize(image, size or self.size)).to(self.device)[None]), image)
+
+    def refined(self, logits: Tensor, image: Image, crf: CRFOptions) -> np.ndarray:
+        """The labels of logits at the size of the image after mean field.
+
+        Shape:
+            - logits: (1, K, H, W).
+            - output: uint8 [H, W].
+        """
+        picture = torch.from_numpy(np.array(image)).movedim(-1, 0)[None].to(self.device)
+        return dense_crf(logits, picture, crf)[0].argmax(0).to(torch.uint8).cpu().numpy()
 
     def logits(self, images: Tensor) -> Tensor:
         """Normalise images from 0 to 1 and apply the network.
@@ -188,3 +253,8 @@ class Segmenter:
             - output: (N, K, H, W) for K classes.
         """
         return self.model(normalise(images, self.mean, self.std))
+
+
+def _enlarged(logits: Tensor, image: Image) -> Tensor:
+    """Logits at the size of the image."""
+    return F.interpolate(logits.float(), (image.height, image.width), mode="bilinear")

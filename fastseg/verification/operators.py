@@ -97,6 +97,21 @@ LINEAR_CROSS_ENTROPIES = [
     {"shape": (1, 5, 7, 3), "classes": 4, "reduction": "none"},
     {"shape": (2, 3, 4, 4), "classes": 11, "chunk": 7, "reduction": "sum"},
 ]
+PASTED_BOXES = [
+    {"shape": (4, 3, 3, 5), "size": (6, 35)},
+    {"shape": (3, 9, 5, 4), "size": (5, 21), "reduce": "sum", "again": True},
+    {"shape": (3, 2, 1, 1), "size": (5, 6), "reduce": "mean"},
+]
+SOFTMAX_MOMENTS = [
+    {"shape": (2, 11, 5, 13)},
+    {"shape": (1, 150, 3, 7), "passes": 2},
+    {"shape": (1, 2, 17, 9), "passes": 5, "chunk": 1},
+]
+MEAN_FIELD_MESSAGES = [
+    {"shape": (2, 5, 5, 18), "sigma": 1.5},
+    {"shape": (1, 35, 9, 7), "sigma": 1.0, "sigma_color": None, "self_term": False},
+    {"shape": (1, 2, 9, 17), "radius": None},
+]
 CONFUSION_MATRICES = [
     {"shape": (2, 9, 31), "classes": 19},
     {"shape": (1, 13, 11), "classes": 70},
@@ -123,6 +138,9 @@ SIZES: dict[str, list[MakeCases]] = {
     ],
     "upsample_argmax": [partial(cases.upsample_argmax, **size) for size in UPSAMPLE_ARGMAXES],
     "linear_cross_entropy": [partial(cases.linear_cross_entropy, **size) for size in LINEAR_CROSS_ENTROPIES],
+    "paste_boxes": [partial(cases.paste_boxes, **size) for size in PASTED_BOXES],
+    "softmax_moments": [partial(cases.softmax_moments, **size) for size in SOFTMAX_MOMENTS],
+    "mean_field_message": [partial(cases.mean_field_message, **size) for size in MEAN_FIELD_MESSAGES],
     "confusion_matrix": [partial(cases.confusion_matrix, **size) for size in CONFUSION_MATRICES],
 }
 """For each operator, functions that make its cases at one size."""

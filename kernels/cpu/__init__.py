@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ..lazy import submodules
 
 if TYPE_CHECKING:
-    from . import batch_norm, build, launch, losses, pooling, warm
+    from . import batch_norm, build, crf, launch, losses, pooling, warm
 
-__all__ = ["batch_norm", "build", "launch", "losses", "pooling", "warm"]
+__all__ = ["batch_norm", "build", "crf", "launch", "losses", "pooling", "warm"]
 __getattr__ = submodules(__name__, __all__)

@@ -39,6 +39,7 @@ def libraries() -> Iterator[tuple[str, dict[str, Parameter]]]:
         for name in BY_DTYPE:
             yield name, {"LOGITS": dtype}
         yield "losses/cross_entropy", {"LOGITS": dtype, "TARGET": dtype}
+        yield "crf/message", {"VALUES": dtype}
         for name in BY_LAYOUT:
             for channels_last in (False, True):
                 yield name, {"DTYPE": dtype, "CHANNELS_LAST": channels_last}

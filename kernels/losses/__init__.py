@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         cross_entropy_planes,
         dice_cross_entropy,
         options,
+        softmax_moments,
         upsample,
         upsample_cross_entropy,
     )
@@ -27,6 +28,7 @@ __all__ = [
     "cross_entropy_planes",
     "dice_cross_entropy",
     "options",
+    "softmax_moments",
     "upsample",
     "upsample_cross_entropy",
 ]

@@ -9,12 +9,14 @@ import torch
 from support.train_common import trained_checkpoint
 
 from fastseg.commands import cli, segment
+from fastseg.crf import PRESETS
 from fastseg.training import checkpoint, class_names, data, drawing, networks, pictures, segment_files
 from fastseg.training.config import TrainConfig
-from fastseg.training.instance_wise import InstanceOptions, read_boxes, sliding_windows
+from fastseg.training.instance_wise import InstanceOptions, ensemble, instance_scores, read_boxes, sliding_windows
 from fastseg.training.segmenter import Segmenter
 from fastseg.training.tiles import TileOptions
 from fastseg.training.trainer import Trainer
+from fastseg.uncertainty import Sampling
 
 Image = pytest.importorskip("PIL.Image")
 pytest.importorskip("matplotlib")
@@ -268,3 +270,91 @@ def test_invalid_proposals_are_reported_before_anything_is_written(weights, tmp_
         assert message in capsys.readouterr().err and not out.exists()
     assert cli.main([*words[:-1], "--combine", "max"]) == 2
     assert "--combine need --boxes" in capsys.readouterr().err and not out.exists()
+
+
+def test_a_crf_refines_the_labels(weights, scene, tmp_path, capsys):
+    image, files = str(scene[0]), [tmp_path / name for name in ("plain.png", "paper.png", "deeplab.png")]
+    for file, options in zip(files, ([], ["--crf"], ["--crf", "--crf-mode", "deeplab"]), strict=True):
+        assert cli.main(["segment", image, "--checkpoint", str(weights), "--out", str(file), "--labels", *options]) == 0
+    labels = [np.asarray(Image.open(file.with_name(f"{file.stem}-labels.png"))) for file in files]
+    segmenter, picture = Segmenter(weights), pictures.read_image(image)
+    for found, options in zip(labels, (None, PRESETS["paper"], PRESETS["deeplab"]), strict=True):
+        assert np.array_equal(found, segmenter(picture, crf=options))
+    assert not np.array_equal(labels[0], labels[1])
+    assert cli.main(["segment", image, "--checkpoint", str(weights), "--crf-mode", "paper"]) == 2
+    assert "--crf-mode needs --crf" in capsys.readouterr().err
+
+
+# --- uncertainty -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bayesian(tmp_path_factory):
+    """A checkpoint of an untrained Bayesian SegNet-Basic."""
+    torch.manual_seed(0)
+    model, name = networks.build_model("bayesian-segnet-basic", 11, 0.125), "bayesian-segnet-basic"
+    made = Trainer(TrainConfig(model=name, width=0.125), model, *2 * [data.DigitScenes("val", 32)])
+    file = tmp_path_factory.mktemp("bayesian") / "bayesian.pt"
+    checkpoint.save_checkpoint(file, made.state())
+    return file
+
+
+def test_passes_with_dropout_predict_and_draw_the_uncertainty(bayesian, scene, tmp_path, capsys):
+    image, out, drawn = str(scene[0]), tmp_path / "out", tmp_path / "uncertainty.png"
+    words = ["segment", image, "--checkpoint", str(bayesian), "--out", str(out), "--labels", "--passes", "5"]
+    assert cli.main([*words, "--uncertainty", str(drawn), "--measure", "entropy"]) == 0
+    assert f"{image} -> {drawn}" in capsys.readouterr().out
+    segmenter, picture = Segmenter(bayesian), pictures.read_image(image)
+    labels, uncertainty = segmenter.sampled(picture, Sampling(5, "entropy"))
+    assert np.array_equal(np.asarray(Image.open(out / "scene-labels.png")), labels)
+    shown = np.asarray(Image.open(drawn)).astype(int).sum(-1)
+    assert shown.shape == uncertainty.shape == (40, 48) and uncertainty.min() > 0
+    assert shown.ravel()[uncertainty.argmax()] == shown.min() == 0  # the largest value is black
+    assert np.corrcoef(shown.ravel(), uncertainty.ravel())[0, 1] < -0.98
+    assert not np.array_equal(segmenter.sampled(picture, Sampling(5, "variance"))[1], uncertainty)
+    refined = segmenter.sampled(picture, Sampling(5), crf=PRESETS["paper"])[0]
+    assert cli.main([*words, "--crf"]) == 0
+    assert np.array_equal(np.asarray(Image.open(out / "scene-labels.png")), refined)
+
+
+def test_invalid_sampling_is_reported_before_anything_is_written(weights, bayesian, scene, tmp_path, capsys):
+    image, out = str(scene[0]), tmp_path / "out"
+    words = ["segment", image, "--out", str(out), "--checkpoint"]
+    for more, message in (
+        ([str(weights), "--passes", "4"], "model must have a dropout layer, such as torch.nn.Dropout, but SegNetBasic"),
+        ([str(bayesian), "--passes", "0"], "passes must be at least 1, but is 0"),
+        ([str(bayesian), "--uncertainty", "u.png"], "--uncertainty and --measure need --passes"),
+        ([str(bayesian), "--passes", "4", "--boxes"], "--passes does not work with --boxes and --tile"),
+        ([str(bayesian), "--passes", "4", "--uncertainty", image], "must not name another output or an image"),
+    ):
+        assert cli.main([*words, *more]) == 2
+        assert message in capsys.readouterr().err and not out.exists()
+
+
+# --- EDeconvNet ------------------------------------------------------------------------------------------------------
+
+
+def test_an_ensemble_combines_proposals_with_another_network(weights, bayesian, scene, tmp_path, capsys):
+    image, out, file = str(scene[0]), tmp_path / "out", tmp_path / "boxes.txt"
+    file.write_text("0 0 48 40\n4 2 24 30\n")
+    words = ["segment", image, "--checkpoint", str(weights), "--out", str(out), "--labels", "--boxes", str(file)]
+    words += ["--least-side", "16", "--ensemble", str(bayesian)]
+    first, other, picture = Segmenter(weights), Segmenter(bayesian), pictures.read_image(image)
+    options = InstanceOptions(first.size, min_side=16)
+    scores = instance_scores(first.logits, pictures.to_tensor(picture), read_boxes(file), options)
+    for mode in ("code", "paper"):
+        want = ensemble(other.scores(picture)[0], scores, mode)
+        for crf in (False, True):
+            assert cli.main([*words, "--ensemble-mode", mode, *["--crf"] * crf]) == 0
+            labels = first.refined(want[None], picture, PRESETS[mode]) if crf else want.argmax(0).numpy()
+            assert np.array_equal(np.asarray(Image.open(out / "scene-labels.png")), labels)
+    renamed = torch.load(weights) | {"classes": tuple(f"other {k}" for k in range(11))}
+    torch.save(renamed, tmp_path / "three.pt")
+    capsys.readouterr()
+    for more, message in (
+        (["--crf", "--crf-mode", "paper"], "--crf-mode does not work with --ensemble"),
+        (["--ensemble", str(tmp_path / "three.pt")], "both networks of an ensemble must have the same classes"),
+    ):
+        assert cli.main([*words, *more]) == 2 and message in capsys.readouterr().err
+    assert cli.main([*words[:6], "--ensemble", str(bayesian)]) == 2
+    assert "--ensemble needs --boxes" in capsys.readouterr().err

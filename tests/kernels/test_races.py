@@ -54,12 +54,15 @@ BLOCKS = {
     "convolution.conv_transpose_depthwise": {"BLOCK": 64},
     "convolution.conv_transpose_tma": {"MOST_COVER": 4},
     "convolution.gemm": {"LEAST_STEPS": 1, "COPY_BLOCK": 32, "SUM_BLOCK": 256},
+    "crf.message": {"HEIGHT": 4, "WIDTH": 8, "ROWS": 2, "COLUMNS": 8},
     "losses.confusion": {"LEAST_PIXELS": 128},
     "losses.cross_entropy": {"ROWS": 32, "LONG_ROWS": 16, "TOTAL_BLOCK": 4},
     "losses.cross_entropy_bwd": {"GROUPS": 32},
     "losses.cross_entropy_planes": {"HELD": 2, "WARPS": 1},
     "losses.cross_entropy_one_pass": {"ROWS": 32, "LONG_ROWS": 16, "GROUPS": 16, "LABELS": 32},
     "losses.dice_cross_entropy": {"TILE": 64, "FEW_PROGRAMS": 3},
+    "boxes.paste": {"HEIGHT": 4, "WIDTH": 8, "CLASSES": 4},
+    "losses.softmax_moments": {"TILE": 64},
     "losses.upsample_cross_entropy": {"PATCH_ROWS": 2},
     "pooling.overlapping": {"BLOCK": 128},
     "pooling.pool": {"BLOCK": 128},
@@ -164,6 +167,13 @@ def resized_losses(at):
     yield call(partial(functional.upsample_argmax, size=(9, 35), align_corners=True), at.tensor(2, 5, 3, 4))
 
 
+def pasted(at):
+    """With weights."""
+    boxes, weights = [(0, 0, 5, 9), (3, -2, 12, 7)], at.parameters(2)
+    weighted = partial(functional.paste_boxes, boxes=boxes, size=(9, 13), reduce="sum", weights=weights)
+    yield call(weighted, at.tensor(2, 5, 4, 6))
+
+
 def counts(at):
     yield call(partial(functional.confusion_matrix, num_classes=3), at.labels(3, 300), at.labels(3, 300))
 
@@ -204,6 +214,9 @@ FAMILIES = {
         ["losses/upsample", "losses/upsample_cross_entropy"],
         resized_losses,
     ),
+    "crf": Family(["mean_field_message"], ["crf/message"]),
+    "paste_boxes": Family(["paste_boxes"], ["boxes/paste"], pasted),
+    "softmax_moments": Family(["softmax_moments"], ["losses/softmax_moments"]),
     "confusion": Family(["confusion_matrix"], ["losses/confusion"], counts),
 }  # fmt: skip
 

@@ -35,7 +35,7 @@ def expected(image, boxes, size, combine):
         found = network(F.interpolate(cut[None], size, mode="bilinear", antialias=True))
         own = torch.zeros(2, *large.shape[1:])
         own[:, y + margin : y + h + margin, x + margin : x + w + margin] = F.interpolate(
-            found, (h, w), mode="bilinear"
+            found, (h, w), mode="bilinear", antialias=True
         )[0]
         maps.append(own)
     together = torch.stack(maps).amax(0).clamp(min=0) if combine == "max" else torch.stack(maps).mean(0)
@@ -163,3 +163,18 @@ def test_boxes_are_read_from_a_file(tmp_path):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=f"boxes.csv {message}"):
             read_boxes(path)
+
+
+def test_the_largest_boxes_come_first_and_each_canvas_is_at_least_the_one_before(device):
+    image, seen = torch.rand(3, 24, 32, device=device), []
+    boxes = [INSIDE, Box(0, 0, 32, 24), BEYOND, Box(2, 2, 12, 12)]
+    by_size = sorted(boxes, key=lambda box: -box.width * box.height)
+    options = InstanceOptions((16, 24), "max", 8, batch_size=1, order="size")
+    found = instance_scores(network, image, boxes, options, watch=lambda *seen_now: seen.append(seen_now))
+    assert torch.equal(found, instance_scores(network, image, by_size, InstanceOptions((16, 24), "max", 8)))
+    assert [count for count, _ in seen] == [1, 2, 3, 4] and torch.equal(seen[-1][1], found)
+    assert all((later >= earlier).all() for (_, earlier), (_, later) in pairwise(seen))
+    two = InstanceOptions((16, 24), "max", 8, max_boxes=2, order="size")
+    assert torch.equal(instance_scores(network, image, boxes, two), seen[1][1])
+    with pytest.raises(ValueError, match="order must be one of given, size, but is 'random'"):
+        InstanceOptions(order="random")

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from support.train_common import trained_checkpoint
 
+from fastseg.crf import CRFOptions, dense_crf
 from fastseg.training import checkpoint, networks, pictures
 from fastseg.training.instance_wise import COMBINE, Box, InstanceOptions
 from fastseg.training.segmenter import Segmenter
@@ -57,3 +58,21 @@ def test_instance_wise_prediction_combines_the_probabilities_of_proposals(weight
     with torch.no_grad():
         segmenter.model.classifier.bias -= 100  # changes no probability
     assert np.array_equal(segmenter.instance_wise(image, [Box(0, 0, 80, 60)], options), whole)
+
+
+def test_a_crf_refines_the_labels_at_the_size_of_the_image(weights, tmp_path):
+    """Also instance-wise, where pixels in no proposal start from the whole image's probabilities."""
+    image, options = pictures.read_image(write_scene(tmp_path, (40, 48))[0]), CRFOptions(bilateral=(3.0, 10.0, 10.0))
+    segmenter, picture = Segmenter(weights), torch.from_numpy(np.array(image)).movedim(-1, 0)[None]
+    with torch.no_grad():
+        logits = F.interpolate(
+            segmenter.logits(pictures.to_tensor(image.resize((32, 32), 2))[None]), (40, 48), mode="bilinear"
+        )
+    want = dense_crf(logits, picture, options)[0].argmax(0).numpy()
+    assert np.array_equal(segmenter(image, crf=options), want) and not np.array_equal(segmenter(image), want)
+    whole = InstanceOptions(size=(32, 32), min_side=8)
+    silent = CRFOptions(gaussian=None, bilateral=None)
+    for boxes in ([Box(0, 0, 48, 40)], [Box(4, 6, 20, 24)]):
+        plain = segmenter.instance_wise(image, boxes, whole)
+        assert np.array_equal(segmenter.instance_wise(image, boxes, whole, crf=silent), plain)
+        assert not np.array_equal(segmenter.instance_wise(image, boxes, whole, crf=options), plain)

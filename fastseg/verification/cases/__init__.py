@@ -4,7 +4,9 @@ Each function makes the cases of one operator at one size. `ours` and `theirs` t
 same, and autograd differentiates both. Inputs are random; on the meta device they have no data.
 """
 
+from .boxes import paste_boxes
 from .case import DTYPES, LAYOUTS, Case, Placement, random_gradients
+from .crf import mean_field_message
 from .layers import (
     batch_norm_relu,
     conv_transpose2d,
@@ -19,6 +21,7 @@ from .losses import (
     cross_entropy,
     dice_cross_entropy,
     linear_cross_entropy,
+    softmax_moments,
     upsample_argmax,
     upsample_cross_entropy,
 )
@@ -44,7 +47,10 @@ __all__ = [
     "max_unpool2d",
     "max_unpool2d_anywhere",
     "max_unpool2d_conv2d",
+    "mean_field_message",
+    "paste_boxes",
     "random_gradients",
+    "softmax_moments",
     "upsample_argmax",
     "upsample_cross_entropy",
 ]

@@ -131,6 +131,25 @@ def upsample_argmax(at: Placement, shape: Sequence[int], size: Sequence[int], mo
     yield Case("upsample_argmax", describe(shape, *ResizeSpec(size, mode).words()), ours, theirs, inputs, eager)
 
 
+def softmax_moments(at: Placement, shape: Sequence[int], passes: int = 3, chunk: int = 2) -> Iterator[Case]:
+    """Mean, squared deviations and entropy of the softmax over passes, in chunks. Nothing has a gradient."""
+    inputs = {f"pass {number}": at.tensor(*shape) for number in range(passes)}
+
+    def ours(*logits: Tensor) -> tuple[Tensor, ...]:
+        state = None
+        for first in range(0, passes, chunk):
+            state = functional.softmax_moments(torch.stack(logits[first : first + chunk]), state)
+        return tuple(state[1:])
+
+    def theirs(*logits: Tensor) -> tuple[Tensor, ...]:
+        wide = torch.float64 if logits[0].dtype == torch.float64 else torch.float32
+        softmax = torch.stack(logits).detach().to(wide).softmax(2)
+        squares = softmax.var(0, unbiased=False) * passes
+        return softmax.mean(0), squares, torch.special.entr(softmax).sum((0, 2))
+
+    yield Case("softmax_moments", describe(shape, f"{passes} passes in {chunk}s"), ours, theirs, inputs)
+
+
 def confusion_matrix(at: Placement, shape: Sequence[int], classes: int) -> Iterator[Case]:
     """The confusion matrix of predictions and labels, a tenth of which are ignored."""
     labels = _ignore_a_tenth(at, at.labels(classes, *shape), 255)

@@ -1,0 +1,1 @@
+"""Maps of boxes pasted into one canvas."""

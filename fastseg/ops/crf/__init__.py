@@ -1,0 +1,1 @@
+"""Messages between all pixels of a fully connected CRF."""
