@@ -131,7 +131,7 @@ SOURCES = sorted({
     path
     for folder in ("fastseg", "kernels", "tests", "benchmarks")
     for path in (ROOT / folder).rglob("*.py")
-    if path.resolve() not in HOMES and not path.is_relative_to(ROOT / "fastseg" / "kernels") and path not in (Path(__file__), PINNED)
+    if path.resolve() not in HOMES | {Path(__file__), PINNED} and not path.is_relative_to(ROOT / "fastseg" / "kernels")
 })  # fmt: skip
 
 
