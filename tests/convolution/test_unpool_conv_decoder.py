@@ -12,10 +12,12 @@ from torch import nn
 import fastseg
 from fastseg import autotune, dispatch, models
 from fastseg.models import blocks, segnet_inference
+from fastseg.ops.batch_norm import functions
 from fastseg.ops.batch_norm.batch_norm import BATCH_NORM_RELU
 from fastseg.ops.batch_norm.batch_norm_unpool import BATCH_NORM_RELU_MAX_UNPOOL2D
 from fastseg.ops.convolution import unpool_conv, unpool_conv_norm
 from fastseg.ops.convolution.unpool_conv_norm import MAX_UNPOOL2D_CONV2D_BATCH_NORM_RELU as OPERATOR
+from fastseg.ops.operator import Operator
 
 # --- the decoder -----------------------------------------------------------------------------------------------------
 
@@ -78,6 +80,9 @@ def on_a_gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     for cached in (autotune._known, autotune._recorded):
         cached.cache_clear()
+    # A CPU tensor would take the short way to the CPU kernels or torch.
+    monkeypatch.setattr(functions, "few_elements", lambda x, least: None)
+    monkeypatch.setattr(Operator, "_runs_on_cpu", lambda self, args: False)
     # An operator asks the implementation of the tensor's device for its preference, and here that is "cpu".
     for operator in (OPERATOR, BATCH_NORM_RELU, BATCH_NORM_RELU_MAX_UNPOOL2D):
         as_triton = operator.kernels["triton"]._replace(preferred=operator.preferred)

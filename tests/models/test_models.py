@@ -135,7 +135,8 @@ def test_segnets_equal_those_of_torchs_layers(device, backend, training, layout,
         ("torch", False, torch.contiguous_format),
     ],
 )
-def test_deconvnet_equals_that_of_torchs_layers(device, backend, training, layout):
+def test_deconvnet_equals_that_of_torchs_layers(device, backend, training, layout, no_cpu_kernels):
+    """Under "auto", without CPU kernels, to the bit."""
     batch, size = (2, (200, 257)) if training else (1, (193, 195))
     exact = device == "cpu" and layout == torch.contiguous_format and backend == "auto"
     ours, theirs = with_the_same_state(

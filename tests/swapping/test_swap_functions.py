@@ -271,7 +271,12 @@ def test_activation_checkpointing(kind, net, batch, triton_backend):
     loss = CHECKPOINTS[kind](net, batch, swapped)
     forward = swapped.calls.copy()
     net.zero_grad()
-    backward = threading.Thread(target=lambda: found.append(loss.backward()))  # in a thread without the mode
+
+    def in_another_thread():  # without the mode, and with a backend of its own
+        with fastseg.backend("triton"):
+            found.append(loss.backward())
+
+    backward = threading.Thread(target=in_another_thread)
     backward.start()
     backward.join()
     assert found == [None]
