@@ -13,26 +13,26 @@ from fastseg.verification import cases, criterion
 
 pytestmark = pytest.mark.skipif(not witness.opened(), reason="needs ttsem and its own environment: run `make witness`")
 
-STORE = "tl.store(y + out, best.to(y.dtype.element_ty), mask=live)"
-LOAD = 'value = tl.load(x + offset, mask=inside, other=float("-inf")).to(best.dtype)'
+STORE = "tl.store(y + o_y, best.to(y.dtype.element_ty), mask=m_live)"
+LOAD = 'value = tl.load(x + o_x, mask=m_inside, other=float("-inf")).to(best.dtype)'
 FAULTS = {  # what is replaced in a copy of the pooling kernel, and what the witness says
     "a store without a mask": (
         STORE,
-        STORE.replace(", mask=live", ""),
+        STORE.replace(", mask=m_live", ""),
         "writes 40 element(s) past the end of the tensor passed as `y`",
     ),
     "a load without a mask": (
         LOAD,
-        LOAD.replace("mask=inside, other", "mask=live, other"),
+        LOAD.replace("mask=m_inside, other", "mask=m_live, other"),
         "before the start of the tensor passed as `x`",
     ),
     "a store that overlaps another program's": (
         STORE,
-        STORE.replace("y + out,", "y + out - (program > 0) * VEC,"),
+        STORE.replace("y + o_y,", "y + o_y - (program > 0) * VEC,"),
         "program instances (0, 0, 0) and (1, 0, 0) both touch element 127 of `y`",
     ),
 }
-SKIPPED = STORE.replace("mask=live", "mask=live & (o[:, None] % 7 != 3)")
+SKIPPED = STORE.replace("mask=m_live", "mask=m_live & (o[:, None] % 7 != 3)")
 
 
 def changed(tmp_path, before, after):

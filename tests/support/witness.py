@@ -149,6 +149,9 @@ def _everywhere(mode: Any) -> Iterator[None]:
     def is_cuda(self: torch.Tensor) -> bool:
         return real(self).type == "cpu" and not isinstance(self, FakeTensor)
 
+    def is_cpu(self: torch.Tensor) -> bool:
+        return real(self).type == "cpu" and isinstance(self, FakeTensor)
+
     def with_mode(function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
         def call(*args: Any, **named: Any) -> Any:
@@ -165,6 +168,7 @@ def _everywhere(mode: Any) -> Iterator[None]:
     replaced = [
         (torch.Tensor, "device", property(device)),
         (torch.Tensor, "is_cuda", property(is_cuda)),
+        (torch.Tensor, "is_cpu", property(is_cpu)),
         (Library, "impl", impl),
         (BackwardCFunction, "apply", with_mode(BackwardCFunction.apply)),
     ]
