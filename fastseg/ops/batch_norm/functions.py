@@ -237,7 +237,7 @@ def batch_norm_relu_max_unpool2d(
 
     Shape:
         - input, offsets: (N, C, H, W).
-        - output: (N, C, *output_size), in the input's dtype and memory format.
+        - output: (N, C) + output_size, in the input's dtype and memory format.
 
     Raises:
         TypeError, ValueError, RuntimeError, NotImplementedError: as batch_norm_relu and max_unpool2d_with_offsets.
