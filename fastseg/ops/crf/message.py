@@ -161,7 +161,9 @@ def mean_field_message(
     radius: float | None = 3.0,
     self_term: bool = True,
 ) -> Tensor:
-    """The sum of each class over the neighbours of a pixel, weighted by a Gaussian of position and colour::
+    """The sum of each class over the neighbours of a pixel, weighted by a Gaussian of position and colour.
+
+    With the position p and the colour c of each pixel::
 
         message_i = sum over j of exp(-|p_i - p_j|^2 / (2 sigma^2) - |c_i - c_j|^2 / (2 sigma_color^2)) * values_j
 
