@@ -79,7 +79,7 @@ def test_a_fault_stops_the_launch(fault, tmp_path, pooled):
 
 def test_a_store_that_skips_elements_fails(tmp_path, pooled):
     output, *_ = pooled(changed(tmp_path, STORE, SKIPPED))
-    assert not output.passed and output.error == float("inf")  # what nobody wrote is NaN
+    assert not output.passed and output.error == float("inf")  # an element that was not written is NaN
 
 
 def out_of_range_label(loss, *logits):
